@@ -1,0 +1,55 @@
+"""LoRA for any Flax NNX model: a sweep over ranks and layers is one compiled program over one frozen base.
+
+Names are loaded when they are first used, so that `import lora_jax` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters.describe import describe as describe
+    from .adapters.inject import inject as inject
+    from .adapters.merge import merge as merge
+    from .adapters.merge import unmerge as unmerge
+    from .adapters.partition import partition as partition
+    from .config.errors import InputError as InputError
+    from .config.errors import RunError as RunError
+    from .config.load import load_config as load_config
+    from .config.schema import AdapterConfig as LoraConfig  # noqa: F401
+    from .config.schema import Config as Config
+    from .models.loading import load_model as load_model
+    from .models.tokenizer import load_tokenizer as load_tokenizer
+    from .sweeps.api import fit as fit
+    from .sweeps.api import sweep as sweep
+
+_NAMES = {
+    "Config": "config.schema",
+    "InputError": "config.errors",
+    "LoraConfig": "config.schema:AdapterConfig",
+    "RunError": "config.errors",
+    "describe": "adapters.describe",
+    "fit": "sweeps.api",
+    "inject": "adapters.inject",
+    "load_config": "config.load",
+    "load_model": "models.loading",
+    "load_tokenizer": "models.tokenizer",
+    "merge": "adapters.merge",
+    "partition": "adapters.partition",
+    "sweep": "sweeps.api",
+    "unmerge": "adapters.merge",
+}
+
+__all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'lora_jax' has no attribute '{name}'")
+    module, _, attribute = _NAMES[name].partition(":")
+    return getattr(importlib.import_module(f"lora_jax.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,56 @@
+"""One member's numbers in a structure: its factors (initialised by its own seed and padded), scales and dropout rates.
+
+What is drawn depends on the member's seed, the site's name and the layer, and never on what else is in the pack: a member starts
+the same alone and in any company. NumPy draws it, so that a hundred members of different ranks compile nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+from flax import nnx
+
+from .inject import site_modules
+from .modules import LoRAEmbed, LowRank
+from .sites import logical_name
+from .spec import MemberSite, MemberSpec
+
+
+def fill_member(model: nnx.Module, spec: MemberSpec, seed: int) -> None:
+    """Sets the adapters of a model made by `inject_structure` to one member at step 0, in place.
+
+    The default init is PEFT's: at a linear site A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0 (kaiming_uniform with a = sqrt 5); at an
+    embedding A = 0 and B ~ N(0, 1). A new classification head is drawn by the member's seed too, from N(0, 0.02).
+    """
+    for name, module in site_modules(model).items():
+        _fill_site(module, name, spec.sites.get(name), spec.config.dropout, seed)
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param) and logical_name(path).endswith("classifier.kernel"):
+            drawn = _generator(seed, "classifier", 0).standard_normal(variable.shape, np.float32)
+            variable[...] = np.asarray(0.02 * drawn, variable.dtype)
+
+
+def _generator(seed: int, name: str, layer: int) -> np.random.Generator:
+    """Random numbers for a seed, name and layer: the same in every process and on every platform."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode()), layer])))
+
+
+def _fill_site(module: LowRank, name: str, member: MemberSite | None, dropout: float, seed: int) -> None:
+    stacked = module.lora_a.ndim == 3
+    a, b = (np.zeros(f.shape if stacked else (1, *f.shape), np.float32) for f in (module.lora_a, module.lora_b))
+    scale = np.zeros(len(a), np.float32)
+    if member is not None:
+        first = len(member.ranks) - len(a)
+        for i, (rank, layer_scale) in enumerate(zip(member.ranks[first:], member.scales[first:], strict=True)):
+            generator = _generator(seed, name, first + i)
+            scale[i] = layer_scale
+            if isinstance(module, LoRAEmbed):
+                b[i, :rank] = generator.standard_normal((rank, b.shape[2]), np.float32)
+            else:
+                bound = np.float32(1 / np.sqrt(a.shape[1]))
+                a[i, :, :rank] = (2 * generator.random((a.shape[1], rank), np.float32) - 1) * bound
+    for variable, value in ((module.lora_a, a), (module.lora_b, b), (module.scale, scale)):
+        variable[...] = value if stacked else value[0]
+    if hasattr(module, "dropout_rate"):
+        module.dropout_rate[...] = np.full(module.dropout_rate.shape, dropout if member is not None else 0.0, np.float32)

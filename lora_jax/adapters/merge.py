@@ -1,0 +1,88 @@
+"""Merging: folds each update into its weight, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .modules import LowRank
+
+
+class Merged(nnx.Module):
+    """A site whose update is folded into its weight; keeps what it was made of, so that unmerging gives the same bits."""
+
+    def __init__(self, merged: nnx.Module, original: LowRank):
+        self.merged = merged
+        self.original = original
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.merged(x)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """The output projection with the base's weight, as unmerged."""
+        return self.original.attend(query)
+
+    @property
+    def embedding(self) -> nnx.Param:
+        """The base's weights, as unmerged."""
+        return self.original.embedding
+
+
+def merge(model: nnx.Module) -> nnx.Module:
+    """A model that computes `W + scale * A B` as one weight at every site. `model` is left as it was.
+
+    The sum is taken in float32 and rounded once to the weight's dtype. In a stack whose lower layers have no adapters the weight
+    holds all layers still; those below are the base's own.
+
+    >>> from lora_jax.config.schema import AdapterConfig
+    >>> from lora_jax.adapters.inject import inject
+    >>> net = inject(nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0))), AdapterConfig(targets="all-linear"), rngs=nnx.Rngs(1))
+    >>> type(unmerge(merge(net)).layers[0]).__name__
+    'LoRALinear'
+    """
+    return _replace(model, LowRank, lambda module: Merged(_folded(module), module))
+
+
+def unmerge(model: nnx.Module) -> nnx.Module:
+    """The model that `merge` was given: base weights and factors, bit for bit."""
+    return _replace(model, Merged, lambda module: module.original)
+
+
+def merged_base(model: nnx.Module) -> nnx.Module:
+    """A plain model, of the same classes as the base, with the merged weights: for export. Keeps no factors."""
+    return _replace(model, LowRank, _folded)
+
+
+def _folded(module: LowRank) -> nnx.Module:
+    graphdef, state = nnx.split(module.base)
+    folded = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
+    weight = folded.kernel if hasattr(folded, "kernel") else folded.embedding
+    update = module.update()
+    full = weight[...]
+    if update.ndim == full.ndim and update.shape[0] != full.shape[0] and full.ndim == 3:
+        update = jnp.concatenate([jnp.zeros((full.shape[0] - update.shape[0], *full.shape[1:]), update.dtype), update])
+    weight[...] = (full.astype(jnp.float32) + update).astype(full.dtype)
+    return folded
+
+
+def _replace(model: nnx.Module, kind: type, make: Callable[[Any], nnx.Module]) -> nnx.Module:
+    graphdef, state = nnx.split(model, graph=True)
+    copy = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
+    for _, module in list(nnx.iter_modules(copy)):
+        for name, child in list(_children(module)):
+            if isinstance(child, kind) and not isinstance(module, Merged):
+                new = make(child)
+                if isinstance(name, int):
+                    module[name] = new
+                else:
+                    setattr(module, name, new)
+    return copy
+
+
+def _children(module: nnx.Module) -> list[tuple[str | int, nnx.Module]]:
+    return [(name, child) for name, child in nnx.iter_children(module) if isinstance(child, nnx.Module)]
+

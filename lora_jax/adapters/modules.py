@@ -1,0 +1,88 @@
+"""The NNX modules that stand at a site: the base's own module, and the low-rank update beside it.
+
+LoRA (arXiv:2106.09685, eq. 3): `h = W x + scale * B A x` with A (r x in), B (out x r). Here x is a row, so A is stored (in, r) and
+B (r, out). At a stacked site every array has the layers of its segment in front and the model's scan hands one layer to a call.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..models.stack import PER_SEGMENT
+
+
+class LoRAParam(nnx.Variable):
+    """A trainable factor. A type of its own, so that `nnx.Param` means the base alone."""
+
+
+class AdapterSetting(nnx.Variable):
+    """A number that belongs to a member but is not trained: scale, dropout rate, dropout key. Traced data, never a constant."""
+
+
+class LowRank(nnx.Module):
+    """What all sites share: the factors, their scale and dropout.
+
+    Args:
+        base: the module that stood at the site.
+        layers: layers of the segment, or None where the weight is not stacked.
+        inputs, outputs, rank: shape of the factors, (inputs, rank) and (rank, outputs).
+        dropout: whether any member drops inputs; without it there is no random number in the program.
+    """
+
+    def __init__(self, base: nnx.Module, *, layers: int | None, inputs: int, outputs: int, rank: int, dropout: bool):
+        lead = () if layers is None else (layers,)
+        stacked = {PER_SEGMENT: True} if layers is not None else {}
+        self.base = base
+        self.lora_a = LoRAParam(jnp.zeros((*lead, inputs, rank)), **stacked)
+        self.lora_b = LoRAParam(jnp.zeros((*lead, rank, outputs)), **stacked)
+        self.scale = AdapterSetting(jnp.zeros(lead), **stacked)
+        self.deterministic = False
+        if dropout:
+            self.dropout_rate = AdapterSetting(jnp.zeros(lead), **stacked)
+            self.dropout_key = AdapterSetting(jnp.broadcast_to(jax.random.key(0), lead), **stacked)
+
+    def drop(self, x: jax.Array) -> jax.Array:
+        """x with a share of its entries set to 0 and the rest scaled up, while training; x itself otherwise."""
+        if self.deterministic or not hasattr(self, "dropout_rate"):
+            return x
+        rate = self.dropout_rate[...]
+        kept = jax.random.uniform(self.dropout_key[...], x.shape) >= rate
+        return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
+
+    def update(self) -> jax.Array:
+        """scale * A B, the change of the weight: (..., inputs, outputs) float32."""
+        scale = self.scale[...][..., None, None]
+        return scale * jnp.matmul(self.lora_a[...], self.lora_b[...], precision=jax.lax.Precision.HIGHEST)
+
+
+class LoRALinear(LowRank):
+    """A linear site: `base(x) + scale * (drop(x) A) B`, the matmuls in the base's dtype."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.base(x)
+        a, b = (f[...].astype(y.dtype) for f in (self.lora_a, self.lora_b))
+        low = jnp.matmul(self.drop(x).astype(y.dtype), a)
+        return y + jnp.matmul(low * self.scale[...].astype(y.dtype), b)
+
+
+class LoRAEmbed(LowRank):
+    """An embedding site: `base(tokens) + scale * A[tokens] B`. There is nothing to drop: its input is an index."""
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        y = self.base(tokens)
+        a, b = (f[...].astype(y.dtype) for f in (self.lora_a, self.lora_b))
+        return y + jnp.matmul(a[tokens] * self.scale[...].astype(y.dtype), b)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """The base's output projection with the same weights, which LoRA on an embedding leaves as it is (so does PEFT)."""
+        return self.base.attend(query)
+
+    @property
+    def embedding(self) -> nnx.Param:
+        """The base's weights."""
+        return self.base.embedding
+
+
+SITE_MODULES: dict[str, type[LowRank]] = {"linear": LoRALinear, "embedding": LoRAEmbed}

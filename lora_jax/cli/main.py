@@ -1,0 +1,159 @@
+"""The `lora-jax` command: what can be called, and how failures are told.
+
+A command's own module (and with it JAX) is imported when the command runs, so `--help` and `schema` answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_jax.config.errors import InputError, RunError
+
+app = typer.Typer(
+    name="lora-jax",
+    help="Train and compare low-rank adapters over one frozen base model, many at a time.",
+    epilog="Start with: lora-jax doctor, then lora-jax sweep configs/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # help is plain text: [a, b] in it is a YAML list and not markup
+    pretty_exceptions_enable=False,  # failures are told by main(), below
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Config values to change: dotted keys, YAML values, such as adapter.rank=4 or 'adapter.targets=[query, value]'.",
+        show_default=False,
+    ),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over: remove what an earlier run of this name left. Without it the run is resumed.")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lora-jax {importlib.metadata.version('lora-jax')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of the command as a whole; --version leaves before any command runs."""
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train one adapter.
+
+    Writes runs/NAME/: the resolved config, TensorBoard events, results and checkpoints. Called again, it goes on where it
+    stopped; a run directory that holds another config is refused.
+    """
+    from .train import train_command
+
+    train_command(config, overrides or [], fresh=fresh)
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    solo: Annotated[bool, typer.Option("--solo", help="Train each member by itself, to compare with: same results, more time.")] = False,
+    fresh: Fresh = False,
+) -> None:
+    """Train all members of a sweep over one frozen base.
+
+    The members are all combinations of the config's sweep.grid, packed into as few compiled programs as possible.
+    Writes runs/NAME/ with a folder a member, results.csv and a report.
+    """
+    from .sweep import sweep_command
+
+    sweep_command(config, overrides or [], solo=solo, fresh=fresh)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, such as runs/quickstart.", show_default=False)],
+) -> None:
+    """Compare finished runs, best members first.
+
+    One table of all members, with intervals over seeds where a setting was run with several.
+    """
+    from .compare import compare_command
+
+    compare_command(runs)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    member: Annotated[
+        str | None, typer.Option("--member", metavar="NAME", help="Which member of a sweep; all by default.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="Which rows: eval (held out) or train.")] = "eval",
+) -> None:
+    """Evaluate a run's saved adapters again."""
+    from .evaluate import evaluate_command
+
+    evaluate_command(run, member=member, split=split)
+
+
+@app.command()
+def doctor() -> None:
+    """Show devices, memory, versions, and what is missing."""
+    from .doctor import doctor_command
+
+    if not doctor_command():
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to this file instead of the screen.", show_default=False)
+    ] = None,
+) -> None:
+    """Print the config's JSON schema.
+
+    Editors use it to complete and check configs: write it to a file and name that in the YAML's first line,
+    # yaml-language-server: $schema=FILE
+    """
+    from .schema import schema_command
+
+    schema_command(output)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get("LORA_JAX_TRACEBACK"):
+            raise
+        # Plain text and no wrapping, so that paths and keys in a message can be copied and searched for.
+        print(f"error: {_told(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, (InputError, RunError)):
+        return str(error)
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}\nThis was not foreseen. LORA_JAX_TRACEBACK=1 shows where it happened."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The two kinds of failure a user sees, and the nearest-choice hint.
+
+`InputError` is what the user can mend by editing a config, a path or a file: commands print it and exit with 2.
+`RunError` is what went wrong while running: commands print it and exit with 1. Neither shows a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input. The message names the file and key, what was wrong, and the nearest valid choice."""
+
+
+class RunError(RuntimeError):
+    """A failure at run time that is not the input's fault."""
+
+
+def nearest(word: str, choices: Iterable[str], *, count: int = 3) -> list[str]:
+    """The up to `count` choices that look most like `word`, best first.
+
+    >>> nearest("lerning_rate", ["learning_rate", "weight_decay"])
+    ['learning_rate']
+    """
+    choices = list(choices)
+    by_lower = {c.lower(): c for c in choices}
+    return [by_lower[m] for m in difflib.get_close_matches(word.lower(), by_lower, n=count, cutoff=0.5)]
+
+
+def hint(word: str, choices: Iterable[str]) -> str:
+    """A sentence to end a message with: the nearest choice, or all of them where none is near and they are few.
+
+    >>> hint("linaer", ["linear", "cosine"])
+    "Did you mean 'linear'?"
+    """
+    choices = list(choices)
+    near = nearest(word, choices)
+    if near:
+        return "Did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
+    if 0 < len(choices) <= 20:
+        return "Valid choices: " + ", ".join(choices) + "."
+    return ""

@@ -1,0 +1,192 @@
+"""From a YAML file and `key=value` overrides to a checked `Config`, and back to text.
+
+Everything that is wrong with the input ends in one `InputError` that names the file or override, the key, what was wrong and
+the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import ValidationError
+
+from .errors import InputError, nearest
+from .keys import leaf_schema, section_keys, split_key, valid_keys, why_not_swept
+from .problems import Problem, problems, report, show
+from .schema import Config
+from .yaml_text import Path, dump, parse
+
+
+def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config in a YAML file, with `key=value` overrides applied.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted keys and YAML values, such as `adapter.rank=4`; later ones win.
+
+    Raises:
+        InputError: the file, an override or a value is wrong.
+    """
+    file = os.fspath(path)
+    data, lines = parse(_read(FilePath(path)), file)
+    if data is None:
+        raise InputError(f"{file}: is empty; a config has at least the sections {', '.join(_needed_sections())}.")
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: must be a mapping (name:, model:, task:, ...), got a {type(data).__name__}.")
+    origins = {at: f"line {line}" for at, line in lines.items()}
+    data = apply_overrides(data, overrides, origins)
+    config = _validated(data, file, origins)
+    found = _sweep_problems(config)
+    if found:
+        raise InputError(report(found, file, origins))
+    return config
+
+
+def apply_overrides(
+    data: Mapping[str, Any], overrides: list[str] | tuple[str, ...], origins: dict[Path, str] | None = None
+) -> dict[str, Any]:
+    """A copy of `data` (a config as plain values) with each `key=value` set.
+
+    The value is YAML, except that a key which holds text takes it as it stands: `task.template={text} Answer:` needs no quotes
+    beyond the shell's. `origins`, where given, notes for later messages which keys came from which override.
+
+    >>> apply_overrides({"adapter": {"rank": 8}}, ["adapter.rank=4", "optimizer.learning_rate=1e-3"])
+    {'adapter': {'rank': 4}, 'optimizer': {'learning_rate': 0.001}}
+    """
+    result = copy.deepcopy(dict(data))
+    for override in overrides:
+        where = f"override '{override}'"
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals:
+            raise InputError(f"{where}: is not key=value, such as 'adapter.rank=4'.")
+        try:
+            path = split_key(key, allow_section=True)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        _set(result, path, _override_value(key, text, where), where)
+        if origins is not None:
+            for old in [old for old in origins if old[: len(path)] == path]:
+                del origins[old]
+            origins[path] = where
+    return result
+
+
+def with_values(config: Config, values: Mapping[str, Any], *, where: str = "sweep.grid") -> Config:
+    """A copy of `config` with the values set, checked as a whole again.
+
+    Args:
+        config: a valid config.
+        values: dotted key -> value.
+        where: what the values come from, for messages.
+
+    Raises:
+        InputError: a key does not exist, or the config with these values is not valid.
+    """
+    data = config.model_dump()
+    for key, value in values.items():
+        try:
+            path = split_key(key)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        _set(data, path, value, where)
+    return _validated(data, where, {})
+
+
+def dump_config(config: Config) -> str:
+    """The whole config as YAML, defaults included; `load_config` reads the same config back."""
+    return dump(config.model_dump())
+
+
+def diff_configs(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of every key in which two configs differ, in the schema's order."""
+    pairs = ((key, _get(old, key), _get(new, key)) for key in valid_keys())
+    return [(key, a, b) for key, a, b in pairs if a != b]
+
+
+def _read(path: FilePath) -> str:
+    if path.is_dir():
+        inside = path / "config.yaml"
+        raise InputError(f"{path}: is a folder, not a YAML file." + (f" Did you mean '{inside}'?" if inside.is_file() else ""))
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"no config file '{path}'.{_near_files(path)}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not text (UTF-8), so not a YAML file.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def _near_files(path: FilePath) -> str:
+    if not path.parent.is_dir():
+        return f" There is no folder '{path.parent}' either."
+    files = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
+    near = nearest(path.name, files)
+    if near:
+        return " Did you mean " + " or ".join(f"'{path.parent / name}'" for name in near) + "?"
+    return f" '{path.parent}' holds: {', '.join(files[:10])}." if files else ""
+
+
+def _validated(data: dict[str, Any], file: str, origins: Mapping[Path, str]) -> Config:
+    try:
+        # Strict: '8' is not 8 and true is not 1. What the file says is what is meant, or it is an error.
+        return Config.model_validate(data, strict=True)
+    except ValidationError as error:
+        raise InputError(report(problems(error, data), file, origins)) from None
+
+
+def _sweep_problems(config: Config) -> list[Problem]:
+    """What the schema cannot see in a grid: keys that do not exist or are shared by all members, and values given twice."""
+    found: list[Problem] = []
+    for key, values in (config.sweep.grid if config.sweep else {}).items():
+        at = ("sweep", "grid", key)
+        try:
+            split_key(key)
+        except InputError as error:
+            found.append(Problem(at, f"sweep.grid: {error}"))
+            continue
+        why = why_not_swept(key)
+        if why:
+            found.append(Problem(at, f"sweep.grid: {why}"))
+        twice = [value for index, value in enumerate(values) if value in values[:index]]
+        if twice:
+            found.append(Problem(at, f"sweep.grid: '{key}' lists {show(twice[0])} twice; members must differ."))
+    return found
+
+
+def _override_value(key: str, text: str, where: str) -> Any:
+    schema = leaf_schema(key) or {}
+    kinds = {form.get("type") for form in [schema, *schema.get("anyOf", [])]} - {None}
+    if kinds and kinds <= {"string", "null"} and "enum" not in schema:
+        try:
+            value, _ = parse(text, where)
+        except InputError:
+            return text
+        return value if isinstance(value, str) or (value is None and "null" in kinds) else text
+    return parse(text, where)[0]
+
+
+def _set(data: dict[str, Any], path: tuple[str, ...], value: Any, where: str) -> None:
+    for depth, part in enumerate(path[:-1]):
+        if data.get(part) is None:
+            data[part] = {}
+        if not isinstance(data[part], dict):
+            raise InputError(f"{where}: '{'.'.join(path[: depth + 1])}' holds {show(data[part])}, so no key can be set in it.")
+        data = data[part]
+    data[path[-1]] = value
+
+
+def _get(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = None if value is None else getattr(value, part)
+    return value
+
+
+def _needed_sections() -> list[str]:
+    return [name for name, field in Config.model_fields.items() if field.is_required() and name in section_keys()]

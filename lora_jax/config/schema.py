@@ -1,0 +1,218 @@
+"""The typed config: one YAML file, one `Config`. Every field's description is what the JSON schema shows in an editor."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+TARGET_PRESETS = ("attention", "mlp", "all-linear", "embedding")
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors and values are immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    source: str = Field(
+        description="A Hugging Face folder, a .gguf or .safetensors file, hf://org/name[@revision], or package://import_name/path."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="The base's weights and matmuls; adapters stay float32.")
+    remat: Literal["none", "dots", "full"] = Field(
+        default="dots",
+        description=(
+            "What each layer keeps for the backward pass: everything but weight slices (none), "
+            "matmul results (dots), or only its input (full)."
+        ),
+    )
+
+
+class TaskConfig(Section):
+    kind: Literal["classification", "causal_lm"] = Field(description="What is learned: a class for each text, or the next token.")
+    source: str = Field(
+        description="A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision], or package://import_name/path."
+    )
+    eval_source: str | None = Field(
+        default=None, description="A separate held-out file; without it `eval_size` rows of `source` are held out."
+    )
+    eval_size: PositiveInt = Field(
+        default=500, description="How many rows are held out (with `eval_source`: how many of its rows are used)."
+    )
+    train_size: PositiveInt | None = Field(
+        default=None, description="Use only this many training rows (after the shuffle); all by default."
+    )
+    split_seed: NonNegativeInt = Field(default=0, description="Seed of the train / held-out split.")
+    max_length: PositiveInt = Field(default=128, description="Examples are cut to this many tokens.")
+    drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to leave out: column -> values.")
+    text: str | None = Field(default=None, description="Text column (classification; plain-text causal_lm).")
+    label: str | None = Field(default=None, description="Label column (classification).")
+    labels: list[str] | None = Field(default=None, description="Class names in order; by default those found in the data, sorted.")
+    label_words: list[str] | None = Field(
+        default=None, description="Decoder classification: the word that stands for each class; the class names by default."
+    )
+    template: str = Field(default="{text}\nAnswer:", description="Decoder classification: the prompt around {text}.")
+    pooling: Literal["cls", "mean"] = Field(
+        default="cls", description="Encoder classification: the first token (through BERT's pooler), or the mean of all."
+    )
+    prompt: str | None = Field(default=None, description="Prompt column (causal_lm); its tokens carry no loss.")
+    response: str | None = Field(default=None, description="Response column (causal_lm); the loss is on its tokens.")
+    messages: str | None = Field(
+        default=None, description="Chat-messages column (causal_lm): [{role, content}], through the chat template, loss on the assistant."
+    )
+
+    @model_validator(mode="after")
+    def _columns(self) -> TaskConfig:
+        if self.kind == "classification":
+            if self.text is None or self.label is None:
+                raise ValueError("classification needs both 'text' and 'label' (column names)")
+            if self.prompt or self.response or self.messages:
+                raise ValueError("'prompt', 'response' and 'messages' belong to kind: causal_lm")
+            if "{text}" not in self.template:
+                raise ValueError("'template' must contain {text}")
+            if self.label_words and self.labels and len(self.label_words) != len(self.labels):
+                raise ValueError(f"'label_words' has {len(self.label_words)} entries, 'labels' has {len(self.labels)}")
+            return self
+        ways = [self.text is not None, self.prompt is not None or self.response is not None, self.messages is not None]
+        if sum(ways) != 1:
+            raise ValueError("causal_lm needs exactly one of: 'text', 'prompt' with 'response', 'messages'")
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("'prompt' and 'response' go together")
+        if self.label or self.labels or self.label_words:
+            raise ValueError("'label', 'labels' and 'label_words' belong to kind: classification")
+        return self
+
+
+class AdapterConfig(Section):
+    method: Literal["lora", "full", "head"] = Field(default="lora", description="LoRA, or a baseline: full fine-tuning, or only the head.")
+    rank: PositiveInt = Field(default=8, description="Rank r of the update.")
+    alpha: PositiveFloat = Field(default=16.0, description="The update is scaled by alpha / rank.")
+    targets: str | list[str] = Field(
+        default="attention",
+        description=(
+            "A preset (attention, mlp, all-linear, embedding), a list of names (a name matches a module whose path ends with it), "
+            "or a regex matched against the full path."
+        ),
+    )
+    exclude: str | list[str] | None = Field(default=None, description="Sites to leave out; same forms as targets.")
+    layers: int | str | list[int] | None = Field(
+        default=None, description="Layer indices: 3, [0, 5], '2-5', 'last:4', 'first:2', or comma-joined; all by default."
+    )
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict, description="regex -> rank, for sites whose path ends with a match.")
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="regex -> alpha, for sites whose path ends with a match."
+    )
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732) in place of alpha / rank.")
+    dropout: Fraction = Field(default=0.0, description="Dropout on the input of A while training.")
+    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases of the base train too.")
+    modules_to_save: list[str] = Field(default_factory=list, description="Modules of the base trained in full (names as in targets).")
+
+    @field_validator("targets")
+    @classmethod
+    def _targets(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("must name at least one target")
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+        return value
+
+
+class OptimizerConfig(Section):
+    learning_rate: PositiveFloat = Field(default=1e-3, description="Peak learning rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="After warm-up: down to 0 linearly, along a half cosine, or flat."
+    )
+    warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up from 0.")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW's decoupled weight decay.")
+    b1: Fraction = Field(default=0.9, description="Decay of the first moment.")
+    b2: Fraction = Field(default=0.999, description="Decay of the second moment.")
+    eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
+    clip_norm: PositiveFloat | None = Field(default=None, description="Clip the gradient to this global norm.")
+    b_lr_ratio: PositiveFloat = Field(default=1.0, description="LoRA+ (arXiv:2402.12354): B's learning rate over A's.")
+    head_lr_ratio: PositiveFloat = Field(default=1.0, description="The head's learning rate over A's.")
+
+
+class TrainingConfig(Section):
+    steps: PositiveInt | None = Field(default=None, description="Optimizer steps; or give epochs.")
+    epochs: PositiveFloat | None = Field(default=None, description="Passes over the training rows; or give steps.")
+    batch_size: PositiveInt = Field(default=32, description="Examples in an optimizer step.")
+    accumulate: PositiveInt = Field(default=1, description="Micro-batches an optimizer step is cut into; divides batch_size.")
+    batching: Literal["packed", "padded"] = Field(
+        default="packed", description="Several examples a row, kept apart by segment ids; or one example a row."
+    )
+    seed: NonNegativeInt = Field(default=0, description="Seed of the factors, the head and dropout; may differ between members.")
+    data_seed: NonNegativeInt = Field(default=0, description="Seed of the order of the training rows; the same for all members of a pack.")
+    eval_every: NonNegativeInt = Field(default=0, description="Evaluate every this many steps (and always at the end); 0: only at the end.")
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainingConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of 'steps' and 'epochs'")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"'accumulate' ({self.accumulate}) must divide 'batch_size' ({self.batch_size})")
+        return self
+
+
+class MeshConfig(Section):
+    data: int = Field(default=1, description="Devices along the batch; -1 takes the rest.")
+    fsdp: int = Field(default=1, description="Devices the base is cut over (and the batch too); -1 takes the rest.")
+    tensor: int = Field(default=1, description="Devices heads and hidden units are cut over; -1 takes the rest.")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> MeshConfig:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
+            raise ValueError("each axis is a positive number, and at most one is -1")
+        return self
+
+
+class TrackingConfig(Section):
+    dir: str = Field(default="runs", description="Run directories are made below it.")
+    log_every: PositiveInt = Field(default=10, description="Steps between logged scalars.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events.")
+    save: Literal["best", "final", "both", "none"] = Field(default="both", description="Which adapters of each member are kept.")
+
+
+class SweepConfig(Section):
+    grid: dict[str, list[Any]] = Field(description="Dotted config key -> values; the members are all combinations.")
+    max_pack: PositiveInt = Field(default=16, description="Most members trained inside one compiled step.")
+
+    @field_validator("grid")
+    @classmethod
+    def _grid(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if not value:
+            raise ValueError("names no key to sweep over")
+        for key, values in value.items():
+            if not values:
+                raise ValueError(f"'{key}' has no values")
+        return value
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")]
+    model: ModelConfig
+    task: TaskConfig
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    training: TrainingConfig
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    sweep: SweepConfig | None = None

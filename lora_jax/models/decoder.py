@@ -1,0 +1,85 @@
+"""The one causal decoder (Llama family): embedding, a stack of blocks, a norm, the vocabulary projection."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from .layers import Array, Block, BlockConfig, Context, embedding, linear, norm, rotary_angles, row_layout, segment_mask, take_positions
+from .stack import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder: `depth` blocks over `vocab` tokens; `tied` projects to the vocabulary with the embedding's own weights."""
+
+    block: BlockConfig
+    depth: int
+    vocab: int
+    rope_theta: float
+    tied: bool
+
+
+class Decoder(nnx.Module):
+    """Tokens to next-token logits.
+
+    Attributes:
+        config: the shape it was built from.
+        site_aliases: site path -> Hugging Face module path with `{i}` for the layer, so that those names work as targets.
+    """
+
+    is_decoder = True
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        block = config.block
+        self.embed = embedding(config.vocab, block.width, "vocab", dtype=block.dtype, rngs=rngs)
+        self.layers = Stack(lambda r: Block(block, rngs=r), config.depth, rngs=rngs)
+        self.final_norm = norm(block.norm, block.width, block.norm_eps, dtype=block.dtype, rngs=rngs)
+        if not config.tied:
+            self.lm_head = linear(block.width, config.vocab, ("embed", "vocab"), bias=False, dtype=block.dtype, rngs=rngs)
+        self.config = nnx.static(config)
+        self.site_aliases = nnx.static(())
+
+    def __call__(
+        self, tokens: Array, attention_mask: Array | None = None, positions: Array | None = None, segment_ids: Array | None = None
+    ) -> Array:
+        """Logits (batch, seq, vocab); the arguments are those of `hidden`."""
+        return self.head(self.hidden(tokens, attention_mask, positions, segment_ids))
+
+    def hidden(
+        self,
+        tokens: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        *,
+        gather: Array | None = None,
+    ) -> Array:
+        """The last hidden states, after the final norm.
+
+        Args:
+            tokens: (batch, seq) int32.
+            attention_mask: (batch, seq), 1 for real tokens; all are by default.
+            positions: (batch, seq) int32; 0, 1, ... by default.
+            segment_ids: (batch, seq) int32 for packed rows: 0 is padding, tokens see their own segment alone. Replaces the mask.
+            gather: (n,) int32, positions of the flattened (batch * seq) to return; all by default.
+
+        Returns:
+            (batch, seq, width), or (n, width) with `gather`.
+        """
+        segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
+        block = self.config.block
+        rotary = rotary_angles(positions, block.head_dim, self.config.rope_theta)
+        context = Context(segment_mask(segment_ids, causal=True), rotary)
+        # Leaving most of the top layer out pays only where few positions are wanted; else it is one more layer to compile.
+        early = gather is not None and 2 * gather.shape[0] <= tokens.size
+        x = self.layers(self.embed(tokens), context, gather if early else None)
+        return self.final_norm(x if early else take_positions(x, gather))
+
+    def head(self, hidden: Array) -> Array:
+        """Logits (..., vocab) of hidden states (..., width)."""
+        if not self.config.tied:
+            return self.lm_head(hidden)
+        return jnp.dot(hidden, self.embed.embedding[...].astype(hidden.dtype).T)

@@ -1,0 +1,81 @@
+"""Models that answer a task: a base, and what turns its hidden states into class logits.
+
+All of them, and `Decoder` itself through `LanguageModel`, have one face for the training step:
+`features(batch) -> (n, width)` at the batch's target positions, and `head(features) -> (n, classes)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .decoder import Decoder
+from .encoder import Encoder
+from .layers import Array, linear
+
+
+class SequenceClassifier(nnx.Module):
+    """An encoder with a linear classifier over the first token (through BERT's pooler) or the mean of the tokens.
+
+    Args:
+        base: the encoder.
+        classes: how many classes; the classifier is newly made, with weights ~ N(0, 0.02) as transformers does.
+        pooling: `cls` or `mean`.
+    """
+
+    def __init__(self, base: Encoder, classes: int, pooling: str, *, rngs: nnx.Rngs):
+        self.base = base
+        width = base.config.block.width
+        self.classifier = linear(width, classes, ("embed", "classes"), bias=True, dtype=jnp.float32, rngs=rngs)
+        self.classifier.kernel[...] = 0.02 * jax.random.normal(rngs.params(), (width, classes))
+        self.pooling = pooling
+
+    def features(self, batch: Mapping[str, Array]) -> Array:
+        """(n, width): one pooled vector for each target of the batch."""
+        rows = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
+        if self.pooling == "cls":
+            return self.base.pool(self.base(**rows, gather=batch["target_index"]))
+        hidden = self.base(**rows)
+        count = batch["target_index"].shape[0]
+        # One matmul sums each example's tokens; padding has the id `count`, which no row of the one-hot matches.
+        member = jax.nn.one_hot(batch["example_ids"].reshape(-1), count, dtype=jnp.float32)
+        total = jnp.einsum("tn,tw->nw", member, hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32))
+        return total / jnp.maximum(member.sum(0), 1)[:, None]
+
+    def head(self, features: Array) -> Array:
+        """(n, classes) float32 logits."""
+        return self.classifier(features)
+
+
+class LanguageModel(nnx.Module):
+    """A decoder that predicts the token after each target position."""
+
+    def __init__(self, base: Decoder):
+        self.base = base
+
+    def features(self, batch: Mapping[str, Array]) -> Array:
+        """(n, width): the hidden state at each target position."""
+        return self.base.hidden(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], gather=batch["target_index"])
+
+    def head(self, features: Array) -> Array:
+        """(n, vocab) logits."""
+        return self.base.head(features)
+
+
+class LabelWordClassifier(LanguageModel):
+    """A decoder that classifies by which class's word comes next.
+
+    Args:
+        word_ids: the first token of each class's word.
+    """
+
+    def __init__(self, base: Decoder, word_ids: tuple[int, ...]):
+        super().__init__(base)
+        self.word_ids = nnx.static(word_ids)
+
+    def head(self, features: Array) -> Array:
+        """(n, classes): the logits of the classes' words."""
+        return self.base.head(features)[..., jnp.array(self.word_ids)]

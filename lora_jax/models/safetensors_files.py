@@ -1,0 +1,157 @@
+"""Checkpoints in safetensors: one file, or an index and its shards.
+
+The format is an 8-byte length, a JSON header of that length, then raw tensors; it is read here directly because the
+safetensors package's NumPy side knows no bfloat16, and every offset is checked before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..config.errors import InputError
+from .checkpoint import Checkpoint, read_json, slice_bounds
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+        "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+    }.items()
+}  # fmt: skip
+
+_LONGEST_HEADER = 100_000_000  # the reference implementation's limit
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `offset` counts from the start of `file`."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """The tensors of a `.safetensors` file, or of all shards that a `.safetensors.index.json` names."""
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path = path
+        self.config = config
+        self._entries = _read_index(path) if path.suffix == ".json" else read_header(path)
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._entry(name).dtype
+
+    def read(self, name: str) -> np.ndarray:
+        entry = self._entry(name)
+        count = math.prod(entry.shape)
+        flat = np.fromfile(entry.file, entry.dtype, count, offset=entry.offset)
+        if flat.size != count:  # it was whole when the header was read
+            raise InputError(f"{entry.file}: '{name}' is cut short; the file has changed since it was opened.")
+        return flat.reshape(entry.shape)
+
+    def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
+        entry = self._entry(name)
+        bounds = slice_bounds(entry.shape, index)
+        if math.prod(entry.shape) == 0:
+            return np.empty([stop - start for start, stop in bounds], entry.dtype)
+        view = np.memmap(entry.file, entry.dtype, "r", entry.offset, entry.shape)
+        # Copied, so that the mapping (and with it the pages it pulled in) goes when this returns.
+        return np.array(view[tuple(slice(*b) for b in bounds)])
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self._entries:
+            raise self._missing(name)
+        return self._entries[name]
+
+
+def _read_index(path: Path) -> dict[str, TensorEntry]:
+    """The entries of all shards named by an index, in the index's order."""
+    weight_map = read_json(path, "the shard index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: no 'weight_map' from tensor names to shard files.")
+    shards: dict[str, dict[str, TensorEntry]] = {}
+    entries = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _stays_inside(shard):
+            raise InputError(f"{path}: '{name}' is said to lie in {shard!r}, which is not a file inside this folder.")
+        if shard not in shards:
+            if not (path.parent / shard).is_file():
+                raise InputError(f"{path}: the shard '{shard}' is missing from the folder.")
+            shards[shard] = read_header(path.parent / shard)
+        if name not in shards[shard]:
+            raise InputError(f"{path}: '{name}' is said to lie in '{shard}', which does not hold it.")
+        entries[name] = shards[shard][name]
+    return entries
+
+
+def _stays_inside(shard: str) -> bool:
+    # By its words alone, not by resolving: in the hub's cache every file is a link out of the folder.
+    parts = PurePosixPath(shard)
+    return bool(shard) and shard.isprintable() and not set(shard) & set("\\:") and not parts.is_absolute() and ".." not in parts.parts
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file, every size and offset checked against the file's length.
+
+    Raises:
+        InputError: the file is cut short, is not safetensors, or contradicts itself.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise InputError(f"{path}: cut short or not a safetensors file (a header of {length} bytes, a file of {size}).")
+            if length > _LONGEST_HEADER:
+                raise InputError(f"{path}: a header of {length} bytes is absurd; this is not a safetensors file.")
+            header = json.loads(file.read(length).decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its header is not JSON ({error}); this is not a safetensors file.") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: its header is not a JSON object; this is not a safetensors file.")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
+    used = sum(math.prod(e.shape) * e.dtype.itemsize for e in entries.values())
+    if used != size - 8 - length:
+        raise InputError(f"{path}: its tensors take {used} bytes, but the file holds {size - 8 - length}.")
+    return entries
+
+
+def _entry(path: Path, name: str, value: Any, start: int, size: int) -> TensorEntry:
+    try:
+        kind, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{path}: the header's entry for '{name}' is broken.") from None
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise InputError(f"{path}: '{name}' has dtype {kind!r}, which cannot be read; readable: {', '.join(DTYPES)}.")
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise InputError(f"{path}: the header's entry for '{name}' is broken.")
+    if start + end > size:
+        raise InputError(f"{path}: cut short: '{name}' should end at byte {start + end}, the file at {size}.")
+    dtype = DTYPES[kind]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise InputError(f"{path}: '{name}' is {kind} {tuple(shape)} but takes {end - begin} bytes.")
+    return TensorEntry(path, dtype, tuple(shape), start + begin)

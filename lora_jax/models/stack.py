@@ -1,0 +1,117 @@
+"""Layers of one shape, their weights stacked `(layers, ...)` and run by one `lax.scan`.
+
+Compile time does not grow with depth, and a sharded base is one array a weight. Two rules keep the frozen base uncopied:
+the scan runs over layer *indices* and the body indexes the stacked weights, and the body is a `jax.checkpoint` whose policy
+never saves those slices (scanning over `w[s:]`, or saving the slices for the backward pass, copies the base).
+
+A stack is a list of `Segment`s, runs of layers that share a module structure. A fresh stack has one. `split_at` starts a new
+one that shares the weights below it, so that a caller may give the layers from there on another structure: what lies below is
+then a computation of its own, with nothing in it that depends on what was changed above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+# Metadata key of a parameter's logical axis names, one an array axis.
+AXES = "axes"
+
+# Metadata key of variables that belong to one segment alone (value True): their leading axis counts the segment's layers, and they are given to
+# the scan as its inputs, so that their gradient is stacked by it. All others hold every layer of the stack and are indexed.
+PER_SEGMENT = "per_segment"
+
+_SLICING = frozenset({"dynamic_slice", "slice", "squeeze", "gather", "convert_element_type", "transpose", "reshape"})
+
+
+def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in _SLICING
+
+
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+    "none": _all_but_slices,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Segment(nnx.Module):
+    """Layers `start` to `stop` (exclusive) of a stack."""
+
+    def __init__(self, block: nnx.Module, start: int, stop: int):
+        self.block = block
+        self.start = start
+        self.stop = stop
+
+
+class Stack(nnx.Module):
+    """`depth` equal layers with stacked weights.
+
+    Args:
+        make_block: makes one layer from `nnx.Rngs`; the layer is called as `block(x, context, gather)`.
+        depth: how many layers.
+        rngs: each layer is initialised with a key of its own.
+    """
+
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs):
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
+        states = jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(key))))(jax.random.split(rngs.params(), depth))
+        block = nnx.merge(graphdef, states)
+        for _, variable in nnx.iter_graph(block):
+            if isinstance(variable, nnx.Variable) and variable.has_metadata(AXES):
+                variable.set_metadata(AXES, ("layers", *variable.get_metadata(AXES)))
+        self.segments = nnx.List([Segment(block, 0, depth)])
+        self.depth = depth
+        self.remat = "dots"
+
+    def split_at(self, layer: int) -> Segment:
+        """The segment that starts at `layer`, cut off from the one that held it; both share the stacked weights."""
+        for i, segment in enumerate(self.segments):
+            if segment.start == layer:
+                return segment
+            if segment.start < layer < segment.stop:
+                # `nnx.clone(variables=False)` copies the modules and keeps the very same variables.
+                upper = Segment(nnx.clone(segment.block, variables=False), layer, segment.stop)
+                segment.stop = layer
+                self.segments = nnx.List([*self.segments[: i + 1], upper, *self.segments[i + 1 :]])
+                return upper
+        raise ValueError(f"layer {layer} is outside 0..{self.depth - 1}")
+
+    def __call__(self, x: jax.Array, context: Any, gather: jax.Array | None = None) -> jax.Array:
+        """Runs all layers.
+
+        Args:
+            x: (rows, length, width), the input of layer 0.
+            context: what every layer sees alike (masks, rotary angles); any pytree of arrays.
+            gather: (n,) int32, positions of the flattened (rows * length) that are needed at the end. The top layer then
+                does everything after its attention for these alone.
+
+        Returns:
+            (rows, length, width), or (n, width) with `gather`.
+        """
+        for segment in self.segments:
+            top = segment.stop == self.depth and gather is not None
+            stop = segment.stop - 1 if top else segment.stop
+            if stop > segment.start:
+                x = self._run(segment, x, context, segment.start, stop, None)
+            if top:
+                x = self._run(segment, x, context, stop, stop + 1, gather)
+        return x
+
+    def _run(self, segment: Segment, x: jax.Array, context: Any, start: int, stop: int, gather: jax.Array | None) -> jax.Array:
+        graphdef, own, shared = nnx.split(segment.block, lambda _, v: v.get_metadata().get(PER_SEGMENT, False), ..., graph=True)
+        if (start, stop) != (segment.start, segment.stop):
+            own = jax.tree.map(lambda a: a[start - segment.start : stop - segment.start], own)
+
+        def body(x: jax.Array, step: tuple[Any, Any]) -> tuple[jax.Array, None]:
+            index, own = step
+            layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), shared)
+            return nnx.merge(graphdef, own, layer)(x, context, gather), None
+
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        if stop - start == 1:
+            return body(x, (start, jax.tree.map(lambda a: a[0], own)))[0]
+        return jax.lax.scan(body, x, (jax.numpy.arange(start, stop), own))[0]

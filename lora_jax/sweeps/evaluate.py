@@ -1,0 +1,60 @@
+"""Evaluating saved adapters again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from ..config.errors import InputError, hint
+from ..config.load import load_config
+from ..tracking import Progress, member_folder
+from ..training.adapter_files import load_adapter
+from ..training.loop import evaluate_pack
+from ..training.pack import Pack
+from ..training.setup import Setup, set_up, setup_key
+from .members import members_of
+
+SPLITS = ("eval", "train")
+
+
+def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progress) -> dict[str, dict[str, float]]:
+    """Metrics of a run's saved adapters, the best of each member where that was kept.
+
+    Args:
+        run: a run directory.
+        member: one member's name; all by default.
+        split: `eval` (held-out rows) or `train`.
+        progress: the console.
+
+    Returns:
+        member name -> metric -> value.
+
+    Raises:
+        InputError: not a run directory, no such member or split, no saved adapter, or one that is damaged.
+    """
+    if split not in SPLITS:
+        raise InputError(f"--split: '{split}'. {hint(split, SPLITS)}")
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: not a run directory (it holds no config.yaml).")
+    members = members_of(load_config(run / "config.yaml"))
+    if member is not None and member not in [m.name for m in members]:
+        raise InputError(f"--member: no member '{member}'. {hint(member, [m.name for m in members])}")
+    results: dict[str, dict[str, float]] = {}
+    prepared: tuple[tuple[str, ...], Setup] | None = None
+    chosen = [m for m in members if member in (None, m.name)]
+    with progress.track(len(chosen), "evaluating") as track:
+        for number, one in enumerate(chosen, 1):
+            folder = next((f for f in (run / member_folder(one.name) / k for k in ("best", "final")) if f.is_dir()), None)
+            if folder is None:
+                raise InputError(f"{run}: member '{one.name}' has no saved adapter (not finished, or tracking.save: none).")
+            if prepared is None or prepared[0] != setup_key(one.config):
+                prepared = (setup_key(one.config), set_up(one.config))
+            setup = prepared[1]
+            pack = Pack.build(setup.model, [one.config], setup.steps)
+            arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))
+            batches = None if split == "eval" else setup.plan.eval_batches(setup.data.train)
+            metrics = evaluate_pack(pack, setup, {n: jnp.asarray(a)[None] for n, a in arrays.items()}, batches)
+            results[one.name] = {name: float(values[0]) for name, values in metrics.items()}
+            track.update(number)
+    return results

@@ -1,0 +1,164 @@
+"""Running a plan: packs one after the other over one loaded base, every member recorded as it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..config.load import dump_config
+from ..config.schema import Config
+from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory
+from ..training.adapter_files import save_adapter
+from ..training.loop import Outcome, train_pack
+from ..training.pack import Pack
+from ..training.setup import Setup, set_up, setup_key
+from .members import Member, members_of
+from .plan import PackPlan, plan_packs
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOutcome:
+    """A finished run: its directory, the members' results in the sweep's order, and how many programs were compiled."""
+
+    path: Path
+    results: list[MemberResult]
+    compiled_programs: int
+
+
+def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progress: Progress | None = None) -> SweepOutcome:
+    """Trains every member of a config that has not finished yet.
+
+    Args:
+        config: with or without a `sweep`; without one it is a single member.
+        solo: train each member alone, to check the packed results against.
+        fresh: set an old run of this name aside in place of resuming it.
+        progress: the console; silent by default.
+
+    Raises:
+        InputError: the config, the data or the model will not do, or the run directory holds another config.
+        RunError: a program was compiled more than once.
+    """
+    progress = progress or Progress(enabled=False)
+    began = time.perf_counter()
+    members = members_of(config)
+    run = RunDirectory.open(config.tracking.dir, config.name, dump_config(config), fresh=fresh)
+    try:
+        todo = [m for m in members if m.name not in run.statuses]
+        if run.resumed:
+            progress.print(f"{run.path}: resumed, {len(members) - len(todo)} of {len(members)} members are done.")
+        largest = 1 if solo or config.sweep is None else config.sweep.max_pack
+        packs = plan_packs(todo, largest=largest)
+        compiled = 0
+        prepared: tuple[tuple[str, ...], Setup] | None = None
+        for number, pack_plan in enumerate(packs, 1):
+            first = pack_plan.members[0].config
+            if prepared is None or prepared[0] != setup_key(first):
+                prepared = (setup_key(first), set_up(first))
+                progress.print(describe_setup(first, prepared[1]))
+            compiled += _run_pack(run, pack_plan, prepared[1], progress, f"pack {number}/{len(packs)}")
+        done = {r.name: r for r in run.results()}
+        results = [done[m.name] for m in members]
+        run.write_results(results)
+        run.write_summary({"compiled_programs": compiled, "packs": len(packs), "seconds": time.perf_counter() - began})
+    finally:
+        run.close()
+    return SweepOutcome(run.path, results, compiled)
+
+
+def describe_setup(config: Config, setup: Setup) -> str:
+    """What was loaded, in a line or two: examples, batch shape, padding."""
+    facts = setup.plan.summary()
+    return (
+        f"{config.model.source}: {len(setup.data.train.tokens):,} training and {len(setup.data.held_out.tokens):,} held-out examples, "
+        f"{setup.steps} steps of {config.training.batch_size}; batches of {facts['rows']} x {facts['length']} tokens, "
+        f"{100 * facts['padding_share']:.1f} % padding (one example a row: {100 * facts['dynamic_padding_share']:.0f} %)"
+    )
+
+
+def _run_pack(run: RunDirectory, plan: PackPlan, setup: Setup, progress: Progress, title: str) -> int:
+    """Trains one pack and records its members; returns how many programs were compiled."""
+    members = plan.members
+    config = members[0].config
+    pack = Pack.build(setup.model, [m.config for m in members], setup.steps)
+    counts = [pack.parameter_count(i) for i in range(len(members))]
+    progress.print(f"{title}: {len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters; compiling")
+    with _Recorder(run, members, counts, setup, progress, title) as recorder:
+        outcome = train_pack(pack, setup, eval_every=config.training.eval_every, log_every=config.tracking.log_every, listener=recorder)
+        recorder.finish(pack, outcome)
+    return pack.programs.train_traces.count + pack.programs.eval_traces.count
+
+
+class _Recorder:
+    """Writes what a pack's members do: TensorBoard, console, results, adapters."""
+
+    def __init__(self, run: RunDirectory, members: Sequence[Member], counts: list[int], setup: Setup, progress: Progress, title: str):
+        self.run, self.members, self.counts, self.setup = run, members, counts, setup
+        config = members[0].config
+        shown = ("loss", "accuracy") if setup.metric == "accuracy" else ("loss", "perplexity")
+        grid = config.sweep.grid if config.sweep else {}
+        tags = [f"eval/{name}" for name in shown]
+        self.writers = [
+            MemberWriter(run.member(m.name), m.settings, metrics=tags, domains=grid) if config.tracking.tensorboard else NullWriter() for m in members
+        ]
+        self.ended = False
+        self._track = progress.track(setup.steps, title)
+
+    def __enter__(self) -> _Recorder:
+        self.track = self._track.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._track.__exit__(*error)  # type: ignore[arg-type]
+        if not self.ended:
+            for writer in self.writers:
+                writer.close("interrupted")
+
+    def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
+        """Scalars of the training steps."""
+        values = {n: v for n, v in metrics.items() if n != "accuracy" or self.setup.metric == "accuracy"}
+        if self.setup.metric == "loss":
+            values["perplexity"] = np.exp(metrics["loss"])
+        for i, writer in enumerate(self.writers):
+            scalars = {f"train/{n}": float(v[i]) for n, v in values.items()}
+            if tokens_per_second:
+                scalars["train/tokens_per_second"] = tokens_per_second
+            writer.scalars(step, scalars)
+        self.track.update(step, loss=float(np.nanmean(metrics["loss"])), tokens_per_second=tokens_per_second * len(self.members))
+
+    def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        """Scalars of an evaluation."""
+        for i, writer in enumerate(self.writers):
+            writer.scalars(step, {f"eval/{n}": float(v[i]) for n, v in metrics.items()})
+
+    def finish(self, pack: Pack, outcome: Outcome) -> None:
+        """Writes adapters, then results: a member with a result has all its files."""
+        facts = self.setup.plan.summary()
+        for i, member in enumerate(self.members):
+            status = "finished" if outcome.alive[i] else "diverged"
+            folder = self.run.member(member.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            save = member.config.tracking.save
+            for kind, arrays in (("final", outcome.final_arrays), ("best", outcome.best_arrays)):
+                if save in (kind, "both"):
+                    save_adapter(folder / kind, pack.member_arrays(self.setup.model, i, arrays))
+            self.writers[i].close(status)
+            MemberResult(
+                name=member.name,
+                settings=member.settings,
+                parameters=self.counts[i],
+                status=status,
+                final={n: float(v[i]) for n, v in outcome.final.items()},
+                best={n: float(v[i]) for n, v in outcome.best.items()},
+                best_step=int(outcome.best_step[i]),
+                steps=self.setup.steps,
+                seconds=outcome.total_seconds,
+                tokens=outcome.tokens,
+                tokens_per_second=outcome.tokens / outcome.seconds if outcome.seconds else 0.0,
+                padding_share=float(facts["padding_share"]),
+            ).write(folder)
+        self.ended = True
+

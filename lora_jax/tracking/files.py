@@ -1,0 +1,78 @@
+"""Files that are either whole or absent: written under a temporary name in the same folder, then renamed into place."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_jax.config.errors import InputError
+
+
+def write_atomic(path: Path | str, content: str | bytes) -> Path:
+    """Replaces `path` by `content`; a reader, or a run killed half-way, sees the old file or the new one, never a part.
+
+    Args:
+        path: The file. Its folder is made if missing.
+        content: Text is written as UTF-8.
+
+    Returns:
+        `path`, as a `Path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Same folder, because a rename is atomic only inside one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def finite_or_none(value: Any) -> Any:
+    """`value` with every NaN and infinity inside it replaced by None, and numpy scalars by Python's: JSON has neither.
+
+    >>> finite_or_none({"loss": float("nan"), "steps": [1, 2]})
+    {'loss': None, 'steps': [1, 2]}
+    """
+    if isinstance(value, dict):
+        return {str(key): finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path | str, value: Any) -> Path:
+    """Writes `value` as indented, standard JSON (NaN and infinity become null), atomically."""
+    return write_atomic(path, json.dumps(finite_or_none(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: The file is missing, is not JSON, or holds something other than an object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # bad UTF-8 or bad JSON
+        raise InputError(f"{path}: damaged, not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged, holds a {type(value).__name__} where an object was expected")
+    return value

@@ -1,0 +1,201 @@
+"""A run's directory: made once, then resumed or refused, never silently overwritten.
+
+runs/<name>/config.yaml          the resolved config
+            environment.json     what it ran on (and, where it was resumed, what it ran on then)
+            summary.json         figures of the run as a whole
+            results.csv          a row a member
+            report.html
+            <member>/            TensorBoard events, results.json, checkpoints
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_jax.config.errors import InputError
+from lora_jax.tracking import lock
+from lora_jax.tracking.environment import describe_environment
+from lora_jax.tracking.files import read_json, write_atomic, write_json
+from lora_jax.tracking.results import MemberResult, read_run, write_results_csv
+
+# Where the directory lies is no part of the experiment: a run stays resumable after its folder was moved.
+IGNORED = frozenset({"tracking.dir"})
+_SHOWN = 8
+_ABSENT = object()
+
+
+@dataclass
+class RunDirectory:
+    """An open run directory; make one with `RunDirectory.open`.
+
+    Attributes:
+        path: `<root>/<name>`.
+        resumed: Whether it held this run already.
+        statuses: Member name -> `finished`, `diverged` or `failed`, for the members that had ended before.
+        replaced: Where the old directory went (`fresh`), else None.
+    """
+
+    path: Path
+    resumed: bool = False
+    statuses: dict[str, str] = field(default_factory=dict)
+    replaced: Path | None = None
+
+    @classmethod
+    def open(
+        cls,
+        root: Path | str,
+        name: str,
+        config_yaml: str,
+        *,
+        fresh: bool = False,
+        devices: Sequence[Any] | None = None,
+        write: bool = True,
+    ) -> RunDirectory:
+        """Makes `<root>/<name>`, or reopens it if it holds a run of the same config.
+
+        Args:
+            root: `tracking.dir`.
+            name: The run's name; one plain folder name.
+            config_yaml: The resolved config.
+            fresh: Start anew; an old run of this name is kept as `<name>.old-1`, `<name>.old-2`, ...
+            devices: JAX devices for `environment.json`; by default `jax.devices()`, asked for only when needed.
+            write: False in processes other than the first: they see the same object and write nothing. Let the first
+                process open it, then synchronize, then the others.
+
+        Raises:
+            InputError: The name leaves `root`; another config ran under this name; the folder is no run directory; or
+                another process is writing to it. Nothing on the disk has changed then.
+        """
+        if name in ("", ".", "..") or name != Path(name).name or "\\" in name or name.startswith("."):
+            raise InputError(f"name: '{name}' is not a plain folder name")
+        path = Path(root) / name
+        if not write:
+            # The first process has been here: whether it resumed is in what it wrote.
+            resumed = "resumed" in read_json(path / "environment.json")
+            return cls(path, resumed=resumed, statuses=_statuses(path) if resumed else {})
+        run = cls(path)
+        if path.exists() and _check_is_run(path):
+            lock.acquire(path)
+            try:
+                run._take_over(config_yaml, fresh)
+            except BaseException:
+                lock.release(path)
+                raise
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(path)
+        write_atomic(path / "config.yaml", config_yaml)
+        environment = describe_environment(devices)
+        if run.resumed and (path / "environment.json").exists():
+            first = read_json(path / "environment.json")
+            environment = first | {"resumed": [*first.get("resumed", []), environment]}
+        write_json(path / "environment.json", environment)
+        return run
+
+    def _take_over(self, config_yaml: str, fresh: bool) -> None:
+        if fresh:
+            asides = (self.path.with_name(f"{self.path.name}.old-{count}") for count in itertools.count(1))
+            self.replaced = next(aside for aside in asides if not aside.exists())
+            lock.release(self.path)
+            self.path.rename(self.replaced)
+            return
+        try:
+            old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{self.path / 'config.yaml'}: cannot be read ({error}). Give another 'name=', or --fresh.") from None
+        changes = differences(old, yaml.safe_load(config_yaml) or {})
+        if changes:
+            shown = [f"  {key}: {_text(was)} -> {_text(now)}" for key, (was, now) in list(changes.items())[:_SHOWN]]
+            more = [f"  ... and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
+            advice = "Give this run another 'name=', or --fresh to start it anew (the old one is kept aside)."
+            raise InputError("\n".join([f"{self.path} holds a run with another config (old -> new):", *shown, *more, advice]))
+        self.resumed, self.statuses = True, _statuses(self.path)
+
+    @property
+    def finished(self) -> set[str]:
+        """Names of the members that need no more training."""
+        return {name for name, status in self.statuses.items() if status == "finished"}
+
+    def member(self, name: str) -> Path:
+        """The folder of a member; made by whoever writes into it."""
+        return self.path / member_folder(name)
+
+    def results(self) -> list[MemberResult]:
+        """The results so far; see `read_run`."""
+        return read_run(self.path)
+
+    def write_results(self, results: Sequence[MemberResult]) -> Path:
+        """Writes `results.csv`."""
+        return write_results_csv(self.path / "results.csv", results)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> Path:
+        """Writes figures of the run as a whole (`compiled_programs`, `seconds`, ...), which the report shows."""
+        return write_json(self.path / "summary.json", dict(summary))
+
+    def close(self) -> None:
+        """Lets other processes write here. The end of the process does so too."""
+        lock.release(self.path)
+
+
+def _check_is_run(path: Path) -> bool:
+    """Whether a run is there (True), or an empty folder (False).
+
+    Raises:
+        InputError: Something else is there, which must not be touched.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path} is a file. Give this run another 'name=' or 'tracking.dir='.")
+    if (path / "config.yaml").is_file():
+        return True
+    if any(p.name != ".lock" for p in path.iterdir()):
+        raise InputError(f"{path} exists and is not a run directory (it has no config.yaml). Give another 'name=' or 'tracking.dir='.")
+    return False
+
+
+def _statuses(path: Path) -> dict[str, str]:
+    results = [MemberResult.read(file) for file in sorted(path.glob("*/results.json"))]
+    return {result.name: result.status for result in results}
+
+
+def member_folder(name: str) -> str:
+    """A safe folder name for a member: the name itself where possible, else a cleaned one with a hash of the original.
+
+    >>> member_folder("rank=4,targets=attention")
+    'rank=4,targets=attention'
+    >>> member_folder("targets=../x")
+    'targets=.._x-bb55ab00'
+    """
+    clean = re.sub(r"[^A-Za-z0-9._=,+-]", "_", name)[:100].lstrip(".") or "member"
+    reserved = clean in ("config.yaml", "environment.json", "summary.json", "results.csv", "report.html")
+    # A trailing dot is dropped by Windows; a changed name might meet another member's.
+    if clean == name and not reserved and not clean.endswith("."):
+        return clean
+    return f"{clean}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value), for every key of two nested mappings that differs; a missing key shows as such.
+
+    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+    {'a.b': (1, 2)}
+    """
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return {} if old == new and type(old) is type(new) else {prefix: (old, new)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*old, *new]):
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        if dotted not in IGNORED:
+            found |= differences(old.get(key, _ABSENT), new.get(key, _ABSENT), dotted)
+    return found
+
+
+def _text(value: Any) -> str:
+    text = "(absent)" if value is _ABSENT else "null" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,179 @@
+"""The loop: batches through the compiled step, evaluation, and what each member came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..adapters.partition import Arrays
+from .pack import Pack
+from .setup import Setup
+from .step import Metrics
+
+
+class Listener(Protocol):
+    """Hears of a pack's progress. Every array is (members,) float32 on the host."""
+
+    def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
+        """Means of `loss` and `accuracy` since the last call, and `grad_norm` and `learning_rate`, after `step` steps."""
+
+    def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        """`loss`, `accuracy` and, for language models, `perplexity` on the held-out examples."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a pack came to.
+
+    Attributes:
+        final, best: metrics of the last and the best evaluation, (members,) arrays; best by the setup's metric.
+        best_step: (members,) int.
+        alive: (members,) bool; False where a loss was not finite.
+        final_arrays, best_arrays: trainable arrays, stacked.
+        seconds, tokens: of training alone (without compilation and evaluation), tokens without padding, for one member.
+        total_seconds: with compilation and evaluation.
+    """
+
+    final: dict[str, np.ndarray]
+    best: dict[str, np.ndarray]
+    best_step: np.ndarray
+    alive: np.ndarray
+    final_arrays: Arrays
+    best_arrays: Arrays
+    seconds: float
+    tokens: int
+    total_seconds: float
+
+
+def train_pack(pack: Pack, setup: Setup, *, eval_every: int, log_every: int, listener: Listener) -> Outcome:
+    """Trains all members of a pack to the last step.
+
+    Args:
+        pack: members at step 0; its state is consumed.
+        setup: data and number of steps.
+        eval_every: steps between evaluations; 0 evaluates at the end alone.
+        log_every: steps between calls of `listener.on_train`.
+        listener: hears of progress.
+
+    Raises:
+        RunError: a program was compiled more than once.
+    """
+    state, fixed, frozen = pack.state, pack.fixed, pack.part.frozen
+    began = time.perf_counter()
+    best = _Best(len(pack.configs), setup.metric)
+    window: list[Metrics] = []
+    clock = _Clock()
+    final: dict[str, np.ndarray] = {}
+    for step, batch in enumerate(setup.plan.batches(0, setup.steps)):
+        state, metrics = pack.programs.train(state, fixed, frozen, batch, np.int32(step))
+        window.append(metrics)
+        done = step + 1
+        clock.count(int((batch["segment_ids"] > 0).sum()))
+        if done == 1:
+            jax.block_until_ready(metrics)  # the first step compiles; its time is no measure of the rest
+            clock.restart()
+        if done % log_every == 0 or done == setup.steps:
+            means = _window_means(window)
+            window = []
+            listener.on_train(done, means, clock.rate())
+        if done == setup.steps or (eval_every and done % eval_every == 0):
+            clock.pause()
+            final = evaluate_pack(pack, setup, state.trainable)
+            best.offer(done, final, state.trainable)
+            listener.on_eval(done, final)
+            clock.resume()
+    pack.programs.check()
+    assert best.arrays is not None
+    return Outcome(
+        final,
+        best.metrics,
+        best.step,
+        np.asarray(state.alive),
+        state.trainable,
+        best.arrays,
+        clock.seconds,
+        clock.total_tokens,
+        time.perf_counter() - began,
+    )
+
+
+def evaluate_pack(pack: Pack, setup: Setup, trainable: Arrays, batches: Sequence[dict[str, np.ndarray]] | None = None) -> dict[str, np.ndarray]:
+    """Mean loss, accuracy and, for language models, perplexity of every member over the held-out batches (or `batches`)."""
+    sums: list[Any] = []
+    weight = 0.0
+    for batch in setup.plan.eval_batches() if batches is None else batches:
+        sums.append(pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, batch))
+        weight += float(batch["target_weights"].sum())
+    loss, correct = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
+    metrics = {"loss": loss, "accuracy": correct}
+    if setup.metric == "loss":
+        metrics = {"loss": loss, "perplexity": np.exp(loss), "token_accuracy": correct}
+    return metrics
+
+
+def _window_means(window: list[Metrics]) -> dict[str, np.ndarray]:
+    stacked = {name: np.stack([np.asarray(getattr(m, name)) for m in window]) for name in Metrics._fields}
+    # The newest value of what is a state rather than a sample.
+    return {name: a[-1] if name in ("grad_norm", "learning_rate") else a.mean(0) for name, a in stacked.items()}
+
+
+class _Best:
+    """The best evaluation of each member so far, with its arrays."""
+
+    def __init__(self, members: int, metric: str):
+        self.metric, self.sign = metric, -1.0 if metric == "loss" else 1.0
+        self.score = np.full(members, -np.inf)
+        self.step = np.zeros(members, int)
+        self.metrics: dict[str, np.ndarray] = {}
+        self.arrays: Arrays | None = None
+
+    def offer(self, step: int, metrics: dict[str, np.ndarray], arrays: Arrays) -> None:
+        score = self.sign * metrics[self.metric]
+        better = score > self.score  # never true of NaN
+        if self.arrays is None:
+            # A copy: the step donates its state, and with it these buffers.
+            self.arrays = jax.tree.map(jnp.copy, arrays)
+            self.metrics = {name: values.copy() for name, values in metrics.items()}
+        else:
+            shaped = {n: jnp.asarray(better).reshape(-1, *([1] * (a.ndim - 1))) for n, a in arrays.items()}
+            self.arrays = {n: jnp.where(shaped[n], a, self.arrays[n]) for n, a in arrays.items()}
+            self.metrics = {n: np.where(better, v, self.metrics[n]) for n, v in metrics.items()}
+        self.score = np.where(better, score, self.score)
+        self.step = np.where(better | (self.step == 0), step, self.step)
+
+
+class _Clock:
+    """Time and tokens of training, compilation and evaluations left out."""
+
+    def __init__(self) -> None:
+        self.seconds, self.total_tokens, self._tokens = 0.0, 0, 0
+        self._since = time.perf_counter()
+        self._mark: tuple[float, int] = (0.0, 0)
+
+    def count(self, tokens: int) -> None:
+        self.total_tokens += tokens
+        self._tokens += tokens
+
+    def restart(self) -> None:
+        self._since, self._tokens, self.seconds, self._mark = time.perf_counter(), 0, 0.0, (0.0, 0)
+
+    def pause(self) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+    def resume(self) -> None:
+        self._since = time.perf_counter()
+
+    def rate(self) -> float:
+        """Tokens a second since the last call."""
+        self.pause()
+        self.resume()
+        seconds, tokens = self.seconds - self._mark[0], self._tokens - self._mark[1]
+        self._mark = (self.seconds, self._tokens)
+        return tokens / seconds if seconds > 0 and tokens else 0.0
+

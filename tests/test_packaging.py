@@ -1,0 +1,70 @@
+"""The installation's parts agree with one another."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+
+
+def constraints():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def test_the_tested_versions_are_versions_that_are_asked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    pins = constraints()
+    for text in project["dependencies"] + extras["dev"] + extras["interop"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_no_pin_names_a_local_build():
+    assert [name for name, version in constraints().items() if "+" in version] == []
+
+
+def test_assets_are_pinned_by_hash():
+    lines = [line for line in (ROOT / "requirements-assets.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) == 3
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+
+
+def find_python(folder, **pythons):
+    """Runs the search with only these stand-ins on the path: name -> (version, whether it can make environments)."""
+    for name, (version, can_make) in pythons.items():
+        major, minor = version.split(".")
+        old = int((int(major), int(minor)) < (3, 11))
+        stand_in = folder / name.replace("_", ".")
+        stand_in.write_text(
+            "#!/bin/sh\n"
+            f'case "$2" in *print*) echo {version};; *version_info*) exit {old};; *ensurepip*) exit {0 if can_make else 1};; esac\n'
+        )
+        stand_in.chmod(0o755)
+    command = ["/bin/sh", str(ROOT / ".ci/find_python.sh")]
+    return subprocess.run(command, capture_output=True, text=True, env={"PATH": str(folder)})
+
+
+def test_the_first_python_that_will_do_is_taken(tmp_path):
+    done = find_python(tmp_path, python3=("3.9", True), python3_12=("3.12", False), python3_11=("3.11", True))
+    assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "python3.11")), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pythons", "told"),
+    [
+        ({}, "none of them"),
+        ({"python3": ("3.9", True)}, "python3 is 3.9"),
+        ({"python3": ("3.12", False)}, "apt install python3-venv"),
+    ],
+)
+def test_a_machine_without_one_is_told_what_to_do(tmp_path, pythons, told):
+    done = find_python(tmp_path, **pythons)
+    assert done.returncode == 2
+    assert "needs Python 3.11 or newer" in done.stderr and told in done.stderr
