@@ -9,7 +9,7 @@ from ..config.errors import InputError, nearest
 from ..config.schema import AdapterConfig
 from ..models.stack import AXES, PER_SEGMENT, Stack
 from .labels import FROZEN, label_of, label_table
-from .modules import SITE_MODULES, AdapterSetting, LowRank
+from .modules import SITE_MODULES, AdapterSetting, LoRAParam, LowRank
 from .sites import find_sites, logical_name
 from .spec import Structure, resolve, unite
 
@@ -108,7 +108,8 @@ def _label(model: nnx.Module, structure: Structure) -> None:
     for path, variable in nnx.iter_graph(model):
         if not isinstance(variable, nnx.Variable) or isinstance(variable, AdapterSetting):
             continue
-        label = label_of(logical_name(path), table)
+        # A user's batch statistics and random keys are variables too, but nothing to train.
+        label = label_of(logical_name(path), table) if isinstance(variable, nnx.Param | LoRAParam) else FROZEN
         variable.set_metadata(LABEL, label)
         if label != FROZEN and id(variable) in owned and variable.get_metadata().get(AXES, ("",))[0] == "layers":
             # A trained weight of the base goes through the scan as its input: its gradient is then stacked by the scan, not

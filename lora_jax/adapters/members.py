@@ -21,10 +21,14 @@ def fill_member(model: nnx.Module, spec: MemberSpec, seed: int) -> None:
     """Sets the adapters of a model made by `inject_structure` to one member at step 0, in place.
 
     The default init is PEFT's: at a linear site A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0 (kaiming_uniform with a = sqrt 5); at an
-    embedding A = 0 and B ~ N(0, 1). A new classification head is drawn by the member's seed too, from N(0, 0.02).
+    embedding A = 0 and B ~ N(0, 1).
     """
     for name, module in site_modules(model).items():
         _fill_site(module, name, spec.sites.get(name), spec.config.dropout, seed)
+
+
+def draw_head(model: nnx.Module, seed: int) -> None:
+    """Draws a task's new classification head by a member's seed, from N(0, 0.02), in place."""
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param) and logical_name(path).endswith("classifier.kernel"):
             drawn = _generator(seed, "classifier", 0).standard_normal(variable.shape, np.float32)

@@ -67,7 +67,7 @@ def partition(model: nnx.Module) -> Partition:
         if isinstance(variable, AdapterSetting):
             parts[1][name] = variable[...]
         elif label != FROZEN:
-            parts[0][name] = variable[...]
+            parts[0][name] = jnp.asarray(variable[...], jnp.float32)  # of a bfloat16 base too: small updates would round away
             labels[name] = label
         else:
             parts[2][name] = variable[...]

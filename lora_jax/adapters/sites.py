@@ -152,7 +152,7 @@ def select(sites: list[Site], targets: str | list[str], exclude: str | list[str]
     if not chosen:
         raise InputError("adapter.exclude: leaves nothing of adapter.targets to adapt.")
     if layers is not None:
-        _keep_layers(chosen, layers)
+        _keep_layers(chosen, layers, sites)
     return {name: wanted for name, (_, wanted) in chosen.items() if wanted.any()}
 
 
@@ -188,11 +188,15 @@ def layer_number(name: str) -> int | None:
     return next((int(p) for p in name.split(".") if p.isdigit()), None)
 
 
-def _keep_layers(chosen: dict[str, tuple[Site, np.ndarray]], layers: int | str | list[int]) -> None:
-    numbers = {n for site, _ in chosen.values() for names in site.names if (n := layer_number(names[0])) is not None}
+def _layer_numbers(sites: list[Site]) -> set[int]:
+    return {n for site in sites for names in site.names if (n := layer_number(names[0])) is not None}
+
+
+def _keep_layers(chosen: dict[str, tuple[Site, np.ndarray]], layers: int | str | list[int], sites: list[Site]) -> None:
+    numbers = _layer_numbers([site for site, _ in chosen.values()])
     if not numbers:
         raise InputError("adapter.layers: none of the targets is in a numbered layer.")
-    wanted = parse_layers(layers, max(numbers) + 1)
+    wanted = parse_layers(layers, max(_layer_numbers(sites)) + 1)
     for site, mask in chosen.values():
         mask &= np.array([layer_number(names[0]) in wanted for names in site.names])
     if not any(mask.any() for _, mask in chosen.values()):

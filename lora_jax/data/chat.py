@@ -1,0 +1,43 @@
+"""Chat messages through a tokenizer's template, with the assistant's own tokens marked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config.errors import InputError
+
+
+def encode_chat(messages: Any, tokenizer: Any, row: int) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and for each whether the assistant wrote it (its end-of-turn token included).
+
+    The template is rendered up to each assistant message with its opening words (`add_generation_prompt`), and up to its end; what
+    the second has more than the first is the assistant's.
+
+    Args:
+        messages: a list of `{role, content}`.
+        tokenizer: with a chat template.
+        row: 0-based, for messages.
+
+    Raises:
+        InputError: no template, or the row is not a list of messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("task.messages: this model's tokenizer has no chat template; use 'prompt' and 'response', or another base.")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages) or not messages:
+        raise InputError(f"task.messages: row {row + 1} is not a list of messages with 'role' and 'content'.")
+
+    def render(upto: int, opening: bool) -> str:
+        return tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=opening)
+
+    whole = render(len(messages), False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, end = len(render(i, True)) if i else 0, len(render(i + 1, False))
+        if whole[:end] != render(i + 1, False) or (i and not whole.startswith(render(i, True))):
+            raise InputError("task.messages: this chat template rewrites earlier messages, so the assistant's words cannot be told apart.")
+        spans.append((start, end))
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, padding=False)
+    wanted = [any(start <= a < end for start, end in spans) for a, _ in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), wanted

@@ -1,0 +1,142 @@
+"""Small random models, configs and batches for tests: width 32, a few layers, 64 tokens, compiled in a second or two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lora_jax.config.schema import Config
+from lora_jax.models.decoder import Decoder, DecoderConfig
+from lora_jax.models.encoder import Encoder, EncoderConfig
+from lora_jax.models.heads import LanguageModel, SequenceClassifier
+from lora_jax.models.layers import BlockConfig
+
+VOCAB, WIDTH, CLASSES = 64, 32, 3
+
+# The names that BERT's and Llama's own checkpoints use, as `load_model` sets them.
+BERT_ALIASES = (
+    ("layers.attn.q_proj", "encoder.layer.{i}.attention.self.query"),
+    ("layers.attn.v_proj", "encoder.layer.{i}.attention.self.value"),
+    ("layers.attn.o_proj", "encoder.layer.{i}.attention.output.dense"),
+    ("layers.mlp.down_proj", "encoder.layer.{i}.output.dense"),
+)
+LLAMA_ALIASES = (
+    ("layers.attn.q_proj", "model.layers.{i}.self_attn.q_proj"),
+    ("layers.mlp.down_proj", "model.layers.{i}.mlp.down_proj"),
+    ("embed", "model.embed_tokens"),
+)
+
+
+def shake(model: nnx.Module, seed: int = 0, size: float = 0.1) -> nnx.Module:
+    """Adds noise to every parameter, so that no bias is 0 and no norm's scale is 1."""
+    rng = np.random.default_rng(seed)
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param):
+            noise = size * rng.standard_normal(variable.shape, np.float32)
+            variable[...] = (variable[...].astype(jnp.float32) + noise).astype(variable.dtype)
+    return model
+
+
+def encoder(depth: int = 4, *, seed: int = 0, pooler: bool = True, width: int = WIDTH, dtype: Any = jnp.float32, vocab: int = VOCAB) -> Encoder:
+    """A BERT-like encoder."""
+    block = BlockConfig(width, 4, 4, width // 4, 2 * width, "gelu", False, "layer", 1e-6, False, True, True, dtype)
+    model = Encoder(EncoderConfig(block, depth, vocab, 64, 2, pooler), rngs=nnx.Rngs(seed))
+    model.site_aliases = nnx.static(BERT_ALIASES)
+    return shake(model, seed)
+
+
+def decoder(
+    depth: int = 4, *, seed: int = 0, tied: bool = True, width: int = WIDTH, dtype: Any = jnp.float32, vocab: int = VOCAB, bias: bool = False
+) -> Decoder:
+    """A Llama-like decoder with two query heads to each key/value head."""
+    block = BlockConfig(width, 4, 2, width // 4, 2 * width, "silu", True, "rms", 1e-5, True, bias, False, dtype)
+    model = Decoder(DecoderConfig(block, depth, vocab, 10000.0, tied), rngs=nnx.Rngs(seed))
+    model.site_aliases = nnx.static(LLAMA_ALIASES)
+    return shake(model, seed)
+
+
+def classifier(depth: int = 4, *, pooling: str = "cls", classes: int = CLASSES, **options: Any) -> SequenceClassifier:
+    """An encoder with a new classification head."""
+    return SequenceClassifier(encoder(depth, **options), classes, pooling, rngs=nnx.Rngs(1))
+
+
+def language_model(depth: int = 4, **options: Any) -> LanguageModel:
+    """A decoder as the training step takes it."""
+    return LanguageModel(decoder(depth, **options))
+
+
+def config(**values: Any) -> Config:
+    """A config; `section__key=value` sets one key. Its model and task name nothing that exists."""
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"source": "nowhere"},
+        "task": {"kind": "classification", "source": "nowhere.csv", "text": "text", "label": "label"},
+        "adapter": {"rank": 4},
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"steps": 20},
+    }
+    for name, value in values.items():
+        section, _, key = name.partition("__")
+        raw[section][key] = value
+    return Config.model_validate(raw)
+
+
+def batch(
+    seed: int = 0, *, rows: int = 4, length: int = 12, micro: int = 1, causal: bool = False, classes: int = CLASSES, vocab: int = VOCAB
+) -> dict[str, np.ndarray]:
+    """A random batch as `train_step` takes it: two examples to a row and some padding, a leading micro-batch axis.
+
+    Args:
+        causal: next-token targets at the second half of each example; otherwise a class at each example's first token.
+    """
+    return stack_micro([_micro(np.random.default_rng([seed, i]), rows, length, causal, classes, vocab) for i in range(micro)])
+
+
+def stack_micro(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Micro-batches of equal shapes to one batch."""
+    return {name: np.stack([p[name] for p in parts]) for name in parts[0]}
+
+
+def _micro(rng: np.random.Generator, rows: int, length: int, causal: bool, classes: int, vocab: int) -> dict[str, np.ndarray]:
+    tokens = rng.integers(1, vocab, (rows, length))
+    positions, segments = np.zeros((2, rows, length), int)
+    examples = np.full((rows, length), 2 * rows)
+    targets: list[int] = []
+    for row in range(rows):
+        first = int(rng.integers(3, length // 2))
+        second = int(rng.integers(3, length - first))
+        for k, (start, size) in enumerate(((0, first), (first, second))):
+            here = slice(start, start + size)
+            positions[row, here] = np.arange(size)
+            segments[row, here] = k + 1
+            examples[row, here] = 2 * row + k
+            flat = row * length + start
+            targets += range(flat + size // 2, flat + size - 1) if causal else [flat]
+    tokens[segments == 0] = 0
+    count = rows * length // 2 if causal else 2 * rows + 1  # the same in every micro-batch: one shape, the rest has weight 0
+    index, weights = np.zeros(count, int), np.zeros(count, np.float32)
+    index[: len(targets)], weights[: len(targets)] = targets, 1.0
+    ids = np.append(tokens.reshape(-1), 0)[index + 1] if causal else rng.integers(0, classes, count)
+    arrays = {"tokens": tokens, "positions": positions, "segment_ids": segments, "example_ids": examples, "target_index": index, "target_ids": ids}
+    return {name: a.astype(np.int32) for name, a in arrays.items()} | {"target_weights": weights}
+
+
+def arrays_equal(a: Any, b: Any) -> bool:
+    """Whether two trees have the same bits."""
+    a, b = jax.tree.map(np.asarray, (a, b))
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def relative(a: Any, b: Any) -> float:
+    """Largest difference over the largest magnitude of `b`."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30))
+
+
+def base_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Path -> value of every `nnx.Param`."""
+    return {".".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
