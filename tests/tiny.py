@@ -104,7 +104,8 @@ def stack_micro(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _micro(rng: np.random.Generator, rows: int, length: int, causal: bool, classes: int, vocab: int) -> dict[str, np.ndarray]:
     tokens = rng.integers(1, vocab, (rows, length))
     positions, segments = np.zeros((2, rows, length), int)
-    examples = np.full((rows, length), 2 * rows)
+    count = rows * length // 2 if causal else 2 * rows + 1  # the same in every micro-batch: one shape, the rest has weight 0
+    examples = np.full((rows, length), count)
     targets: list[int] = []
     for row in range(rows):
         first = int(rng.integers(3, length // 2))
@@ -117,7 +118,6 @@ def _micro(rng: np.random.Generator, rows: int, length: int, causal: bool, class
             flat = row * length + start
             targets += range(flat + size // 2, flat + size - 1) if causal else [flat]
     tokens[segments == 0] = 0
-    count = rows * length // 2 if causal else 2 * rows + 1  # the same in every micro-batch: one shape, the rest has weight 0
     index, weights = np.zeros(count, int), np.zeros(count, np.float32)
     index[: len(targets)], weights[: len(targets)] = targets, 1.0
     ids = np.append(tokens.reshape(-1), 0)[index + 1] if causal else rng.integers(0, classes, count)

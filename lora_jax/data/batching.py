@@ -37,6 +37,7 @@ class BatchPlan:
         batching: `packed` (several examples a row) or `padded` (one).
         seed: of the order.
         per_example: whether each example has one target, so that `example_ids` are wanted.
+        row_multiple: rows are rounded up to a multiple of it, so that devices can share them.
         steps: optimizer steps; or `epochs`, from which they follow.
 
     Attributes:
@@ -58,12 +59,14 @@ class BatchPlan:
         batching: str = "packed",
         seed: int = 0,
         per_example: bool,
+        row_multiple: int = 1,
         steps: int | None = None,
         epochs: float | None = None,
     ):
         if batch_size > len(train.tokens):
             raise InputError(f"training.batch_size: {batch_size}, but there are only {len(train.tokens)} training examples.")
         self._train, self._held_out, self._seed, self._per_example = train, held_out, seed, per_example
+        self._row_multiple = row_multiple
         self._micro, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
         self.steps_per_epoch = len(train.tokens) // batch_size
         self.steps = steps if steps is not None else max(1, round((epochs or 0) * self.steps_per_epoch))
@@ -131,13 +134,17 @@ class BatchPlan:
         count = self._micro if self._per_example else -(-most // 8) * 8
         longest = -(-int(max(lengths.max(), self._held_out.lengths.max())) // 8) * 8
         if not self._packed:
-            return self._micro, longest, count
+            return self._rounded(self._micro), longest, count
         group_lengths = lengths[groups]
-        # Longer rows pack better and attend more. Rows hold the longest example, and at most a whole batch is one row.
-        candidates = sorted({min(n, -(-int(group_lengths.sum(1).max()) // 8) * 8) for n in (longest, *range(longest, max(2 * longest, 128) + 1, 16))})
-        shapes = [(int(rows_needed(group_lengths, n).max()), n) for n in candidates if n >= longest]
-        rows, length = min(shapes, key=lambda s: s[0] * s[1] * (1 + s[1] / _ATTENTION_LENGTH)) if shapes else (self._micro, longest)
+        # Longer rows pack better and attend more. One row never needs more than a whole batch's tokens.
+        whole = max(longest, -(-int(group_lengths.sum(axis=1).max()) // 8) * 8)
+        candidates = {min(n, whole) for n in range(longest, max(2 * longest, 128) + 1, 16)}
+        shapes = [(self._rounded(int(rows_needed(group_lengths, n).max())), n) for n in sorted(candidates)]
+        rows, length = min(shapes, key=lambda s: s[0] * s[1] * (1 + s[1] / _ATTENTION_LENGTH))
         return rows, length, count
+
+    def _rounded(self, rows: int) -> int:
+        return -(-rows // self._row_multiple) * self._row_multiple
 
     def _eval_groups(self, examples: Examples) -> list[np.ndarray]:
         """Held-out examples cut into batches that fit the shape."""

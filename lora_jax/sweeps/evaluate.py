@@ -51,7 +51,7 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
             if prepared is None or prepared[0] != setup_key(one.config):
                 prepared = (setup_key(one.config), set_up(one.config))
             setup = prepared[1]
-            pack = Pack.build(setup.model, [one.config], setup.steps)
+            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh)
             arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))
             batches = None if split == "eval" else setup.plan.eval_batches(setup.data.train)
             metrics = evaluate_pack(pack, setup, {n: jnp.asarray(a)[None] for n, a in arrays.items()}, batches)

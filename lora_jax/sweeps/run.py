@@ -83,7 +83,7 @@ def _run_pack(run: RunDirectory, plan: PackPlan, setup: Setup, progress: Progres
     """Trains one pack and records its members; returns how many programs were compiled."""
     members = plan.members
     config = members[0].config
-    pack = Pack.build(setup.model, [m.config for m in members], setup.steps)
+    pack = Pack.build(setup.model, [m.config for m in members], setup.steps, setup.mesh)
     counts = [pack.parameter_count(i) for i in range(len(members))]
     progress.print(f"{title}: {len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters; compiling")
     with _Recorder(run, members, counts, setup, progress, title) as recorder:

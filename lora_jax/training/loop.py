@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.partition import Arrays
+from ..parallel.mesh import place_batch
 from .pack import Pack
 from .setup import Setup
 from .step import Metrics
@@ -71,7 +72,8 @@ def train_pack(pack: Pack, setup: Setup, *, eval_every: int, log_every: int, lis
     clock = _Clock()
     final: dict[str, np.ndarray] = {}
     for step, batch in enumerate(setup.plan.batches(0, setup.steps)):
-        state, metrics = pack.programs.train(state, fixed, frozen, batch, np.int32(step))
+        placed = place_batch(setup.mesh, batch, row_axis=1)
+        state, metrics = pack.programs.train(state, fixed, frozen, placed, np.int32(step))
         window.append(metrics)
         done = step + 1
         clock.count(int((batch["segment_ids"] > 0).sum()))
@@ -108,7 +110,7 @@ def evaluate_pack(pack: Pack, setup: Setup, trainable: Arrays, batches: Sequence
     sums: list[Any] = []
     weight = 0.0
     for batch in setup.plan.eval_batches() if batches is None else batches:
-        sums.append(pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, batch))
+        sums.append(pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, place_batch(setup.mesh, batch, row_axis=0)))
         weight += float(batch["target_weights"].sum())
     loss, correct = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
     metrics = {"loss": loss, "accuracy": correct}

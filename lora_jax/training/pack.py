@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from ..adapters.inject import inject_structure
 from ..adapters.members import draw_head, fill_member
 from ..adapters.partition import Arrays, Partition, partition, update_mask
 from ..adapters.spec import MemberSpec, Structure, resolve, unite
 from ..config.schema import Config
+from ..parallel.mesh import replicated
 from .optimizer import hyper_of
 from .step import MemberFixed, MemberState, PackPrograms, init_member
 
@@ -41,13 +43,14 @@ class Pack:
     programs: PackPrograms
 
     @classmethod
-    def build(cls, model: nnx.Module, configs: Sequence[Config], steps: int) -> Pack:
+    def build(cls, model: nnx.Module, configs: Sequence[Config], steps: int, mesh: Mesh | None = None) -> Pack:
         """Puts the members on one base, each at its own step 0.
 
         Args:
             model: the base with the task's head, without adapters.
             configs: one a member; alike in what is static (`static_key`).
             steps: optimizer steps each will take, for the schedules.
+            mesh: where the base lies; the members' arrays are whole on each of its devices.
         """
         specs = [resolve(model, c.adapter) for c in configs]
         structure = unite(model, specs)
@@ -60,6 +63,8 @@ class Pack:
             filled = partition(adapted)
             members.append((filled.trainable, MemberFixed(hyper_of(config, steps), filled.settings, update_mask(part, spec, structure))))
         trainable, fixed = (jax.tree.map(_stack, *column) for column in zip(*members, strict=True))
+        if mesh is not None:
+            trainable, fixed = jax.device_put((trainable, fixed), replicated(mesh))
         state = jax.jit(jax.vmap(lambda t, f: init_member(part, t, f)))(trainable, fixed)
         return cls(configs, specs, structure, part, state, fixed, PackPrograms(part))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from ..config.errors import InputError
 from ..config.schema import Config
@@ -14,7 +16,9 @@ from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.heads import LabelWordClassifier, LanguageModel, SequenceClassifier
 from ..models.loading import load_model
+from ..models.stack import AXES
 from ..models.tokenizer import load_tokenizer
+from ..parallel.mesh import make_mesh, parameter_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Setup:
         plan: the training batches.
         steps: optimizer steps.
         metric: what members are compared by; larger is better unless it is `loss`.
+        mesh: the devices; the model's weights lie on it already.
     """
 
     model: nnx.Module
@@ -34,6 +39,7 @@ class Setup:
     plan: BatchPlan
     steps: int
     metric: str
+    mesh: Mesh
 
 
 def setup_key(config: Config) -> tuple[str, ...]:
@@ -48,6 +54,7 @@ def set_up(config: Config) -> Setup:
     Raises:
         InputError: the model, the data or their combination will not do.
     """
+    mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.model.source)
     base = load_model(config.model.source, dtype=config.model.dtype, remat=config.model.remat)
     data = prepare(config.task, tokenizer, decoder=base.is_decoder)
@@ -61,11 +68,22 @@ def set_up(config: Config) -> Setup:
         batching=training.batching,
         seed=training.data_seed,
         per_example=data.per_example,
+        row_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
         steps=training.steps,
         epochs=training.epochs,
     )
     metric = "accuracy" if config.task.kind == "classification" else "loss"
-    return Setup(with_head(base, config, data), data, plan, plan.steps, metric)
+    model = with_head(base, config, data)
+    place_model(model, mesh)
+    return Setup(model, data, plan, plan.steps, metric, mesh)
+
+
+def place_model(model: nnx.Module, mesh: Mesh) -> None:
+    """Moves a model's weights to where their logical axes belong on the mesh, in place."""
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Variable):
+            axes = variable.get_metadata().get(AXES, (None,) * variable.ndim)
+            variable.set_value(jax.device_put(variable[...], parameter_sharding(mesh, variable.shape, axes)))
 
 
 def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Module:

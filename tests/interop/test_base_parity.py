@@ -1,7 +1,14 @@
-"""The frozen bases against transformers on PyTorch: the same real weights and sentences, the same outputs."""
+"""The frozen bases against transformers on PyTorch: the same real weights and sentences, the same outputs.
+
+The yardstick is PyTorch in float64. SmolLM2 carries residuals of 25,000 at first tokens, where float32 is spaced 0.002 apart, so
+PyTorch's own float32 logits are 1e-4 to 4e-4 off at the worst of 30 million (root mean square: 1.3e-5, ours 1.5e-5). What is
+asked of us is 1e-4 beyond that, and 1e-4 flat at 99 % of all logits (MiniLM: everywhere).
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -16,31 +23,47 @@ from lora_jax.models.tokenizer import load_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.interop
 
-TOLERANCE = 1e-4  # largest absolute difference, float32
+TOLERANCE = 1e-4  # absolute, float32
 SENTENCES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """One model three times (ours, PyTorch's, PyTorch's in float64), and our tokenizer."""
+
+    ours: Any
+    theirs: Any
+    exact: Any
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, source: str, theirs: Any) -> Peers:
+        theirs = theirs.eval()
+        # Not `.double()`: transformers refuses it for a model that came out of a GGUF file.
+        exact = torch.nn.Module.double(copy.deepcopy(theirs))
+        return cls(load_model(source), theirs, exact, load_tokenizer(source))
 
 
 @pytest.fixture(scope="module")
 def texts(reviews: list[tuple[str, int]]) -> list[str]:
     """Sentences from the shortest to the longest, in a mixed order."""
-    by_length = sorted({text for text, _ in reviews}, key=len)
+    by_length = sorted(dict.fromkeys(text for text, _ in reviews), key=len)
     chosen = [by_length[i] for i in np.linspace(0, len(by_length) - 1, SENTENCES).astype(int)]
     return [chosen[i] for i in np.random.default_rng(0).permutation(SENTENCES)]
 
 
 @pytest.fixture(scope="module")
-def minilm(minilm_source: str) -> tuple[Any, Any, Any]:
-    """Ours, theirs and our tokenizer."""
-    theirs = transformers.BertModel.from_pretrained(resolve(minilm_source, key="model.source"), dtype=torch.float32)
-    return load_model(minilm_source), theirs.eval(), load_tokenizer(minilm_source)
+def minilm(minilm_source: str) -> Peers:
+    path = resolve(minilm_source, key="model.source")
+    return Peers.of(minilm_source, transformers.BertModel.from_pretrained(path, dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_source: str) -> tuple[Any, Any, Any]:
-    """Ours, theirs and our tokenizer; theirs dequantises the same file."""
+def smollm2(smollm2_source: str) -> Peers:
+    """PyTorch's dequantises the same file."""
     path = resolve(smollm2_source, key="model.source")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return load_model(smollm2_source), theirs.eval(), load_tokenizer(smollm2_source)
+    return Peers.of(smollm2_source, theirs)
 
 
 def their_output(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -73,40 +96,41 @@ def packed(tokens: np.ndarray, mask: np.ndarray, length: int) -> dict[str, np.nd
     return out
 
 
-def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Also checks that there is something to compare, of a size that makes the tolerance mean something."""
-    assert ours.shape == theirs.shape and np.abs(theirs).max() > 0.5
-    return float(np.abs(ours - theirs).max())
+def check(name: str, ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray) -> None:
+    """Compares (tokens, width) outputs at real tokens."""
+    assert ours.shape == theirs.shape and np.abs(exact).max() > 0.5  # of a size that makes the tolerance mean something
+    distance = np.abs(ours - theirs)
+    error, their_error = np.abs(ours - exact).max(), np.abs(theirs - exact).max()
+    beyond = float((distance > TOLERANCE).mean())
+    print(f"{name}: largest difference {distance.max():.2e}, share beyond {TOLERANCE}: {beyond:.1e}", end="; ")
+    print(f"largest from float64: ours {error:.2e}, theirs {their_error:.2e}")
+    assert error <= TOLERANCE + their_error
+    assert beyond <= (0.01 if name == "smollm2" else 0)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ["minilm", "smollm2"])
-def test_outputs_equal_transformers(
-    name: str, side: str, texts: list[str], request: pytest.FixtureRequest, record_property: pytest.RecordProperty
-):
+def test_outputs_equal_transformers(name: str, side: str, texts: list[str], request: pytest.FixtureRequest):
     """Last hidden states of the encoder, logits of the decoder, at the real tokens."""
-    ours, theirs, tokenizer = request.getfixturevalue(name)
-    tokens, mask = padded(tokenizer, texts, side)
+    peers = request.getfixturevalue(name)
+    tokens, mask = padded(peers.tokenizer, texts, side)
     assert len(set(mask.sum(1))) > SENTENCES // 2  # the lengths are mixed
     real = mask == 1
-    difference = largest_difference(np.asarray(ours(tokens, mask))[real], their_output(theirs, tokens, mask)[real])
-    record_property("max_abs_difference", difference)
-    print(f"{name}, {side} padding: largest difference {difference:.2e}")
-    assert difference <= TOLERANCE
+    theirs, exact = (their_output(m, tokens, mask)[real] for m in (peers.theirs, peers.exact))
+    check(name, np.asarray(peers.ours(tokens, mask))[real], theirs, exact)
 
 
 @pytest.mark.parametrize("name", ["minilm", "smollm2"])
 def test_packed_rows_equal_separate_rows(name: str, texts: list[str], request: pytest.FixtureRequest):
-    """Several sentences a row, kept apart by segment ids, against transformers' one sentence a row."""
-    ours, theirs, tokenizer = request.getfixturevalue(name)
-    tokens, mask = padded(tokenizer, texts, "right")
+    """Several sentences a row, kept apart by segment ids, against one sentence a row."""
+    peers = request.getfixturevalue(name)
+    tokens, mask = padded(peers.tokenizer, texts, "right")
     rows = packed(tokens, mask, length=128)
     assert len(rows["tokens"]) < SENTENCES
     real = rows["segment_ids"] > 0
-    output = np.asarray(ours(rows["tokens"], positions=rows["positions"], segment_ids=rows["segment_ids"]))[real]
     where = rows["where"][real]
-    reference = their_output(theirs, tokens, mask)
-    for separate in (np.asarray(ours(tokens, mask)), reference):
-        difference = largest_difference(output, separate.reshape(-1, separate.shape[-1])[where])
-        print(f"{name}, packed: largest difference {difference:.2e}")
-        assert difference <= TOLERANCE
+    ours = np.asarray(peers.ours(rows["tokens"], positions=rows["positions"], segment_ids=rows["segment_ids"]))[real]
+    separate = [their_output(m, tokens, mask) for m in (peers.theirs, peers.exact)] + [np.asarray(peers.ours(tokens, mask))]
+    theirs, exact, alone = (a.reshape(-1, a.shape[-1])[where] for a in separate)
+    check(name, ours, theirs, exact)
+    check(name, ours, alone, exact)

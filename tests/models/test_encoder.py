@@ -1,0 +1,72 @@
+"""The encoder: masks, packed rows, gathered positions, the pooler, dtypes."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tests import tiny
+
+from lora_jax.models.encoder import Encoder
+
+
+def _tokens(rows, length, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(1, tiny.VOCAB, (rows, length)), jnp.int32)
+
+
+def test_padding_does_not_reach_real_tokens():
+    model, tokens = tiny.encoder(), _tokens(2, 9)
+    alone = model(tokens[:, :6])
+    mask = jnp.array([[1] * 6 + [0] * 3] * 2)
+    np.testing.assert_allclose(model(tokens, mask)[:, :6], alone, rtol=2e-5, atol=2e-5)
+    assert np.abs(np.asarray(model(tokens)[:, :6] - alone)).max() > 1e-3  # the mask is what did it
+
+
+def test_every_token_sees_every_other():
+    model, tokens = tiny.encoder(), _tokens(1, 6)
+    changed = model(tokens.at[0, 5].set(1 + tokens[0, 5] % 60))
+    assert (np.abs(np.asarray(changed - model(tokens))).max(-1) > 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_packed_rows_equal_separate_rows(rows):
+    model = tiny.encoder()
+    a, b = _tokens(rows, 5, 1), _tokens(rows, 7, 2)
+    packed = jnp.concatenate([a, b, jnp.zeros((rows, 2), jnp.int32)], axis=1)
+    positions = jnp.array([[*range(5), *range(7), 0, 0]] * rows)
+    segments = jnp.array([[1] * 5 + [2] * 7 + [0] * 2] * rows)
+    out = model(packed, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(out[:, :5], model(a), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(out[:, 5:12], model(b), rtol=2e-5, atol=2e-5)
+    assert np.isfinite(np.asarray(out)).all()
+
+
+def test_gather_equals_the_full_pass():
+    model, tokens = tiny.encoder(), _tokens(3, 8)
+    index = jnp.array([0, 8, 16, 23])
+    np.testing.assert_allclose(model(tokens, gather=index), model(tokens).reshape(-1, tiny.WIDTH)[index], rtol=2e-5, atol=2e-5)
+
+
+def test_pooler_is_tanh_of_a_linear_layer_or_nothing():
+    x = jnp.ones((2, tiny.WIDTH))
+    model = tiny.encoder(1)
+    np.testing.assert_allclose(
+        model.pool(x), np.tanh(np.asarray(x) @ np.asarray(model.pooler.kernel[...]) + np.asarray(model.pooler.bias[...])), rtol=1e-5, atol=1e-6
+    )
+    assert tiny.encoder(1, pooler=False).pool(x) is x
+
+
+def test_bfloat16_weights_give_bfloat16_states_near_float32():
+    full, half = tiny.encoder(2), tiny.encoder(2, dtype=jnp.bfloat16)
+    values = tiny.base_arrays(full)
+    for path, variable in nnx.iter_graph(half):
+        if isinstance(variable, nnx.Param):
+            variable[...] = jnp.asarray(values[".".join(map(str, path))], jnp.bfloat16)
+    tokens = _tokens(2, 8)
+    assert half(tokens).dtype == jnp.bfloat16
+    assert tiny.relative(half(tokens).astype(jnp.float32), full(tokens)) < 0.1
+
+
+def test_is_an_encoder():
+    assert isinstance(tiny.encoder(1), Encoder) and not tiny.encoder(1).is_decoder
