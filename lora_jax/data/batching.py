@@ -70,7 +70,7 @@ class BatchPlan:
         self._micro, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
         self.steps_per_epoch = len(train.tokens) // batch_size
         self.steps = steps if steps is not None else max(1, round((epochs or 0) * self.steps_per_epoch))
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+        self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
         self._distinct = min(DISTINCT_EPOCHS, -(-self.steps // self.steps_per_epoch))
         self.rows, self.length, self.targets = self._choose_shape()
 
@@ -99,9 +99,10 @@ class BatchPlan:
         """Every held-out example (or those given) exactly once, in the shapes of a micro-batch, without the micro axis."""
         return [self._assemble(examples or self._held_out, g) for g in self._eval_groups(examples or self._held_out)]
 
+    @functools.cached_property
     def summary(self) -> dict[str, float]:
-        """`rows`, `length`, `padding_share` (of the positions computed on), `dynamic_padding_share` (had each random batch been padded
-        to its longest example), `tokens_per_step` (real ones)."""
+        """Figures for reports: `rows`, `length`, `tokens_per_step` (real ones), `padding_share` (of the positions computed on), and
+        `dynamic_padding_share` (had each random batch been padded to its longest example)."""
         lengths = self._train.lengths
         useful = float(np.mean([lengths[np.concatenate(self._epoch(e))].sum() for e in range(self._distinct)])) / self.steps_per_epoch
         order = epoch_order(len(lengths), seed=self._seed, epoch=0)[: self.steps_per_epoch * self._accumulate * self._micro]

@@ -1,6 +1,6 @@
 """Which examples share a batch: seeded, and dealt so that every batch holds nearly the same number of tokens.
 
-Equal totals are what lets one small fixed shape hold every batch of a run (see `shapes.py`).
+Equal totals are what lets one small fixed shape hold every batch of a run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
 
     # grain itself seeds epoch e with seed + e, which would make seed 1 a copy of seed 0 one epoch late: mix them instead.
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    return np.fromiter(grain.MapDataset.range(count).shuffle(seed=mixed), dtype=np.int64, count=count)
+    shuffled = grain.MapDataset.range(count).shuffle(seed=mixed)
+    # By index: iterating starts grain's prefetching machinery, which costs milliseconds an element.
+    return np.fromiter((shuffled[i] for i in range(count)), dtype=np.int64, count=count)
 
 
 def deal(order: np.ndarray, lengths: np.ndarray, batches: int, *, seed: list[int]) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,12 +30,12 @@ class Examples:
     tokens: list[np.ndarray]
     targets: list[np.ndarray]
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """(n,) int64 tokens of each."""
         return np.array([len(t) for t in self.tokens], np.int64)
 
-    @property
+    @functools.cached_property
     def target_counts(self) -> np.ndarray:
         """(n,) int64 positions of each that have a target."""
         return np.array([int((t != NO_TARGET).sum()) for t in self.targets], np.int64)

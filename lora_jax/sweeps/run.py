@@ -71,7 +71,7 @@ def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progre
 
 def describe_setup(config: Config, setup: Setup) -> str:
     """What was loaded, in a line or two: examples, batch shape, padding."""
-    facts = setup.plan.summary()
+    facts = setup.plan.summary
     return (
         f"{config.model.source}: {len(setup.data.train.tokens):,} training and {len(setup.data.held_out.tokens):,} held-out examples, "
         f"{setup.steps} steps of {config.training.batch_size}; batches of {facts['rows']} x {facts['length']} tokens, "
@@ -136,7 +136,7 @@ class _Recorder:
 
     def finish(self, pack: Pack, outcome: Outcome) -> None:
         """Writes adapters, then results: a member with a result has all its files."""
-        facts = self.setup.plan.summary()
+        facts = self.setup.plan.summary
         for i, member in enumerate(self.members):
             status = "finished" if outcome.alive[i] else "diverged"
             folder = self.run.member(member.name)
