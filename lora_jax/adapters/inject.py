@@ -45,8 +45,6 @@ def inject(model: nnx.Module, config: AdapterConfig, *, rngs: nnx.Rngs) -> nnx.M
 
 def inject_structure(model: nnx.Module, structure: Structure) -> nnx.Module:
     """The model with zero factors of the structure's shapes at its sites, every parameter labelled."""
-    if any(isinstance(m, LowRank) for _, m in nnx.iter_modules(model)):
-        raise InputError("the model bears adapters already: inject into the base.")
     graphdef, state = nnx.split(model, graph=True)
     # `tree.map` makes variables anew around the same arrays: labels set here do not reach the caller's model.
     adapted = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
@@ -76,7 +74,13 @@ def inject_structure(model: nnx.Module, structure: Structure) -> nnx.Module:
         )
     _check_saved(model, structure)
     _label(adapted, structure)
+    if structure.method == "head" and not any(label_of(name, label_table(structure)) != FROZEN for name in _names(adapted)):
+        raise InputError("adapter.method: head: the model has no classifier to train.")
     return adapted
+
+
+def _names(model: nnx.Module) -> list[str]:
+    return [logical_name(path) for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)]
 
 
 def _descend(module: nnx.Module, path: tuple[str | int, ...]) -> nnx.Module:

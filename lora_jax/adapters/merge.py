@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..models.decoder import Decoder
 from .modules import LowRank
 
 
@@ -53,13 +54,19 @@ def unmerge(model: nnx.Module) -> nnx.Module:
 
 
 def merged_base(model: nnx.Module) -> nnx.Module:
-    """A plain model, of the same classes as the base, with the merged weights: for export. Keeps no factors."""
-    return _replace(model, LowRank, _folded)
+    """A plain model, of the same classes as the base, with the merged weights: for export. Keeps no factors.
+
+    LoRA on an embedding leaves the vocabulary projection as it is, so a projection tied to a merged embedding gets weights of its own.
+    """
+    copy = _copy(model)
+    for _, module in nnx.iter_modules(copy):
+        if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, LowRank):
+            module.untie()
+    return _replace(copy, LowRank, _folded)
 
 
 def _folded(module: LowRank) -> nnx.Module:
-    graphdef, state = nnx.split(module.base)
-    folded = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
+    folded = _copy(module.base)
     weight = folded.kernel if hasattr(folded, "kernel") else folded.embedding
     update = module.update()
     full = weight[...]
@@ -69,9 +76,14 @@ def _folded(module: LowRank) -> nnx.Module:
     return folded
 
 
-def _replace(model: nnx.Module, kind: type, make: Callable[[Any], nnx.Module]) -> nnx.Module:
+def _copy(model: nnx.Module) -> nnx.Module:
+    """New modules and variables around the same arrays."""
     graphdef, state = nnx.split(model, graph=True)
-    copy = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
+    return nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
+
+
+def _replace(model: nnx.Module, kind: type, make: Callable[[Any], nnx.Module]) -> nnx.Module:
+    copy = _copy(model)
     for _, module in list(nnx.iter_modules(copy)):
         for name, child in list(_children(module)):
             if isinstance(child, kind) and not isinstance(module, Merged):

@@ -43,6 +43,11 @@ class LowRank(nnx.Module):
             self.dropout_rate = AdapterSetting(jnp.zeros(lead), **stacked)
             self.dropout_key = AdapterSetting(jnp.broadcast_to(jax.random.key(0), lead), **stacked)
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view(model, deterministic=True)` calls: no dropout from here on."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
     def drop(self, x: jax.Array) -> jax.Array:
         """x with a share of its entries set to 0 and the rest scaled up, while training; x itself otherwise."""
         if self.deterministic or not hasattr(self, "dropout_rate"):

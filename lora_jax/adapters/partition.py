@@ -55,7 +55,7 @@ def partition(model: nnx.Module) -> Partition:
         ValueError: nothing is trainable, as in a model without adapters.
     """
     graphdef, state = nnx.split(model, graph=True)
-    eval_graphdef = nnx.graphdef(nnx.view(model, raise_if_not_found=False, deterministic=True))
+    eval_graphdef = nnx.graphdef(nnx.view(model, raise_if_not_found=False, deterministic=True, use_running_average=True))
     parts: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
     paths, labels = {}, {}
     for path, variable in nnx.to_flat_state(state):

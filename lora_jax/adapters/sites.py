@@ -11,6 +11,7 @@ from flax import nnx
 
 from ..config.errors import InputError, nearest
 from ..models.stack import Stack
+from .modules import LowRank
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "out"),
@@ -70,8 +71,14 @@ def logical_name(path: Iterable[str | int], layer: int | str | None = None) -> s
 
 
 def find_sites(model: nnx.Module) -> list[Site]:
-    """All linear and embedding weights of a model that bears no adapters yet, in the model's order."""
+    """All linear and embedding weights of a model, in the model's order.
+
+    Raises:
+        InputError: the model bears adapters already.
+    """
     modules = {path: module for path, module in nnx.iter_modules(model)}
+    if any(isinstance(m, LowRank) for m in modules.values()):
+        raise InputError("the model bears adapters already: inject into the base.")
     sites = []
     for path, module in modules.items():
         shape = _weight_shape(module)

@@ -27,7 +27,11 @@ def encode_chat(messages: Any, tokenizer: Any, row: int) -> tuple[list[int], lis
         raise InputError(f"task.messages: row {row + 1} is not a list of messages with 'role' and 'content'.")
 
     def render(upto: int, opening: bool) -> str:
-        return tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=opening)
+        try:
+            return tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=opening)
+        except Exception as error:  # a template may refuse a conversation in any way it likes
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+            raise InputError(f"task.messages: the chat template refuses row {row + 1}: {reason}") from None
 
     whole = render(len(messages), False)
     spans = []

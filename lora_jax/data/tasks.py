@@ -81,6 +81,8 @@ def prepare(task: TaskConfig, tokenizer: Any, *, decoder: bool) -> TaskData:
         train_at = sample_rows(rows.num_rows, size=task.train_size, seed=task.split_seed)
         held_at = sample_rows(held_rows.num_rows, size=task.eval_size, seed=task.split_seed)
     classes = _classes(task, rows) if task.kind == "classification" else None
+    if classes is not None and task.eval_source is not None:
+        _check_labels([str(v) for v in held_rows[str(task.label)]], classes, task.eval_source)
     words = _label_words(task, classes, tokenizer) if classes is not None and decoder else None
     encode = _encoder_of(task, tokenizer, classes, decoder)
 
@@ -114,16 +116,17 @@ def _classes(task: TaskConfig, rows: Any) -> tuple[str, ...]:
         classes = tuple(task.labels)
         if len(set(classes)) < len(classes):
             raise InputError("task.labels: a class is named twice.")
-        _check_labels(found, range(len(found)), classes, task)
+        _check_labels(found, classes, task.source)
     if len(classes) < 2:
         raise InputError(f"task.label: the column '{task.label}' has one value only ({', '.join(classes)}); classification needs two classes.")
     return classes
 
 
-def _check_labels(found: Sequence[str], numbers: Sequence[int], classes: tuple[str, ...], task: TaskConfig) -> None:
-    for number, label in zip(numbers, found, strict=True):
+def _check_labels(found: Sequence[str], classes: tuple[str, ...], source: str) -> None:
+    """`InputError` for a label that is no class. Rows are counted from 1, without those that `task.drop` leaves out."""
+    for number, label in enumerate(found, 1):
         if label not in classes:
-            raise InputError(f"task.labels: row {int(number) + 1} of {task.source} has the label '{label}'. {hint(label, classes)} Classes: {', '.join(classes)}.")
+            raise InputError(f"task.labels: row {number} of {source} has the label '{label}'. {hint(label, classes)} Classes: {', '.join(classes)}.")
 
 
 Encoder = Callable[[dict[str, list[Any]], np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
@@ -132,7 +135,7 @@ Encoder = Callable[[dict[str, list[Any]], np.ndarray], list[tuple[np.ndarray, np
 def _encoder_of(task: TaskConfig, tokenizer: Any, classes: tuple[str, ...] | None, decoder: bool) -> Encoder:
     """What turns columns into (tokens, targets)."""
     if classes is not None:
-        return lambda columns, at: _classification(columns, at, task, tokenizer, classes, decoder)
+        return lambda columns, at: _classification(columns, task, tokenizer, classes, decoder)
     if task.text is not None:
         return lambda columns, at: [_next_token(_with_end(ids, tokenizer)[: task.max_length]) for ids in _plain(tokenizer, columns[str(task.text)])]
     if task.messages is not None:
@@ -142,9 +145,8 @@ def _encoder_of(task: TaskConfig, tokenizer: Any, classes: tuple[str, ...] | Non
     return lambda columns, at: _prompt_response(columns, task, tokenizer)
 
 
-def _classification(columns: dict[str, list[Any]], at: np.ndarray, task: TaskConfig, tokenizer: Any, classes: tuple[str, ...], decoder: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def _classification(columns: dict[str, list[Any]], task: TaskConfig, tokenizer: Any, classes: tuple[str, ...], decoder: bool) -> list[tuple[np.ndarray, np.ndarray]]:
     texts, labels = [str(t) for t in columns[str(task.text)]], [str(v) for v in columns[str(task.label)]]
-    _check_labels(labels, at, classes, task)
     if decoder:
         before, _, after = task.template.partition("{text}")
         head, tail = (_plain(tokenizer, [part])[0] if part else [] for part in (before, after))
@@ -157,7 +159,8 @@ def _classification(columns: dict[str, list[Any]], at: np.ndarray, task: TaskCon
     made = []
     for ids, label in zip(encoded, labels, strict=True):
         targets = np.full(len(ids), NO_TARGET, np.int32)
-        targets[-1 if decoder else 0] = classes.index(label)
+        if ids:  # an empty text may have no token at all, and is then left out
+            targets[-1 if decoder else 0] = classes.index(label)
         made.append((np.array(ids, np.int32), targets))
     return made
 

@@ -83,3 +83,10 @@ class Decoder(nnx.Module):
         if not self.config.tied:
             return self.lm_head(hidden)
         return jnp.dot(hidden, self.embed.embedding[...].astype(hidden.dtype).T)
+
+    def untie(self) -> None:
+        """Gives a tied projection weights of its own, equal to the embedding's: from here on the two may differ."""
+        block = self.config.block
+        self.lm_head = linear(block.width, self.config.vocab, ("embed", "vocab"), bias=False, dtype=block.dtype, rngs=nnx.Rngs(0))
+        self.lm_head.kernel[...] = self.embed.embedding[...].T
+        self.config = nnx.static(dataclasses.replace(self.config, tied=False))

@@ -12,7 +12,7 @@ from ..tracking import Progress, member_folder
 from ..training.adapter_files import load_adapter
 from ..training.loop import evaluate_pack
 from ..training.pack import Pack
-from ..training.setup import Setup, set_up, setup_key
+from ..training.setup import Preparer
 from .members import members_of
 
 SPLITS = ("eval", "train")
@@ -41,16 +41,14 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
     if member is not None and member not in [m.name for m in members]:
         raise InputError(f"--member: no member '{member}'. {hint(member, [m.name for m in members])}")
     results: dict[str, dict[str, float]] = {}
-    prepared: tuple[tuple[str, ...], Setup] | None = None
+    prepare = Preparer()
     chosen = [m for m in members if member in (None, m.name)]
     with progress.track(len(chosen), "evaluating") as track:
         for number, one in enumerate(chosen, 1):
             folder = next((f for f in (run / member_folder(one.name) / k for k in ("best", "final")) if f.is_dir()), None)
             if folder is None:
                 raise InputError(f"{run}: member '{one.name}' has no saved adapter (not finished, or tracking.save: none).")
-            if prepared is None or prepared[0] != setup_key(one.config):
-                prepared = (setup_key(one.config), set_up(one.config))
-            setup = prepared[1]
+            setup = prepare(one.config)
             pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh)
             arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))
             batches = None if split == "eval" else setup.plan.eval_batches(setup.data.train)

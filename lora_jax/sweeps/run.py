@@ -15,7 +15,7 @@ from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDire
 from ..training.adapter_files import save_adapter
 from ..training.loop import Outcome, train_pack
 from ..training.pack import Pack
-from ..training.setup import Setup, set_up, setup_key
+from ..training.setup import Preparer, Setup, check_adapters
 from .members import Member, members_of
 from .plan import PackPlan, plan_packs
 
@@ -45,27 +45,39 @@ def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progre
     progress = progress or Progress(enabled=False)
     began = time.perf_counter()
     members = members_of(config)
-    run = RunDirectory.open(config.tracking.dir, config.name, dump_config(config), fresh=fresh)
+    prepare = Preparer()
+
+    def open_run() -> RunDirectory:
+        return RunDirectory.open(config.tracking.dir, config.name, dump_config(config), fresh=fresh)
+
+    # An old run is resumed or refused before anything is loaded. A new directory is made only when every member is known to be
+    # right: wrong input leaves nothing behind that would stand in the way of the mended config.
+    run = open_run() if not fresh and (Path(config.tracking.dir) / config.name).exists() else None
     try:
-        todo = [m for m in members if m.name not in run.statuses]
+        todo = [m for m in members if run is None or m.name not in run.statuses]
+        packs = plan_packs(todo, largest=1 if solo or config.sweep is None else config.sweep.max_pack)
+        for pack_plan in reversed(packs):  # the first last, so that its setup is at hand for training
+            configs = [m.config for m in pack_plan.members]
+            check_adapters(prepare(configs[0]), configs)
+        run = run or open_run()
         if run.resumed:
             progress.print(f"{run.path}: resumed, {len(members) - len(todo)} of {len(members)} members are done.")
-        largest = 1 if solo or config.sweep is None else config.sweep.max_pack
-        packs = plan_packs(todo, largest=largest)
         compiled = 0
-        prepared: tuple[tuple[str, ...], Setup] | None = None
+        told: Setup | None = None
         for number, pack_plan in enumerate(packs, 1):
-            first = pack_plan.members[0].config
-            if prepared is None or prepared[0] != setup_key(first):
-                prepared = (setup_key(first), set_up(first))
-                progress.print(describe_setup(first, prepared[1]))
-            compiled += _run_pack(run, pack_plan, prepared[1], progress, f"pack {number}/{len(packs)}")
+            setup = prepare(pack_plan.members[0].config)
+            if setup is not told:
+                progress.print(describe_setup(pack_plan.members[0].config, setup))
+                told = setup
+            compiled += _run_pack(run, pack_plan, setup, progress, f"pack {number}/{len(packs)}")
         done = {r.name: r for r in run.results()}
         results = [done[m.name] for m in members]
         run.write_results(results)
-        run.write_summary({"compiled_programs": compiled, "packs": len(packs), "seconds": time.perf_counter() - began})
+        if packs:  # a call that found all members done has no figures of its own
+            run.write_summary({"compiled_programs": compiled, "packs": len(packs), "seconds": time.perf_counter() - began})
     finally:
-        run.close()
+        if run is not None:
+            run.close()
     return SweepOutcome(run.path, results, compiled)
 
 
@@ -157,7 +169,7 @@ class _Recorder:
                 steps=self.setup.steps,
                 seconds=outcome.total_seconds,
                 tokens=outcome.tokens,
-                tokens_per_second=outcome.tokens / outcome.seconds if outcome.seconds else 0.0,
+                tokens_per_second=outcome.tokens_per_second,
                 padding_share=float(facts["padding_share"]),
             ).write(folder)
         self.ended = True

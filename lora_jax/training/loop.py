@@ -37,7 +37,8 @@ class Outcome:
         best_step: (members,) int.
         alive: (members,) bool; False where a loss was not finite.
         final_arrays, best_arrays: trainable arrays, stacked.
-        seconds, tokens: of training alone (without compilation and evaluation), tokens without padding, for one member.
+        tokens: trained on, without padding, by one member.
+        tokens_per_second: of one member, without the first step (which compiles) and evaluations; 0 where there was no other.
         total_seconds: with compilation and evaluation.
     """
 
@@ -47,8 +48,8 @@ class Outcome:
     alive: np.ndarray
     final_arrays: Arrays
     best_arrays: Arrays
-    seconds: float
     tokens: int
+    tokens_per_second: float
     total_seconds: float
 
 
@@ -85,6 +86,7 @@ def train_pack(pack: Pack, setup: Setup, *, eval_every: int, log_every: int, lis
             window = []
             listener.on_train(done, means, clock.rate())
         if done == setup.steps or (eval_every and done % eval_every == 0):
+            jax.block_until_ready(metrics)  # steps still under way are training, not evaluation
             clock.pause()
             final = evaluate_pack(pack, setup, state.trainable)
             best.offer(done, final, state.trainable)
@@ -99,8 +101,8 @@ def train_pack(pack: Pack, setup: Setup, *, eval_every: int, log_every: int, lis
         np.asarray(state.alive),
         state.trainable,
         best.arrays,
-        clock.seconds,
         clock.total_tokens,
+        clock.mean_rate,
         time.perf_counter() - began,
     )
 
@@ -170,6 +172,11 @@ class _Clock:
 
     def resume(self) -> None:
         self._since = time.perf_counter()
+
+    @property
+    def mean_rate(self) -> float:
+        """Tokens a second since the restart; of a clock that is paused or was just read."""
+        return self._tokens / self.seconds if self._tokens and self.seconds > 0 else 0.0
 
     def rate(self) -> float:
         """Tokens a second since the last call."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from ..adapters.inject import inject_structure
+from ..adapters.spec import resolve, unite
 from ..config.errors import InputError
 from ..config.schema import Config
 from ..data.batching import BatchPlan
@@ -48,16 +52,73 @@ def setup_key(config: Config) -> tuple[str, ...]:
     return tuple(p.model_dump_json(exclude={"seed", "eval_every"}) for p in parts)
 
 
+class Preparer:
+    """Makes setups. What a config has in common with the one before it (base, examples, all) is not loaded again."""
+
+    def __init__(self) -> None:
+        self._base, self._data, self._setup = _Newest(), _Newest(), _Newest()
+
+    def __call__(self, config: Config) -> Setup:
+        """The setup of a config; see `set_up`."""
+        base_key = (config.model.model_dump_json(), config.mesh.model_dump_json())
+        data_key = (config.model.source, config.task.model_dump_json())
+
+        def make() -> Setup:
+            mesh = make_mesh(config.mesh)
+            base = self._base.get(base_key, lambda: _load_base(config, mesh))
+            _check_kind(base, config)
+            data = self._data.get(data_key, lambda: prepare(config.task, load_tokenizer(config.model.source), decoder=base.is_decoder))
+            return _assemble(config, mesh, base, data)
+
+        return self._setup.get(setup_key(config), make)
+
+
+class _Newest:
+    """Remembers the newest value alone: never two bases in memory."""
+
+    def __init__(self) -> None:
+        self.key: object = None
+        self.value: Any = None
+
+    def get(self, key: object, make: Callable[[], Any]) -> Any:
+        if self.key != key:
+            self.key = self.value = None
+            self.value = make()
+            self.key = key
+        return self.value
+
+
 def set_up(config: Config) -> Setup:
     """Loads the base, tokenises the data and plans the batches.
 
     Raises:
         InputError: the model, the data or their combination will not do.
     """
-    mesh = make_mesh(config.mesh)
-    tokenizer = load_tokenizer(config.model.source)
+    return Preparer()(config)
+
+
+def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
+    """`InputError` unless the configs' adapters fit the model; nothing is compiled or kept.
+
+    Args:
+        setup: what the configs share.
+        configs: members of one pack.
+    """
+    inject_structure(setup.model, unite(setup.model, [resolve(setup.model, c.adapter) for c in configs]))
+
+
+def _load_base(config: Config, mesh: Mesh) -> Encoder | Decoder:
     base = load_model(config.model.source, dtype=config.model.dtype, remat=config.model.remat)
-    data = prepare(config.task, tokenizer, decoder=base.is_decoder)
+    place_model(base, mesh)
+    return base
+
+
+def _check_kind(base: Encoder | Decoder, config: Config) -> None:
+    if isinstance(base, Encoder) and config.task.kind != "classification":
+        raise InputError(f"task.kind: {config.task.kind} needs a decoder, and {config.model.source} is an encoder.")
+
+
+def _assemble(config: Config, mesh: Mesh, base: Encoder | Decoder, data: TaskData) -> Setup:
     _check_length(base, data)
     training = config.training
     plan = BatchPlan(
@@ -89,8 +150,6 @@ def place_model(model: nnx.Module, mesh: Mesh) -> None:
 def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Module:
     """The base with what turns its hidden states into the task's logits."""
     if isinstance(base, Encoder):
-        if config.task.kind != "classification":
-            raise InputError(f"task.kind: {config.task.kind} needs a decoder, and {config.model.source} is an encoder.")
         assert data.classes is not None
         return SequenceClassifier(base, len(data.classes), config.task.pooling, rngs=nnx.Rngs(0))
     if data.class_token_ids is not None:
@@ -100,6 +159,6 @@ def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Mo
 
 def _check_length(base: Encoder | Decoder, data: TaskData) -> None:
     if isinstance(base, Encoder):
-        longest = max(len(t) for t in data.train.tokens)
+        longest = int(max(data.train.lengths.max(), data.held_out.lengths.max()))
         if longest > base.config.positions:
             raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {base.config.positions} positions.")

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.interop
 
 Example = tuple[Sequence[int], int]  # tokens, class (ignored by the language model)
 LENGTH, BATCH = 64, 16
+# Relative, at every step. What is promised is 1e-3; but a learning rate 1 % off stays within that, and what we see is 4e-7.
+TOLERANCE = 2e-5
 
 
 def config(adapter: dict[str, Any], optimizer: dict[str, Any]) -> Config:
@@ -49,7 +51,7 @@ def config(adapter: dict[str, Any], optimizer: dict[str, Any]) -> Config:
 def our_batch(
     examples: Sequence[Example], places: Sequence[tuple[int, int]], shape: tuple[int, int], *, causal: bool
 ) -> dict[str, np.ndarray]:
-    """One micro-batch with example i starting at `places[i]` = (row, column); its targets are its first token or, causal, all but its last."""
+    """One micro-batch, example i starting at `places[i]` = (row, column). Targets: its first token; for `causal` all but its last."""
     rows, length = shape
     slots = rows * length if causal else len(examples)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
@@ -143,7 +145,7 @@ def their_curve(model: Any, batches: Sequence[dict[str, Any]], learning_rate: fl
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return np.array(losses)
 
 
@@ -165,7 +167,7 @@ def compare_curves(
     relative = np.abs(ours / reference - 1)
     print(f"loss {reference[0]:.4f} to {reference[-1]:.4f}; largest relative difference {relative.max():.1e}, at step 0 {relative[0]:.1e}")
     assert relative[0] < 1e-5
-    assert relative.max() < 1e-3
+    assert relative.max() < TOLERANCE
 
 
 # Classification with MiniLM

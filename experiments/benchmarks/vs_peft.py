@@ -1,0 +1,205 @@
+"""Training speed and memory beside Hugging Face PEFT on PyTorch: same machine, data, model, adapter and optimizer.
+
+    python experiments/benchmarks/vs_peft.py [--case minilm|smollm2|all] [--steps N] [--rounds N] [--output FILE.json]
+
+Needs the `[interop]` extra and the asset packages. Each side runs in a process of its own, both stay alive, and rounds of N
+optimizer steps alternate (the side that starts a pair changes too), so that what slows the machine slows both. Useful tokens are
+those of the text, padding not counted. PEFT is run as people run it: shuffled batches, each padded to its longest example.
+lora-jax runs through its own path from the config on. Where a GPU is, both sides use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from _vs_peft_cases import CASES, prepare
+
+HERE = Path(__file__).resolve().parent
+SIDES = ("lora-jax", "peft")
+# What we aim for: useful tokens a second over PEFT's, and peak memory over PEFT's.
+TARGETS = {"minilm": {"speed": 1.5, "memory": 0.75}, "smollm2": {"speed": 1.2, "memory": 0.75}}
+
+
+class Worker:
+    """A side's process, spoken to in lines."""
+
+    def __init__(self, side: str, case: str, folder: str, steps: int):
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # on a GPU: leave room for the other side, and count what is used
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a first run compiles
+        self.side, self.last_end = side, 0.0
+        arguments = [side, case, folder, str(steps), str(time.time())]
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "_vs_peft_worker.py"), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.start = self._answer()
+
+    def ask(self, command: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the {self.side} side ended (exit code {self.process.wait()}); its message is above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def race(name: str, steps: int, rounds: int) -> dict[str, Any]:
+    """Runs one case; returns all its figures."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > 0.5 * cores:
+        print(f"warning: the machine is busy (load {load:.1f} on {cores} cores); PyTorch's threads wait for each other and lose most")
+    with tempfile.TemporaryDirectory(prefix="vs_peft-") as folder:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(prepare, name, folder).result()
+        workers: list[Worker] = []
+        try:
+            for side in SIDES:  # one after the other, so that neither start disturbs the other's
+                workers.append(Worker(side, name, folder, steps * (rounds + 1) + 1))
+            for worker in workers:
+                worker.ask(f"train {steps}")  # a warm-up: PyTorch meets most of its batch shapes
+            results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+            for number in range(rounds):
+                for worker in workers if number % 2 == 0 else reversed(workers):
+                    results[worker.side].append(worker.ask(f"train {steps}"))
+                rates = {side: results[side][-1]["tokens"] / results[side][-1]["seconds"] for side in SIDES}
+                print(f"{name} round {number + 1}/{rounds}: " + ", ".join(f"{s} {r:,.0f} tokens/s" for s, r in rates.items()), flush=True)
+            facts = {worker.side: worker.ask("finish") for worker in workers}
+        finally:
+            for worker in workers:
+                worker.close()
+    sides = {worker.side: figures(worker.start, results[worker.side], facts[worker.side]) for worker in workers}
+    return {
+        "config": CASES[name].config,
+        "load_average": round(load, 2),
+        **sides,
+        "ratios": ratios(results, sides),
+        "targets": TARGETS[name],
+    }
+
+
+def figures(start: dict[str, Any], rounds: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """One side's figures. `cores` is CPU time over wall time within its rounds; `idle_cpu_seconds` what it burned between them.
+
+    Tokens by CPU second say the most on a busy machine, on one core (`taskset -c 0 python ...`) above all.
+    """
+    rates = [r["tokens"] / r["seconds"] for r in rounds]
+    return {
+        "tokens_per_second": round(median(rates), 1),
+        "seconds_per_round": round(median(r["seconds"] for r in rounds), 3),
+        "tokens_per_cpu_second": round(sum(r["tokens"] for r in rounds) / sum(r["cpu_seconds"] for r in rounds), 1),
+        "set_up_seconds": round(start["set_up_seconds"], 2),
+        "set_up_peak_host_bytes": start["set_up_peak_host_bytes"],
+        "first_step_seconds": round(start["first_step_seconds"], 2),
+        "cores": round(sum(r["cpu_seconds"] for r in rounds) / sum(r["seconds"] for r in rounds), 2),
+        "idle_cpu_seconds": round(sum(r["idle_cpu_seconds"] for r in rounds), 2),
+        **facts,
+        "rounds": [round(rate, 1) for rate in rates],
+    }
+
+
+def ratios(rounds: dict[str, list[dict[str, Any]]], sides: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Ours over PEFT's: the median of the rounds' speed ratios with its range, peak memory, time to the first step."""
+    ours, theirs = (sides[side] for side in SIDES)
+    speeds = [a / b for a, b in zip(ours["rounds"], theirs["rounds"], strict=True)]
+    memory = "peak_device_bytes" if theirs["peak_device_bytes"] else "peak_host_bytes"
+    return {
+        "speed": round(median(speeds), 3),
+        "speed_lowest": round(min(speeds), 3),
+        "speed_highest": round(max(speeds), 3),
+        "speed_by_cpu_time": round(ours["tokens_per_cpu_second"] / theirs["tokens_per_cpu_second"], 3),
+        "memory": round(ours[memory] / theirs[memory], 3),
+        "first_step": round(ours["first_step_seconds"] / theirs["first_step_seconds"], 3),
+    }
+
+
+def device_name(cases: dict[str, dict[str, Any]]) -> str:
+    """The GPU that PyTorch used, else the CPU's model."""
+    kind = next(iter(cases.values()))["peft"]["device"]
+    if kind != "cpu":
+        return kind
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """Prints a case as a small table."""
+    print(f"\n{name:24}{'lora-jax':>12}{'PEFT':>12}{'ratio':>8}{'target':>9}")
+    ours, theirs, ratio, target = result["lora-jax"], result["peft"], result["ratios"], result["targets"]
+    memory = "peak_device_bytes" if theirs["peak_device_bytes"] else "peak_host_bytes"
+    rows = (
+        ("useful tokens/s", ours["tokens_per_second"], theirs["tokens_per_second"], ratio["speed"], f">= {target['speed']}"),
+        ("by CPU second", ours["tokens_per_cpu_second"], theirs["tokens_per_cpu_second"], ratio["speed_by_cpu_time"], ""),
+        ("peak memory, MB", ours[memory] / 1e6, theirs[memory] / 1e6, ratio["memory"], f"<= {target['memory']}"),
+        ("first step after, s", ours["first_step_seconds"], theirs["first_step_seconds"], ratio["first_step"], ""),
+    )
+    for label, a, b, quotient, aim in rows:
+        print(f"{label:24}{a:12,.1f}{b:12,.1f}{quotient:8.2f}{aim:>9}")
+    print(f"speed ratio from {ratio['speed_lowest']} to {ratio['speed_highest']}; compiling took {ours['compile_seconds']} s", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps a round (default 10)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side (default 7)")
+    parser.add_argument("--output", type=Path, help="JSON file; by default results/vs_peft_<device>.json beside this file")
+    options = parser.parse_args(argv)
+    if min(options.steps, options.rounds) < 1:
+        parser.error("--steps and --rounds must be positive")
+    cases = {}
+    for name in CASES if options.case == "all" else [options.case]:
+        cases[name] = race(name, options.steps, options.rounds)
+        show(name, cases[name])
+    kind = next(iter(cases.values()))["peft"]["device"]
+    output = options.output or HERE / "results" / f"vs_peft_{kind.lower().replace(' ', '-')}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "command": shlex.join(["python", "experiments/benchmarks/vs_peft.py", *(sys.argv[1:] if argv is None else argv)]),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device_name(cases),
+        "python": platform.python_version(),
+        "cases": cases,
+    }
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\nwritten to {output}")
+
+
+if __name__ == "__main__":
+    main()

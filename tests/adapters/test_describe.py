@@ -1,0 +1,69 @@
+"""The table of what trains."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from flax import nnx
+from rich.console import Console
+from tests import tiny
+
+from lora_jax.adapters.describe import describe
+from lora_jax.adapters.inject import inject
+from lora_jax.config.schema import AdapterConfig
+
+
+def _describe(model, **values):
+    return describe(inject(model, AdapterConfig(**({"rank": 4} | values)), rngs=nnx.Rngs(0)))
+
+
+def _size(model):
+    return sum(a.size for a in tiny.base_arrays(model).values())
+
+
+@pytest.mark.parametrize(
+    ("values", "layers", "count"),
+    [
+        ({"targets": ["q_proj"]}, 3, 3 * 4 * (32 + 32)),
+        ({"targets": ["up_proj"], "layers": "last:1"}, 1, 4 * (32 + 64)),
+        ({"targets": ["up_proj"], "layers": [0, 2]}, 2, 2 * 4 * (32 + 64)),
+        ({"targets": ["q_proj"], "rank_pattern": {r"0\.attn\.q_proj": 1}}, 3, 9 * (32 + 32)),
+        ({"targets": ["pooler"]}, None, 4 * (32 + 32)),
+        ({"targets": "embedding"}, None, 4 * (64 + 32)),
+    ],
+)
+def test_counts(values, layers, count):
+    model = tiny.encoder(3)
+    table = _describe(model, **values)
+    (row,) = table.rows
+    assert (row.label, row.layers, row.count) == ("lora", layers, count)
+    assert table.count == count and table.total == _size(model) + count
+    assert table.share == pytest.approx(count / (_size(model) + count))
+
+
+def test_other_trained_parameters_have_rows_of_their_own():
+    table = _describe(tiny.classifier(2), targets=["q_proj"], modules_to_save=["pooler"])
+    rows = {r.name: (r.label, r.count) for r in table.rows}
+    assert rows["classifier.kernel"] == ("head", 96) and rows["base.pooler.kernel"] == ("saved", 1024)
+    assert rows["base.layers.attn.q_proj"] == ("lora", 2 * 4 * 64)
+
+
+def test_full_training_is_all_of_it():
+    model = tiny.encoder(2)
+    table = _describe(model, method="full")
+    assert table.count == table.total == _size(model) and table.share == 1
+
+
+def test_counts_stay_after_training():
+    adapted = inject(tiny.encoder(2), AdapterConfig(rank=4, targets=["q_proj"]), rngs=nnx.Rngs(0))
+    site = adapted.layers.segments[0].block.attn.q_proj
+    before = describe(adapted).count
+    site.lora_b[...] = jax.random.normal(jax.random.key(0), site.lora_b.shape)
+    assert describe(adapted).count == before
+
+
+def test_prints():
+    console = Console(width=120, record=True)
+    console.print(_describe(tiny.encoder(2), targets=["q_proj"]))
+    text = console.export_text()
+    assert "layers.attn.q_proj" in text and "32 x 4 x 32" in text and "512 of" in text
