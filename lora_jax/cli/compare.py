@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
+from .console import results_console
 
 
 def compare_command(runs: list[Path]) -> None:
     """Prints one table of all members of the runs."""
     from ..analysis import compare_runs
 
-    Console(soft_wrap=True, highlight=False).print(compare_runs(runs))
+    results_console().print(compare_runs(runs))

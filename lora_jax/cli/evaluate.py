@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from .console import results_console
 
 
 def evaluate_command(run: Path, *, member: str | None, split: str) -> None:
@@ -21,4 +22,4 @@ def evaluate_command(run: Path, *, member: str | None, split: str) -> None:
         table.add_column(name, justify="right")
     for name, values in results.items():
         table.add_row(name, *(f"{values[m]:.4f}" for m in metrics))
-    Console(soft_wrap=True, highlight=False).print(table)
+    results_console().print(table)

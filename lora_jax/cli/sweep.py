@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from ..config.errors import InputError
 from ..config.load import load_config
 from ..config.schema import Config
+from .console import results_console
 
 
 def sweep_command(config: Path, overrides: list[str], *, solo: bool, fresh: bool) -> None:
@@ -27,7 +26,7 @@ def run_and_report(config: Config, *, solo: bool, fresh: bool) -> None:
 
     progress = Progress()
     outcome = run_sweep(config, solo=solo, fresh=fresh, progress=progress)
-    console = Console(soft_wrap=True, highlight=False)
+    console = results_console()
     console.print(results_table(outcome.results, title=config.name))
     subtitle = f"{config.task.kind} on {config.task.source.rsplit('/', 1)[-1]}, base {config.model.source.rsplit('://', 1)[-1]}"
     heatmap = write_heatmap(outcome.path / "heatmap.png", outcome.results, title=config.name, subtitle=subtitle)

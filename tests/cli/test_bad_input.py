@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
+from lora_jax.config.load import dump_config
 from tests.tiny_hub import Called, call
 
 
@@ -163,7 +164,7 @@ def test_a_template_that_leaves_no_room(train, hub):
         ("\n\n", ["data.csv has no columns"]),
         ("text,label\n", ["has no rows"]),
         ("words,label\ngood,pos\n", ["no column 'text'", "words"]),
-        ("text,label\n" + "good,pos\nbad one,pos\n" * 30, ["task.label: the column 'label' has one value only"]),
+        ("text,label\n" + "".join(f"good {i},pos\n" for i in range(30)), ["task.label: the column 'label' has one value only"]),
         ("text,label\n" + "good,pos\nbad,neg\n" * 30, ["task.eval_size: the texts repeat"]),
     ],
 )
@@ -231,18 +232,6 @@ def test_a_wrong_member_is_found_before_any_member_trains(train):
     refused(train({"sweep": {"grid": grid}}, command="sweep"), "there is no layer 7")
 
 
-def test_a_refused_run_does_not_take_its_name(train, hub, tmp_path, monkeypatch):
-    from lora_jax.cli import sweep
-
-    refused(train({"task.text": "txt"}), "no column 'txt'")
-    ran = []
-    monkeypatch.setattr("lora_jax.sweeps.run._run_pack", lambda run, *_: ran.append(run) or 2)
-    monkeypatch.setattr("lora_jax.tracking.rundir.read_run", lambda path: [])
-    with pytest.raises(KeyError):  # no results, since nothing was trained: it got as far as that
-        sweep.run_and_report(hub.config(tmp_path), solo=False, fresh=False)
-    assert ran and (tmp_path / "runs" / "tiny" / "config.yaml").is_file()
-
-
 def test_a_name_that_is_taken(hub, tmp_path):
     path = hub.write(tmp_path)
     run = tmp_path / "runs" / "tiny"
@@ -251,8 +240,9 @@ def test_a_name_that_is_taken(hub, tmp_path):
     refused(call("train", path), "exists and is not a run directory")
     refused(call("train", path, "--fresh"), "exists and is not a run directory")
     assert [p.name for p in run.iterdir()] == ["thesis.txt"]
-    (run / "thesis.txt").rename(run / "config.yaml")
-    (run / "config.yaml").write_text("name: tiny\nadapter: {rank: 64}\n")
+    (run / "thesis.txt").unlink()
+    (run / "config.yaml").write_text(dump_config(hub.config(tmp_path, {"adapter.rank": 64})))
+    path = hub.write(tmp_path)
     refused(call("train", path), "holds a run with another config", "adapter.rank: 64 -> 2", "--fresh")
     assert [p.name for p in run.iterdir() if p.name != ".lock"] == ["config.yaml"]
 
@@ -260,8 +250,8 @@ def test_a_name_that_is_taken(hub, tmp_path):
 def test_another_config_is_refused_before_the_model_is_loaded(hub, tmp_path):
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text("name: tiny\n")
-    refused(call("train", hub.write(tmp_path, {"model.source": "nowhere"})), "holds a run with another config")
+    (run / "config.yaml").write_text(dump_config(hub.config(tmp_path)))
+    refused(call("train", hub.write(tmp_path, {"model.source": "nowhere"})), "holds a run with another config", "model.source")
 
 
 def test_evaluate_and_compare_on_what_is_no_run(hub, tmp_path):
@@ -283,7 +273,6 @@ def test_evaluate_and_compare_on_what_is_no_run(hub, tmp_path):
         (["train", "tiny.yaml", "adapter.rnk=4"], "Did you mean 'adapter.rank'?"),
         (["train", "tiny.yaml", "adapter.targets=[q_porj]"], "'q_porj' matches no module"),
         (["train", "tiny.yaml", "task.text=txt"], "no column 'txt'"),
-        (["evaluate", "runs/none"], "not a run directory"),
     ],
 )
 def test_in_a_process_of_its_own(hub, tmp_path, arguments, told):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax.data.dealing import deal, epoch_order
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(0, 3), st.integers(0, 3))
 def test_an_epoch_is_a_permutation(count, seed, epoch):
     assert sorted(epoch_order(count, seed=seed, epoch=epoch).tolist()) == list(range(count))
@@ -20,6 +21,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert epoch_order(40, seed=1, epoch=2).tolist() == epoch_order(40, seed=1, epoch=2).tolist()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.data())
 def test_every_example_is_dealt_once_and_sizes_differ_by_at_most_one(lengths, data):
     groups = deal(np.arange(len(lengths)), np.array(lengths), data.draw(st.integers(1, len(lengths))), seed=[0])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax.config.errors import InputError
 from lora_jax.data.split import sample_rows, split_rows
 
 
+@settings(deadline=None)
 @given(st.integers(2, 60), st.integers(0, 5), st.data())
 def test_distinct_rows_are_cut_in_two(count, seed, data):
     held_out = data.draw(st.integers(1, count - 1))
@@ -18,6 +19,7 @@ def test_distinct_rows_are_cut_in_two(count, seed, data):
     assert sorted([*train, *held]) == list(range(count))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=12, max_size=40), st.integers(0, 5))
 def test_equal_texts_stay_on_one_side(texts, seed):
     try:
