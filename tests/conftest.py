@@ -53,3 +53,22 @@ def hub(tmp_path_factory):
     from tests.tiny_hub import write_hub
 
     return write_hub(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory):
+    """Compiled programs are kept on disk for the session: end-to-end tests run the same few programs again and again."""
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xla"  # workers share it
+    values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.2}
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,22 +32,26 @@ LLAMA_ALIASES = (
 )
 
 
-def shake(model: nnx.Module, seed: int = 0, size: float = 0.1) -> nnx.Module:
-    """Adds noise to every parameter, so that no bias is 0 and no norm's scale is 1."""
+def random_model(make: Callable[[], nnx.Module], seed: int = 0) -> Any:
+    """The model that `make` makes, with parameters drawn by NumPy: nothing is compiled, and no bias is 0 and no norm's scale is 1."""
+    graphdef, state = nnx.split(nnx.eval_shape(make), graph=True)
     rng = np.random.default_rng(seed)
-    for _, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Param):
-            noise = size * rng.standard_normal(variable.shape, np.float32)
-            variable[...] = (variable[...].astype(jnp.float32) + noise).astype(variable.dtype)
-    return model
+    filled = []
+    for path, variable in nnx.to_flat_state(state):
+        noise = rng.standard_normal(variable.shape, np.float32)
+        if path[-1] == "kernel":
+            noise /= np.sqrt(variable.shape[-2])
+        value = 1 + 0.1 * noise if path[-1] == "scale" else 0.1 * noise if path[-1] == "bias" else noise
+        filled.append((path, variable.replace(jnp.asarray(value.astype(variable.dtype)))))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
 def encoder(depth: int = 4, *, seed: int = 0, pooler: bool = True, width: int = WIDTH, dtype: Any = jnp.float32, vocab: int = VOCAB) -> Encoder:
     """A BERT-like encoder."""
     block = BlockConfig(width, 4, 4, width // 4, 2 * width, "gelu", False, "layer", 1e-6, False, True, True, dtype)
-    model = Encoder(EncoderConfig(block, depth, vocab, 64, 2, pooler), rngs=nnx.Rngs(seed))
+    model = random_model(lambda: Encoder(EncoderConfig(block, depth, vocab, 64, 2, pooler), rngs=nnx.Rngs(0)), seed)
     model.site_aliases = nnx.static(BERT_ALIASES)
-    return shake(model, seed)
+    return model
 
 
 def decoder(
@@ -54,9 +59,9 @@ def decoder(
 ) -> Decoder:
     """A Llama-like decoder with two query heads to each key/value head."""
     block = BlockConfig(width, 4, 2, width // 4, 2 * width, "silu", True, "rms", 1e-5, True, bias, False, dtype)
-    model = Decoder(DecoderConfig(block, depth, vocab, 10000.0, tied), rngs=nnx.Rngs(seed))
+    model = random_model(lambda: Decoder(DecoderConfig(block, depth, vocab, 10000.0, tied), rngs=nnx.Rngs(0)), seed)
     model.site_aliases = nnx.static(LLAMA_ALIASES)
-    return shake(model, seed)
+    return model
 
 
 def classifier(depth: int = 4, *, pooling: str = "cls", classes: int = CLASSES, **options: Any) -> SequenceClassifier:

@@ -68,7 +68,9 @@ def describe(model: nnx.Module) -> Trainable:
         a, b, scale = (np.asarray(v[...]) for v in (module.lora_a, module.lora_b, module.scale))
         ranks = _ranks(a, b, scale)
         layers = None if scale.ndim == 0 else int((ranks > 0).sum())
-        rows.append(TrainableRow(name, "lora", layers, (a.shape[-2], int(ranks.max()), b.shape[-1]), int(ranks.sum()) * (a.shape[-2] + b.shape[-1])))
+        rows.append(
+            TrainableRow(name, "lora", layers, (a.shape[-2], int(ranks.max()), b.shape[-1]), int(ranks.sum()) * (a.shape[-2] + b.shape[-1]))
+        )
     for name, label in part.labels.items():
         if not name.endswith((".lora_a", ".lora_b")):
             array = part.trainable[name]

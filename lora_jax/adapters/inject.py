@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -10,7 +12,7 @@ from ..config.schema import AdapterConfig
 from ..models.stack import AXES, PER_SEGMENT, Stack
 from .labels import FROZEN, label_of, label_table
 from .modules import SITE_MODULES, AdapterSetting, LoRAParam, LowRank
-from .sites import find_sites, logical_name
+from .sites import Path, logical_name
 from .spec import Structure, resolve, unite
 
 LABEL = "label"
@@ -83,13 +85,13 @@ def _names(model: nnx.Module) -> list[str]:
     return [logical_name(path) for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)]
 
 
-def _descend(module: nnx.Module, path: tuple[str | int, ...]) -> nnx.Module:
+def _descend(module: Any, path: Path) -> Any:
     for part in path:
         module = module[part] if isinstance(part, int) else getattr(module, part)
     return module
 
 
-def _set(owner: nnx.Module, name: str | int, module: nnx.Module) -> None:
+def _set(owner: Any, name: str | int, module: nnx.Module) -> None:
     if isinstance(name, int):
         owner[name] = module
     else:
@@ -124,4 +126,3 @@ def _label(model: nnx.Module, structure: Structure) -> None:
 def site_modules(model: nnx.Module) -> dict[str, LowRank]:
     """Site name -> its module, of an adapted model."""
     return {logical_name(path): m for path, m in nnx.iter_modules(model) if isinstance(m, LowRank)}
-

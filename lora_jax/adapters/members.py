@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -32,7 +33,7 @@ def draw_head(model: nnx.Module, seed: int) -> None:
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param) and logical_name(path).endswith("classifier.kernel"):
             drawn = _generator(seed, "classifier", 0).standard_normal(variable.shape, np.float32)
-            variable[...] = np.asarray(0.02 * drawn, variable.dtype)
+            variable.set_value(jnp.asarray(0.02 * drawn, variable.dtype))
 
 
 def _generator(seed: int, name: str, layer: int) -> np.random.Generator:
@@ -55,6 +56,7 @@ def _fill_site(module: LowRank, name: str, member: MemberSite | None, dropout: f
                 bound = np.float32(1 / np.sqrt(a.shape[1]))
                 a[i, :, :rank] = (2 * generator.random((a.shape[1], rank), np.float32) - 1) * bound
     for variable, value in ((module.lora_a, a), (module.lora_b, b), (module.scale, scale)):
-        variable[...] = value if stacked else value[0]
+        variable.set_value(jnp.asarray(value if stacked else value[0]))
     if hasattr(module, "dropout_rate"):
-        module.dropout_rate[...] = np.full(module.dropout_rate.shape, dropout if member is not None else 0.0, np.float32)
+        rate = np.full(module.dropout_rate.shape, dropout if member is not None else 0.0, np.float32)
+        module.dropout_rate.set_value(jnp.asarray(rate))

@@ -18,7 +18,7 @@ class Merged(nnx.Module):
 
     def __init__(self, merged: nnx.Module, original: LowRank):
         self.merged = merged
-        self.original = original
+        self.original: Any = original
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.merged(x)
@@ -66,7 +66,7 @@ def merged_base(model: nnx.Module) -> nnx.Module:
 
 
 def _folded(module: LowRank) -> nnx.Module:
-    folded = _copy(module.base)
+    folded: Any = _copy(module.base)
     weight = folded.kernel if hasattr(folded, "kernel") else folded.embedding
     update = module.update()
     full = weight[...]
@@ -84,6 +84,7 @@ def _copy(model: nnx.Module) -> nnx.Module:
 
 def _replace(model: nnx.Module, kind: type, make: Callable[[Any], nnx.Module]) -> nnx.Module:
     copy = _copy(model)
+    module: Any
     for _, module in list(nnx.iter_modules(copy)):
         for name, child in list(_children(module)):
             if isinstance(child, kind) and not isinstance(module, Merged):
@@ -95,6 +96,5 @@ def _replace(model: nnx.Module, kind: type, make: Callable[[Any], nnx.Module]) -
     return copy
 
 
-def _children(module: nnx.Module) -> list[tuple[str | int, nnx.Module]]:
+def _children(module: nnx.Module) -> list[tuple[Any, nnx.Module]]:
     return [(name, child) for name, child in nnx.iter_children(module) if isinstance(child, nnx.Module)]
-

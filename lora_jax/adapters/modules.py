@@ -6,6 +6,8 @@ B (r, out). At a stacked site every array has the layers of its segment in front
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,7 +36,7 @@ class LowRank(nnx.Module):
     def __init__(self, base: nnx.Module, *, layers: int | None, inputs: int, outputs: int, rank: int, dropout: bool):
         lead = () if layers is None else (layers,)
         stacked = {PER_SEGMENT: True} if layers is not None else {}
-        self.base = base
+        self.base: Any = base
         self.lora_a = LoRAParam(jnp.zeros((*lead, inputs, rank)), **stacked)
         self.lora_b = LoRAParam(jnp.zeros((*lead, rank, outputs)), **stacked)
         self.scale = AdapterSetting(jnp.zeros(lead), **stacked)

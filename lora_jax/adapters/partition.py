@@ -112,5 +112,3 @@ def update_mask(part: Partition, spec: MemberSpec, structure: Structure) -> Arra
             array = part.trainable[name]
             masks[name] = jnp.asarray(on, jnp.float32).reshape(-1, *([1] * (array.ndim - 1))) if shape.site.depth else jnp.float32(on[0])
     return masks
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -20,7 +21,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 # The output heads, which PEFT's `all-linear` leaves out as well.
 HEADS = ("classifier", "lm_head", "score")
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Site:
     biased: bool
 
 
-def logical_name(path: Iterable[str | int], layer: int | str | None = None) -> str:
+def logical_name(path: Iterable[Any], layer: int | str | None = None) -> str:
     """The path as people write it: a stack's inner `segments.N.block` is left out, and an adapter's `base`.
 
     >>> logical_name(("layers", "segments", 0, "block", "attn", "q_proj"), layer=3)
@@ -76,7 +77,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
     Raises:
         InputError: the model bears adapters already.
     """
-    modules = {path: module for path, module in nnx.iter_modules(model)}
+    modules: dict[Path, nnx.Module] = dict(nnx.iter_modules(model))
     if any(isinstance(m, LowRank) for m in modules.values()):
         raise InputError("the model bears adapters already: inject into the base.")
     sites = []
@@ -140,7 +141,9 @@ def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) ->
     return any(name == entry or name.endswith("." + entry) for name in site_names for entry in pattern)
 
 
-def select(sites: list[Site], targets: str | list[str], exclude: str | list[str] | None, layers: int | str | list[int] | None) -> dict[str, np.ndarray]:
+def select(
+    sites: list[Site], targets: str | list[str], exclude: str | list[str] | None, layers: int | str | list[int] | None
+) -> dict[str, np.ndarray]:
     """Which layers of which sites a config adapts.
 
     Returns:
@@ -183,7 +186,9 @@ def _suggest(word: str, sites: list[Site], is_string: bool) -> str:
     last = re.split(r"[.\\*]", word)[-1] or word
     near = nearest(last, [*endings, *PRESETS, "all-linear", "embedding"])
     full = [s.names[0][0] for s in sites][:4]
-    return (f"Nearest names: {', '.join(near)}. " if near else f"Names: {', '.join(endings[:20])}. ") + f"Full paths look like {', '.join(full)}."
+    return (
+        f"Nearest names: {', '.join(near)}. " if near else f"Names: {', '.join(endings[:20])}. "
+    ) + f"Full paths look like {', '.join(full)}."
 
 
 def layer_number(name: str) -> int | None:

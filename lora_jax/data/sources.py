@@ -96,7 +96,9 @@ def _files_in(folder: Path, key: str, splits: tuple[str, ...]) -> list[Path]:
     if by_split:
         chosen = next((by_split[s] for s in splits if s in by_split), None)
         if chosen is None:
-            raise InputError(f"{key}: the folder {folder} holds no {splits[0]} file, only {', '.join(f.name for f in files)}; name one file.")
+            raise InputError(
+                f"{key}: the folder {folder} holds no {splits[0]} file, only {', '.join(f.name for f in files)}; name one file."
+            )
         files = [f for f in files if f.name in chosen]
     if len({_kind(f) for f in files}) > 1:
         raise InputError(f"{key}: the folder {folder} holds files of several kinds ({', '.join(f.name for f in files)}); name one file.")

@@ -16,7 +16,7 @@ def split_rows(texts: Sequence[str], *, held_out: int, train: int | None, seed: 
 
     Args:
         texts: what makes a row; (n,).
-        held_out: how many rows are held out (up to as many more as the last text has copies).
+        held_out: how many rows are held out.
         train: at most so many rows are trained on; all others by default.
         seed: of the choice.
 
@@ -29,7 +29,7 @@ def split_rows(texts: Sequence[str], *, held_out: int, train: int | None, seed: 
     order = np.random.default_rng(np.random.SeedSequence([seed, 0x5911])).permutation(count)
     copies: dict[str, list[int]] = {}
     for i in order:
-        copies.setdefault(texts[i], []).append(int(i))
+        copies.setdefault(texts[int(i)], []).append(int(i))
     groups = list(copies.values())
     taken: list[int] = []
     rest: list[int] = []

@@ -12,7 +12,7 @@ import numpy as np
 from ..config.errors import InputError, hint
 from ..config.schema import TaskConfig
 from .chat import encode_chat
-from .sources import load_rows
+from .sources import HELD_OUT, ROW, TRAINING, load_rows
 from .split import sample_rows, split_rows
 
 NO_TARGET = -1
@@ -50,6 +50,7 @@ class TaskData:
         classes: class names in order (classification), else None.
         class_token_ids: (classes,) int32, the token of each class's word (a decoder's classification), else None.
         per_example: whether each example has exactly one target (classification).
+        dropped: rows left out because nothing is to be predicted within `max_length` tokens of them.
     """
 
     train: Examples
@@ -57,6 +58,22 @@ class TaskData:
     classes: tuple[str, ...] | None
     class_token_ids: np.ndarray | None
     per_example: bool
+    dropped: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The columns of a source as lists, checked, and the number each row has in its file."""
+
+    source: str
+    columns: dict[str, list[Any]]
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def take(self, chosen: np.ndarray) -> _Rows:
+        return _Rows(self.source, {name: [values[i] for i in chosen] for name, values in self.columns.items()}, self.numbers[chosen])
 
 
 def prepare(task: TaskConfig, tokenizer: Any, *, decoder: bool) -> TaskData:
@@ -70,91 +87,121 @@ def prepare(task: TaskConfig, tokenizer: Any, *, decoder: bool) -> TaskData:
     Raises:
         InputError: the source, a column, a label or the tokenizer will not do; the message says which row.
     """
-    columns = [c for c in (task.text, task.label, task.prompt, task.response, task.messages) if c is not None]
-    rows = load_rows(task.source, key="task.source", columns=columns, drop=task.drop)
+    rows = _load(task, task.source, "task.source", TRAINING)
     if task.eval_source is None:
-        texts = [repr([rows[c][i] for c in columns if c != task.label]) for i in range(rows.num_rows)] if task.messages else _joined(rows, task, columns)
-        train_at, held_at = split_rows(texts, held_out=task.eval_size, train=task.train_size, seed=task.split_seed)
+        train_at, held_at = split_rows(_inputs(task, rows), held_out=task.eval_size, train=task.train_size, seed=task.split_seed)
         held_rows = rows
     else:
-        held_rows = load_rows(task.eval_source, key="task.eval_source", columns=columns, drop=task.drop)
-        train_at = sample_rows(rows.num_rows, size=task.train_size, seed=task.split_seed)
-        held_at = sample_rows(held_rows.num_rows, size=task.eval_size, seed=task.split_seed)
+        held_rows = _load(task, task.eval_source, "task.eval_source", HELD_OUT)
+        train_at = sample_rows(len(rows), size=task.train_size, seed=task.split_seed)
+        held_at = sample_rows(len(held_rows), size=task.eval_size, seed=task.split_seed)
     classes = _classes(task, rows) if task.kind == "classification" else None
     if classes is not None and task.eval_source is not None:
-        _check_labels([str(v) for v in held_rows[str(task.label)]], classes, task.eval_source)
+        _check_labels(held_rows, str(task.label), classes)
     words = _label_words(task, classes, tokenizer) if classes is not None and decoder else None
     encode = _encoder_of(task, tokenizer, classes, decoder)
+    dropped = 0
 
-    def examples(source: Any, chosen: np.ndarray, key: str) -> Examples:
-        picked = {c: source.select(chosen)[c] for c in columns}
-        made = encode({c: list(v) for c, v in picked.items()}, chosen)
+    def examples(chosen: _Rows, key: str) -> Examples:
+        nonlocal dropped
+        made = encode(chosen.columns, chosen.numbers)
         kept = [(t, y) for t, y in made if (y != NO_TARGET).any()]
+        dropped += len(made) - len(kept)
         if not kept:
             raise InputError(f"{key}: no example has anything to predict within task.max_length = {task.max_length} tokens.")
         return Examples([t for t, _ in kept], [y for _, y in kept])
 
-    return TaskData(
-        examples(rows, train_at, "task.source"),
-        examples(held_rows, held_at, "task.eval_source" if task.eval_source else "task.source"),
-        classes,
-        words,
-        task.kind == "classification",
-    )
+    train = examples(rows.take(train_at), "task.source")
+    held_out = examples(held_rows.take(held_at), "task.eval_source" if task.eval_source else "task.source")
+    return TaskData(train, held_out, classes, words, task.kind == "classification", dropped)
 
 
-def _joined(rows: Any, task: TaskConfig, columns: Sequence[str]) -> list[str]:
-    return ["\x1f".join(map(str, values)) for values in zip(*(rows[c] for c in columns if c != task.label), strict=True)]
+def _load(task: TaskConfig, source: str, key: str, splits: tuple[str, ...]) -> _Rows:
+    """Reads the task's columns; `InputError` for a row where one of them is missing or not text."""
+    names = [c for c in (task.text, task.label, task.prompt, task.response, task.messages) if c is not None]
+    table = load_rows(source, key=key, columns=names, drop=task.drop, splits=splits)
+    rows = _Rows(source, {name: list(table[name][:]) for name in names}, np.array(table[ROW][:]))
+    for name in names:
+        for number, value in zip(rows.numbers, rows.columns[name], strict=True):
+            if value is None or (name == task.label and value == ""):
+                raise InputError(f"{key}: row {number} of {source} has no '{name}'.")
+            if isinstance(value, list | dict) and name != task.messages:
+                raise InputError(f"{key}: row {number} of {source}: '{name}' is a {type(value).__name__}, not a text.")
+    return rows
 
 
-def _classes(task: TaskConfig, rows: Any) -> tuple[str, ...]:
+def _inputs(task: TaskConfig, rows: _Rows) -> list[str]:
+    """What makes two rows the same: all but the label."""
+    return ["\x1f".join(map(str, values)) for values in zip(*(v for n, v in rows.columns.items() if n != task.label), strict=True)]
+
+
+def _classes(task: TaskConfig, rows: _Rows) -> tuple[str, ...]:
     assert task.label is not None
-    found = [str(v) for v in rows[task.label]]
     if task.labels is None:
-        classes = tuple(sorted(set(found)))
+        found = {str(v) for v in rows.columns[task.label]}
+        # Numbers in the order of numbers: 2 before 10.
+        classes = tuple(sorted(found, key=int if all(f.isdecimal() for f in found) else None))
     else:
         classes = tuple(task.labels)
         if len(set(classes)) < len(classes):
             raise InputError("task.labels: a class is named twice.")
-        _check_labels(found, classes, task.source)
+        _check_labels(rows, task.label, classes)
     if len(classes) < 2:
-        raise InputError(f"task.label: the column '{task.label}' has one value only ({', '.join(classes)}); classification needs two classes.")
+        raise InputError(
+            f"task.label: the column '{task.label}' has one value only ({', '.join(classes)}); classification needs two classes."
+        )
     return classes
 
 
-def _check_labels(found: Sequence[str], classes: tuple[str, ...], source: str) -> None:
-    """`InputError` for a label that is no class. Rows are counted from 1, without those that `task.drop` leaves out."""
-    for number, label in enumerate(found, 1):
-        if label not in classes:
-            raise InputError(f"task.labels: row {number} of {source} has the label '{label}'. {hint(label, classes)} Classes: {', '.join(classes)}.")
+def _check_labels(rows: _Rows, column: str, classes: tuple[str, ...]) -> None:
+    """`InputError` for a label that is no class."""
+    known = set(classes)
+    for number, label in zip(rows.numbers, map(str, rows.columns[column]), strict=True):
+        if label not in known:
+            raise InputError(
+                f"task.labels: row {number} of {rows.source} has the label '{label}'. {hint(label, classes)} Classes: {', '.join(classes)}."
+            )
 
 
 Encoder = Callable[[dict[str, list[Any]], np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
 
 
 def _encoder_of(task: TaskConfig, tokenizer: Any, classes: tuple[str, ...] | None, decoder: bool) -> Encoder:
-    """What turns columns into (tokens, targets)."""
+    """What turns columns, and the rows' numbers, into (tokens, targets)."""
+    start = _start(tokenizer) if decoder else []
     if classes is not None:
-        return lambda columns, at: _classification(columns, task, tokenizer, classes, decoder)
+        return lambda columns, _: _classification(columns, task, tokenizer, classes, decoder)
     if task.text is not None:
-        return lambda columns, at: [_next_token(_with_end(ids, tokenizer)[: task.max_length]) for ids in _plain(tokenizer, columns[str(task.text)])]
-    if task.messages is not None:
-        return lambda columns, at: [
-            _shifted(*encode_chat(m, tokenizer, int(n)), task.max_length) for m, n in zip(columns[str(task.messages)], at, strict=True)
+        return lambda columns, _: [
+            # A blank text teaches nothing, not even where it ends.
+            _next_token([*start, *_with_end(ids, tokenizer)][: task.max_length] if ids else [])
+            for ids in _plain(tokenizer, columns[str(task.text)])
         ]
-    return lambda columns, at: _prompt_response(columns, task, tokenizer)
+    if task.messages is not None:
+        return lambda columns, numbers: [
+            _shifted(*encode_chat(m, tokenizer, int(n)), task.max_length) for m, n in zip(columns[str(task.messages)], numbers, strict=True)
+        ]
+    return lambda columns, _: _prompt_response(columns, task, tokenizer)
 
 
-def _classification(columns: dict[str, list[Any]], task: TaskConfig, tokenizer: Any, classes: tuple[str, ...], decoder: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def _classification(
+    columns: dict[str, list[Any]], task: TaskConfig, tokenizer: Any, classes: tuple[str, ...], decoder: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
     texts, labels = [str(t) for t in columns[str(task.text)]], [str(v) for v in columns[str(task.label)]]
     if decoder:
         before, _, after = task.template.partition("{text}")
         head, tail = (_plain(tokenizer, [part])[0] if part else [] for part in (before, after))
+        head = [*_start(tokenizer), *head]
         room = task.max_length - len(head) - len(tail)
         if room < 1:
-            raise InputError(f"task.max_length: {task.max_length} leaves no room for text beside the template's {len(head) + len(tail)} tokens.")
+            raise InputError(
+                f"task.max_length: {task.max_length} leaves no room for text beside the template's {len(head) + len(tail)} tokens."
+            )
         encoded = [[*head, *ids[:room], *tail] for ids in _plain(tokenizer, texts)]
     else:
+        # Asked for no more than its special tokens, the tokenizer cuts nothing.
+        if task.max_length <= tokenizer.num_special_tokens_to_add():
+            raise InputError(f"task.max_length: {task.max_length} leaves no room for text beside the special tokens.")
         encoded = tokenizer(texts, truncation=True, max_length=task.max_length, padding=False)["input_ids"]
     made = []
     for ids, label in zip(encoded, labels, strict=True):
@@ -167,6 +214,12 @@ def _classification(columns: dict[str, list[Any]], task: TaskConfig, tokenizer: 
 
 def _plain(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
     return tokenizer([str(t) for t in texts], add_special_tokens=False, padding=False)["input_ids"]
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The token a decoder's texts begin with, where the tokenizer says there is one; the model was trained with it."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
 
 
 def _with_end(ids: list[int], tokenizer: Any) -> list[int]:
@@ -190,7 +243,8 @@ def _prompt_response(columns: dict[str, list[Any]], task: TaskConfig, tokenizer:
     made = []
     for prompt, response in zip(prompts, responses, strict=True):
         answer = _with_end(response, tokenizer)
-        made.append(_shifted([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), task.max_length))
+        asked = [*_start(tokenizer), *prompt]
+        made.append(_shifted([*asked, *answer], [False] * len(asked) + [True] * len(answer), task.max_length))
     return made
 
 
@@ -199,12 +253,24 @@ def _label_words(task: TaskConfig, classes: tuple[str, ...], tokenizer: Any) -> 
     words = task.label_words or list(classes)
     if len(words) != len(classes):
         raise InputError(f"task.label_words: {len(words)} words for {len(classes)} classes ({', '.join(classes)}).")
-    spaced = [w if task.template.endswith((" ", "\n")) else f" {w}" for w in words]
-    first = [ids[0] if ids else None for ids in _plain(tokenizer, spaced)]
+    space = "" if task.template.endswith((" ", "\n")) else " "
+    # After the template's last words, not alone: some tokenizers put a space before every text, and would give all words the token
+    # of that space.
+    tail = task.template.rpartition("{text}")[2] or "a"
+    before = _plain(tokenizer, [tail])[0]
+
+    def first_token(word: str) -> int | None:
+        together, alone = _plain(tokenizer, [tail + space + word, space + word])
+        fits = together[: len(before)] == before and len(together) > len(before)
+        return together[len(before)] if fits else next(iter(alone), None)
+
+    first = [first_token(w) if w.strip() else None for w in words]
     for i, token in enumerate(first):
         if token is None:
             raise InputError(f"task.label_words: the word of class '{classes[i]}' is empty.")
         if token in first[:i]:
             other = words[first.index(token)]
-            raise InputError(f"task.label_words: '{words[i]}' and '{other}' begin with the same token; give words that differ from the start.")
+            raise InputError(
+                f"task.label_words: '{words[i]}' and '{other}' begin with the same token; give words that differ from the start."
+            )
     return np.array(first, np.int32)

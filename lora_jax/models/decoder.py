@@ -40,7 +40,7 @@ class Decoder(nnx.Module):
         if not config.tied:
             self.lm_head = linear(block.width, config.vocab, ("embed", "vocab"), bias=False, dtype=block.dtype, rngs=rngs)
         self.config = nnx.static(config)
-        self.site_aliases = nnx.static(())
+        self.site_aliases: tuple[tuple[str, str], ...] = nnx.static(())
 
     def __call__(
         self, tokens: Array, attention_mask: Array | None = None, positions: Array | None = None, segment_ids: Array | None = None

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from .layers import AXES, Array, Block, BlockConfig, Context, embedding, linear, norm, row_layout, segment_mask
+from .layers import Array, Block, BlockConfig, Context, embedding, linear, norm, row_layout, segment_mask
 from .stack import Stack
 
 
@@ -43,7 +43,7 @@ class Encoder(nnx.Module):
         if config.pooler:
             self.pooler = linear(block.width, block.width, ("embed", "embed_out"), bias=True, dtype=block.dtype, rngs=rngs)
         self.config = nnx.static(config)
-        self.site_aliases = nnx.static(())
+        self.site_aliases: tuple[tuple[str, str], ...] = nnx.static(())
 
     def __call__(
         self,

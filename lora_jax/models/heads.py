@@ -7,6 +7,7 @@ All of them, and `Decoder` itself through `LanguageModel`, have one face for the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,18 @@ from flax import nnx
 from .decoder import Decoder
 from .encoder import Encoder
 from .layers import Array, linear
+
+
+class TaskModel(Protocol):
+    """What the training step asks of a model."""
+
+    def features(self, batch: Mapping[str, Array]) -> Array:
+        """(n, width): what the head sees, for each target of a batch."""
+        ...
+
+    def head(self, features: Array) -> Array:
+        """(n, classes): logits."""
+        ...
 
 
 class SequenceClassifier(nnx.Module):
@@ -58,7 +71,9 @@ class LanguageModel(nnx.Module):
 
     def features(self, batch: Mapping[str, Array]) -> Array:
         """(n, width): the hidden state at each target position."""
-        return self.base.hidden(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], gather=batch["target_index"])
+        return self.base.hidden(
+            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], gather=batch["target_index"]
+        )
 
     def head(self, features: Array) -> Array:
         """(n, vocab) logits."""

@@ -7,6 +7,7 @@ compiled step follows its inputs. One device is the mesh of one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh a config asks for, over the first devices there are.
 
     Raises:

@@ -23,7 +23,9 @@ def fit(config: Config | str, *, fresh: bool = False, **values: Any) -> MemberRe
     return run_sweep(loaded.model_copy(update={"sweep": None}), fresh=fresh, progress=Progress()).results[0]
 
 
-def sweep(config: Config | str, grid: Mapping[str, Sequence[Any]] | None = None, *, solo: bool = False, fresh: bool = False) -> SweepOutcome:
+def sweep(
+    config: Config | str, grid: Mapping[str, Sequence[Any]] | None = None, *, solo: bool = False, fresh: bool = False
+) -> SweepOutcome:
     """Trains all members of a grid, packed.
 
     Args:

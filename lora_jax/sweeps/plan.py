@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from ..training.pack import static_key
 from ..training.setup import setup_key
@@ -33,5 +34,5 @@ def plan_packs(members: list[Member], *, largest: int) -> list[PackPlan]:
     for group in groups.values():
         count = -(-len(group) // largest)
         cuts = [round(i * len(group) / count) for i in range(count + 1)]
-        packs += [PackPlan(tuple(group[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
+        packs += [PackPlan(tuple(group[a:b])) for a, b in itertools.pairwise(cuts)]
     return packs

@@ -114,7 +114,8 @@ class _Recorder:
         grid = config.sweep.grid if config.sweep else {}
         tags = [f"eval/{name}" for name in shown]
         self.writers = [
-            MemberWriter(run.member(m.name), m.settings, metrics=tags, domains=grid) if config.tracking.tensorboard else NullWriter() for m in members
+            MemberWriter(run.member(m.name), m.settings, metrics=tags, domains=grid) if config.tracking.tensorboard else NullWriter()
+            for m in members
         ]
         self.ended = False
         self._track = progress.track(setup.steps, title)
@@ -173,4 +174,3 @@ class _Recorder:
                 padding_share=float(facts["padding_share"]),
             ).write(folder)
         self.ended = True
-

@@ -107,7 +107,9 @@ def train_pack(pack: Pack, setup: Setup, *, eval_every: int, log_every: int, lis
     )
 
 
-def evaluate_pack(pack: Pack, setup: Setup, trainable: Arrays, batches: Sequence[dict[str, np.ndarray]] | None = None) -> dict[str, np.ndarray]:
+def evaluate_pack(
+    pack: Pack, setup: Setup, trainable: Arrays, batches: Sequence[dict[str, np.ndarray]] | None = None
+) -> dict[str, np.ndarray]:
     """Mean loss, accuracy and, for language models, perplexity of every member over the held-out batches (or `batches`)."""
     sums: list[Any] = []
     weight = 0.0
@@ -185,4 +187,3 @@ class _Clock:
         seconds, tokens = self.seconds - self._mark[0], self._tokens - self._mark[1]
         self._mark = (self.seconds, self._tokens)
         return tokens / seconds if seconds > 0 and tokens else 0.0
-

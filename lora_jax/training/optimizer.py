@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from ..adapters.labels import FROZEN, TRAINABLE
 from ..config.schema import Config
@@ -38,22 +40,21 @@ class Hyper(NamedTuple):
 def hyper_of(config: Config, steps: int) -> Hyper:
     """The hyperparameters a config asks for, over `steps` optimizer steps; numpy scalars."""
     optimizer = config.optimizer
-    values = {name: np.float32(getattr(optimizer, name)) for name in Hyper._fields if name in type(optimizer).model_fields and name not in ("schedule", "clip_norm")}
-    return Hyper(
-        **values,
-        schedule=np.int32(SCHEDULES.index(optimizer.schedule)),
-        clip_norm=np.float32(np.inf if optimizer.clip_norm is None else optimizer.clip_norm),
-        steps=np.float32(steps),
-        seed=np.uint32(config.training.seed),
-    )
+    same = ("learning_rate", "warmup_steps", "weight_decay", "b1", "b2", "eps", "b_lr_ratio", "head_lr_ratio")
+    values: dict[str, Any] = {name: np.float32(getattr(optimizer, name)) for name in same}
+    values["schedule"] = np.int32(SCHEDULES.index(optimizer.schedule))
+    values["clip_norm"] = np.float32(np.inf if optimizer.clip_norm is None else optimizer.clip_norm)
+    values["steps"] = np.float32(steps)
+    values["seed"] = np.uint32(config.training.seed)
+    return Hyper(**values)
 
 
-def learning_rate(hyper: Hyper, step: jax.Array) -> jax.Array:
+def learning_rate(hyper: Hyper, step: ArrayLike) -> jax.Array:
     """The learning rate of 0-based `step`: linear warm-up from 0, then linear or half-cosine decay to 0 at `steps`, or flat.
 
     The values are those of transformers' `get_linear_schedule_with_warmup` and its cosine sibling.
     """
-    step = step.astype(jnp.float32)
+    step = jnp.asarray(step, jnp.float32)
     rising = step / jnp.maximum(hyper.warmup_steps, 1.0)
     done = jnp.clip((step - hyper.warmup_steps) / jnp.maximum(hyper.steps - hyper.warmup_steps, 1.0), 0.0, 1.0)
     falling = jnp.stack([1.0 - done, 0.5 * (1.0 + jnp.cos(jnp.pi * done)), jnp.ones_like(done)])[hyper.schedule]
@@ -80,5 +81,6 @@ def make_optimizer(hyper: Hyper, labels: dict[str, str]) -> optax.GradientTransf
             weight_decay=hyper.weight_decay,
         )
 
-    groups = {label: adamw(label) for label in TRAINABLE} | {FROZEN: optax.set_to_zero()}
+    groups: dict[Hashable, optax.GradientTransformation] = {label: adamw(label) for label in TRAINABLE}
+    groups[FROZEN] = optax.set_to_zero()
     return optax.chain(optax.clip_by_global_norm(hyper.clip_norm), optax.multi_transform(groups, labels))

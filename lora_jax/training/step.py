@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..config.errors import RunError
+from ..models.heads import TaskModel
 from .objective import cross_entropy
 from .optimizer import Hyper, learning_rate, make_optimizer
 
@@ -48,7 +49,9 @@ def init_member(part: Partition, trainable: Arrays, fixed: MemberFixed) -> Membe
     return MemberState(trainable, make_optimizer(fixed.hyper, part.labels).init(trainable), jnp.array(True))
 
 
-def train_step(part: Partition, state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
+def train_step(
+    part: Partition, state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array
+) -> tuple[MemberState, Metrics]:
     """One optimizer step of one member.
 
     The gradient is that of the mean loss over all labels of the step, summed over its micro-batches. A member whose loss or
@@ -66,7 +69,7 @@ def train_step(part: Partition, state: MemberState, fixed: MemberFixed, frozen: 
     total = jnp.maximum(batch["target_weights"].sum(), 1.0)
 
     def loss_of(trainable: Arrays, micro: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = part.merge(trainable, with_dropout_keys(fixed.settings, key), frozen, training=True)
+        model = cast(TaskModel, part.merge(trainable, with_dropout_keys(fixed.settings, key), frozen, training=True))
         loss, correct = cross_entropy(model.head, model.features(micro), micro["target_ids"], micro["target_weights"])
         return loss / total, correct / total
 
@@ -75,18 +78,14 @@ def train_step(part: Partition, state: MemberState, fixed: MemberFixed, frozen: 
         (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, rows, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, carry, (loss, correct, grads)), None
 
-    count = batch["tokens"].shape[0]
-    if count == 1:
-        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
-        (loss, correct, grads), _ = micro_step(zero, (jnp.int32(0), jax.tree.map(lambda a: a[0], batch)))
-    else:
-        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
-        (loss, correct, grads), _ = jax.lax.scan(micro_step, zero, (jnp.arange(count), batch))
+    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+    (loss, correct, grads), _ = jax.lax.scan(micro_step, zero, (jnp.arange(batch["tokens"].shape[0]), batch))
 
     grads = _masked(grads, fixed.mask)
     norm = optax.global_norm(grads)
     updates, optimizer = make_optimizer(fixed.hyper, part.labels).update(grads, state.optimizer, state.trainable)
-    new = MemberState(optax.apply_updates(state.trainable, _masked(updates, fixed.mask)), optimizer, state.alive)
+    updates = _masked(cast(Arrays, updates), fixed.mask)
+    new = MemberState(cast(Arrays, optax.apply_updates(state.trainable, updates)), optimizer, state.alive)
     alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(norm)
     kept = jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, state)
     return kept._replace(alive=alive), Metrics(loss, correct, norm, learning_rate(fixed.hyper, step))
@@ -98,7 +97,7 @@ def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
 
 def eval_step(part: Partition, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Summed loss and right predictions of one member over one batch (without a micro axis), no dropout."""
-    model = part.merge(trainable, settings, frozen, training=False)
+    model = cast(TaskModel, part.merge(trainable, settings, frozen, training=False))
     return cross_entropy(model.head, model.features(batch), batch["target_ids"], batch["target_weights"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_unknown_activation():
 def test_norms_in_float32_with_a_large_mean(kind):
     """A one-pass variance would lose all its digits here."""
     x = X + 1000.0
-    model = tiny.shake(layers.norm(kind, 8, 1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    model = tiny.random_model(lambda: layers.norm(kind, 8, 1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     y = x.astype(np.float64)
     y = y - y.mean(-1, keepdims=True) if kind == "layer" else y
     y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(model.scale[...])
@@ -68,8 +69,6 @@ def test_segment_mask_shows_own_segment_and_nothing_later():
 def test_attention_is_softmax_of_scaled_scores():
     model = tiny.encoder(1)
     graphdef, state = nnx.split(model.layers.segments[0].block.attn)
-    import jax
-
     attention = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
     x = np.random.default_rng(0).standard_normal((1, 6, tiny.WIDTH)).astype(np.float32)
     segments = jnp.array([[1, 1, 1, 1, 2, 2]])

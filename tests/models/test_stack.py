@@ -10,7 +10,7 @@ from flax import nnx
 from tests import tiny
 
 from lora_jax.models.layers import Context, rotary_angles, segment_mask
-from lora_jax.models.stack import AXES, REMAT_POLICIES
+from lora_jax.models.stack import AXES, REMAT_POLICIES, Stack
 
 ROWS, LENGTH = 3, 10
 
@@ -47,21 +47,18 @@ def test_gather_keeps_the_positions_asked_for(depth):
     np.testing.assert_allclose(model.layers(x, context, wanted), full, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("cuts", [(1,), (3,), (2, 1), (1, 3)])
+@pytest.mark.parametrize("cuts", [(1,), (2, 1, 3)])
 def test_splitting_changes_no_bit_and_shares_the_weights(cuts):
     model = tiny.encoder(4)
     x, context = _inputs(model)
-    before = np.asarray(model.layers(x, context))
+    before = tiny.outputs(model.layers, x, context, bits=True)
     whole = model.layers.segments[0].block
     for cut in cuts:
         assert model.layers.split_at(cut).start == cut
     assert [(s.start, s.stop) for s in model.layers.segments] == list(zip((0, *sorted(cuts)), (*sorted(cuts), 4)))
     for segment in model.layers.segments:
         assert segment.block.attn.q_proj.kernel is whole.attn.q_proj.kernel
-    np.testing.assert_array_equal(model.layers(x, context), before)
-    np.testing.assert_allclose(
-        model.layers(x, context, jnp.array([3, 4])), before.reshape(-1, tiny.WIDTH)[np.array([3, 4])], rtol=2e-5, atol=2e-5
-    )
+    np.testing.assert_array_equal(tiny.outputs(model.layers, x, context, bits=True), before)
 
 
 def test_splitting_where_a_segment_starts_gives_that_segment():
@@ -81,15 +78,16 @@ def test_remat_policies_agree(make):
     def run(policy):
         model.layers.remat = policy
         graphdef, state = nnx.split(model.layers)
-        return jax.value_and_grad(lambda s, x: jnp.sum(nnx.merge(graphdef, s)(x, context) ** 2), argnums=(0, 1))(state, x)
+        return jax.jit(jax.value_and_grad(lambda s, x: jnp.sum(nnx.merge(graphdef, s)(x, context) ** 3), argnums=(0, 1)))(state, x)
 
     value, grads = run("none")
-    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads[1]))
+    assert float(jnp.abs(grads[1]).max()) > 0
     for policy in set(REMAT_POLICIES) - {"none"}:
         other, other_grads = run(policy)
         np.testing.assert_allclose(other, value, rtol=1e-6)
         for a, b in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
-            assert tiny.relative(a, b) < 1e-5
+            # A key's bias has no gradient (softmax does not see it): what is there is rounding.
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(grads[1]).max()))
 
 
 @pytest.mark.parametrize("policy", list(REMAT_POLICIES))
@@ -107,7 +105,8 @@ def test_what_a_policy_keeps_for_the_backward_pass(policy):
 
 
 def test_layers_start_with_weights_of_their_own():
-    kernel = np.asarray(tiny.encoder(4).layers.segments[0].block.attn.q_proj.kernel[...])
+    stack = Stack(lambda rngs: nnx.Linear(3, 5, rngs=rngs), 4, rngs=nnx.Rngs(0))
+    kernel = np.asarray(stack.segments[0].block.kernel[...])
     assert len({k.tobytes() for k in kernel}) == 4
 
 

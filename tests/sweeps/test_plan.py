@@ -1,0 +1,67 @@
+"""The plan: as few packs as possible, and none that mixes what must be compiled apart."""
+
+import pytest
+
+from lora_jax.config.load import with_values
+from lora_jax.sweeps.members import Member
+from lora_jax.sweeps.plan import plan_packs
+from tests.tiny import config
+
+
+def members(*settings):
+    return [Member(str(i), s, with_values(config(), s)) for i, s in enumerate(settings)]
+
+
+def names(packs):
+    return [[m.name for m in p.members] for p in packs]
+
+
+def test_numbers_and_targets_share_one_pack():
+    together = members(
+        {},
+        {"adapter.rank": 16},
+        {"adapter.alpha": 2.0},
+        {"adapter.targets": ["q_proj"]},
+        {"adapter.exclude": ["q_proj"]},
+        {"adapter.layers": "last:1"},
+        {"adapter.rank_pattern": {"q_proj": 2}},
+        {"adapter.rslora": True},
+        {"adapter.dropout": 0.1},
+        {"training.seed": 7},
+        *({f"optimizer.{k}": v} for k, v in {"learning_rate": 0.5, "schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1}.items()),
+        *({f"optimizer.{k}": v} for k, v in {"b1": 0.5, "b2": 0.5, "eps": 1e-3, "clip_norm": 1.0, "b_lr_ratio": 2.0}.items()),
+    )
+    assert names(plan_packs(together, largest=100)) == [[m.name for m in together]]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("adapter.bias", "all"),
+        ("adapter.method", "full"),
+        ("adapter.modules_to_save", ["pooler"]),
+        ("training.batch_size", 16),
+        ("training.steps", 21),
+        ("training.accumulate", 2),
+        ("training.batching", "padded"),
+        ("training.data_seed", 1),
+        ("training.eval_every", 5),
+        ("model.source", "elsewhere"),
+        ("model.dtype", "bfloat16"),
+        ("task.max_length", 64),
+        ("task.split_seed", 1),
+    ],
+)
+def test_what_is_compiled_or_loaded_apart_is_planned_apart(key, value):
+    assert names(plan_packs(members({}, {key: value}, {"adapter.rank": 2}), largest=9)) == [["0", "2"], ["1"]]
+
+
+@pytest.mark.parametrize(("count", "largest", "sizes"), [(8, 8, [8]), (9, 8, [4, 5]), (10, 4, [3, 4, 3]), (17, 16, [8, 9]), (3, 1, [1, 1, 1])])
+def test_large_groups_are_cut_evenly(count, largest, sizes):
+    packs = plan_packs(members(*({"training.seed": i} for i in range(count))), largest=largest)
+    assert sorted(len(p.members) for p in packs) == sorted(sizes)
+    assert [m.name for p in packs for m in p.members] == [str(i) for i in range(count)]
+
+
+def test_nothing_to_do_is_no_pack():
+    assert plan_packs([], largest=4) == []
