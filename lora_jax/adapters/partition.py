@@ -65,12 +65,12 @@ def partition(model: nnx.Module) -> Partition:
         paths[name] = path
         label = variable.get_metadata().get(LABEL, FROZEN)
         if isinstance(variable, AdapterSetting):
-            parts[1][name] = variable[...]
+            parts[1][name] = variable.get_value()
         elif label != FROZEN:
             parts[0][name] = jnp.asarray(variable[...], jnp.float32)  # of a bfloat16 base too: small updates would round away
             labels[name] = label
         else:
-            parts[2][name] = variable[...]
+            parts[2][name] = variable.get_value()
     if not labels:
         raise ValueError("nothing is trainable: inject adapters first")
     return Partition(graphdef, eval_graphdef, paths, labels, *parts)

@@ -104,14 +104,13 @@ class BatchPlan:
         """Figures for reports: `rows`, `length`, `tokens_per_step` (real ones), `padding_share` (of the positions computed on), and
         `dynamic_padding_share` (had each random batch been padded to its longest example)."""
         lengths = self._train.lengths
-        useful = float(np.mean([lengths[np.concatenate(self._epoch(e))].sum() for e in range(self._distinct)])) / self.steps_per_epoch
         order = epoch_order(len(lengths), seed=self._seed, epoch=0)[: self.steps_per_epoch * self._accumulate * self._micro]
         random = lengths[order].reshape(-1, self._micro)
         return {
             "rows": self.rows,
             "length": self.length,
-            "tokens_per_step": useful,
-            "padding_share": 1 - useful / (self.rows * self.length * self._accumulate),
+            "tokens_per_step": self._tokens_per_step,
+            "padding_share": 1 - self._tokens_per_step / (self.rows * self.length * self._accumulate),
             "dynamic_padding_share": float(1 - random.sum() / (random.max(axis=1).sum() * self._micro)),
         }
 
@@ -130,6 +129,7 @@ class BatchPlan:
         """(rows, length, targets) that hold every batch, with the least work."""
         lengths, targets = self._train.lengths, self._train.target_counts
         groups = np.concatenate([np.stack(self._epoch(e)) for e in range(self._distinct)])
+        self._tokens_per_step = float(lengths[groups].sum()) / (self._distinct * self.steps_per_epoch)
         most = int(targets[groups].sum(axis=1).max())
         most = max(most, int(self._held_out.target_counts.max()))
         count = self._micro if self._per_example else -(-most // 8) * 8

@@ -74,6 +74,8 @@ def test_a_file_that_changed_is_read_anew_and_nothing_is_left_behind(tmp_path, m
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
+    for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
+        monkeypatch.setattr(f"datasets.config.{name}", work / name)
     path = tmp_path / "rows.csv"
     path.write_text("text\nold\n")
     assert load(path)["text"][:] == ["old"]
