@@ -33,8 +33,6 @@ def encode_chat(messages: Any, tokenizer: Any, row: int) -> tuple[list[int], lis
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
             raise InputError(f"task.messages: the chat template refuses row {row}: {reason}") from None
 
-    # Rows of one file share their keys, so one without, say, tool calls holds None for them: templates know only absent ones.
-    messages = [{name: value for name, value in m.items() if value is not None} for m in messages]
     whole = render(len(messages), False)
     spans = []
     for i, message in enumerate(messages):

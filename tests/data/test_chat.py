@@ -59,14 +59,6 @@ def test_a_conversation_that_the_assistant_opens(smol):
     assert learned([{"role": "assistant", "content": "hello"}], smol) == ["hello<|im_end|>"]
 
 
-def test_keys_that_other_rows_have(smol):
-    messages = [{**m, "tool_calls": None} for m in said("hi", "hello")]
-    strict = copy.deepcopy(smol)
-    refusal = "{% for m in messages %}{% if 'tool_calls' in m %}{{ raise_exception('tools') }}{% endif %}{% endfor %}"
-    strict.chat_template = refusal + smol.chat_template
-    assert learned(messages, strict) == ["hello<|im_end|>"]
-
-
 def changed(smol, template: str | None):
     tokenizer = copy.deepcopy(smol)
     tokenizer.chat_template = template
