@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -155,8 +156,18 @@ def exact(function: Any) -> Any:
     return jax.jit(function, compiler_options={"xla_disable_hlo_passes": "fusion"})
 
 
-def outputs(model: nnx.Module, *args: Any, bits: bool = False) -> np.ndarray:
-    """`model(*args)`, compiled; with `bits`, compiled by `exact`."""
+def outputs(model: nnx.Module, *args: Any, bits: bool = False, method: str = "__call__", **kwargs: Any) -> np.ndarray:
+    """`model(*args, **kwargs)` or another method of it, compiled; with `bits`, compiled by `exact`."""
     graphdef, state = nnx.split(model, graph=True)
-    run = (exact if bits else jax.jit)(lambda state, *args: nnx.merge(graphdef, state)(*args))
-    return np.asarray(run(state, *args))
+    run = (exact if bits else jax.jit)(lambda state, args, kwargs: getattr(nnx.merge(graphdef, state), method)(*args, **kwargs))
+    return np.asarray(run(state, args, kwargs))
+
+
+@contextlib.contextmanager
+def quick_compile() -> Iterator[None]:
+    """LLVM's expensive passes off: programs that run for milliseconds compile twice as fast. XLA's own passes stay as they are."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

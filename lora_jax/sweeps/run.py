@@ -101,7 +101,7 @@ def _run_pack(run: RunDirectory, plan: PackPlan, setup: Setup, progress: Progres
     with _Recorder(run, members, counts, setup, progress, title) as recorder:
         outcome = train_pack(pack, setup, eval_every=config.training.eval_every, log_every=config.tracking.log_every, listener=recorder)
         recorder.finish(pack, outcome)
-    return pack.programs.train_traces.count + pack.programs.eval_traces.count
+    return pack.programs.train.traces.count + pack.programs.evaluate.traces.count
 
 
 class _Recorder:

@@ -23,6 +23,7 @@ from ..models.loading import load_model
 from ..models.stack import AXES
 from ..models.tokenizer import load_tokenizer
 from ..parallel.mesh import make_mesh, parameter_sharding
+from .memory import release_freed_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,7 @@ def _assemble(config: Config, mesh: Mesh, base: Encoder | Decoder, data: TaskDat
     metric = "accuracy" if config.task.kind == "classification" else "loss"
     model = with_head(base, config, data)
     place_model(model, mesh)
+    release_freed_memory()
     return Setup(model, data, plan, plan.steps, metric, mesh)
 
 

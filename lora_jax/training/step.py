@@ -13,6 +13,7 @@ import optax
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..config.errors import RunError
 from ..models.heads import TaskModel
+from .memory import release_freed_memory
 from .objective import cross_entropy
 from .optimizer import Hyper, learning_rate, make_optimizer
 
@@ -118,6 +119,41 @@ class TraceCounter:
             raise RunError(f"the {name} program was compiled {self.count} times; it must be compiled once a pack")
 
 
+class Program:
+    """A function that is compiled when it is first called, and never again.
+
+    Args:
+        function: of arrays and pytrees of them.
+        name: what it is called in messages.
+        carries: whether its first result takes the place of its first argument in the next call: it then reuses the buffers, and
+            comes back in the same layout, which the compiler would else choose anew on a mesh.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, *, carries: bool = False):
+        self.traces = TraceCounter(function)
+        self._name = name
+        self._carries = carries
+        self._compiled: Any = None
+
+    def lower(self, *args: Any) -> Any:
+        """The lowered program, to look at: its text, its memory analysis. Arguments may be shapes."""
+        return self._jitted.lower(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls it.
+
+        Raises:
+            RunError: some shape, dtype or sharding is not what it was compiled for.
+        """
+        if self._compiled is None:
+            self._compiled = self.lower(*args).compile()
+            release_freed_memory()
+        try:
+            return self._compiled(*args)
+        except (TypeError, ValueError) as error:
+            raise RunError(f"the {self._name} program got arrays unlike those it was compiled for: {error}") from error
+
+
 class PackPrograms:
     """The compiled programs of a pack: `train` and `evaluate`, each vmapped over the members, each compiled once.
 
@@ -131,11 +167,10 @@ class PackPrograms:
         def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
             return jax.vmap(lambda t, s: eval_step(part, t, s, frozen, batch))(trainable, settings)
 
-        self.train_traces, self.eval_traces = TraceCounter(train), TraceCounter(evaluate)
-        self.train = jax.jit(self.train_traces, donate_argnums=0)
-        self.evaluate = jax.jit(self.eval_traces)
+        self.train = Program(train, "training", carries=True)
+        self.evaluate = Program(evaluate, "evaluation")
 
     def check(self) -> None:
         """`RunError` unless each program was compiled at most once."""
-        self.train_traces.check_once("training")
-        self.eval_traces.check_once("evaluation")
+        self.train.traces.check_once("training")
+        self.evaluate.traces.check_once("evaluation")

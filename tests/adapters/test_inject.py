@@ -16,6 +16,7 @@ from lora_jax.config.errors import InputError
 from lora_jax.config.schema import AdapterConfig
 from lora_jax.models.stack import PER_SEGMENT
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
 TOKENS = np.random.default_rng(0).integers(1, tiny.VOCAB, (3, 12)).astype(np.int32)
 X = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
 

@@ -14,6 +14,7 @@ from lora_jax.adapters.modules import LowRank
 from lora_jax.adapters.partition import partition
 from lora_jax.config.schema import AdapterConfig
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
 TOKENS = np.random.default_rng(0).integers(1, tiny.VOCAB, (3, 9)).astype(np.int32)
 X = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
 

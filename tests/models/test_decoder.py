@@ -10,6 +10,8 @@ from tests import tiny
 
 TOL = {"rtol": 2e-5, "atol": 2e-5}
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
 
 def _tokens(rows, length, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(1, tiny.VOCAB, (rows, length)), jnp.int32)
@@ -17,22 +19,22 @@ def _tokens(rows, length, seed=0):
 
 def test_no_token_sees_a_later_one():
     model, tokens = tiny.decoder(), _tokens(2, 8)
-    changed = model(tokens.at[:, 5].set(1 + tokens[:, 5] % 60))
-    difference = np.abs(np.asarray(changed - model(tokens))).max(-1)
+    changed = tiny.outputs(model, tokens.at[:, 5].set(1 + tokens[:, 5] % 60))
+    difference = np.abs(np.asarray(changed - tiny.outputs(model, tokens))).max(-1)
     assert (difference[:, :5] == 0).all() and (difference[:, 5:] > 0).all()
 
 
 def test_padding_on_the_right_does_not_reach_real_tokens():
     model, tokens = tiny.decoder(), _tokens(2, 9)
     mask = jnp.array([[1] * 6 + [0] * 3] * 2)
-    np.testing.assert_allclose(model(tokens, mask)[:, :6], model(tokens[:, :6]), **TOL)
+    np.testing.assert_allclose(tiny.outputs(model, tokens, mask)[:, :6], tiny.outputs(model, tokens[:, :6]), **TOL)
 
 
 def test_padding_on_the_left_with_positions_changes_nothing():
     model, tokens = tiny.decoder(), _tokens(1, 6)
     padded = jnp.concatenate([jnp.zeros((1, 3), jnp.int32), tokens], axis=1)
     mask, positions = jnp.array([[0] * 3 + [1] * 6]), jnp.array([[0, 0, 0, *range(6)]])
-    np.testing.assert_allclose(model(padded, mask, positions)[:, 3:], model(tokens), **TOL)
+    np.testing.assert_allclose(tiny.outputs(model, padded, mask, positions)[:, 3:], tiny.outputs(model, tokens), **TOL)
 
 
 def test_packed_rows_equal_separate_rows():
@@ -41,23 +43,23 @@ def test_packed_rows_equal_separate_rows():
     packed = jnp.concatenate([a, b, jnp.zeros((2, 2), jnp.int32)], axis=1)
     positions = jnp.array([[*range(5), *range(7), 0, 0]] * 2)
     segments = jnp.array([[1] * 5 + [2] * 7 + [0] * 2] * 2)
-    out = model(packed, positions=positions, segment_ids=segments)
-    np.testing.assert_allclose(out[:, :5], model(a), **TOL)
-    np.testing.assert_allclose(out[:, 5:12], model(b), **TOL)
+    out = tiny.outputs(model, packed, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(out[:, :5], tiny.outputs(model, a), **TOL)
+    np.testing.assert_allclose(out[:, 5:12], tiny.outputs(model, b), **TOL)
     assert np.isfinite(np.asarray(out)).all()
 
 
 def test_only_relative_positions_matter():
     model, tokens = tiny.decoder(), _tokens(1, 6)
-    np.testing.assert_allclose(model(tokens, positions=jnp.arange(6)[None] + 17), model(tokens), rtol=1e-4, atol=1e-4)
-    assert tiny.relative(model(tokens, positions=2 * jnp.arange(6)[None]), model(tokens)) > 1e-3
+    np.testing.assert_allclose(tiny.outputs(model, tokens, positions=jnp.arange(6)[None] + 17), tiny.outputs(model, tokens), rtol=1e-4, atol=1e-4)
+    assert tiny.relative(tiny.outputs(model, tokens, positions=2 * jnp.arange(6)[None]), tiny.outputs(model, tokens)) > 1e-3
 
 
 @pytest.mark.parametrize("count", [3, 20])  # the first leaves most of the top layer out, the second does not
 def test_gather_equals_the_full_pass(count):
     model, tokens = tiny.decoder(), _tokens(3, 8)
     index = jnp.asarray(np.random.default_rng(0).integers(0, 24, count))
-    np.testing.assert_allclose(model.hidden(tokens, gather=index), model.hidden(tokens).reshape(-1, tiny.WIDTH)[index], **TOL)
+    np.testing.assert_allclose(tiny.outputs(model, tokens, gather=index, method="hidden"), tiny.outputs(model, tokens, method="hidden").reshape(-1, tiny.WIDTH)[index], **TOL)
 
 
 def test_key_value_heads_serve_groups_of_query_heads():
@@ -70,12 +72,12 @@ def test_key_value_heads_serve_groups_of_query_heads():
         kernel = getattr(attention, name).kernel[...]
         heads = kernel.reshape(*kernel.shape[:-1], 2, 8)
         getattr(wide, name).kernel = nnx.Param(jnp.repeat(heads, 2, axis=-2).reshape(*kernel.shape[:-1], 32))
-    np.testing.assert_allclose(full(tokens), grouped(tokens), **TOL)
+    np.testing.assert_allclose(tiny.outputs(full, tokens), tiny.outputs(grouped, tokens), **TOL)
 
 
 def test_tied_head_is_the_embedding():
     model, tokens = tiny.decoder(tied=True), _tokens(1, 4)
-    logits = np.asarray(model.hidden(tokens)) @ np.asarray(model.embed.embedding[...]).T
-    np.testing.assert_allclose(model(tokens), logits, **TOL)
+    logits = tiny.outputs(model, tokens, method="hidden") @ np.asarray(model.embed.embedding[...]).T
+    np.testing.assert_allclose(tiny.outputs(model, tokens), logits, **TOL)
     untied = tiny.decoder(tied=False)
-    np.testing.assert_allclose(untied(tokens), np.asarray(untied.hidden(tokens)) @ np.asarray(untied.lm_head.kernel[...]), **TOL)
+    np.testing.assert_allclose(tiny.outputs(untied, tokens), tiny.outputs(untied, tokens, method="hidden") @ np.asarray(untied.lm_head.kernel[...]), **TOL)

@@ -10,6 +10,8 @@ from tests import tiny
 
 from lora_jax.models.encoder import Encoder
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
 
 def _tokens(rows, length, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(1, tiny.VOCAB, (rows, length)), jnp.int32)
@@ -17,16 +19,16 @@ def _tokens(rows, length, seed=0):
 
 def test_padding_does_not_reach_real_tokens():
     model, tokens = tiny.encoder(), _tokens(2, 9)
-    alone = model(tokens[:, :6])
+    alone = tiny.outputs(model, tokens[:, :6])
     mask = jnp.array([[1] * 6 + [0] * 3] * 2)
-    np.testing.assert_allclose(model(tokens, mask)[:, :6], alone, rtol=2e-5, atol=2e-5)
-    assert np.abs(np.asarray(model(tokens)[:, :6] - alone)).max() > 1e-3  # the mask is what did it
+    np.testing.assert_allclose(tiny.outputs(model, tokens, mask)[:, :6], alone, rtol=2e-5, atol=2e-5)
+    assert np.abs(np.asarray(tiny.outputs(model, tokens)[:, :6] - alone)).max() > 1e-3  # the mask is what did it
 
 
 def test_every_token_sees_every_other():
     model, tokens = tiny.encoder(), _tokens(1, 6)
-    changed = model(tokens.at[0, 5].set(1 + tokens[0, 5] % 60))
-    assert (np.abs(np.asarray(changed - model(tokens))).max(-1) > 0).all()
+    changed = tiny.outputs(model, tokens.at[0, 5].set(1 + tokens[0, 5] % 60))
+    assert (np.abs(np.asarray(changed - tiny.outputs(model, tokens))).max(-1) > 0).all()
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -36,16 +38,16 @@ def test_packed_rows_equal_separate_rows(rows):
     packed = jnp.concatenate([a, b, jnp.zeros((rows, 2), jnp.int32)], axis=1)
     positions = jnp.array([[*range(5), *range(7), 0, 0]] * rows)
     segments = jnp.array([[1] * 5 + [2] * 7 + [0] * 2] * rows)
-    out = model(packed, positions=positions, segment_ids=segments)
-    np.testing.assert_allclose(out[:, :5], model(a), rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(out[:, 5:12], model(b), rtol=2e-5, atol=2e-5)
+    out = tiny.outputs(model, packed, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(out[:, :5], tiny.outputs(model, a), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(out[:, 5:12], tiny.outputs(model, b), rtol=2e-5, atol=2e-5)
     assert np.isfinite(np.asarray(out)).all()
 
 
 def test_gather_equals_the_full_pass():
     model, tokens = tiny.encoder(), _tokens(3, 8)
     index = jnp.array([0, 8, 16, 23])
-    np.testing.assert_allclose(model(tokens, gather=index), model(tokens).reshape(-1, tiny.WIDTH)[index], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(tiny.outputs(model, tokens, gather=index), tiny.outputs(model, tokens).reshape(-1, tiny.WIDTH)[index], rtol=2e-5, atol=2e-5)
 
 
 def test_pooler_is_tanh_of_a_linear_layer_or_nothing():
@@ -64,8 +66,8 @@ def test_bfloat16_weights_give_bfloat16_states_near_float32():
         if isinstance(variable, nnx.Param):
             variable[...] = jnp.asarray(values[".".join(map(str, path))], jnp.bfloat16)
     tokens = _tokens(2, 8)
-    assert half(tokens).dtype == jnp.bfloat16
-    assert tiny.relative(half(tokens).astype(jnp.float32), full(tokens)) < 0.1
+    assert tiny.outputs(half, tokens).dtype == jnp.bfloat16
+    assert tiny.relative(tiny.outputs(half, tokens).astype(jnp.float32), tiny.outputs(full, tokens)) < 0.1
 
 
 def test_is_an_encoder():

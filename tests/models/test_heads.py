@@ -10,6 +10,7 @@ from tests import tiny
 from lora_jax.models.heads import LabelWordClassifier
 
 TOL = {"rtol": 2e-5, "atol": 2e-5}
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 def _micro(**options):
@@ -17,18 +18,18 @@ def _micro(**options):
 
 
 def _hidden(model, batch):
-    return np.asarray(model.base(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]))
+    return tiny.outputs(model.base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
 
 
 def test_cls_reads_the_first_token_through_the_pooler():
     model, batch = tiny.classifier(), _micro()
     first = _hidden(model, batch).reshape(-1, tiny.WIDTH)[np.asarray(batch["target_index"])]
-    np.testing.assert_allclose(model.features(batch), model.base.pool(jnp.asarray(first)), **TOL)
+    np.testing.assert_allclose(tiny.outputs(model, batch, method="features"), model.base.pool(jnp.asarray(first)), **TOL)
 
 
 def test_mean_reads_all_tokens_of_an_example_and_no_padding():
     model, batch = tiny.classifier(pooling="mean"), _micro()
-    features = model.features(batch)
+    features = tiny.outputs(model, batch, method="features")
     hidden, examples = _hidden(model, batch), np.asarray(batch["example_ids"])
     for k in range(8):
         np.testing.assert_allclose(features[k], hidden[examples == k].mean(0), **TOL)
@@ -46,14 +47,13 @@ def test_class_logits_are_linear_and_float32():
 
 def test_language_model_predicts_at_the_targets():
     model, batch = tiny.language_model(), _micro(causal=True)
-    logits = model.base(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
-    expected = np.asarray(logits).reshape(-1, tiny.VOCAB)[np.asarray(batch["target_index"])]
-    np.testing.assert_allclose(model.head(model.features(batch)), expected, **TOL)
+    expected = _hidden(model, batch).reshape(-1, tiny.VOCAB)[np.asarray(batch["target_index"])]
+    np.testing.assert_allclose(model.head(tiny.outputs(model, batch, method="features")), expected, **TOL)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_label_words_pick_their_logits(tied):
     model, batch = tiny.language_model(tied=tied), _micro(causal=True)
     words = LabelWordClassifier(model.base, (7, 3))
-    logits = model.head(model.features(batch))
-    np.testing.assert_allclose(words.head(words.features(batch)), np.asarray(logits)[:, [7, 3]], **TOL)
+    logits = model.head(tiny.outputs(model, batch, method="features"))
+    np.testing.assert_allclose(words.head(tiny.outputs(words, batch, method="features")), np.asarray(logits)[:, [7, 3]], **TOL)

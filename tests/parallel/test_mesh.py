@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.config.errors import InputError
 from lora_jax.config.schema import MeshConfig
 from lora_jax.parallel.mesh import make_mesh, parameter_sharding, place_batch, replicated
-from lora_jax.training.loop import evaluate_pack
+from lora_jax.training.loop import train_pack
 from lora_jax.training.pack import Pack
 from lora_jax.training.setup import set_up
 
@@ -69,19 +71,15 @@ def test_rows_are_shared_and_targets_are_whole():
 
 def run(hub, folder, mesh, steps=10):
     """(losses of the steps, held-out loss, the pack) of two members with the base on a mesh."""
-    changes = {"mesh": mesh, "training.steps": steps, "training.batch_size": 16, "adapter.targets": "all-linear", "task.eval_size": 16}
+    changes = {"mesh": mesh, "training.steps": steps, "training.batch_size": 16, "adapter.targets": ["q_proj", "down_proj"], "task.eval_size": 16}
     config = hub.config(folder, changes)
     other = config.model_copy(update={"adapter": config.adapter.model_copy(update={"rank": 3})})
     setup = set_up(config)
     pack = Pack.build(setup.model, [config, other], setup.steps, setup.mesh)
-    state, losses = pack.state, []
-    for step, batch in enumerate(setup.plan.batches(0, steps)):
-        placed = place_batch(setup.mesh, batch, row_axis=1)
-        state, metrics = pack.programs.train(state, pack.fixed, pack.part.frozen, placed, np.int32(step))
-        losses.append(np.asarray(metrics.loss))
-    held_out = evaluate_pack(pack, setup, state.trainable)["loss"]
-    pack.programs.check()
-    return np.stack(losses), held_out, pack
+    losses = []
+    listener = types.SimpleNamespace(on_train=lambda step, metrics, speed: losses.append(metrics["loss"]), on_eval=lambda step, metrics: None)
+    outcome = train_pack(pack, setup, eval_every=5, log_every=1, listener=listener)
+    return np.stack(losses), outcome.final["loss"], pack
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +93,9 @@ def test_the_mesh_is_invisible(hub, tmp_path, one_device, mesh):
     losses, held_out, pack = run(hub, tmp_path, mesh)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
     np.testing.assert_allclose(held_out, one_device[1], rtol=1e-5)
-    assert losses[-1].mean() < losses[0].mean()  # something was learned, so equal losses say something
-    # Compiled once, and not again because the first step's results came back in another layout.
-    assert pack.programs.train._cache_size() == 1 and pack.programs.evaluate._cache_size() == 1
+    assert np.ptp(losses[-1]) > 1e-4 and np.ptp(losses) > 0.03  # members and steps differ, so that equal losses say something
+    # Compiled once: the state came back in the layout in which it went in.
+    assert pack.programs.train.traces.count == 1 and pack.programs.evaluate.traces.count == 1
     # The base is cut up, and no device holds all of it.
     fsdp, tensor = mesh["fsdp"], mesh.get("tensor", 1)
     kernel = next(a for n, a in pack.part.frozen.items() if n.endswith("mlp.up_proj.kernel"))

@@ -25,6 +25,7 @@ def assert_close(a, b, relative):
         assert a[name] == pytest.approx(b[name], rel=relative), name
 
 
+@pytest.mark.slow
 def test_a_packed_language_model_equals_its_solo_runs(hub, tmp_path):
     grid = {"adapter.rank": [2, 5]}
     changes = {"sweep": {"grid": grid}, "training.accumulate": 2, "adapter.targets": ["q_proj", "down_proj"]}
@@ -62,6 +63,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(hub, tmp_path, recwarn):
     assert sweep(hub.config(tmp_path), {"optimizer.learning_rate": rates}).compiled_programs == 0
 
 
+@pytest.mark.slow
 def test_baselines_train_what_they_say(hub, tmp_path):
     changes = {"sweep": {"grid": {"adapter.method": ["head", "full"]}}, "optimizer.learning_rate": 0.001, "training.epochs": 0.5, "training.steps": None}
     outcome = run_sweep(hub.config(tmp_path, changes))
@@ -73,11 +75,12 @@ def test_baselines_train_what_they_say(hub, tmp_path):
     assert again["method=full"] == pytest.approx(full.best, abs=1e-6) and again["method=head"] == pytest.approx(head.best, abs=1e-6)
 
 
-def test_fit_trains_one_member_and_resumes_it(hub, tmp_path):
-    path = str(hub.write(tmp_path, {"sweep": {"grid": {"adapter.rank": [2, 4]}}}))
-    first = fit(path, training__steps=4, name="one")
-    assert (first.name, first.steps, first.status) == ("main", 4, "finished")
-    assert fit(path, training__steps=4, name="one") == first
+def test_fit_trains_one_language_model_and_resumes_it(hub, tmp_path):
+    path = str(hub.write(tmp_path, {"sweep": {"grid": {"adapter.rank": [2, 4]}}, "training.accumulate": 2}, causal=True))
+    first = fit(path, training__steps=20, training__eval_every=0, name="one")
+    assert (first.name, first.steps, first.best_step, first.status) == ("main", 20, 20, "finished")
+    assert first.final["perplexity"] == pytest.approx(math.exp(first.final["loss"]), rel=1e-5)
+    assert fit(path, training__steps=20, training__eval_every=0, name="one") == first
     with pytest.raises(InputError, match="another config"):
         fit(path, training__steps=5, name="one")
 

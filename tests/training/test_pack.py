@@ -13,19 +13,27 @@ from lora_jax.training.pack import Pack, static_key
 
 STEPS = 20
 
-# Six members that differ in everything that a pack allows.
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick_compile():
+        yield
+
+
+# Six members that differ in everything that a pack allows. (None trains a key's bias: its gradient is rounding and nothing else,
+# which Adam would blow up to steps of full size.)
 MEMBERS = [
     {"adapter__rank": 2, "adapter__targets": ["q_proj"], "training__seed": 1},
-    {"adapter__rank": 8, "adapter__targets": "all-linear", "adapter__alpha": 8.0, "optimizer__learning_rate": 3e-3, "optimizer__weight_decay": 0.1},
+    {"adapter__rank": 8, "adapter__targets": "all-linear", "adapter__exclude": ["k_proj"], "adapter__alpha": 8.0, "optimizer__learning_rate": 3e-3, "optimizer__weight_decay": 0.1},
     {"adapter__rank": 3, "adapter__targets": "mlp", "adapter__layers": "last:1", "adapter__dropout": 0.3, "optimizer__schedule": "cosine"},
     {"adapter__targets": ["v_proj", "pooler"], "adapter__dropout": 0.1, "training__seed": 5, "optimizer__clip_norm": 0.5},
-    {"adapter__targets": "attention", "adapter__layers": [1, 2], "optimizer__b_lr_ratio": 8.0, "optimizer__warmup_steps": 6},
+    {"adapter__targets": ["q_proj", "v_proj", "o_proj"], "adapter__layers": [1, 2], "optimizer__b_lr_ratio": 8.0, "optimizer__warmup_steps": 6},
     {"adapter__rank": 5, "adapter__targets": "embedding", "adapter__rslora": True, "optimizer__schedule": "constant", "optimizer__b2": 0.95},
 ]
 BIASED = [{**m, "adapter__bias": "lora_only"} for m in MEMBERS]
 DECODER = [
     {"adapter__rank": 2, "adapter__targets": "attention", "adapter__layers": "last:1", "adapter__dropout": 0.2},
-    {"adapter__rank": 6, "adapter__targets": ["down_proj", "embed"], "adapter__exclude": r"layers\.0\..*", "optimizer__learning_rate": 3e-2},
+    {"adapter__rank": 6, "adapter__targets": ["down_proj", "embed"], "adapter__exclude": r"base\.layers\.0\..*", "optimizer__learning_rate": 3e-2},
 ]
 
 
@@ -41,8 +49,7 @@ def _run(model, members, batches, steps=STEPS, change=None):
     return pack, jax.tree.map(np.asarray, state), jax.tree.map(lambda *a: np.stack(a), *metrics)
 
 
-def _compare(make, members, batches):
-    model = make()
+def _compare(model, members, batches):
     pack, state, packed = _run(model, members, batches)
     for k, member in enumerate(members):
         alone, alone_state, solo = _run(model, [member], batches)
@@ -51,13 +58,14 @@ def _compare(make, members, batches):
         assert packed.loss[0, k] == pytest.approx(solo.loss[0, 0], rel=1e-6)
         ours = pack.member_arrays(model, k, state.trainable)
         theirs = alone.member_arrays(model, 0, alone_state.trainable)
-        start = alone.member_arrays(model, 0, alone.build(model, alone.configs, STEPS).state.trainable)
+        start = alone.member_arrays(model, 0, Pack.build(model, alone.configs, STEPS).state.trainable)
         trained = {n for n in theirs if not np.array_equal(theirs[n], start[n])}
         assert {n for n in theirs if "lora" in n or "classifier" in n} <= trained
         assert trained <= set(ours)
         for name in trained:
             assert ours[name].shape == theirs[name].shape
-            assert tiny.relative(ours[name], theirs[name]) < 1e-5, (name, k)
+            error = np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name])
+            assert error < 1e-5, (name, k, error)
     return pack, state, packed
 
 
@@ -66,11 +74,12 @@ def batches():
     return [tiny.batch(i) for i in range(4)]
 
 
-def test_a_pack_equals_its_solo_runs(batches, compile_cache):
+@pytest.mark.parametrize("members", [(0, 2, 4), pytest.param(range(6), marks=pytest.mark.slow)])
+def test_a_pack_equals_its_solo_runs(members, batches, compile_cache):
     """And what a member does not use, padding, sites, layers and biases, is untouched."""
     model = tiny.classifier(3)
-    pack, state, packed = _compare(lambda: model, BIASED, batches)
-    assert (packed.loss[-1] < packed.loss[0]).all() and packed.accuracy.shape == (STEPS, 6)
+    pack, state, packed = _compare(model, [BIASED[k] for k in members], batches)
+    assert (packed.loss[-1] < packed.loss[0]).all() and packed.accuracy.shape == (STEPS, len(members))
     start = Pack.build(model, pack.configs, STEPS).state.trainable
     for k, spec in enumerate(pack.specs):
         for name, array in state.trainable.items():
@@ -87,17 +96,16 @@ def test_a_pack_equals_its_solo_runs(batches, compile_cache):
                 before = np.asarray(start[name][k])
                 on = spec.sites[site].ranks > 0 if site in spec.sites else np.zeros(1 if before.ndim == 1 else len(before), bool)
                 changed = np.atleast_2d(array[k] != before).any(-1)
-                # (a key's bias has no gradient but rounding)
-                assert not changed[~on].any() and (changed[on].all() or "k_proj" in site), (name, k)
+                assert not changed[~on].any() and changed[on].all(), (name, k)
 
 
 @pytest.mark.slow
 def test_a_pack_without_trained_biases_equals_its_solo_runs(batches, compile_cache):
-    _compare(lambda: tiny.classifier(4), MEMBERS, batches)
+    _compare(tiny.classifier(4), MEMBERS, batches)
 
 
 def test_a_pack_of_language_models_equals_its_solo_runs(compile_cache):
-    _compare(lambda: tiny.language_model(3), DECODER, [tiny.batch(i, micro=2, causal=True) for i in range(3)])
+    _compare(tiny.language_model(3), DECODER, [tiny.batch(i, micro=2, causal=True) for i in range(3)])
 
 
 class TestOneStructure:
@@ -123,7 +131,7 @@ class TestOneStructure:
         assert healthy.alive.all()
         fixed, state = pack.fixed, pack.state
         if poison == "learning rate":
-            fixed = fixed._replace(hyper=fixed.hyper._replace(learning_rate=jnp.array([1e-2, 1e30, 1e-2])))
+            fixed = fixed._replace(hyper=fixed.hyper._replace(learning_rate=jnp.array([1e-2, 3e38, 1e-2])))
         else:
             state = state._replace(trainable={n: a.at[1].set(jnp.nan) if n.endswith("lora_b") else a for n, a in state.trainable.items()})
         sick, sick_losses = self._train(pack, batches, state=state, fixed=fixed)
@@ -148,7 +156,7 @@ class TestOneStructure:
         settings = {n: 3 * a for n, a in pack.fixed.settings.items()}
         before, first = self._train(pack, batches, steps=2)
         after, second = self._train(pack, batches, fixed=pack.fixed._replace(hyper=hyper, settings=settings), steps=2)
-        assert pack.programs.train_traces.count == 1
+        assert pack.programs.train.traces.count == 1
         assert not tiny.arrays_equal(before.trainable, after.trainable)
         np.testing.assert_allclose(first[0], second[0], rtol=1e-6)  # B is 0, whatever the scale
 
@@ -162,9 +170,9 @@ class TestOneStructure:
     def test_a_second_compilation_is_an_error(self, batches):
         pack = Pack.build(tiny.classifier(2), [tiny.config()], STEPS)
         pack.programs.check()
-        jax.eval_shape(pack.programs.train_traces, pack.state, pack.fixed, pack.part.frozen, batches[0], np.int32(0))
+        jax.eval_shape(pack.programs.train.traces, pack.state, pack.fixed, pack.part.frozen, batches[0], np.int32(0))
         pack.programs.check()
-        jax.eval_shape(pack.programs.train_traces, pack.state, pack.fixed, pack.part.frozen, tiny.batch(rows=5), np.int32(0))
+        jax.eval_shape(pack.programs.train.traces, pack.state, pack.fixed, pack.part.frozen, tiny.batch(rows=5), np.int32(0))
         with pytest.raises(RunError, match="training program was compiled 2 times"):
             pack.programs.check()
 
@@ -175,7 +183,7 @@ def test_parameter_counts_leave_the_padding_out():
     q = 3 * 2 * (32 + 32) + 3 * 32
     assert pack.parameter_count(0) == q + head
     assert pack.parameter_count(2) == 3 * 2 * (32 + 64) + (64 + 32) + head
-    assert pack.parameter_count(4) == 2 * 4 * 4 * (32 + 32) + 2 * 4 * 32 + head
+    assert pack.parameter_count(4) == 3 * 2 * (4 * (32 + 32) + 32) + head
     assert pack.parameter_count(5) == 5 * (64 + 32) + head
 
 

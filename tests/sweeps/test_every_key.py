@@ -1,0 +1,192 @@
+"""Every key of the config does something: each leaf is changed once, and the change is seen.
+
+Keys whose values are traced data are seen in the losses of one pack, a member a key; all others in the set-up, the trained
+parameters, the plan, or the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax.adapters.inject import inject_structure
+from lora_jax.adapters.partition import partition
+from lora_jax.adapters.spec import resolve, unite
+from lora_jax.config.keys import valid_keys
+from lora_jax.config.load import with_values
+from lora_jax.sweeps.members import members_of
+from lora_jax.sweeps.plan import plan_packs
+from lora_jax.sweeps.run import run_sweep
+from lora_jax.training.loop import train_pack
+from lora_jax.training.pack import Pack, static_key
+from lora_jax.training.setup import set_up
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+# Seen in the loss after a few steps; all in one pack with the unchanged config.
+TRACED = {
+    "adapter.rank": 3,
+    "adapter.alpha": 4.0,
+    "adapter.targets": ["k_proj", "v_proj"],
+    "adapter.exclude": ["v_proj"],
+    "adapter.layers": "last:1",
+    "adapter.rank_pattern": {"v_proj": 1},
+    "adapter.alpha_pattern": {"v_proj": 3.0},
+    "adapter.rslora": True,
+    "adapter.dropout": 0.4,
+    "optimizer.learning_rate": 0.02,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_steps": 2,
+    "optimizer.weight_decay": 0.5,
+    "optimizer.b1": 0.5,
+    "optimizer.b2": 0.5,
+    "optimizer.eps": 0.01,
+    "optimizer.clip_norm": 0.01,
+    "optimizer.b_lr_ratio": 4.0,
+    "optimizer.head_lr_ratio": 4.0,
+    "training.seed": 1,
+}
+# Seen in which parameters train.
+STRUCTURAL = {"adapter.method": "full", "adapter.bias": "all", "adapter.modules_to_save": ["pooler"]}
+# Seen in the set-up: key -> (new value, and the other changes it needs). LLAMA, OTHER and EVAL stand for files.
+SET_UP = {
+    "model.source": ("LLAMA", {"task.label_words": ["bad", "good"]}),
+    "model.dtype": ("bfloat16", {}),
+    "model.remat": ("full", {}),
+    "task.source": ("OTHER", {}),
+    "task.eval_source": ("OTHER", {}),
+    "task.eval_size": (24, {}),
+    "task.train_size": (40, {}),
+    "task.split_seed": (1, {}),
+    "task.max_length": (6, {}),
+    "task.drop": ({"kind": ["plot"]}, {}),
+    "task.text": ("kind", {"task.source": "OTHER", "task.eval_size": 1, "training.batch_size": 2}),
+    "task.label": ("kind", {}),
+    "task.labels": (["pos", "neg"], {}),
+    "task.label_words": (["poor", "fine"], {"model.source": "LLAMA", "task.label_words": ["bad", "good"]}),
+    "task.template": ("What is {text} :", {"model.source": "LLAMA", "task.label_words": ["bad", "good"]}),
+    "task.pooling": ("mean", {}),
+    "training.steps": (7, {}),
+    "training.batch_size": (12, {}),
+    "training.accumulate": (2, {}),
+    "training.batching": ("padded", {}),
+    "training.data_seed": (1, {}),
+    "mesh.data": (2, {}),
+    "mesh.fsdp": (2, {}),
+    "mesh.tensor": (2, {}),
+}
+# Each in a test of its own below.
+OTHERS = {
+    "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "training.eval_every", "training.epochs",
+    "sweep.grid", "sweep.max_pack", "task.kind", "task.prompt", "task.response", "task.messages",
+}  # fmt: skip
+
+
+def test_no_key_is_forgotten():
+    assert sorted([*TRACED, *STRUCTURAL, *SET_UP, *OTHERS]) == sorted(valid_keys())
+
+
+def test_traced_numbers_change_the_losses(hub, tmp_path):
+    base = hub.config(tmp_path, {"training.steps": 5, "training.eval_every": 0, "adapter.targets": ["q_proj", "v_proj"]})
+    configs = [base, base, *(with_values(base, {key: value}) for key, value in TRACED.items())]
+    assert len({static_key(c) for c in configs}) == 1
+    setup = set_up(base)
+    pack = Pack.build(setup.model, configs, setup.steps, setup.mesh)
+    listener = types.SimpleNamespace(on_train=lambda *_: None, on_eval=lambda *_: None)
+    losses = train_pack(pack, setup, eval_every=0, log_every=100, listener=listener).final["loss"]
+    assert losses[0] == losses[1]
+    unchanged = [key for key, loss in zip(TRACED, losses[2:], strict=True) if abs(loss - losses[0]) < 1e-6]
+    assert not unchanged, f"these keys change nothing: {unchanged}"
+
+
+@pytest.mark.parametrize("key", STRUCTURAL)
+def test_what_trains(hub, tmp_path, key):
+    base = hub.config(tmp_path)
+    setup = set_up(base)
+
+    def labels(config):
+        return partition(inject_structure(setup.model, unite(setup.model, [resolve(setup.model, config.adapter)]))).labels
+
+    assert labels(with_values(base, {key: STRUCTURAL[key]})) != labels(base)
+
+
+def fingerprint(config):
+    """Everything a set-up decides."""
+    setup = set_up(config)
+    plan, base = setup.plan, setup.model.base
+
+    def digest(batch):
+        return hashlib.sha256(b"".join(np.ascontiguousarray(batch[name]).tobytes() for name in sorted(batch))).hexdigest()
+
+    kinds = (type(setup.model).__name__, str(base.embed.embedding.dtype), base.layers.remat, getattr(setup.model, "pooling", None))
+    words = None if setup.data.class_token_ids is None else setup.data.class_token_ids.tolist()
+    held_out = [digest(b) for b in plan.eval_batches()]
+    return tuple(setup.mesh.shape.values()), plan.rows, plan.length, plan.targets, setup.steps, digest(plan.batch(0)), held_out, setup.data.classes, words, kinds
+
+
+@pytest.mark.parametrize("key", SET_UP)
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs the devices that tests/conftest.py makes")
+def test_what_is_set_up(hub, tmp_path, key):
+    lines = hub.reviews.read_text().splitlines()
+    other = tmp_path / "other.csv"
+    other.write_text("\n".join([lines[0], *(line.rpartition(",")[0] + f",kind {'a film ' * (i % 3)}{i % 17}" for i, line in enumerate(lines[1:81]))]))
+    files = {"LLAMA": str(hub.llama), "OTHER": str(other)}
+    value, needs = SET_UP[key]
+    needs = {k: files.get(v, v) if isinstance(v, str) else v for k, v in needs.items()}
+    before = hub.config(tmp_path, {k: v for k, v in needs.items() if key != "model.source"})
+    section, _, leaf = key.partition(".")
+    value = files.get(value, value) if isinstance(value, str) else value
+    after = hub.config(tmp_path, needs | ({"mesh": {leaf: value}} if section == "mesh" else {key: value}))
+    assert fingerprint(after) != fingerprint(before)
+
+
+def test_the_ways_to_train_a_language_model(hub, tmp_path):
+    prompted = {"task.prompt": None, "task.response": None}
+    ways = [
+        {},
+        {"task.prompt": "response", "task.response": "prompt"},
+        {"task.prompt": "response"},
+        {"task.response": "prompt"},
+        prompted | {"task.text": "response"},
+        prompted | {"task.messages": "messages"},
+    ]
+    prints = [json.dumps(fingerprint(hub.config(tmp_path, way, causal=True))) for way in ways]
+    assert len(set(prints)) == len(ways)
+
+
+def test_epochs_are_passes_over_the_rows(hub, tmp_path):
+    for epochs, steps in ((1.0, 12), (2.5, 30)):  # 100 rows, 8 at a time
+        assert set_up(hub.config(tmp_path, {"training.steps": None, "training.epochs": epochs})).steps == steps
+
+
+def test_sweep_keys(hub, tmp_path):
+    config = hub.config(tmp_path, {"sweep": {"grid": {"training.seed": [0, 1, 2]}, "max_pack": 2}})
+    assert [len(p.members) for p in plan_packs(members_of(config), largest=config.sweep.max_pack)] == [2, 1]
+
+
+def test_tracking_keys(hub, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def run(folder, changes):
+        (tmp_path / folder).mkdir()
+        member = run_sweep(hub.config(tmp_path / folder, changes, name=folder)).path / "main"
+        events = EventAccumulator(str(member)).Reload()
+        scalars = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        return {p.name for p in member.iterdir() if not p.name.startswith("events")}, scalars
+
+    files, scalars = run("plain", {})
+    assert files == {"best", "final", "results.json"}
+    assert scalars["train/loss"] == [2, 4, 6] and scalars["eval/loss"] == [3, 6]
+    assert (tmp_path / "plain" / "runs" / "plain" / "config.yaml").is_file()
+    elsewhere = {"dir": str(tmp_path / "elsewhere"), "log_every": 3, "save": "best"}
+    files, scalars = run("other", {"tracking": elsewhere, "training.eval_every": 2})
+    assert files == {"best", "results.json"}
+    assert scalars["train/loss"] == [3, 6] and scalars["eval/loss"] == [2, 4, 6]
+    assert (tmp_path / "elsewhere" / "other").is_dir() and not (tmp_path / "other" / "runs").exists()
+    assert run("silent", {"tracking.tensorboard": False, "tracking.save": "final"}) == ({"final", "results.json"}, {})
+    assert run("none", {"tracking.save": "none"})[0] == {"results.json"}
