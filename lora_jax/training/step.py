@@ -137,7 +137,10 @@ class Program:
 
     def lower(self, *args: Any) -> Any:
         """The lowered program, to look at: its text, its memory analysis. Arguments may be shapes."""
-        return self._jitted.lower(*args)
+        if not self._carries:
+            return jax.jit(self.traces).lower(*args)
+        layouts = jax.tree.map(lambda a: getattr(a, "sharding", None), args[0])
+        return jax.jit(self.traces, donate_argnums=0, out_shardings=(layouts, None)).lower(*args)
 
     def __call__(self, *args: Any) -> Any:
         """Calls it.
