@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
 
 from lora_jax.training.pack import Pack
+from tests import tiny
 
 MEMBERS = [{"adapter__rank": 2, "training__seed": k} for k in range(2)]
 

@@ -47,7 +47,9 @@ def random_model(make: Callable[[], nnx.Module], seed: int = 0) -> Any:
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def encoder(depth: int = 4, *, seed: int = 0, pooler: bool = True, width: int = WIDTH, dtype: Any = jnp.float32, vocab: int = VOCAB) -> Encoder:
+def encoder(
+    depth: int = 4, *, seed: int = 0, pooler: bool = True, width: int = WIDTH, dtype: Any = jnp.float32, vocab: int = VOCAB
+) -> Encoder:
     """A BERT-like encoder."""
     block = BlockConfig(width, 4, 4, width // 4, 2 * width, "gelu", False, "layer", 1e-6, False, True, True, dtype)
     model = random_model(lambda: Encoder(EncoderConfig(block, depth, vocab, 64, 2, pooler), rngs=nnx.Rngs(0)), seed)
@@ -56,7 +58,14 @@ def encoder(depth: int = 4, *, seed: int = 0, pooler: bool = True, width: int = 
 
 
 def decoder(
-    depth: int = 4, *, seed: int = 0, tied: bool = True, width: int = WIDTH, dtype: Any = jnp.float32, vocab: int = VOCAB, bias: bool = False
+    depth: int = 4,
+    *,
+    seed: int = 0,
+    tied: bool = True,
+    width: int = WIDTH,
+    dtype: Any = jnp.float32,
+    vocab: int = VOCAB,
+    bias: bool = False,
 ) -> Decoder:
     """A Llama-like decoder with two query heads to each key/value head."""
     block = BlockConfig(width, 4, 2, width // 4, 2 * width, "silu", True, "rms", 1e-5, True, bias, False, dtype)
@@ -127,14 +136,23 @@ def _micro(rng: np.random.Generator, rows: int, length: int, causal: bool, class
     index, weights = np.zeros(count, int), np.zeros(count, np.float32)
     index[: len(targets)], weights[: len(targets)] = targets, 1.0
     ids = np.append(tokens.reshape(-1), 0)[index + 1] if causal else rng.integers(0, classes, count)
-    arrays = {"tokens": tokens, "positions": positions, "segment_ids": segments, "example_ids": examples, "target_index": index, "target_ids": ids}
+    arrays = {
+        "tokens": tokens,
+        "positions": positions,
+        "segment_ids": segments,
+        "example_ids": examples,
+        "target_index": index,
+        "target_ids": ids,
+    }
     return {name: a.astype(np.int32) for name, a in arrays.items()} | {"target_weights": weights}
 
 
 def arrays_equal(a: Any, b: Any) -> bool:
     """Whether two trees have the same bits."""
     a, b = jax.tree.map(np.asarray, (a, b))
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
 
 
 def relative(a: Any, b: Any) -> float:

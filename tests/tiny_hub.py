@@ -21,7 +21,7 @@ from lora_jax.config.load import load_config
 from lora_jax.config.schema import Config
 
 WIDTH, HIDDEN, DEPTH, POSITIONS = 32, 64, 3, 64
-FILLER = tuple("a film of the and plot with acting in it was story about people who".split())
+FILLER = tuple(["a", "film", "of", "the", "and", "plot", "with", "acting", "in", "it", "was", "story", "about", "people", "who"])
 WORDS = ("good", "bad", "fine", "poor", "yes", "no", "What", "is", "red", "blue", "Answer", ":", *FILLER)
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
@@ -94,7 +94,11 @@ class Called:
 def call(*arguments: Any) -> Called:
     """`lora-jax ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", ["lora-jax", *map(str, arguments)]), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        mock.patch.object(sys, "argv", ["lora-jax", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             cli.main()
             code: Any = 0
@@ -110,7 +114,9 @@ def write_hub(folder: Path) -> TinyHub:
     _write_llama(hub.llama)
     rng = np.random.default_rng(0)
     rows = [_review(rng, i) for i in range(120)]
-    hub.reviews.write_text("text,label,kind\n" + "".join(f"{text},{label},{'plot' if i % 10 == 0 else 'review'}\n" for i, (text, label) in enumerate(rows)))
+    hub.reviews.write_text(
+        "text,label,kind\n" + "".join(f"{text},{label},{'plot' if i % 10 == 0 else 'review'}\n" for i, (text, label) in enumerate(rows))
+    )
     with hub.questions.open("w") as file:
         for i in range(60):
             prompt, response = f"What is {_words(rng, 1 + i % 7)} :", f"{'red' if i % 2 else 'blue'} {_words(rng, 1 + i % 4)}"
@@ -182,7 +188,8 @@ def _write_llama(folder: Path) -> None:
         layer = f"model.layers.{i}."
         for name, out, inside in (
             ("self_attn.q_proj", WIDTH, WIDTH), ("self_attn.k_proj", WIDTH // 2, WIDTH), ("self_attn.v_proj", WIDTH // 2, WIDTH),
-            ("self_attn.o_proj", WIDTH, WIDTH), ("mlp.gate_proj", HIDDEN, WIDTH), ("mlp.up_proj", HIDDEN, WIDTH), ("mlp.down_proj", WIDTH, HIDDEN),
+            ("self_attn.o_proj", WIDTH, WIDTH), ("mlp.gate_proj", HIDDEN, WIDTH), ("mlp.up_proj", HIDDEN, WIDTH),
+            ("mlp.down_proj", WIDTH, HIDDEN),
         ):  # fmt: skip
             shapes[f"{layer}{name}.weight"] = (out, inside)
         norms |= {f"{layer}input_layernorm.weight", f"{layer}post_attention_layernorm.weight"}

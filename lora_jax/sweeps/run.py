@@ -75,10 +75,11 @@ def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progre
         run.write_results(results)
         if packs:  # a call that found all members done has no figures of its own
             run.write_summary({"compiled_programs": compiled, "packs": len(packs), "seconds": time.perf_counter() - began})
+        outcome = SweepOutcome(run.path, results, compiled)
     finally:
         if run is not None:
             run.close()
-    return SweepOutcome(run.path, results, compiled)
+    return outcome
 
 
 def describe_setup(config: Config, setup: Setup) -> str:

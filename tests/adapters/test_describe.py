@@ -6,11 +6,11 @@ import jax
 import pytest
 from flax import nnx
 from rich.console import Console
-from tests import tiny
 
 from lora_jax.adapters.describe import describe
 from lora_jax.adapters.inject import inject
 from lora_jax.config.schema import AdapterConfig
+from tests import tiny
 
 
 def _describe(model, **values):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
 
 from lora_jax.adapters.inject import LABEL, inject, site_modules
 from lora_jax.adapters.modules import LoRAParam
@@ -15,6 +14,7 @@ from lora_jax.adapters.partition import partition
 from lora_jax.config.errors import InputError
 from lora_jax.config.schema import AdapterConfig
 from lora_jax.models.stack import PER_SEGMENT
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 TOKENS = np.random.default_rng(0).integers(1, tiny.VOCAB, (3, 12)).astype(np.int32)
@@ -70,7 +70,11 @@ CASES = [
     (lambda: tiny.decoder(4), TOKENS, {"targets": "all-linear", "bias": "all"}),
     (lambda: tiny.decoder(4, tied=False), TOKENS, {"targets": ["lm_head", "down_proj"], "layers": "last:2"}),
     (lambda: tiny.decoder(4), TOKENS, {"targets": "embedding", "modules_to_save": ["final_norm"]}),
-    (lambda: nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(16, 3, rngs=nnx.Rngs(1))), X, {"targets": "all-linear"}),
+    (
+        lambda: nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(16, 3, rngs=nnx.Rngs(1))),
+        X,
+        {"targets": "all-linear"},
+    ),
     (lambda: ListNet(nnx.Rngs(0)), TOKENS, {"targets": ["embed", "twice", "1", "classifier"]}),
     (lambda: ScanNet(nnx.Rngs(0)), X, {"targets": "all-linear"}),
 ]

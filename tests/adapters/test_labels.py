@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from flax import nnx
-from tests import tiny
 
 from lora_jax.adapters.inject import inject_structure
 from lora_jax.adapters.labels import TRAINABLE, label_of
@@ -12,6 +11,7 @@ from lora_jax.adapters.partition import partition
 from lora_jax.adapters.spec import resolve, unite
 from lora_jax.config.errors import InputError
 from lora_jax.config.schema import AdapterConfig
+from tests import tiny
 
 
 def _labels(model, **values):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from lora_jax.adapters.inject import inject_structure, site_modules
 from lora_jax.adapters.members import draw_head, fill_member
 from lora_jax.adapters.partition import partition
 from lora_jax.adapters.spec import resolve, unite
 from lora_jax.config.schema import AdapterConfig
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,10 @@ def test_a_member_starts_the_same_alone_and_in_any_company(model):
 
 
 def test_filling_again_leaves_nothing_of_the_member_before(model):
-    specs = [resolve(model, AdapterConfig(rank=8, targets="all-linear", dropout=0.5)), resolve(model, AdapterConfig(rank=2, targets=["q_proj"]))]
+    specs = [
+        resolve(model, AdapterConfig(rank=8, targets="all-linear", dropout=0.5)),
+        resolve(model, AdapterConfig(rank=2, targets=["q_proj"])),
+    ]
     adapted = inject_structure(model, unite(model, specs))
     fresh = inject_structure(model, unite(model, specs))
     fill_member(adapted, specs[0], 0)

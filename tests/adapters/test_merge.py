@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
 
 from lora_jax.adapters.inject import inject, site_modules
 from lora_jax.adapters.merge import Merged, merge, merged_base, unmerge
 from lora_jax.adapters.modules import LowRank
 from lora_jax.adapters.partition import partition
 from lora_jax.config.schema import AdapterConfig
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 TOKENS = np.random.default_rng(0).integers(1, tiny.VOCAB, (3, 9)).astype(np.int32)
@@ -35,7 +35,11 @@ CASES = {
     "left-out layer": (lambda: tiny.encoder(4), TOKENS, {"targets": ["up_proj"], "layers": [1, 3]}),
     "embedding": (lambda: tiny.decoder(2, tied=False), TOKENS, {"targets": ["embed", "lm_head"]}),
     "tied embedding": (lambda: tiny.decoder(2), TOKENS, {"targets": "embedding"}),
-    "own model": (lambda: nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(8, 3, rngs=nnx.Rngs(0))), X, {"targets": "all-linear"}),
+    "own model": (
+        lambda: nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(8, 3, rngs=nnx.Rngs(0))),
+        X,
+        {"targets": "all-linear"},
+    ),
     "under a head": (lambda: tiny.classifier(2).base, TOKENS, {"targets": ["pooler", "v_proj"]}),
 }
 

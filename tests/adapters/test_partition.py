@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
 
 from lora_jax.adapters.inject import inject
 from lora_jax.adapters.partition import partition, update_mask, with_dropout_keys
 from lora_jax.adapters.spec import resolve, unite
 from lora_jax.config.schema import AdapterConfig
+from tests import tiny
 
 TOKENS = np.random.default_rng(0).integers(1, tiny.VOCAB, (2, 9)).astype(np.int32)
 

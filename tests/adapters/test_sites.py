@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
 
 from lora_jax.adapters.sites import find_sites, logical_name, parse_layers, select
 from lora_jax.config.errors import InputError
+from tests import tiny
 
 ATTENTION = {f"layers.attn.{p}_proj" for p in "qkvo"}
 MLP = {"layers.mlp.up_proj", "layers.mlp.down_proj"}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests import tiny
 
 from lora_jax.adapters.spec import resolve, unite
 from lora_jax.config.errors import InputError
 from lora_jax.config.schema import AdapterConfig
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,11 @@ def test_a_pattern_that_matches_nothing_is_an_error(model, key):
 
 
 def test_structure_is_the_smallest_that_holds_all(model):
-    members = [_one(model, layers="last:2", rank=2), _one(model, layers=[1], rank=8, targets=["up_proj"]), _one(model, layers=[3], dropout=0.1)]
+    members = [
+        _one(model, layers="last:2", rank=2),
+        _one(model, layers=[1], rank=8, targets=["up_proj"]),
+        _one(model, layers=[3], dropout=0.1),
+    ]
     structure = unite(model, members)
     shapes = {s.site.name: (s.first, s.rank, s.layers) for s in structure.sites}
     assert shapes == {"layers.attn.q_proj": (1, 4, 3), "layers.mlp.up_proj": (1, 8, 3)}

@@ -176,7 +176,9 @@ def test_data_sets_that_hold_nothing_to_learn_from(train, tmp_path, text, told):
 def test_rows_longer_than_the_positions(train, tmp_path, hub):
     rows = [f"{'a film ' * 40} {i} {'good' if i % 2 else 'bad'},{'pos' if i % 2 else 'neg'}" for i in range(60)]
     (tmp_path / "long.csv").write_text("\n".join(["text,label", *rows]))
-    refused(train({"task.source": str(tmp_path / "long.csv"), "task.max_length": 80}), "task.max_length: examples of 80 tokens", "64 positions")
+    refused(
+        train({"task.source": str(tmp_path / "long.csv"), "task.max_length": 80}), "task.max_length: examples of 80 tokens", "64 positions"
+    )
     # A long text that is held out alone is as bad.
     changes = {"task.eval_source": str(tmp_path / "long.csv"), "task.max_length": 80}
     refused(train(changes), "task.max_length: examples of 80 tokens", "64 positions")
@@ -198,7 +200,13 @@ def test_a_truncated_safetensors_file(train, hub, tmp_path, kept):
 @pytest.mark.parametrize("kept", [2, 16, 60, 0.5, -8])
 def test_a_truncated_gguf_file(train, tmp_path, kept):
     writer = gguf.GGUFWriter(tmp_path / "whole.gguf", "llama")
-    for key, value in {"block_count": 1, "embedding_length": 32, "feed_forward_length": 64, "attention.head_count": 4, "context_length": 64}.items():
+    for key, value in {
+        "block_count": 1,
+        "embedding_length": 32,
+        "feed_forward_length": 64,
+        "attention.head_count": 4,
+        "context_length": 64,
+    }.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_tensor("token_embd.weight", np.zeros((10, 32), np.float32))
     writer.write_header_to_file()

@@ -62,7 +62,13 @@ def test_what_each_member_leaves(swept):
     path, run, _ = swept
     for name in NAMES:
         assert {p.name for p in (run / name).iterdir() if not p.name.startswith("events")} == {"best", "final", "results.json"}
-    assert {p.name for p in run.iterdir() if p.is_file()} >= {"config.yaml", "environment.json", "results.csv", "report.html", "heatmap.png"}
+    assert {p.name for p in run.iterdir() if p.is_file()} >= {
+        "config.yaml",
+        "environment.json",
+        "results.csv",
+        "report.html",
+        "heatmap.png",
+    }
     assert not list(run.rglob("*.part")) and not list(run.rglob("*.tmp"))
     assert load_config(run / "config.yaml") == load_config(path)
     assert (run / "heatmap.png").read_bytes().startswith(b"\x89PNG")
@@ -73,7 +79,15 @@ def test_tensorboard_reads_the_events(swept):
     for name in NAMES:
         events = EventAccumulator(str(run / name)).Reload()
         tags = set(events.Tags()["scalars"])
-        assert {"train/loss", "train/accuracy", "train/grad_norm", "train/learning_rate", "train/tokens_per_second", "eval/loss", "eval/accuracy"} <= tags
+        assert {
+            "train/loss",
+            "train/accuracy",
+            "train/grad_norm",
+            "train/learning_rate",
+            "train/tokens_per_second",
+            "eval/loss",
+            "eval/accuracy",
+        } <= tags
         assert [e.step for e in events.Scalars("train/loss")] == [2, 4, 6]
         assert [e.step for e in events.Scalars("eval/loss")] == [3, 6]
         assert events.Scalars("eval/loss")[-1].value == pytest.approx(results(run)[name]["final"]["loss"], rel=1e-6)

@@ -1,6 +1,7 @@
 """Small programs, many of them: compile time is what counts."""
 
 import pytest
+
 from tests import tiny
 
 

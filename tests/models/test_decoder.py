@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from tests import tiny
 
 TOL = {"rtol": 2e-5, "atol": 2e-5}
@@ -51,7 +52,9 @@ def test_packed_rows_equal_separate_rows():
 
 def test_only_relative_positions_matter():
     model, tokens = tiny.decoder(), _tokens(1, 6)
-    np.testing.assert_allclose(tiny.outputs(model, tokens, positions=jnp.arange(6)[None] + 17), tiny.outputs(model, tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        tiny.outputs(model, tokens, positions=jnp.arange(6)[None] + 17), tiny.outputs(model, tokens), rtol=1e-4, atol=1e-4
+    )
     assert tiny.relative(tiny.outputs(model, tokens, positions=2 * jnp.arange(6)[None]), tiny.outputs(model, tokens)) > 1e-3
 
 
@@ -59,7 +62,11 @@ def test_only_relative_positions_matter():
 def test_gather_equals_the_full_pass(count):
     model, tokens = tiny.decoder(), _tokens(3, 8)
     index = jnp.asarray(np.random.default_rng(0).integers(0, 24, count))
-    np.testing.assert_allclose(tiny.outputs(model, tokens, gather=index, method="hidden"), tiny.outputs(model, tokens, method="hidden").reshape(-1, tiny.WIDTH)[index], **TOL)
+    np.testing.assert_allclose(
+        tiny.outputs(model, tokens, gather=index, method="hidden"),
+        tiny.outputs(model, tokens, method="hidden").reshape(-1, tiny.WIDTH)[index],
+        **TOL,
+    )
 
 
 def test_key_value_heads_serve_groups_of_query_heads():
@@ -80,4 +87,6 @@ def test_tied_head_is_the_embedding():
     logits = tiny.outputs(model, tokens, method="hidden") @ np.asarray(model.embed.embedding[...]).T
     np.testing.assert_allclose(tiny.outputs(model, tokens), logits, **TOL)
     untied = tiny.decoder(tied=False)
-    np.testing.assert_allclose(tiny.outputs(untied, tokens), tiny.outputs(untied, tokens, method="hidden") @ np.asarray(untied.lm_head.kernel[...]), **TOL)
+    np.testing.assert_allclose(
+        tiny.outputs(untied, tokens), tiny.outputs(untied, tokens, method="hidden") @ np.asarray(untied.lm_head.kernel[...]), **TOL
+    )

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
 
 from lora_jax.models.encoder import Encoder
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -47,14 +47,19 @@ def test_packed_rows_equal_separate_rows(rows):
 def test_gather_equals_the_full_pass():
     model, tokens = tiny.encoder(), _tokens(3, 8)
     index = jnp.array([0, 8, 16, 23])
-    np.testing.assert_allclose(tiny.outputs(model, tokens, gather=index), tiny.outputs(model, tokens).reshape(-1, tiny.WIDTH)[index], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        tiny.outputs(model, tokens, gather=index), tiny.outputs(model, tokens).reshape(-1, tiny.WIDTH)[index], rtol=2e-5, atol=2e-5
+    )
 
 
 def test_pooler_is_tanh_of_a_linear_layer_or_nothing():
     x = jnp.ones((2, tiny.WIDTH))
     model = tiny.encoder(1)
     np.testing.assert_allclose(
-        model.pool(x), np.tanh(np.asarray(x) @ np.asarray(model.pooler.kernel[...]) + np.asarray(model.pooler.bias[...])), rtol=1e-5, atol=1e-6
+        model.pool(x),
+        np.tanh(np.asarray(x) @ np.asarray(model.pooler.kernel[...]) + np.asarray(model.pooler.bias[...])),
+        rtol=1e-5,
+        atol=1e-6,
     )
     assert tiny.encoder(1, pooler=False).pool(x) is x
 

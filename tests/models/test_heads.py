@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from lora_jax.models.heads import LabelWordClassifier
+from tests import tiny
 
 TOL = {"rtol": 2e-5, "atol": 2e-5}
 pytestmark = pytest.mark.usefixtures("compile_cache")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
 
 from lora_jax.models import layers
+from tests import tiny
 
 X = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
 
@@ -74,7 +74,8 @@ def test_attention_is_softmax_of_scaled_scores():
     segments = jnp.array([[1, 1, 1, 1, 2, 2]])
     out = attention(jnp.asarray(x), layers.Context(layers.segment_mask(segments, causal=False), None), None)
     q, k, v = (
-        (x[0] @ np.asarray(p.kernel[...]) + np.asarray(p.bias[...])).reshape(6, 4, 8) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        (x[0] @ np.asarray(p.kernel[...]) + np.asarray(p.bias[...])).reshape(6, 4, 8)
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     scores = np.einsum("qhd,khd->hqk", q, k) / math.sqrt(8)
     scores = np.where(np.asarray(segments)[0][:, None] == np.asarray(segments)[0], scores, -np.inf)

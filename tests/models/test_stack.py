@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests import tiny
 
 from lora_jax.models.layers import Context, rotary_angles, segment_mask
 from lora_jax.models.stack import AXES, REMAT_POLICIES, Stack
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 ROWS, LENGTH = 3, 10
@@ -36,7 +36,9 @@ def _unrolled(stack, x, context, gather=None):
 def test_scan_equals_layers_written_out(make):
     model = make(4)
     x, context = _inputs(model)
-    np.testing.assert_allclose(tiny.outputs(model.layers, x, context), jax.jit(lambda x: _unrolled(model.layers, x, context))(x), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        tiny.outputs(model.layers, x, context), jax.jit(lambda x: _unrolled(model.layers, x, context))(x), rtol=2e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])

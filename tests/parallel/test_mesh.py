@@ -22,7 +22,14 @@ needs_eight = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs the eight
 @needs_eight
 @pytest.mark.parametrize(
     ("sizes", "shape"),
-    [((1, 1, 1), (1, 1, 1)), ((2, 2, 2), (2, 2, 2)), ((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 3, 1), (1, 3, 1)), ((1, 2, -1), (1, 2, 4))],
+    [
+        ((1, 1, 1), (1, 1, 1)),
+        ((2, 2, 2), (2, 2, 2)),
+        ((-1, 1, 1), (8, 1, 1)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((1, 3, 1), (1, 3, 1)),
+        ((1, 2, -1), (1, 2, 4)),
+    ],
 )
 def test_shapes(sizes, shape):
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]), jax.devices()[:8])
@@ -71,13 +78,21 @@ def test_rows_are_shared_and_targets_are_whole():
 
 def run(hub, folder, mesh, steps=10):
     """(losses of the steps, held-out loss, the pack) of two members with the base on a mesh."""
-    changes = {"mesh": mesh, "training.steps": steps, "training.batch_size": 16, "adapter.targets": ["q_proj", "down_proj"], "task.eval_size": 16}
+    changes = {
+        "mesh": mesh,
+        "training.steps": steps,
+        "training.batch_size": 16,
+        "adapter.targets": ["q_proj", "down_proj"],
+        "task.eval_size": 16,
+    }
     config = hub.config(folder, changes)
     other = config.model_copy(update={"adapter": config.adapter.model_copy(update={"rank": 3})})
     setup = set_up(config)
     pack = Pack.build(setup.model, [config, other], setup.steps, setup.mesh)
     losses = []
-    listener = types.SimpleNamespace(on_train=lambda step, metrics, speed: losses.append(metrics["loss"]), on_eval=lambda step, metrics: None)
+    listener = types.SimpleNamespace(
+        on_train=lambda step, metrics, speed: losses.append(metrics["loss"]), on_eval=lambda step, metrics: None
+    )
     outcome = train_pack(pack, setup, eval_every=5, log_every=1, listener=listener)
     return np.stack(losses), outcome.final["loss"], pack
 
@@ -103,6 +118,7 @@ def test_the_mesh_is_invisible(hub, tmp_path, one_device, mesh):
     assert {s.data.shape for s in kernel.addressable_shards} == {(3, 32 // fsdp, 64 // tensor)}
     total = sum(a.nbytes for a in pack.part.frozen.values())
     largest = max(
-        sum(s.data.nbytes for a in pack.part.frozen.values() for s in a.addressable_shards if s.device == device) for device in jax.devices()[:4]
+        sum(s.data.nbytes for a in pack.part.frozen.values() for s in a.addressable_shards if s.device == device)
+        for device in jax.devices()[:4]
     )
     assert largest < 1.3 * total / (fsdp * tensor)

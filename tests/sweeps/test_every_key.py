@@ -126,7 +126,18 @@ def fingerprint(config):
     kinds = (type(setup.model).__name__, str(base.embed.embedding.dtype), base.layers.remat, getattr(setup.model, "pooling", None))
     words = None if setup.data.class_token_ids is None else setup.data.class_token_ids.tolist()
     held_out = [digest(b) for b in plan.eval_batches()]
-    return tuple(setup.mesh.shape.values()), plan.rows, plan.length, plan.targets, setup.steps, digest(plan.batch(0)), held_out, setup.data.classes, words, kinds
+    return (
+        tuple(setup.mesh.shape.values()),
+        plan.rows,
+        plan.length,
+        plan.targets,
+        setup.steps,
+        digest(plan.batch(0)),
+        held_out,
+        setup.data.classes,
+        words,
+        kinds,
+    )
 
 
 @pytest.mark.parametrize("key", SET_UP)
@@ -134,7 +145,9 @@ def fingerprint(config):
 def test_what_is_set_up(hub, tmp_path, key):
     lines = hub.reviews.read_text().splitlines()
     other = tmp_path / "other.csv"
-    other.write_text("\n".join([lines[0], *(line.rpartition(",")[0] + f",kind {'a film ' * (i % 3)}{i % 17}" for i, line in enumerate(lines[1:81]))]))
+    other.write_text(
+        "\n".join([lines[0], *(line.rpartition(",")[0] + f",kind {'a film ' * (i % 3)}{i % 17}" for i, line in enumerate(lines[1:81]))])
+    )
     files = {"LLAMA": str(hub.llama), "OTHER": str(other)}
     value, needs = SET_UP[key]
     needs = {k: files.get(v, v) if isinstance(v, str) else v for k, v in needs.items()}

@@ -24,19 +24,32 @@ def test_without_a_sweep_there_is_one_member():
 
 def test_all_combinations_in_order():
     members = members_of(grid(adapter__rank=[2, 4], adapter__targets=["mlp", ["q_proj", "v_proj"]]))
-    assert [m.name for m in members] == ["rank=2,targets=mlp", "rank=2,targets=q_proj+v_proj", "rank=4,targets=mlp", "rank=4,targets=q_proj+v_proj"]
+    assert [m.name for m in members] == [
+        "rank=2,targets=mlp",
+        "rank=2,targets=q_proj+v_proj",
+        "rank=4,targets=mlp",
+        "rank=4,targets=q_proj+v_proj",
+    ]
     assert members[1].settings == {"adapter.rank": 2, "adapter.targets": ["q_proj", "v_proj"]}
     assert members[1].config.adapter.targets == ["q_proj", "v_proj"] and members[1].config.adapter.rank == 2
     assert members[3].config.optimizer == config().optimizer
 
 
 def test_keys_that_end_alike_keep_their_sections():
-    assert [m.name for m in members_of(grid(model__source=["a"], task__source=["b"], training__seed=[3]))] == ["model.source=a,task.source=b,seed=3"]
+    assert [m.name for m in members_of(grid(model__source=["a"], task__source=["b"], training__seed=[3]))] == [
+        "model.source=a,task.source=b,seed=3"
+    ]
 
 
 @pytest.mark.parametrize(
     ("value", "name"),
-    [(1e-3, "rank_pattern={}"), (None, "layers=None"), (True, "rslora=True"), ([0, 2], "layers=0+2"), ({"q_proj": 4}, 'rank_pattern={"q_proj": 4}')],
+    [
+        (1e-3, "rank_pattern={}"),
+        (None, "layers=None"),
+        (True, "rslora=True"),
+        ([0, 2], "layers=0+2"),
+        ({"q_proj": 4}, 'rank_pattern={"q_proj": 4}'),
+    ],
 )
 def test_values_in_names(value, name):
     key = "adapter." + name.partition("=")[0]

@@ -56,7 +56,9 @@ def test_what_is_compiled_or_loaded_apart_is_planned_apart(key, value):
     assert names(plan_packs(members({}, {key: value}, {"adapter.rank": 2}), largest=9)) == [["0", "2"], ["1"]]
 
 
-@pytest.mark.parametrize(("count", "largest", "sizes"), [(8, 8, [8]), (9, 8, [4, 5]), (10, 4, [3, 4, 3]), (17, 16, [8, 9]), (3, 1, [1, 1, 1])])
+@pytest.mark.parametrize(
+    ("count", "largest", "sizes"), [(8, 8, [8]), (9, 8, [4, 5]), (10, 4, [3, 4, 3]), (17, 16, [8, 9]), (3, 1, [1, 1, 1])]
+)
 def test_large_groups_are_cut_evenly(count, largest, sizes):
     packs = plan_packs(members(*({"training.seed": i} for i in range(count))), largest=largest)
     assert sorted(len(p.members) for p in packs) == sorted(sizes)

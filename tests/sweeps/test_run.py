@@ -57,7 +57,9 @@ def test_a_member_that_diverges_leaves_the_others_alone(hub, tmp_path, recwarn):
     assert [r.status for r in outcome.results] == ["finished", "diverged", "finished"]
     assert all(math.isfinite(r.final["loss"]) for r in outcome.results[::2])
     alone = sweep(hub.config(tmp_path, name="others"), {"optimizer.learning_rate": [0.01, 0.015, 0.02]})
-    assert_close({k: v for k, v in final(outcome).items() if "e+30" not in k}, {k: v for k, v in final(alone).items() if "015" not in k}, 1e-6)
+    assert_close(
+        {k: v for k, v in final(outcome).items() if "e+30" not in k}, {k: v for k, v in final(alone).items() if "015" not in k}, 1e-6
+    )
     assert not [w for w in recwarn if w.category is RuntimeWarning]
     # It has ended, and is not trained again when the run is resumed.
     assert sweep(hub.config(tmp_path), {"optimizer.learning_rate": rates}).compiled_programs == 0
@@ -65,7 +67,12 @@ def test_a_member_that_diverges_leaves_the_others_alone(hub, tmp_path, recwarn):
 
 @pytest.mark.slow
 def test_baselines_train_what_they_say(hub, tmp_path):
-    changes = {"sweep": {"grid": {"adapter.method": ["head", "full"]}}, "optimizer.learning_rate": 0.001, "training.epochs": 0.5, "training.steps": None}
+    changes = {
+        "sweep": {"grid": {"adapter.method": ["head", "full"]}},
+        "optimizer.learning_rate": 0.001,
+        "training.epochs": 0.5,
+        "training.steps": None,
+    }
     outcome = run_sweep(hub.config(tmp_path, changes))
     head, full = outcome.results
     assert head.parameters == 32 * 2 + 2 and full.parameters > 20_000

@@ -24,7 +24,9 @@ class Programs:
         self.steps.append(int(step))
         alive = state.alive & np.array([True, self.dies is None or step < self.dies])
         loss = jnp.where(alive, 1.0 + step, jnp.nan)
-        return MemberState({"w": state.trainable["w"] + alive[:, None]}, None, alive), Metrics(loss, loss / 10, loss * 2, jnp.full(2, 0.5 - step))
+        return MemberState({"w": state.trainable["w"] + alive[:, None]}, None, alive), Metrics(
+            loss, loss / 10, loss * 2, jnp.full(2, 0.5 - step)
+        )
 
     def evaluate(self, trainable, settings, frozen, batch):
         # The first member is best at step 4, the second at the first evaluation.

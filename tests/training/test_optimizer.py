@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from lora_jax.training.optimizer import SCHEDULES, Hyper, hyper_of, learning_rate, make_optimizer
+from tests import tiny
 
 LABELS = {"a": "adapter_a", "b": "adapter_b", "head": "head", "base": "frozen", "norm": "norm"}
 
@@ -111,7 +111,9 @@ def test_unknown_label_is_an_error():
 def test_hyperparameters_are_traced():
     """One program serves members that differ in every number and in the schedule."""
     configs = [
-        tiny.config(optimizer__learning_rate=r, optimizer__schedule=s, optimizer__weight_decay=w, optimizer__warmup_steps=u, optimizer__clip_norm=c)
+        tiny.config(
+            optimizer__learning_rate=r, optimizer__schedule=s, optimizer__weight_decay=w, optimizer__warmup_steps=u, optimizer__clip_norm=c
+        )
         for r, s, w, u, c in ((1e-2, "linear", 0.0, 0, None), (1e-3, "cosine", 0.5, 2, 0.1), (0.5, "constant", 0.01, 1, 9.0))
     ]
     traces = []

@@ -27,7 +27,9 @@ def test_a_head_for_every_task(hub, tmp_path):
     encoder = set_up(hub.config(tmp_path))
     assert isinstance(encoder.model, SequenceClassifier) and encoder.metric == "accuracy" and encoder.steps == 6
     assert encoder.model.classifier.kernel.shape == (32, 2)
-    words = set_up(hub.config(tmp_path, {"model.source": str(hub.llama), "task.labels": ["neg", "pos"], "task.label_words": ["bad", "good"]}))
+    words = set_up(
+        hub.config(tmp_path, {"model.source": str(hub.llama), "task.labels": ["neg", "pos"], "task.label_words": ["bad", "good"]})
+    )
     assert isinstance(words.model, LabelWordClassifier) and words.metric == "accuracy" and len(words.model.word_ids) == 2
     language = set_up(hub.config(tmp_path, causal=True))
     assert type(language.model) is LanguageModel and language.metric == "loss"
@@ -37,7 +39,10 @@ def test_what_configs_have_in_common_is_loaded_once(hub, tmp_path, loads):
     config, prepare = hub.config(tmp_path), Preparer()
     first = prepare(config)
     assert loads == ["base", "data"]
-    assert prepare(with_values(config, {"adapter.rank": 4, "optimizer.learning_rate": 0.5, "training.seed": 3, "training.eval_every": 1})) is first
+    assert (
+        prepare(with_values(config, {"adapter.rank": 4, "optimizer.learning_rate": 0.5, "training.seed": 3, "training.eval_every": 1}))
+        is first
+    )
     larger = prepare(with_values(config, {"training.batch_size": 16}))
     assert loads == ["base", "data"] and larger is not first
     assert larger.data is first.data and larger.model.base is first.model.base
@@ -58,9 +63,15 @@ def test_a_failure_is_not_remembered(hub, tmp_path):
 
 def test_keys_that_do_not_change_the_setup(hub, tmp_path):
     config = hub.config(tmp_path)
-    assert setup_key(with_values(config, {"training.seed": 9, "training.eval_every": 2, "adapter.rank": 9, "optimizer.b1": 0.1})) == setup_key(config)
+    assert setup_key(
+        with_values(config, {"training.seed": 9, "training.eval_every": 2, "adapter.rank": 9, "optimizer.b1": 0.1})
+    ) == setup_key(config)
     for key, value in {"training.data_seed": 1, "training.steps": 7, "task.split_seed": 1, "model.remat": "full", "mesh.data": 2}.items():
-        assert setup_key(config.model_copy(update={"mesh": config.mesh.model_copy(update={"data": 2})}) if key == "mesh.data" else with_values(config, {key: value})) != setup_key(config)
+        assert setup_key(
+            config.model_copy(update={"mesh": config.mesh.model_copy(update={"data": 2})})
+            if key == "mesh.data"
+            else with_values(config, {key: value})
+        ) != setup_key(config)
 
 
 def test_the_batches_are_those_of_the_config(hub, tmp_path):

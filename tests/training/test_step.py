@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from lora_jax.training.pack import Pack
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.usefixtures("compile_cache")
 def quick():
     with tiny.quick_compile():
         yield
-
 
 
 def _train(model, batches, steps=2, **values):
@@ -66,7 +65,9 @@ def test_mean_loss_is_over_labels():
     _, _, metrics, _ = _train(model, [batch], steps=1)
     pack = Pack.build(model, [tiny.config()], 10)
     micro = {n: jnp.asarray(a[0]) for n, a in batch.items()}
-    adapted = pack.part.merge(*(jax.tree.map(lambda a: a[0], t) for t in (pack.state.trainable, pack.fixed.settings)), pack.part.frozen, training=True)
+    adapted = pack.part.merge(
+        *(jax.tree.map(lambda a: a[0], t) for t in (pack.state.trainable, pack.fixed.settings)), pack.part.frozen, training=True
+    )
     logits = np.asarray(jax.jit(lambda m: adapted.head(adapted.features(m)))(micro), np.float64)[:8]
     p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     ids = batch["target_ids"][0][:8]
@@ -82,7 +83,9 @@ def test_a_batch_without_labels_moves_nothing_and_is_no_failure():
 
 
 def test_bias_all_and_modules_to_save_train_those_alone():
-    _, _, _, changed = _train(tiny.classifier(2), [tiny.batch(0)], adapter__targets=["q_proj"], adapter__bias="all", adapter__modules_to_save=["attn_norm"])
+    _, _, _, changed = _train(
+        tiny.classifier(2), [tiny.batch(0)], adapter__targets=["q_proj"], adapter__bias="all", adapter__modules_to_save=["attn_norm"]
+    )
     assert "base.layers.attn_norm.scale" in changed and "base.layers.mlp.up_proj.bias" in changed and "base.pooler.bias" in changed
     assert all(n.endswith((".bias", "lora_a", "lora_b")) or "attn_norm" in n or "classifier" in n for n in changed)
 
