@@ -42,9 +42,9 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "remat", "values"), CASES)
 def test_the_compiled_step_holds_one_copy_of_the_base(kind, remat, values):
-    """16 layers of 0.5 MB each, and activations of a few hundred kB: any copy of the stack, or its gradient, would stand out."""
+    """16 layers of 0.5 or 2 MB each, and activations of a few hundred kB: any copy of the stack, or its gradient, would stand out."""
     if kind == "encoder":
-        model, batch = tiny.classifier(16, width=128), tiny.batch(rows=1, length=8)
+        model, batch = tiny.classifier(16, width=256), tiny.batch(rows=1, length=8)
         model.base.layers.remat = remat
     else:
         model, batch = tiny.language_model(16, width=128, vocab=2048), tiny.batch(rows=1, length=8, micro=2, causal=True)

@@ -13,7 +13,7 @@ from ..config.load import dump_config
 from ..config.schema import Config
 from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory
 from ..training.adapter_files import save_adapter
-from ..training.loop import Outcome, train_pack
+from ..training.loop import Outcome, perplexity, train_pack
 from ..training.pack import Pack
 from ..training.setup import Preparer, Setup, check_adapters
 from .members import Member, members_of
@@ -105,6 +105,12 @@ def _run_pack(run: RunDirectory, plan: PackPlan, setup: Setup, progress: Progres
     return pack.programs.train.traces.count + pack.programs.evaluate.traces.count
 
 
+def _mean(losses: np.ndarray) -> float:
+    """The mean over members that have a loss; NaN where none has."""
+    finite = losses[np.isfinite(losses)]
+    return float(finite.mean()) if finite.size else float("nan")
+
+
 class _Recorder:
     """Writes what a pack's members do: TensorBoard, console, results, adapters."""
 
@@ -135,13 +141,13 @@ class _Recorder:
         """Scalars of the training steps."""
         values = {n: v for n, v in metrics.items() if n != "accuracy" or self.setup.metric == "accuracy"}
         if self.setup.metric == "loss":
-            values["perplexity"] = np.exp(metrics["loss"])
+            values["perplexity"] = perplexity(metrics["loss"])
         for i, writer in enumerate(self.writers):
             scalars = {f"train/{n}": float(v[i]) for n, v in values.items()}
             if tokens_per_second:
                 scalars["train/tokens_per_second"] = tokens_per_second
             writer.scalars(step, scalars)
-        self.track.update(step, loss=float(np.nanmean(metrics["loss"])), tokens_per_second=tokens_per_second * len(self.members))
+        self.track.update(step, loss=_mean(metrics["loss"]), tokens_per_second=tokens_per_second * len(self.members))
 
     def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """Scalars of an evaluation."""

@@ -119,8 +119,14 @@ def evaluate_pack(
     loss, correct = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
     metrics = {"loss": loss, "accuracy": correct}
     if setup.metric == "loss":
-        metrics = {"loss": loss, "perplexity": np.exp(loss), "token_accuracy": correct}
+        metrics = {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": correct}
     return metrics
+
+
+def perplexity(loss: np.ndarray) -> np.ndarray:
+    """e to the mean loss of a token; infinite where that is too large a number."""
+    with np.errstate(over="ignore"):
+        return np.exp(loss)
 
 
 def _window_means(window: list[Metrics]) -> dict[str, np.ndarray]:

@@ -92,6 +92,13 @@ def test_fit_trains_one_language_model_and_resumes_it(hub, tmp_path):
         fit(path, training__steps=5, name="one")
 
 
+def test_all_members_of_a_pack_may_diverge(hub, tmp_path, recwarn):
+    outcome = sweep(hub.config(tmp_path), {"optimizer.learning_rate": [1e28, 1e29, 1e30]})
+    assert [r.status for r in outcome.results] == ["diverged"] * 3
+    assert not any(r.final["loss"] < 1e6 for r in outcome.results)  # NaN, or very large
+    assert not [w for w in recwarn if w.category is RuntimeWarning]
+
+
 def test_an_interrupted_run_goes_on_with_the_next_pack(hub, tmp_path, monkeypatch):
     from lora_jax.sweeps import run
 

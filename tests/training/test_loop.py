@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax.config.schema import MeshConfig
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.training.loop import _Best, _Clock, evaluate_pack, train_pack
+from lora_jax.training.loop import _Best, _Clock, evaluate_pack, perplexity, train_pack
 from lora_jax.training.step import MemberState, Metrics
 
 
@@ -158,3 +158,8 @@ def test_the_clock_leaves_pauses_out(monkeypatch):
     spend(2, tokens=30)
     assert clock.rate() == 15.0
     assert clock.mean_rate == 10.0 and clock.total_tokens == 47
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(recwarn):
+    assert perplexity(np.float32([0, 1000, np.nan])).tolist() == pytest.approx([1, np.inf, np.nan], nan_ok=True)
+    assert not recwarn.list

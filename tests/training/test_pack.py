@@ -38,6 +38,7 @@ MEMBERS = [
     {
         "adapter__targets": ["q_proj", "v_proj", "o_proj"],
         "adapter__layers": [1, 2],
+        "optimizer__learning_rate": 1e-3,
         "optimizer__b_lr_ratio": 8.0,
         "optimizer__warmup_steps": 6,
     },
@@ -49,6 +50,7 @@ MEMBERS = [
         "optimizer__b2": 0.95,
     },
 ]
+MEMBERS = [{"optimizer__learning_rate": 2e-3, **m} for m in MEMBERS]
 BIASED = [{**m, "adapter__bias": "lora_only"} for m in MEMBERS]
 DECODER = [
     {"adapter__rank": 2, "adapter__targets": "attention", "adapter__layers": "last:1", "adapter__dropout": 0.2},
@@ -103,7 +105,7 @@ def test_a_pack_equals_its_solo_runs(members, batches, compile_cache):
     """And what a member does not use, padding, sites, layers and biases, is untouched."""
     model = tiny.classifier(3)
     pack, state, packed = _compare(model, [BIASED[k] for k in members], batches)
-    assert (packed.loss[-1] < packed.loss[0]).all() and packed.accuracy.shape == (STEPS, len(members))
+    assert (packed.loss[-4:].mean(0) < packed.loss[:4].mean(0)).all() and packed.accuracy.shape == (STEPS, len(members))
     start = Pack.build(model, pack.configs, STEPS).state.trainable
     for k, spec in enumerate(pack.specs):
         for name, array in state.trainable.items():
