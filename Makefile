@@ -53,7 +53,7 @@ quickstart: install  ## Install, then run the example sweep
 	$(BIN)/lora-jax sweep configs/quickstart.yaml
 
 test: dev  ## The ordinary tests (minutes)
-	$(RUN_PYTEST) -n $(WORKERS) -m "not slow and not interop and not slurm"
+	$(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "not slow and not interop and not slurm"
 
 test-slow: dev  ## Tests that train real models
 	$(RUN_PYTEST) -m "slow and not interop and not slurm"

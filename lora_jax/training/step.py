@@ -83,7 +83,7 @@ def train_step(
     (loss, correct, grads), _ = jax.lax.scan(micro_step, zero, (jnp.arange(batch["tokens"].shape[0]), batch))
 
     grads = _masked(grads, fixed.mask)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, optimizer = make_optimizer(fixed.hyper, part.labels).update(grads, state.optimizer, state.trainable)
     updates = _masked(cast(Arrays, updates), fixed.mask)
     new = MemberState(cast(Arrays, optax.apply_updates(state.trainable, updates)), optimizer, state.alive)
