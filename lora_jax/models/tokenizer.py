@@ -5,6 +5,7 @@ No network for local files, no remote code, no PyTorch. Every tokenizer that com
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from .checkpoint import HUB_FILES, read_json, weights_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# Without PyTorch, importing transformers says so on stderr. Here that is no news: tokenizers are all that is wanted of it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # Any of these lets transformers build a tokenizer where there is no tokenizer.json.
 _OLDER_FILES = ("tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")

@@ -114,7 +114,12 @@ def test_hyperparameters_are_traced():
         tiny.config(
             optimizer__learning_rate=r, optimizer__schedule=s, optimizer__weight_decay=w, optimizer__warmup_steps=u, optimizer__clip_norm=c
         )
-        for r, s, w, u, c in ((1e-2, "linear", 0.0, 0, None), (1e-3, "cosine", 0.5, 2, 0.1), (0.5, "constant", 0.01, 1, 9.0))
+        for r, s, w, u, c in (
+            (1e-2, "linear", 0.0, 0, None),
+            (1e-3, "cosine", 0.5, 2, 0.1),
+            (0.5, "constant", 0.01, 1, 9.0),
+            (3e-2, "linear", 0.0, 0, None),
+        )
     ]
     traces = []
 
@@ -133,4 +138,5 @@ def test_hyperparameters_are_traced():
     results = [np.asarray(first_updates(hyper_of(c, 10))) for c in configs]
     assert len(traces) == 1
     assert not np.allclose(results[0], results[1]) and not np.allclose(results[0], results[2])
+    np.testing.assert_allclose(results[3], 3 * results[0], rtol=1e-5)
     assert not results[1][0].any() and results[0][0].any()  # one warms up from 0, the other does not
