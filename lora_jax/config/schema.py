@@ -13,8 +13,6 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-TARGET_PRESETS = ("attention", "mlp", "all-linear", "embedding")
-
 
 class Section(BaseModel):
     """A part of the config: unknown keys are errors and values are immutable once read."""

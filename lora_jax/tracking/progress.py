@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -68,12 +69,12 @@ class Progress:
             self._bars.remove_task(task)
 
 
-class Track:
+class Track(ABC):
     """One thing in progress."""
 
+    @abstractmethod
     def update(self, step: int, **metrics: float) -> None:
         """Says that `step` steps are done, and what the figures are by now (numbers on the host: a device array would block)."""
-        raise NotImplementedError
 
 
 class Bar(Track):
