@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .errors import InputError, nearest
-from .keys import leaf_schema, section_keys, split_key, valid_keys, why_not_swept
+from .keys import leaf_schema, section_keys, split_key, why_not_swept
 from .problems import Problem, problems, report, show
 from .schema import Config
 from .yaml_text import Path, dump, parse
@@ -102,12 +102,6 @@ def dump_config(config: Config) -> str:
     return dump(config.model_dump())
 
 
-def diff_configs(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of every key in which two configs differ, in the schema's order."""
-    pairs = ((key, _get(old, key), _get(new, key)) for key in valid_keys())
-    return [(key, a, b) for key, a, b in pairs if a != b]
-
-
 def _read(path: FilePath) -> str:
     if path.is_dir():
         inside = path / "config.yaml"
@@ -179,13 +173,6 @@ def _set(data: dict[str, Any], path: tuple[str, ...], value: Any, where: str) ->
             raise InputError(f"{where}: '{'.'.join(path[: depth + 1])}' holds {show(data[part])}, so no key can be set in it.")
         data = data[part]
     data[path[-1]] = value
-
-
-def _get(config: Config, dotted: str) -> Any:
-    value: Any = config
-    for part in dotted.split("."):
-        value = None if value is None else getattr(value, part)
-    return value
 
 
 def _needed_sections() -> list[str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_jax.config.errors import InputError
-from lora_jax.config.load import apply_overrides, diff_configs, dump_config, load_config, with_values
+from lora_jax.config.load import apply_overrides, dump_config, load_config, with_values
 
 TEXT = """\
 name: a
@@ -106,18 +106,6 @@ def test_with_values_refuses(path, values, message):
 def test_with_values_names_where_they_come_from(path):
     with pytest.raises(InputError, match=r"^member 'r0': adapter.rank: must be"):
         with_values(load_config(path), {"adapter.rank": 0}, where="member 'r0'")
-
-
-def test_diff(path):
-    old = load_config(path)
-    new = load_config(path, ["adapter.rank=4", "sweep=null", "optimizer.clip_norm=1"])
-    assert diff_configs(old, old) == []
-    assert diff_configs(old, new) == [
-        ("adapter.rank", 8, 4),
-        ("optimizer.clip_norm", None, 1.0),
-        ("sweep.grid", {"adapter.rank": [2, 4], "optimizer.learning_rate": [1e-3, 3e-3]}, None),
-        ("sweep.max_pack", 16, None),
-    ]
 
 
 def test_files_that_are_not_there_or_not_a_config(path, tmp_path, monkeypatch):
