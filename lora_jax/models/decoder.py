@@ -27,6 +27,7 @@ class Decoder(nnx.Module):
 
     Attributes:
         config: the shape it was built from.
+        dropout: rate of the model's own dropout, in calls that are given `noise`.
         site_aliases: site path -> Hugging Face module path with `{i}` for the layer, so that those names work as targets.
     """
 
@@ -40,6 +41,7 @@ class Decoder(nnx.Module):
         if not config.tied:
             self.lm_head = linear(block.width, config.vocab, ("embed", "vocab"), bias=False, dtype=block.dtype, rngs=rngs)
         self.config = nnx.static(config)
+        self.dropout = 0.0
         self.site_aliases: tuple[tuple[str, str], ...] = nnx.static(())
 
     def __call__(
@@ -56,6 +58,7 @@ class Decoder(nnx.Module):
         segment_ids: Array | None = None,
         *,
         gather: Array | None = None,
+        noise: Array | None = None,
     ) -> Array:
         """The last hidden states, after the final norm.
 
@@ -65,6 +68,7 @@ class Decoder(nnx.Module):
             positions: (batch, seq) int32; 0, 1, ... by default.
             segment_ids: (batch, seq) int32 for packed rows: 0 is padding, tokens see their own segment alone. Replaces the mask.
             gather: (n,) int32, positions of the flattened (batch * seq) to return; all by default.
+            noise: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
 
         Returns:
             (batch, seq, width), or (n, width) with `gather`.
@@ -72,10 +76,10 @@ class Decoder(nnx.Module):
         segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
         block = self.config.block
         rotary = rotary_angles(positions, block.head_dim, self.config.rope_theta)
-        context = Context(segment_mask(segment_ids, causal=True), rotary)
+        context = Context(segment_mask(segment_ids, causal=True), rotary, noise, self.dropout)
         # Leaving most of the top layer out pays only where few positions are wanted; else it is one more layer to compile.
         early = gather is not None and 2 * gather.shape[0] <= tokens.size
-        x = self.layers(self.embed(tokens), context, gather if early else None)
+        x = self.layers(context.drop(self.embed(tokens), 0, 3), context, gather if early else None)
         return self.final_norm(x if early else take_positions(x, gather))
 
     def head(self, hidden: Array) -> Array:

@@ -28,6 +28,7 @@ class Encoder(nnx.Module):
 
     Attributes:
         config: the shape it was built from.
+        dropout: rate of the model's own dropout, in calls that are given `noise`.
         site_aliases: site path -> Hugging Face module path with `{i}` for the layer, so that those names work as targets.
     """
 
@@ -43,6 +44,7 @@ class Encoder(nnx.Module):
         if config.pooler:
             self.pooler = linear(block.width, block.width, ("embed", "embed_out"), bias=True, dtype=block.dtype, rngs=rngs)
         self.config = nnx.static(config)
+        self.dropout = 0.0
         self.site_aliases: tuple[tuple[str, str], ...] = nnx.static(())
 
     def __call__(
@@ -53,6 +55,7 @@ class Encoder(nnx.Module):
         segment_ids: Array | None = None,
         *,
         gather: Array | None = None,
+        noise: Array | None = None,
     ) -> Array:
         """The last hidden states.
 
@@ -62,6 +65,7 @@ class Encoder(nnx.Module):
             positions: (batch, seq) int32; 0, 1, ... by default.
             segment_ids: (batch, seq) int32 for packed rows: 0 is padding, tokens see their own segment alone. Replaces the mask.
             gather: (n,) int32, positions of the flattened (batch * seq) to return; all by default.
+            noise: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
 
         Returns:
             (batch, seq, width), or (n, width) with `gather`.
@@ -69,7 +73,8 @@ class Encoder(nnx.Module):
         segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
         bidirectional = segment_mask(segment_ids, causal=False)
         x = self.embed(tokens) + self.position_embed(positions) + self.type_embed.embedding[...][0].astype(self.config.block.dtype)
-        return self.layers(self.embed_norm(x), Context(bidirectional, None), gather)
+        context = Context(bidirectional, None, noise, self.dropout)
+        return self.layers(context.drop(self.embed_norm(x), 0, 3), context, gather)
 
     def pool(self, first: Array) -> Array:
         """BERT's pooled output of the first tokens' hidden states, (n, width) -> (n, width); as they are without a pooler."""

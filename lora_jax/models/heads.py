@@ -1,7 +1,8 @@
 """Models that answer a task: a base, and what turns its hidden states into class logits.
 
 All of them, and `Decoder` itself through `LanguageModel`, have one face for the training step:
-`features(batch) -> (n, width)` at the batch's target positions, and `head(features) -> (n, classes)`.
+`features(batch, noise) -> (n, width)` at the batch's target positions (with the base's dropout if there is a key `noise`), and
+`head(features) -> (n, classes)`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from flax import nnx
 
 from .decoder import Decoder
 from .encoder import Encoder
-from .layers import Array, linear
+from .layers import Array, dropout, linear
 
 
 class TaskModel(Protocol):
     """What the training step asks of a model."""
 
-    def features(self, batch: Mapping[str, Array]) -> Array:
+    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
         """(n, width): what the head sees, for each target of a batch."""
         ...
 
@@ -46,12 +47,13 @@ class SequenceClassifier(nnx.Module):
         self.classifier.kernel[...] = 0.02 * jax.random.normal(rngs.params(), (width, classes))
         self.pooling = pooling
 
-    def features(self, batch: Mapping[str, Array]) -> Array:
+    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
         """(n, width): one pooled vector for each target of the batch."""
         rows = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
         if self.pooling == "cls":
-            return self.base.pool(self.base(**rows, gather=batch["target_index"]))
-        hidden = self.base(**rows)
+            pooled = self.base.pool(self.base(**rows, gather=batch["target_index"], noise=noise))
+            return pooled if noise is None or not self.base.dropout else dropout(pooled, self.base.dropout, noise)
+        hidden = self.base(**rows, noise=noise)
         count = batch["target_index"].shape[0]
         # One matmul sums each example's tokens; padding has the id `count`, which no row of the one-hot matches.
         member = jax.nn.one_hot(batch["example_ids"].reshape(-1), count, dtype=jnp.float32)
@@ -69,10 +71,10 @@ class LanguageModel(nnx.Module):
     def __init__(self, base: Decoder):
         self.base = base
 
-    def features(self, batch: Mapping[str, Array]) -> Array:
+    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
         """(n, width): the hidden state at each target position."""
         return self.base.hidden(
-            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], gather=batch["target_index"]
+            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], gather=batch["target_index"], noise=noise
         )
 
     def head(self, features: Array) -> Array:

@@ -54,10 +54,30 @@ class BlockConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Context:
-    """What all layers see alike: the boolean mask (rows, 1, queries, keys) and rotary cos/sin (rows, length, head_dim) or None."""
+    """What all layers see alike.
+
+    Attributes:
+        mask: (rows, 1, queries, keys) bool, which key each query sees.
+        rotary: cos and sin, (rows, length, head_dim) each, or None.
+        noise: a PRNG key for dropout, or None where nothing is dropped.
+        dropout: share of the values that are dropped; static.
+    """
 
     mask: Array
     rotary: tuple[Array, Array] | None
+    noise: Array | None = None
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    def drop(self, x: Array, layer: Array | int, place: int) -> Array:
+        """Dropout of `x` in layer `layer`; each `place` in a layer has noise of its own."""
+        if self.noise is None or not self.dropout:
+            return x
+        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.noise, layer), place))
+
+
+def dropout(x: Array, rate: float, key: Array) -> Array:
+    """`x` with a share `rate` of its values set to 0 and the others scaled up by 1 / (1 - rate)."""
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def linear(inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
@@ -154,13 +174,16 @@ class Attention(nnx.Module):
         self.o_proj = linear(inner, cfg.width, ("heads", "embed"), **shared)
         self.head_dim = cfg.head_dim
 
-    def __call__(self, x: Array, context: Context, gather: Array | None) -> Array:
+    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None) -> Array:
         rows, length, _ = x.shape
         q, k, v = (p(x).reshape(rows, length, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=context.mask)
-        mixed = mixed.reshape(rows, length, -1)
+        grouped = q.reshape(rows, length, k.shape[2], -1, self.head_dim)  # query heads by the key head they share
+        scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
+        scores = jnp.where(context.mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        shares = context.drop(jax.nn.softmax(scores, axis=-1).astype(x.dtype), layer, 0)
+        mixed = jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)
         return self.o_proj(take_positions(mixed, gather))
 
 
@@ -192,12 +215,12 @@ class Block(nnx.Module):
         self.mlp_norm = norm(cfg.norm, cfg.width, cfg.norm_eps, dtype=cfg.dtype, rngs=rngs)
         self.norm_first = cfg.norm_first
 
-    def __call__(self, x: Array, context: Context, gather: Array | None = None) -> Array:
+    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None = None) -> Array:
         if self.norm_first:
-            x = take_positions(x, gather) + self.attn(self.attn_norm(x), context, gather)
-            return x + self.mlp(self.mlp_norm(x))
-        x = self.attn_norm(take_positions(x, gather) + self.attn(x, context, gather))
-        return self.mlp_norm(x + self.mlp(x))
+            x = take_positions(x, gather) + context.drop(self.attn(self.attn_norm(x), context, layer, gather), layer, 1)
+            return x + context.drop(self.mlp(self.mlp_norm(x)), layer, 2)
+        x = self.attn_norm(take_positions(x, gather) + context.drop(self.attn(x, context, layer, gather), layer, 1))
+        return self.mlp_norm(x + context.drop(self.mlp(x), layer, 2))
 
 
 def take_positions(x: Array, index: Array | None) -> Array:

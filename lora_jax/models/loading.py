@@ -18,13 +18,14 @@ from .families import Family, Weight, find_family
 Base = Encoder | Decoder
 
 
-def load_model(source: str, *, dtype: str = "float32", remat: str = "dots", key: str = "model.source") -> Base:
+def load_model(source: str, *, dtype: str = "float32", remat: str = "dots", dropout: float = 0.0, key: str = "model.source") -> Base:
     """A pretrained base.
 
     Args:
         source: a Hugging Face folder, a .safetensors or .gguf file, `hf://org/name[@revision]`, `package://import_name/path`.
         dtype: of weights and matmuls, `float32` or `bfloat16`.
         remat: what each layer keeps for the backward pass: `none` (all but weight slices), `dots` (matmul results), `full` (its input).
+        dropout: rate of the model's own dropout while training: on the embeddings, attention's shares and each sub-layer's output.
         key: what to call the source in error messages.
 
     Returns:
@@ -53,7 +54,7 @@ def load_model(source: str, *, dtype: str = "float32", remat: str = "dots", key:
         name = ".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")
         filled.append((path, variable.replace(_read(checkpoint, table[name], variable.shape, variable.dtype, where))))
     model = nnx.merge(graphdef, nnx.from_flat_state(filled))
-    model.layers.remat = remat
+    model.layers.remat, model.dropout = remat, dropout
     model.site_aliases = nnx.static(_aliases(family.weights(config)))
     return model
 

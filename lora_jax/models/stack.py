@@ -52,7 +52,7 @@ class Stack(nnx.Module):
     """`depth` equal layers with stacked weights.
 
     Args:
-        make_block: makes one layer from `nnx.Rngs`; the layer is called as `block(x, context, gather)`.
+        make_block: makes one layer from `nnx.Rngs`; the layer is called as `block(x, context, layer, gather)`, `layer` being its index.
         depth: how many layers.
         rngs: each layer is initialised with a key of its own.
     """
@@ -110,7 +110,7 @@ class Stack(nnx.Module):
         def body(x: jax.Array, step: tuple[Any, Any]) -> tuple[jax.Array, None]:
             index, own = step
             layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), shared)
-            return nnx.merge(graphdef, own, layer)(x, context, gather), None
+            return nnx.merge(graphdef, own, layer)(x, context, index, gather), None
 
         body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         if stop - start == 1:

@@ -66,7 +66,7 @@ class Pack:
         if mesh is not None:
             trainable, fixed = jax.device_put((trainable, fixed), replicated(mesh))
         state = jax.jit(jax.vmap(lambda t, f: init_member(part, t, f)))(trainable, fixed)
-        return cls(configs, specs, structure, part, state, fixed, PackPrograms(part))
+        return cls(configs, specs, structure, part, state, fixed, PackPrograms(part, configs[0].training.data_seed))
 
     def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> Arrays:
         """One member's trainable arrays in the shapes it has alone: padding cut off, layers below its lowest left out."""

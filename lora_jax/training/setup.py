@@ -109,7 +109,7 @@ def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
 
 
 def _load_base(config: Config, mesh: Mesh) -> Encoder | Decoder:
-    base = load_model(config.model.source, dtype=config.model.dtype, remat=config.model.remat)
+    base = load_model(config.model.source, dtype=config.model.dtype, remat=config.model.remat, dropout=config.model.dropout)
     place_model(base, mesh)
     return base
 

@@ -51,7 +51,7 @@ def init_member(part: Partition, trainable: Arrays, fixed: MemberFixed) -> Membe
 
 
 def train_step(
-    part: Partition, state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array
+    part: Partition, state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array, noise: jax.Array
 ) -> tuple[MemberState, Metrics]:
     """One optimizer step of one member.
 
@@ -65,18 +65,21 @@ def train_step(
         frozen: the base, the same for all members.
         batch: arrays with a leading micro-batch axis, the same for all members.
         step: int32 scalar, 0-based.
+        noise: PRNG key of the base's own dropout in this step, the same for all members: what is common to them stays common.
     """
     key = jax.random.fold_in(jax.random.key(fixed.hyper.seed), step)
     total = jnp.maximum(batch["target_weights"].sum(), 1.0)
 
-    def loss_of(trainable: Arrays, micro: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = cast(TaskModel, part.merge(trainable, with_dropout_keys(fixed.settings, key), frozen, training=True))
-        loss, correct = cross_entropy(model.head, model.features(micro), micro["target_ids"], micro["target_weights"])
+    def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        settings = with_dropout_keys(fixed.settings, jax.random.fold_in(key, index))
+        model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
+        features = model.features(micro, jax.random.fold_in(noise, index))
+        loss, correct = cross_entropy(model.head, features, micro["target_ids"], micro["target_weights"])
         return loss / total, correct / total
 
     def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         index, rows = micro
-        (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, rows, jax.random.fold_in(key, index))
+        (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, rows, index)
         return jax.tree.map(jnp.add, carry, (loss, correct, grads)), None
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
@@ -161,11 +164,16 @@ class PackPrograms:
     """The compiled programs of a pack: `train` and `evaluate`, each vmapped over the members, each compiled once.
 
     The base is an argument of both, never a constant, and is not returned. Member arrays are donated.
+
+    Args:
+        part: how the arrays make a model.
+        data_seed: of the base's own dropout.
     """
 
-    def __init__(self, part: Partition):
+    def __init__(self, part: Partition, data_seed: int = 0):
         def train(state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
-            return jax.vmap(lambda s, f: train_step(part, s, f, frozen, batch, step))(state, fixed)
+            noise = jax.random.fold_in(jax.random.key(data_seed), step)
+            return jax.vmap(lambda s, f: train_step(part, s, f, frozen, batch, step, noise))(state, fixed)
 
         def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
             return jax.vmap(lambda t, s: eval_step(part, t, s, frozen, batch))(trainable, settings)

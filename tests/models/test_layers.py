@@ -72,7 +72,7 @@ def test_attention_is_softmax_of_scaled_scores():
     attention = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
     x = np.random.default_rng(0).standard_normal((1, 6, tiny.WIDTH)).astype(np.float32)
     segments = jnp.array([[1, 1, 1, 1, 2, 2]])
-    out = attention(jnp.asarray(x), layers.Context(layers.segment_mask(segments, causal=False), None), None)
+    out = attention(jnp.asarray(x), layers.Context(layers.segment_mask(segments, causal=False), None), 0, None)
     q, k, v = (
         (x[0] @ np.asarray(p.kernel[...]) + np.asarray(p.bias[...])).reshape(6, 4, 8)
         for p in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -93,3 +93,27 @@ def test_row_layout_defaults():
     mask = jnp.array([[1, 1, 0]] * 2)
     assert layers.row_layout(tokens, mask, None, None)[0].tolist() == mask.tolist()
     assert layers.row_layout(tokens, mask, None, 2 * mask)[0].tolist() == (2 * mask).tolist()
+
+
+def test_dropout_keeps_the_mean_and_its_rate():
+    x = jnp.ones((400, 50))
+    out = np.asarray(layers.dropout(x, 0.25, jax.random.key(0)))
+    assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
+    assert abs((out == 0).mean() - 0.25) < 0.01 and abs(out.mean() - 1) < 0.015
+
+
+def test_a_models_own_dropout_needs_a_key_and_differs_between_layers_and_places():
+    model = tiny.encoder(2)
+    tokens = jnp.arange(24).reshape(2, 12) % tiny.VOCAB
+    plain = tiny.outputs(model, tokens)
+    keyed = tiny.outputs(model, tokens, noise=jax.random.key(1))
+    np.testing.assert_array_equal(plain, keyed)  # the rate is 0
+    model.dropout = 0.1
+    np.testing.assert_array_equal(plain, tiny.outputs(model, tokens))
+    first, again, other = (tiny.outputs(model, tokens, noise=jax.random.key(k)) for k in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - plain).max() > 0.05 and np.abs(first - other).max() > 0.05
+    context = layers.Context(jnp.ones((1, 1, 1, 1), bool), None, jax.random.key(0), 0.5)
+    ones = jnp.ones((8, 8))
+    drawn = [np.asarray(context.drop(ones, layer, place)) for layer, place in ((0, 0), (0, 1), (1, 0))]
+    assert all((a != b).any() for a, b in ((drawn[0], drawn[1]), (drawn[0], drawn[2]), (drawn[1], drawn[2])))

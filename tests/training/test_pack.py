@@ -132,7 +132,15 @@ def test_a_pack_without_trained_biases_equals_its_solo_runs(batches, compile_cac
 
 
 def test_a_pack_of_language_models_equals_its_solo_runs(compile_cache):
-    _compare(tiny.language_model(3), DECODER, [tiny.batch(i, micro=2, causal=True) for i in range(3)])
+    """With dropout in the base, whose noise the members share."""
+    model = tiny.language_model(3)
+    model.base.dropout = 0.2
+    batches = [tiny.batch(i, micro=2, causal=True) for i in range(3)]
+    _, _, packed = _compare(model, DECODER, batches)
+    assert len(set(packed.loss[0])) == 1  # all begin as the base does
+    model.base.dropout = 0.0
+    _, _, plain = _run(model, DECODER[:1], batches, steps=1)
+    assert abs(plain.loss[0, 0] - packed.loss[0, 0]) > 1e-3
 
 
 class TestOneStructure:
