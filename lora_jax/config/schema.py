@@ -34,7 +34,7 @@ class ModelConfig(Section):
     )
     dropout: Fraction = Field(
         default=0.0,
-        description="The base's own dropout while training: embeddings, attention, each sub-layer's output. The same noise for all members.",
+        description="The base's own dropout while training: embeddings, attention, sub-layers' outputs. The same for all members.",
     )
 
 
@@ -159,7 +159,9 @@ class TrainingConfig(Section):
         default="packed", description="Several examples a row, kept apart by segment ids; or one example a row."
     )
     seed: NonNegativeInt = Field(default=0, description="Seed of the factors, the head and dropout; may differ between members.")
-    data_seed: NonNegativeInt = Field(default=0, description="Seed of the order of the training rows and of the base's dropout; the same for all members of a pack.")
+    data_seed: NonNegativeInt = Field(
+        default=0, description="Seed of the order of the training rows and of the base's dropout; the same for all members of a pack."
+    )
     eval_every: NonNegativeInt = Field(default=0, description="Evaluate every this many steps (and always at the end); 0: only at the end.")
 
     @model_validator(mode="after")
