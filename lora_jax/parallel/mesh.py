@@ -6,7 +6,7 @@ compiled step follows its inputs. One device is the mesh of one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,19 +69,3 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | 
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device, whole: adapters and optimizer state, which are small."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def _rows_sharding(mesh: Mesh, shape: tuple[int, ...], row_axis: int) -> NamedSharding:
-    """A batch array's rows lie along `data` and `fsdp`."""
-    parts: list[tuple[str, str] | None] = [None] * len(shape)
-    parts[row_axis] = ("data", "fsdp")
-    return NamedSharding(mesh, PartitionSpec(*parts))
-
-
-def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], *, row_axis: int) -> dict[str, jax.Array]:
-    """A batch on the mesh. Arrays of rows are cut along them; the targets, which index all rows, are whole everywhere."""
-    rows = {"tokens", "segment_ids", "positions", "example_ids"}
-    return {
-        name: jax.device_put(array, _rows_sharding(mesh, array.shape, row_axis) if name in rows else replicated(mesh))
-        for name, array in batch.items()
-    }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.partition import Arrays
-from ..parallel.mesh import place_batch
+from ..parallel.batches import place_batch
 from .pack import Pack
 from .setup import Setup
 from .step import Metrics

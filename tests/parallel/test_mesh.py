@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.config.errors import InputError
 from lora_jax.config.schema import MeshConfig
-from lora_jax.parallel.mesh import make_mesh, parameter_sharding, place_batch, replicated
+from lora_jax.parallel.batches import place_batch
+from lora_jax.parallel.mesh import make_mesh, parameter_sharding, replicated
 from lora_jax.training.loop import train_pack
 from lora_jax.training.pack import Pack
 from lora_jax.training.setup import set_up
