@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..models.stack import PER_SEGMENT
+from ..models.stack import AXES, PER_SEGMENT
 
 
 class LoRAParam(nnx.Variable):
@@ -33,12 +33,19 @@ class LowRank(nnx.Module):
         dropout: whether any member drops inputs; without it there is no random number in the program.
     """
 
+    weight = "kernel"
+
     def __init__(self, base: nnx.Module, *, layers: int | None, inputs: int, outputs: int, rank: int, dropout: bool):
         lead = () if layers is None else (layers,)
-        stacked = {PER_SEGMENT: True} if layers is not None else {}
+        stacked: dict[str, Any] = {PER_SEGMENT: True} if layers is not None else {}
         self.base: Any = base
         self.lora_a = LoRAParam(jnp.zeros((*lead, inputs, rank)), **stacked)
         self.lora_b = LoRAParam(jnp.zeros((*lead, rank, outputs)), **stacked)
+        weight: nnx.Param = getattr(base, self.weight)
+        if axes := weight.get_metadata().get(AXES):
+            # A's input axis is the weight's, B's output axis too; the rank has no name and lies whole everywhere.
+            self.lora_a.set_metadata(AXES, (*axes[:-1], None))
+            self.lora_b.set_metadata(AXES, (*axes[:-2], None, axes[-1]))
         self.scale = AdapterSetting(jnp.zeros(lead), **stacked)
         self.deterministic = False
         if dropout:
@@ -76,6 +83,8 @@ class LoRALinear(LowRank):
 
 class LoRAEmbed(LowRank):
     """An embedding site: `base(tokens) + scale * A[tokens] B`. There is nothing to drop: its input is an index."""
+
+    weight = "embedding"
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         y = self.base(tokens)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..models.stack import AXES
+from ..parallel.constraints import gathered, looked_up
 from .inject import LABEL
 from .labels import FROZEN
 from .modules import AdapterSetting
@@ -29,6 +31,7 @@ class Partition:
         eval_graphdef: its structure while evaluating (no dropout).
         paths: name -> where the variable stands; the names are dotted and say layers only where they are not stacked.
         labels: name of a trainable array -> its label.
+        axes: name -> the array's logical axes, of those that have names for them.
         trainable: float32 arrays that are differentiated.
         settings: a member's untrained numbers (scales, dropout).
         frozen: everything else: the base.
@@ -38,14 +41,20 @@ class Partition:
     eval_graphdef: nnx.GraphDef[Any]
     paths: dict[str, tuple[Any, ...]]
     labels: dict[str, str]
+    axes: dict[str, tuple[str | None, ...]]
     trainable: Arrays
     settings: Arrays
     frozen: Arrays
 
     def merge(self, trainable: Arrays, settings: Arrays, frozen: Arrays, *, training: bool) -> nnx.Module:
-        """The model with these arrays."""
-        flat = [(self.paths[name], value) for part in (trainable, settings, frozen) for name, value in part.items()]
+        """The model with these arrays, on a mesh gathered as far as nobody else will: a stack gathers its layers one at a time."""
+        parts = (trainable, settings, frozen)
+        flat = [(self.paths[name], self._at_hand(name, value)) for part in parts for name, value in part.items()]
         return nnx.merge(self.graphdef if training else self.eval_graphdef, nnx.from_flat_state(flat))
+
+    def _at_hand(self, name: str, array: jax.Array) -> jax.Array:
+        axes = self.axes.get(name)
+        return array if axes is None or axes[0] == "layers" or looked_up(axes) else gathered(array, axes)
 
 
 def partition(model: nnx.Module) -> Partition:
@@ -57,12 +66,14 @@ def partition(model: nnx.Module) -> Partition:
     graphdef, state = nnx.split(model, graph=True)
     eval_graphdef = nnx.graphdef(nnx.view(model, raise_if_not_found=False, deterministic=True, use_running_average=True))
     parts: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
-    paths, labels = {}, {}
+    paths, labels, axes = {}, {}, {}
     for path, variable in nnx.to_flat_state(state):
         name = logical_name(path)
         if name in paths:
             raise ValueError(f"two parameters are called '{name}'")
         paths[name] = path
+        if len(named := variable.get_metadata().get(AXES, ())) == variable.ndim > 0:
+            axes[name] = tuple(named)
         label = variable.get_metadata().get(LABEL, FROZEN)
         if isinstance(variable, AdapterSetting):
             parts[1][name] = variable.get_value()
@@ -73,7 +84,7 @@ def partition(model: nnx.Module) -> Partition:
             parts[2][name] = variable.get_value()
     if not labels:
         raise ValueError("nothing is trainable: inject adapters first")
-    return Partition(graphdef, eval_graphdef, paths, labels, *parts)
+    return Partition(graphdef, eval_graphdef, paths, labels, axes, *parts)
 
 
 def with_dropout_keys(settings: Arrays, key: jax.Array) -> Arrays:

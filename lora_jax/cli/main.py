@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora_jax.config.errors import InputError, RunError
+from lora_jax.config.errors import InputError, RunError, Stopped
 
 app = typer.Typer(
     name="lora-jax",
@@ -60,7 +61,8 @@ def train(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False)
     """Train one adapter.
 
     Writes runs/NAME/: the resolved config, TensorBoard events, results and checkpoints. Called again, it goes on where it
-    stopped; a run directory that holds another config is refused.
+    stopped; a run directory that holds another config is refused. Told to stop (SIGTERM, Ctrl-C), it saves a checkpoint first and
+    exits with 75 (130 for Ctrl-C).
     """
     from .train import train_command
 
@@ -137,9 +139,12 @@ def schema(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 failed while running, 2 wrong input, 75 stopped by SIGTERM, 130 by Ctrl-C."""
     try:
         app()
+    except Stopped as stopped:
+        print(f"{stopped}; everything is saved, and the same command goes on from there.", file=sys.stderr)
+        sys.exit(130 if stopped.signal == signal.SIGINT else 75)
     except Exception as error:
         if os.environ.get("LORA_JAX_TRACEBACK"):
             raise

@@ -1,7 +1,7 @@
 """The two kinds of failure a user sees, and the nearest-choice hint.
 
 `InputError` is what the user can mend by editing a config, a path or a file: commands print it and exit with 2.
-`RunError` is what went wrong while running: commands print it and exit with 1. Neither shows a traceback.
+`RunError` is what went wrong while running: commands print it and exit with 1. Neither shows a traceback. `Stopped` is no failure.
 """
 
 from __future__ import annotations
@@ -12,6 +12,15 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Bad input. The message names the file and key, what was wrong, and the nearest valid choice."""
+
+
+class Stopped(Exception):
+    """A run was told to stop and did, after `step` steps of a pack, with everything saved; `signal` says what told it (SIGTERM, SIGINT)."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+        self.signal = 15
 
 
 class RunError(RuntimeError):

@@ -164,6 +164,10 @@ class TrainingConfig(Section):
     )
     eval_every: NonNegativeInt = Field(default=0, description="Evaluate every this many steps (and always at the end); 0: only at the end.")
 
+    extend_steps: NonNegativeInt = Field(
+        default=0, description="Optimizer steps beyond 'steps' or 'epochs'; raised later, it takes a finished run further."
+    )
+
     @model_validator(mode="after")
     def _length(self) -> TrainingConfig:
         if (self.steps is None) == (self.epochs is None):
@@ -177,10 +181,11 @@ class MeshConfig(Section):
     data: int = Field(default=1, description="Devices along the batch; -1 takes the rest.")
     fsdp: int = Field(default=1, description="Devices the base is cut over (and the batch too); -1 takes the rest.")
     tensor: int = Field(default=1, description="Devices heads and hidden units are cut over; -1 takes the rest.")
+    sweep: int = Field(default=1, description="Devices the members of a pack are spread over; -1 takes the rest.")
 
     @model_validator(mode="after")
     def _sizes(self) -> MeshConfig:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor, self.sweep)
         if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
             raise ValueError("each axis is a positive number, and at most one is -1")
         return self
@@ -191,6 +196,11 @@ class TrackingConfig(Section):
     log_every: PositiveInt = Field(default=10, description="Steps between logged scalars.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events.")
     save: Literal["best", "final", "both", "none"] = Field(default="both", description="Which adapters of each member are kept.")
+    checkpoint_every: NonNegativeInt = Field(
+        default=100, description="Steps between checkpoints to resume from; 0: only at the end and when the run is told to stop."
+    )
+    keep_checkpoints: PositiveInt = Field(default=2, description="How many of the newest checkpoints are kept.")
+    profile: NonNegativeInt = Field(default=0, description="Trace this many steps, from the third on, for TensorBoard's profiler; 0: none.")
 
 
 class SweepConfig(Section):

@@ -39,6 +39,7 @@ class BatchPlan:
         per_example: whether each example has one target, so that `example_ids` are wanted.
         row_multiple: rows are rounded up to a multiple of it, so that devices can share them.
         steps: optimizer steps; or `epochs`, from which they follow.
+        extra_steps: beyond those.
 
     Attributes:
         rows, length: shape of a micro-batch's tokens.
@@ -62,6 +63,7 @@ class BatchPlan:
         row_multiple: int = 1,
         steps: int | None = None,
         epochs: float | None = None,
+        extra_steps: int = 0,
     ):
         if batch_size > len(train.tokens):
             raise InputError(f"training.batch_size: {batch_size}, but there are only {len(train.tokens)} training examples.")
@@ -70,6 +72,7 @@ class BatchPlan:
         self._micro, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
         self.steps_per_epoch = len(train.tokens) // batch_size
         self.steps = steps if steps is not None else max(1, round((epochs or 0) * self.steps_per_epoch))
+        self.steps += extra_steps
         self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
         self._distinct = min(DISTINCT_EPOCHS, -(-self.steps // self.steps_per_epoch))
         self.rows, self.length, self.targets = self._choose_shape()

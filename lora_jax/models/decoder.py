@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 
+from ..parallel.constraints import gathered
 from .layers import Array, Block, BlockConfig, Context, embedding, linear, norm, rotary_angles, row_layout, segment_mask, take_positions
-from .stack import Stack
+from .stack import AXES, Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +86,14 @@ class Decoder(nnx.Module):
 
     def head(self, hidden: Array) -> Array:
         """Logits (..., vocab) of hidden states (..., width)."""
+        return self.readout()(hidden)
+
+    def readout(self) -> Callable[[Array], Array]:
+        """`head` with its weights at hand: on a mesh, gathered when this is called and not each time that is called."""
         if not self.config.tied:
-            return self.lm_head(hidden)
-        return jnp.dot(hidden, self.embed.embedding[...].astype(hidden.dtype).T)
+            return self.lm_head
+        table = gathered(self.embed.embedding[...], self.embed.embedding.get_metadata().get(AXES))
+        return lambda hidden: jnp.dot(hidden, table.astype(hidden.dtype).T)
 
     def untie(self) -> None:
         """Gives a tied projection weights of its own, equal to the embedding's: from here on the two may differ."""

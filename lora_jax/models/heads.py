@@ -2,18 +2,19 @@
 
 All of them, and `Decoder` itself through `LanguageModel`, have one face for the training step:
 `features(batch, noise) -> (n, width)` at the batch's target positions (with the base's dropout if there is a key `noise`), and
-`head(features) -> (n, classes)`.
+`readout()`, the function (n, width) -> (n, classes) that makes logits of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..parallel.constraints import by_rows, row_groups
 from .decoder import Decoder
 from .encoder import Encoder
 from .layers import Array, dropout, linear
@@ -26,12 +27,23 @@ class TaskModel(Protocol):
         """(n, width): what the head sees, for each target of a batch."""
         ...
 
-    def head(self, features: Array) -> Array:
-        """(n, classes): logits."""
+    def readout(self) -> Callable[[Array], Array]:
+        """(n, width) features -> (n, classes) logits; on a mesh its weights are gathered here, so call this outside of loops."""
         ...
 
 
-class SequenceClassifier(nnx.Module):
+class _Answering(nnx.Module):
+    """What all task models share."""
+
+    def readout(self) -> Callable[[Array], Array]:
+        raise NotImplementedError
+
+    def head(self, features: Array) -> Array:
+        """(n, classes) logits of (n, width) features."""
+        return self.readout()(features)
+
+
+class SequenceClassifier(_Answering):
     """An encoder with a linear classifier over the first token (through BERT's pooler) or the mean of the tokens.
 
     Args:
@@ -56,16 +68,19 @@ class SequenceClassifier(nnx.Module):
         hidden = self.base(**rows, noise=noise)
         count = batch["target_index"].shape[0]
         # One matmul sums each example's tokens; padding has the id `count`, which no row of the one-hot matches.
-        member = jax.nn.one_hot(batch["example_ids"].reshape(-1), count, dtype=jnp.float32)
-        total = jnp.einsum("tn,tw->nw", member, hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32))
-        return total / jnp.maximum(member.sum(0), 1)[:, None]
+        # On a mesh the rows, and the targets with them, are in groups, and an example is in one of them.
+        groups = row_groups()
+        ids = batch["example_ids"].reshape(groups, -1) - (count // groups) * jnp.arange(groups)[:, None]
+        member = jax.nn.one_hot(ids, count // groups, dtype=jnp.float32)
+        total = jnp.einsum("gtn,gtw->gnw", member, hidden.reshape(groups, -1, hidden.shape[-1]).astype(jnp.float32))
+        return by_rows(total / jnp.maximum(member.sum(1), 1)[..., None]).reshape(count, -1)
 
-    def head(self, features: Array) -> Array:
-        """(n, classes) float32 logits."""
-        return self.classifier(features)
+    def readout(self) -> Callable[[Array], Array]:
+        """(n, width) -> (n, classes) float32 logits."""
+        return self.classifier
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(_Answering):
     """A decoder that predicts the token after each target position."""
 
     def __init__(self, base: Decoder):
@@ -77,9 +92,9 @@ class LanguageModel(nnx.Module):
             batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], gather=batch["target_index"], noise=noise
         )
 
-    def head(self, features: Array) -> Array:
-        """(n, vocab) logits."""
-        return self.base.head(features)
+    def readout(self) -> Callable[[Array], Array]:
+        """(n, width) -> (n, vocab) logits."""
+        return self.base.readout()
 
 
 class LabelWordClassifier(LanguageModel):
@@ -93,6 +108,7 @@ class LabelWordClassifier(LanguageModel):
         super().__init__(base)
         self.word_ids = nnx.static(word_ids)
 
-    def head(self, features: Array) -> Array:
-        """(n, classes): the logits of the classes' words."""
-        return self.base.head(features)[..., jnp.array(self.word_ids)]
+    def readout(self) -> Callable[[Array], Array]:
+        """(n, width) -> (n, classes): the logits of the classes' words."""
+        whole = self.base.readout()
+        return lambda features: whole(features)[..., jnp.array(self.word_ids)]

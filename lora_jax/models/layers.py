@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..parallel.constraints import by_rows, look_up, row_groups
 from .stack import AXES
 
 Array = jax.Array
@@ -94,9 +95,17 @@ def linear(inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtyp
     )
 
 
-def embedding(rows: int, width: int, axis: str, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Embed:
-    """An `nnx.Embed` of `rows` vectors whose rows lie along the logical axis `axis`."""
-    return nnx.Embed(rows, width, dtype=dtype, param_dtype=dtype, embedding_metadata={AXES: (axis, "embed")}, rngs=rngs)
+class Embedding(nnx.Embed):
+    """An `nnx.Embed` that finds its vectors wherever a mesh has put them."""
+
+    def __call__(self, tokens: Array) -> Array:
+        """(rows, length) int32 -> (rows, length, width)."""
+        return look_up(self.embedding[...], self.embedding.get_metadata().get(AXES), tokens).astype(self.dtype)
+
+
+def embedding(rows: int, width: int, axis: str, *, dtype: Any, rngs: nnx.Rngs) -> Embedding:
+    """An `Embedding` of `rows` vectors whose rows lie along the logical axis `axis`."""
+    return Embedding(rows, width, dtype=dtype, param_dtype=dtype, embedding_metadata={AXES: (axis, "embed")}, rngs=rngs)
 
 
 def norm(kind: str, width: int, eps: float, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
@@ -224,5 +233,15 @@ class Block(nnx.Module):
 
 
 def take_positions(x: Array, index: Array | None) -> Array:
-    """(rows, length, width) -> (n, width) at the flattened positions `index` (n,); x itself where `index` is None."""
-    return x if index is None else x.reshape(-1, x.shape[-1])[index]
+    """(rows, length, width) -> (n, width) at the flattened positions `index` (n,); x itself where `index` is None.
+
+    Where the rows are cut into groups over a mesh, the first n / groups positions are in the first group, and so on.
+    """
+    if index is None:
+        return x
+    groups = row_groups()
+    if groups == 1:
+        return x.reshape(-1, x.shape[-1])[index]
+    own = x.reshape(groups, -1, x.shape[-1])
+    within = index.reshape(groups, -1) % own.shape[1]
+    return by_rows(jax.vmap(lambda x, i: x[i])(own, within)).reshape(-1, x.shape[-1])

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ..parallel.constraints import by_rows, gathered
+
 # Metadata key of a parameter's logical axis names, one an array axis.
 AXES = "axes"
 
@@ -25,7 +27,7 @@ AXES = "axes"
 # indexed.
 PER_SEGMENT = "per_segment"
 
-_SLICING = frozenset({"dynamic_slice", "slice", "squeeze", "gather", "convert_element_type", "transpose", "reshape"})
+_SLICING = frozenset({"dynamic_slice", "slice", "squeeze", "gather", "convert_element_type", "transpose", "reshape", "sharding_constraint"})
 
 
 def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -110,9 +112,20 @@ class Stack(nnx.Module):
         def body(x: jax.Array, step: tuple[Any, Any]) -> tuple[jax.Array, None]:
             index, own = step
             layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), shared)
-            return nnx.merge(graphdef, own, layer)(x, context, index, gather), None
+            block = nnx.merge(graphdef, *(_at_hand(part) for part in (own, layer)))
+            return by_rows(block(by_rows(x), context, index, gather)), None
 
         body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         if stop - start == 1:
             return body(x, (start, jax.tree.map(lambda a: a[0], own)))[0]
         return jax.lax.scan(body, x, (jax.numpy.arange(start, stop), own))[0]
+
+
+def _at_hand(state: Any) -> Any:
+    """One layer's weights, gathered where a mesh has cut them up: here and not sooner, so that no device holds more than a layer."""
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        axes = variable.get_metadata().get(AXES)
+        return variable.replace(gathered(variable.get_value(), axes and axes[1:]))
+
+    return jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, nnx.Variable))

@@ -1,22 +1,27 @@
 """The device mesh, and where each array lies on it.
 
-Sharding is data, not code: arrays are placed once, by the logical axis names of the parameters and one table of rules, and the
-compiled step follows its inputs. One device is the mesh of one.
+Sharding is data, not code: arrays are placed once, by the logical axis names of the parameters and one table of rules. What the
+compiled step needs to be told besides is in `constraints.py`. One device is the mesh of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..config.errors import InputError
 from ..config.schema import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+# Outermost first: neighbours in a mesh are those that talk most. Members of a sweep never talk.
+AXES = ("sweep", "data", "fsdp", "tensor")
+
+# What a batch's rows are cut over.
+ROWS = ("data", "fsdp")
 
 # Logical axis -> mesh axis. A parameter axis whose size a mesh axis does not divide stays whole.
 RULES: dict[str, str | None] = {
@@ -27,7 +32,7 @@ RULES: dict[str, str | None] = {
     "embed": "fsdp",
     "embed_out": None,
     "positions": None,
-    "norm": None,
+    "norm": "fsdp",
     "classes": None,
     "layers": None,
 }
@@ -37,7 +42,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh a config asks for, over the first devices there are.
 
     Raises:
-        InputError: more devices asked for than there are, or a number that does not divide them.
+        InputError: more devices asked for than there are, a number that does not divide them, or too few for the processes.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -47,25 +52,85 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             raise InputError(f"mesh: {known} does not divide the {len(devices)} devices, so -1 has no value.")
         sizes[sizes.index(-1)] = len(devices) // known
     wanted = int(np.prod(sizes))
+    shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1 or axis in ROWS)
     if wanted > len(devices):
-        shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise InputError(f"mesh: {shape} needs {wanted} devices, and there are {len(devices)}.")
-    return Mesh(np.array(devices[:wanted]).reshape(sizes), AXES)
+    if wanted < len(devices) and len({d.process_index for d in devices}) > 1:
+        raise InputError(f"mesh: {shape} takes {wanted} devices, but the processes have {len(devices)}, and each must take part.")
+    return Mesh(mesh_utils.create_device_mesh(sizes, devices[:wanted], allow_split_physical_axes=True), AXES)
 
 
 def parameter_sharding(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | None]) -> NamedSharding:
-    """Where a parameter with these logical axes (None: no name) lies.
+    """Where a parameter with these logical axes (None: no name) lies while it is not in use.
+
+    What the table leaves whole along `fsdp` (a bias of hidden units, a width that the devices do not divide) is cut along its last
+    axis that can be: a base is then spread evenly, whatever its sizes. The rows of a table of vectors are not: looking them up
+    would add up activations over the devices.
 
     Raises:
         KeyError: an axis has no rule.
     """
-    parts = []
-    for size, axis in zip(shape, axes, strict=True):
-        target = None if axis is None else RULES[axis]
-        parts.append(target if target is not None and size % mesh.shape[target] == 0 else None)
+    parts = _by_table(mesh, shape, axes)
+    size = mesh.shape["fsdp"]
+    if size > 1 and "fsdp" not in parts:
+        for at in reversed(range(len(shape))):
+            cut = 1 if parts[at] is None else mesh.shape[parts[at]]
+            if axes[at] not in (None, "layers", "vocab", "positions") and shape[at] % (cut * size) == 0:
+                return NamedSharding(mesh, PartitionSpec(*parts[:at], "fsdp" if cut == 1 else (parts[at], "fsdp"), *parts[at + 1 :]))
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
+def gathered_sharding(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | None]) -> NamedSharding:
+    """Where a parameter lies while it is in use: cut over `tensor` alone."""
+    return NamedSharding(mesh, PartitionSpec(*(None if part == "fsdp" else part for part in _by_table(mesh, shape, axes))))
+
+
+def _by_table(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | None]) -> list[str | None]:
+    targets = [None if axis is None else RULES[axis] for axis in axes]
+    return [t if t is not None and size % mesh.shape[t] == 0 else None for size, t in zip(shape, targets, strict=True)]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device, whole: adapters and optimizer state, which are small."""
+    """On every device, whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds alike, cut up over the mesh; one that lies there already, as it is.
+
+    Args:
+        array: NumPy or JAX, PRNG keys too.
+    """
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(place(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
+    host = to_host(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The whole array in host memory. Where its parts lie with several processes, each of them has to call this."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _rows_sharding(mesh: Mesh, shape: tuple[int, ...], row_axis: int) -> NamedSharding:
+    """A batch array's rows lie along `data` and `fsdp`."""
+    parts: list[tuple[str, ...] | None] = [None] * len(shape)
+    parts[row_axis] = ROWS
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], *, row_axis: int) -> dict[str, jax.Array]:
+    """A batch on the mesh. Arrays of rows are cut along them; the targets, which index all rows, are whole everywhere."""
+    rows = {"tokens", "segment_ids", "positions", "example_ids"}
+    return {
+        name: jax.device_put(array, _rows_sharding(mesh, array.shape, row_axis) if name in rows else replicated(mesh))
+        for name, array in batch.items()
+    }

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..config.errors import RunError
 from ..config.load import dump_config
 from ..config.schema import Config
 from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory
 from ..training.adapter_files import save_adapter
+from ..training.checkpoints import PackCheckpoints
 from ..training.loop import Outcome, perplexity, train_pack
 from ..training.pack import Pack
+from ..training.profile import StepTrace
 from ..training.setup import Preparer, Setup, check_adapters
+from ..training.stopping import StopSignals
 from .members import Member, members_of
 from .plan import PackPlan, plan_packs
 
@@ -40,9 +46,22 @@ def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progre
 
     Raises:
         InputError: the config, the data or the model will not do, or the run directory holds another config.
-        RunError: a program was compiled more than once.
+        RunError: a program was compiled more than once, or the disk is full.
+        Stopped: the process was told to stop; the same call goes on from there.
     """
-    progress = progress or Progress(enabled=False)
+    with StopSignals() as signals:
+        try:
+            return _run(config, signals, solo=solo, fresh=fresh, progress=progress or Progress(enabled=False))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            where = f" at {error.filename}" if error.filename else ""
+            raise RunError(
+                f"no space left on the disk{where}. What was saved before is whole: make room, and the same command goes on from there."
+            ) from error
+
+
+def _run(config: Config, signals: StopSignals, *, solo: bool, fresh: bool, progress: Progress) -> SweepOutcome:
     began = time.perf_counter()
     members = members_of(config)
     prepare = Preparer()
@@ -54,14 +73,16 @@ def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progre
     # right: wrong input leaves nothing behind that would stand in the way of the mended config.
     run = open_run() if not fresh and (Path(config.tracking.dir) / config.name).exists() else None
     try:
-        todo = [m for m in members if run is None or m.name not in run.statuses]
-        packs = plan_packs(todo, largest=1 if solo or config.sweep is None else config.sweep.max_pack)
+        packs = plan_packs(members, largest=1 if solo or config.sweep is None else config.sweep.max_pack)
+        ended = dict(run.statuses) if run is not None else {}
+        # A pack that ended in part is gone through again, from its last checkpoint.
+        packs = [p for p in packs if any(m.name not in ended for m in p.members)]
         for pack_plan in reversed(packs):  # the first last, so that its setup is at hand for training
             configs = [m.config for m in pack_plan.members]
             check_adapters(prepare(configs[0]), configs)
         run = run or open_run()
         if run.resumed:
-            progress.print(f"{run.path}: resumed, {len(members) - len(todo)} of {len(members)} members are done.")
+            progress.print(f"{run.path}: resumed, {len(ended)} of {len(members)} members are done.")
         compiled = 0
         told: Setup | None = None
         for number, pack_plan in enumerate(packs, 1):
@@ -69,7 +90,7 @@ def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progre
             if setup is not told:
                 progress.print(describe_setup(pack_plan.members[0].config, setup))
                 told = setup
-            compiled += _run_pack(run, pack_plan, setup, progress, f"pack {number}/{len(packs)}")
+            compiled += _run_pack(run, pack_plan, setup, signals, progress, f"pack {number}/{len(packs)}")
         done = {r.name: r for r in run.results()}
         results = [done[m.name] for m in members]
         run.write_results(results)
@@ -92,16 +113,37 @@ def describe_setup(config: Config, setup: Setup) -> str:
     )
 
 
-def _run_pack(run: RunDirectory, plan: PackPlan, setup: Setup, progress: Progress, title: str) -> int:
+def _run_pack(run: RunDirectory, plan: PackPlan, setup: Setup, signals: StopSignals, progress: Progress, title: str) -> int:
     """Trains one pack and records its members; returns how many programs were compiled."""
     members = plan.members
     config = members[0].config
     pack = Pack.build(setup.model, [m.config for m in members], setup.steps, setup.mesh)
     counts = [pack.parameter_count(i) for i in range(len(members))]
     progress.print(f"{title}: {len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters; compiling")
-    with _Recorder(run, members, counts, setup, progress, title) as recorder:
-        outcome = train_pack(pack, setup, eval_every=config.training.eval_every, log_every=config.tracking.log_every, listener=recorder)
+    names = [m.name for m in members]
+    tracking = config.tracking
+    checkpoints = PackCheckpoints(
+        run.checkpoints(names),
+        names,
+        setup.fingerprint,
+        keep=tracking.keep_checkpoints,
+        warn=lambda text: progress.print(f"warning: {text}"),
+    )
+    with _Recorder(run, members, counts, setup, progress, title) as recorder, contextlib.closing(checkpoints):
+        signals.training = True
+        outcome = train_pack(
+            pack,
+            setup,
+            eval_every=config.training.eval_every,
+            log_every=tracking.log_every,
+            listener=recorder,
+            checkpoints=checkpoints,
+            checkpoint_every=tracking.checkpoint_every,
+            stop=signals.asked,
+            trace=StepTrace(run.path / "profile", tracking.profile),
+        )
         recorder.finish(pack, outcome)
+    signals.training = False
     return pack.programs.train.traces.count + pack.programs.evaluate.traces.count
 
 
@@ -116,26 +158,38 @@ class _Recorder:
 
     def __init__(self, run: RunDirectory, members: Sequence[Member], counts: list[int], setup: Setup, progress: Progress, title: str):
         self.run, self.members, self.counts, self.setup = run, members, counts, setup
-        config = members[0].config
-        shown = ("loss", "accuracy") if setup.metric == "accuracy" else ("loss", "perplexity")
-        grid = config.sweep.grid if config.sweep else {}
-        tags = [f"eval/{name}" for name in shown]
-        self.writers = [
-            MemberWriter(run.member(m.name), m.settings, metrics=tags, domains=grid) if config.tracking.tensorboard else NullWriter()
-            for m in members
-        ]
+        self.progress, self.title = progress, title
+        self.writers: list[MemberWriter | NullWriter] = []
         self.ended = False
-        self._track = progress.track(setup.steps, title)
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> _Recorder:
-        self.track = self._track.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._track.__exit__(*error)  # type: ignore[arg-type]
+        self._open.close()
         if not self.ended:
             for writer in self.writers:
-                writer.close("interrupted")
+                with contextlib.suppress(OSError):  # a full disk is told of already
+                    writer.close("interrupted")
+
+    def on_start(self, step: int) -> None:
+        """Opens the members' event files and the progress bar."""
+        if step:
+            self.progress.print(f"{self.title}: goes on after step {step}")
+        config = self.members[0].config
+        shown = ("loss", "accuracy") if self.setup.metric == "accuracy" else ("loss", "perplexity")
+        tags = [f"eval/{name}" for name in shown]
+        grid = config.sweep.grid if config.sweep else {}
+        for member in self.members:
+            folder = self.run.member(member.name)
+            if config.tracking.tensorboard:
+                # What an interrupted run wrote beyond this step will be written again.
+                resume_step = step if step or folder.exists() else None
+                self.writers.append(MemberWriter(folder, member.settings, metrics=tags, domains=grid, resume_step=resume_step))
+            else:
+                self.writers.append(NullWriter())
+        self.track = self._open.enter_context(self.progress.track(self.setup.steps, self.title, start=step))
 
     def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
         """Scalars of the training steps."""

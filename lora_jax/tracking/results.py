@@ -116,7 +116,9 @@ def union(names: Iterable[Iterable[str]]) -> list[str]:
 
 
 def write_results_csv(path: Path | str, results: Sequence[MemberResult]) -> Path:
-    """Writes a row a member: name, every swept key (dotted), parameters, status, `final_*` and `best_*` metrics, costs.
+    """Writes a row a member: name, every swept key (dotted), parameters, status, `final_*` and `best_*` metrics, steps and tokens.
+
+    Nothing that differs between equal runs: times are in `results.json`.
 
     What a member lacks, and every NaN, is an empty cell; lists are written as JSON.
     """
@@ -126,7 +128,7 @@ def write_results_csv(path: Path | str, results: Sequence[MemberResult]) -> Path
     for r in results:
         row: dict[str, Any] = {"name": r.name} | {k: r.settings.get(k) for k in keys} | {"parameters": r.parameters, "status": r.status}
         row |= {f"final_{m}": r.final.get(m) for m in finals} | {f"best_{m}": r.best.get(m) for m in bests}
-        row |= {k: getattr(r, k) for k in ("best_step", "steps", "seconds", "tokens", "tokens_per_second", "padding_share")}
+        row |= {k: getattr(r, k) for k in ("best_step", "steps", "tokens", "padding_share")}
         rows.append({k: _cell(v) for k, v in row.items()})
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["name"], lineterminator="\n")

@@ -5,7 +5,9 @@ runs/<name>/config.yaml          the resolved config
             summary.json         figures of the run as a whole
             results.csv          a row a member
             report.html
-            <member>/            TensorBoard events, results.json, checkpoints
+            <member>/            TensorBoard events, results.json, adapters
+            checkpoints/<pack>/  what an interrupted pack goes on from
+            logs/                what processes started by `lora-jax launch` said
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from lora_jax.tracking.files import read_json, write_atomic, write_json
 from lora_jax.tracking.results import MemberResult, read_run, write_results_csv
 
 # Where the directory lies is no part of the experiment: a run stays resumable after its folder was moved.
-IGNORED = frozenset({"tracking.dir"})
+# Nor do devices and safety: it may go on elsewhere, with other checkpoints.
+IGNORED = frozenset({"tracking.dir", "tracking.checkpoint_every", "tracking.keep_checkpoints", "tracking.profile", "mesh"})
+_EXTENSION = "training.extend_steps"
 _SHOWN = 8
 _ABSENT = object()
 
@@ -58,6 +62,7 @@ class RunDirectory:
         fresh: bool = False,
         devices: Sequence[Any] | None = None,
         write: bool = True,
+        members: Sequence[int] | None = None,
     ) -> RunDirectory:
         """Makes `<root>/<name>`, or reopens it if it holds a run of the same config.
 
@@ -69,6 +74,7 @@ class RunDirectory:
             devices: JAX devices for `environment.json`; by default `jax.devices()`, asked for only when needed.
             write: False in processes other than the first: they see the same object and write nothing. Let the first
                 process open it, then synchronize, then the others.
+            members: Numbers of the members this process will write, where others, at the same time, write the rest.
 
         Raises:
             InputError: The name leaves `root`; another config ran under this name; the folder is no run directory; or
@@ -82,41 +88,60 @@ class RunDirectory:
             resumed = "resumed" in read_json(path / "environment.json")
             return cls(path, resumed=resumed, statuses=_statuses(path) if resumed else {})
         run = cls(path)
-        if path.exists() and _check_is_run(path):
-            lock.acquire(path)
+        if members is None:
+            run._open(config_yaml, fresh, devices, None)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            with lock.turn(path):  # many come at once, and the first of them makes it
+                run._open(config_yaml, fresh, devices, members)
+        return run
+
+    def _open(self, config_yaml: str, fresh: bool, devices: Sequence[Any] | None, members: Sequence[int] | None) -> None:
+        path = self.path
+        if holds_run(path):
+            lock.acquire(path, members)
             try:
-                run._take_over(config_yaml, fresh)
+                self._take_over(config_yaml, fresh)
             except BaseException:
                 lock.release(path)
                 raise
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(path)
+        lock.acquire(path, members)
         write_atomic(path / "config.yaml", config_yaml)
         environment = describe_environment(devices)
-        if run.resumed and (path / "environment.json").exists():
+        if self.resumed and (path / "environment.json").exists():
             first = read_json(path / "environment.json")
             environment = first | {"resumed": [*first.get("resumed", []), environment]}
         write_json(path / "environment.json", environment)
-        return run
 
     def _take_over(self, config_yaml: str, fresh: bool) -> None:
         if fresh:
-            asides = (self.path.with_name(f"{self.path.name}.old-{count}") for count in itertools.count(1))
-            self.replaced = next(aside for aside in asides if not aside.exists())
-            lock.release(self.path)
-            self.path.rename(self.replaced)
+            self.replaced = set_aside(self.path)
             return
         try:
             old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{self.path / 'config.yaml'}: cannot be read ({error}). Give another 'name=', or --fresh.") from None
         changes = differences(old, yaml.safe_load(config_yaml) or {})
+        was, now = changes.get(_EXTENSION, (0, 0))
+        if set(changes) == {_EXTENSION} and isinstance(was, int) and isinstance(now, int) and was < now:
+            self._reopen_members()
+            changes = {}
         if changes:
             shown = [f"  {key}: {_text(was)} -> {_text(now)}" for key, (was, now) in list(changes.items())[:_SHOWN]]
             more = [f"  ... and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
             advice = "Give this run another 'name=', or --fresh to start it anew (the old one is kept aside)."
             raise InputError("\n".join([f"{self.path} holds a run with another config (old -> new):", *shown, *more, advice]))
         self.resumed, self.statuses = True, _statuses(self.path)
+
+    def _reopen_members(self) -> None:
+        """More steps: no member has ended any more. What each came to before is kept beside."""
+        for file in self.path.glob("*/results.json"):
+            file.rename(file.with_name(f"results-{MemberResult.read(file).steps}.json"))
+
+    def checkpoints(self, members: Sequence[str]) -> Path:
+        """The folder of the checkpoints of a pack of these members; not made here."""
+        return self.path / "checkpoints" / hashlib.sha256("\n".join(members).encode()).hexdigest()[:12]
 
     @property
     def finished(self) -> set[str]:
@@ -144,19 +169,35 @@ class RunDirectory:
         lock.release(self.path)
 
 
-def _check_is_run(path: Path) -> bool:
-    """Whether a run is there (True), or an empty folder (False).
+def holds_run(path: Path) -> bool:
+    """Whether a run is there (True), or nothing, an empty folder, or the logs of one that did not begin (False).
 
     Raises:
         InputError: Something else is there, which must not be touched.
     """
+    if not path.exists():
+        return False
     if not path.is_dir():
         raise InputError(f"{path} is a file. Give this run another 'name=' or 'tracking.dir='.")
     if (path / "config.yaml").is_file():
         return True
-    if any(p.name != ".lock" for p in path.iterdir()):
+    if any(p.name not in (".lock", ".turn", "logs") for p in path.iterdir()):
         raise InputError(f"{path} exists and is not a run directory (it has no config.yaml). Give another 'name=' or 'tracking.dir='.")
     return False
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a run directory that no process is writing to; returns its new name, `<name>.old-1`, `<name>.old-2`, ...
+
+    Raises:
+        InputError: Another process is writing to it.
+    """
+    lock.acquire(path)
+    asides = (path.with_name(f"{path.name}.old-{count}") for count in itertools.count(1))
+    aside = next(aside for aside in asides if not aside.exists())
+    lock.release(path)
+    path.rename(aside)
+    return aside
 
 
 def _statuses(path: Path) -> dict[str, str]:
@@ -173,7 +214,7 @@ def member_folder(name: str) -> str:
     'targets=.._x-bb55ab00'
     """
     clean = re.sub(r"[^A-Za-z0-9._=,+-]", "_", name)[:100].lstrip(".") or "member"
-    reserved = clean in ("config.yaml", "environment.json", "summary.json", "results.csv", "report.html")
+    reserved = clean in ("config.yaml", "environment.json", "summary.json", "results.csv", "report.html", "checkpoints", "logs")
     # A trailing dot is dropped by Windows; a changed name might meet another member's.
     if clean == name and not reserved and not clean.endswith("."):
         return clean

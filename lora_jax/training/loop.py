@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -12,14 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.partition import Arrays
+from ..config.errors import Stopped
 from ..parallel.batches import place_batch
+from .checkpoints import PackCheckpoints
 from .pack import Pack
+from .profile import StepTrace
 from .setup import Setup
 from .step import Metrics
 
 
 class Listener(Protocol):
     """Hears of a pack's progress. Every array is (members,) float32 on the host."""
+
+    def on_start(self, step: int) -> None:
+        """Training begins, or goes on, after `step` steps."""
 
     def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
         """Means of `loss` and `accuracy` since the last call, and `grad_norm` and `learning_rate`, after `step` steps."""
@@ -53,8 +59,19 @@ class Outcome:
     total_seconds: float
 
 
-def train_pack(pack: Pack, setup: Setup, *, eval_every: int, log_every: int, listener: Listener) -> Outcome:
-    """Trains all members of a pack to the last step.
+def train_pack(
+    pack: Pack,
+    setup: Setup,
+    *,
+    eval_every: int,
+    log_every: int,
+    listener: Listener,
+    checkpoints: PackCheckpoints | None = None,
+    checkpoint_every: int = 0,
+    stop: Callable[[int], bool] = lambda step: False,
+    trace: StepTrace | None = None,
+) -> Outcome:
+    """Trains all members of a pack to the last step, from its newest checkpoint on if there is one.
 
     Args:
         pack: members at step 0; its state is consumed.
@@ -62,37 +79,83 @@ def train_pack(pack: Pack, setup: Setup, *, eval_every: int, log_every: int, lis
         eval_every: steps between evaluations; 0 evaluates at the end alone.
         log_every: steps between calls of `listener.on_train`.
         listener: hears of progress.
+        checkpoints: where the pack's are; without them nothing is kept or resumed.
+        checkpoint_every: steps between checkpoints; 0 makes one at the end alone.
+        stop: asked after each step (given the steps done) whether to stop there.
+        trace: of a few steps, for the profiler.
 
     Raises:
+        Stopped: `stop` said so; everything up to that step is in a checkpoint.
         RunError: a program was compiled more than once.
     """
     state, fixed, frozen = pack.state, pack.fixed, pack.part.frozen
     began = time.perf_counter()
     best = _Best(len(pack.configs), setup.metric)
-    window: list[Metrics] = []
+    window: list[dict[str, np.ndarray]] = []
+    fresh: list[Metrics] = []  # of steps that may still be under way
     clock = _Clock()
     final: dict[str, np.ndarray] = {}
-    for step, batch in enumerate(setup.plan.batches(0, setup.steps)):
+    first = 0
+    saved = checkpoints.restore(state) if checkpoints is not None else None
+    if saved is not None:
+        first, state = saved.step, saved.state
+        best.load(saved.loop["best"], saved.best)
+        window = [{n: np.array(v, np.float32) for n, v in row.items()} for row in saved.loop["window"]]
+        final = {n: np.array(v) for n, v in saved.loop["final"].items()}
+        clock.total_tokens, began = saved.loop["tokens"], began - saved.loop["seconds"]
+    listener.on_start(first)
+
+    def save(done: int) -> None:
+        assert checkpoints is not None
+        window.extend(_on_host(fresh))
+        fresh.clear()
+        loop = {
+            "best": best.dump(),
+            "window": [{n: v.tolist() for n, v in row.items()} for row in window],
+            "final": {n: v.tolist() for n, v in final.items()},
+            "tokens": clock.total_tokens,
+            "seconds": time.perf_counter() - began,
+        }
+        checkpoints.save(done, state, loop)
+
+    for step, batch in enumerate(setup.plan.batches(first, setup.steps), first):
         placed = place_batch(setup.mesh, batch, row_axis=1)
         state, metrics = pack.programs.train(state, fixed, frozen, placed, np.int32(step))
-        window.append(metrics)
+        fresh.append(metrics)
         done = step + 1
+        if trace is not None:
+            trace.after_step(metrics)
         clock.count(int((batch["segment_ids"] > 0).sum()))
-        if done == 1:
+        if done == first + 1:
             jax.block_until_ready(metrics)  # the first step compiles; its time is no measure of the rest
             clock.restart()
         if done % log_every == 0 or done == setup.steps:
-            means = _window_means(window)
-            window = []
+            means = _window_means(window + _on_host(fresh))
+            window.clear()
+            fresh.clear()
             listener.on_train(done, means, clock.rate())
         if done == setup.steps or (eval_every and done % eval_every == 0):
             jax.block_until_ready(metrics)  # steps still under way are training, not evaluation
             clock.pause()
             final = evaluate_pack(pack, setup, state.trainable)
-            best.offer(done, final, state.trainable)
+            if best.offer(done, final, state.trainable) and checkpoints is not None and best.arrays is not None:
+                checkpoints.save_best(done, best.arrays)
             listener.on_eval(done, final)
             clock.resume()
+        if checkpoints is not None:
+            stopping = done < setup.steps and stop(done)
+            if stopping or done == setup.steps or (checkpoint_every and done % checkpoint_every == 0):
+                clock.pause()
+                save(done)
+                clock.resume()
+            if stopping:
+                checkpoints.wait()
+                raise Stopped(done)
+    if trace is not None:
+        trace.close(state)
     pack.programs.check()
+    if checkpoints is not None:
+        checkpoints.wait()
     assert best.arrays is not None
     return Outcome(
         final,
@@ -129,8 +192,12 @@ def perplexity(loss: np.ndarray) -> np.ndarray:
         return np.exp(loss)
 
 
-def _window_means(window: list[Metrics]) -> dict[str, np.ndarray]:
-    stacked = {name: np.stack([np.asarray(getattr(m, name)) for m in window]) for name in Metrics._fields}
+def _on_host(metrics: Sequence[Metrics]) -> list[dict[str, np.ndarray]]:
+    return [{name: np.asarray(value) for name, value in m._asdict().items()} for m in metrics]
+
+
+def _window_means(window: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    stacked = {name: np.stack([row[name] for row in window]) for name in Metrics._fields}
     # The newest value of what is a state rather than a sample.
     return {name: a[-1] if name in ("grad_norm", "learning_rate") else a.mean(0) for name, a in stacked.items()}
 
@@ -145,7 +212,18 @@ class _Best:
         self.metrics: dict[str, np.ndarray] = {}
         self.arrays: Arrays | None = None
 
-    def offer(self, step: int, metrics: dict[str, np.ndarray], arrays: Arrays) -> None:
+    def dump(self) -> dict[str, Any]:
+        """All but the arrays, as JSON values."""
+        return {"score": self.score.tolist(), "step": self.step.tolist(), "metrics": {n: v.tolist() for n, v in self.metrics.items()}}
+
+    def load(self, dumped: dict[str, Any], arrays: Arrays | None) -> None:
+        """What `dump` gave, with the arrays."""
+        self.score, self.step = np.array(dumped["score"]), np.array(dumped["step"])
+        self.metrics = {n: np.array(v) for n, v in dumped["metrics"].items()}
+        self.arrays = arrays
+
+    def offer(self, step: int, metrics: dict[str, np.ndarray], arrays: Arrays) -> bool:
+        """Takes what is better than before; returns whether anything was."""
         score = self.sign * metrics[self.metric]
         better = score > self.score  # never true of NaN
         if self.arrays is None:
@@ -157,7 +235,9 @@ class _Best:
             self.arrays = {n: jnp.where(shaped[n], a, self.arrays[n]) for n, a in arrays.items()}
             self.metrics = {n: np.where(better, v, self.metrics[n]) for n, v in metrics.items()}
         self.score = np.where(better, score, self.score)
-        self.step = np.where(better | (self.step == 0), step, self.step)
+        changed = better | (self.step == 0)
+        self.step = np.where(changed, step, self.step)
+        return bool(changed.any())
 
 
 class _Clock:

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Logits of one chunk at the most, in floats (16 MiB): few enough to stay in a CPU's cache between the passes over them.
+from ..parallel.constraints import by_rows, row_groups
+
+# Logits of one chunk on one device at the most, in floats (16 MiB): few enough to stay in a CPU's cache between the passes over them.
 CHUNK_FLOATS = 4 * 1024 * 1024
 
 
@@ -33,15 +35,19 @@ def cross_entropy(
     # What `head` closes over and is being differentiated becomes an argument; the rest stays closed over.
     pure_head, trained = jax.closure_convert(head, features[:1])
     classes = jax.eval_shape(head, features[:1]).shape[-1]
-    chunks = max(1, -(-features.shape[0] * classes // CHUNK_FLOATS))
-    size = -(-features.shape[0] // chunks)
+    # On a mesh the features are in groups, each with its own devices: every chunk has a share of each.
+    groups = row_groups()
+    own = features.shape[0] // groups
+    chunks = max(1, -(-own * classes // CHUNK_FLOATS))
+    size = -(-own // chunks)
 
     def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(chunks, size, *x.shape[1:])
+        grouped = by_rows(x.reshape(groups, own, *x.shape[1:]))
+        padded = jnp.pad(grouped, [(0, 0), (0, chunks * size - own)] + [(0, 0)] * (x.ndim - 1))
+        return jnp.moveaxis(padded.reshape(groups, chunks, size, *x.shape[1:]), 0, 1).reshape(chunks, groups * size, *x.shape[1:])
 
     def chunk_loss(trained: list[Any], features: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = pure_head(features, *trained).astype(jnp.float32)
+        logits = by_rows(pure_head(by_rows(features), *trained)).astype(jnp.float32)
         right = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
         loss = jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - right))
         # A comparison with the maximum, which logsumexp takes anyway: an argmax over a vocabulary costs as much as its softmax.

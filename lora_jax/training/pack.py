@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from ..adapters.inject import inject_structure
 from ..adapters.members import draw_head, fill_member
 from ..adapters.partition import Arrays, Partition, partition, update_mask
+from ..adapters.placement import member_shardings, stack_members
 from ..adapters.spec import MemberSpec, Structure, resolve, unite
 from ..config.schema import Config
-from ..parallel.mesh import replicated
+from ..parallel.mesh import to_host
 from .optimizer import hyper_of
 from .step import MemberFixed, MemberState, PackPrograms, init_member
 
@@ -26,7 +26,7 @@ class Pack:
     """Members that train inside one compiled step.
 
     Attributes:
-        configs: one a member.
+        configs: one a member. On a mesh with a `sweep` axis the last is repeated until that axis divides them.
         specs: what each adapts.
         structure: the shapes that hold all.
         part: the adapted model in parts; `part.frozen` is the base.
@@ -50,8 +50,10 @@ class Pack:
             model: the base with the task's head, without adapters.
             configs: one a member; alike in what is static (`static_key`).
             steps: optimizer steps each will take, for the schedules.
-            mesh: where the base lies; the members' arrays are whole on each of its devices.
+            mesh: where the base lies, and the members' arrays beside it (`adapters/placement.py`).
         """
+        if mesh is not None:
+            configs = [*configs, *[configs[-1]] * (-len(configs) % mesh.shape["sweep"])]
         specs = [resolve(model, c.adapter) for c in configs]
         structure = unite(model, specs)
         adapted = inject_structure(model, structure)
@@ -62,11 +64,11 @@ class Pack:
             draw_head(adapted, config.training.seed)
             filled = partition(adapted)
             members.append((filled.trainable, MemberFixed(hyper_of(config, steps), filled.settings, update_mask(part, spec, structure))))
-        trainable, fixed = (jax.tree.map(_stack, *column) for column in zip(*members, strict=True))
-        if mesh is not None:
-            trainable, fixed = jax.device_put((trainable, fixed), replicated(mesh))
-        state = jax.jit(jax.vmap(lambda t, f: init_member(part, t, f)))(trainable, fixed)
-        return cls(configs, specs, structure, part, state, fixed, PackPrograms(part, configs[0].training.data_seed))
+        trainable, fixed = (stack_members(part, mesh, column) for column in zip(*members, strict=True))
+        init = jax.vmap(lambda t, f: init_member(part, t, f))
+        layouts = None if mesh is None else member_shardings(part, mesh, jax.eval_shape(init, trainable, fixed))
+        state = jax.jit(init, out_shardings=layouts)(trainable, fixed)
+        return cls(configs, specs, structure, part, state, fixed, PackPrograms(part, configs[0].training.data_seed, mesh))
 
     def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> Arrays:
         """One member's trainable arrays in the shapes it has alone: padding cut off, layers below its lowest left out."""
@@ -75,7 +77,7 @@ class Pack:
         arrays = {}
         for name, array in trainable.items():
             site, _, factor = name.rpartition(".")
-            array = np.asarray(array[index])
+            array = to_host(array[index])
             if factor in ("lora_a", "lora_b"):
                 if site not in own:
                     continue
@@ -88,13 +90,6 @@ class Pack:
     def parameter_count(self, index: int) -> int:
         """How many numbers one member trains, its padding not counted."""
         return trainable_count(self.part, self.specs[index], self.structure)
-
-
-def _stack(*arrays: jax.Array) -> jax.Array:
-    """Stacks on the host: one transfer, and nothing to compile for each new shape."""
-    if jnp.issubdtype(arrays[0].dtype, jax.dtypes.prng_key):
-        return jnp.stack(arrays)
-    return jnp.asarray(np.stack([np.asarray(a) for a in arrays]))
 
 
 def trainable_count(part: Partition, spec: MemberSpec, structure: Structure) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -18,11 +18,12 @@ from ..data.batching import BatchPlan
 from ..data.tasks import TaskData, prepare
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
+from ..models.fingerprint import fingerprint
 from ..models.heads import LabelWordClassifier, LanguageModel, SequenceClassifier
 from ..models.loading import load_model
 from ..models.stack import AXES
 from ..models.tokenizer import load_tokenizer
-from ..parallel.mesh import make_mesh, parameter_sharding
+from ..parallel.mesh import make_mesh, parameter_sharding, place
 from .memory import release_freed_memory
 
 
@@ -45,6 +46,11 @@ class Setup:
     steps: int
     metric: str
     mesh: Mesh
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the model's weights; taken when first asked for."""
+        return fingerprint(self.model)
 
 
 def setup_key(config: Config) -> tuple[str, ...]:
@@ -133,6 +139,7 @@ def _assemble(config: Config, mesh: Mesh, base: Encoder | Decoder, data: TaskDat
         row_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
         steps=training.steps,
         epochs=training.epochs,
+        extra_steps=training.extend_steps,
     )
     metric = "accuracy" if config.task.kind == "classification" else "loss"
     model = with_head(base, config, data)
@@ -146,7 +153,7 @@ def place_model(model: nnx.Module, mesh: Mesh) -> None:
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Variable):
             axes = variable.get_metadata().get(AXES, (None,) * variable.ndim)
-            variable.set_value(jax.device_put(variable[...], parameter_sharding(mesh, variable.shape, axes)))
+            variable.set_value(place(variable[...], parameter_sharding(mesh, variable.shape, axes)))
 
 
 def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Module:

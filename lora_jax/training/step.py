@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..config.errors import RunError
 from ..models.heads import TaskModel
+from ..parallel.constraints import on_mesh
+from ..parallel.mesh import replicated
 from .memory import release_freed_memory
 from .objective import cross_entropy
 from .optimizer import Hyper, learning_rate, make_optimizer
+from .targets import targets_by_rows
 
 Batch = dict[str, jax.Array]
 
@@ -74,12 +79,12 @@ def train_step(
         settings = with_dropout_keys(fixed.settings, jax.random.fold_in(key, index))
         model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
         features = model.features(micro, jax.random.fold_in(noise, index))
-        loss, correct = cross_entropy(model.head, features, micro["target_ids"], micro["target_weights"])
+        loss, correct = cross_entropy(model.readout(), features, micro["target_ids"], micro["target_weights"])
         return loss / total, correct / total
 
     def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         index, rows = micro
-        (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, rows, index)
+        (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, targets_by_rows(rows), index)
         return jax.tree.map(jnp.add, carry, (loss, correct, grads)), None
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
@@ -101,8 +106,8 @@ def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
 
 def eval_step(part: Partition, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Summed loss and right predictions of one member over one batch (without a micro axis), no dropout."""
-    model = cast(TaskModel, part.merge(trainable, settings, frozen, training=False))
-    return cross_entropy(model.head, model.features(batch), batch["target_ids"], batch["target_weights"])
+    model, batch = cast(TaskModel, part.merge(trainable, settings, frozen, training=False)), targets_by_rows(batch)
+    return cross_entropy(model.readout(), model.features(batch), batch["target_ids"], batch["target_weights"])
 
 
 @dataclasses.dataclass(eq=False)
@@ -130,20 +135,24 @@ class Program:
         name: what it is called in messages.
         carries: whether its first result takes the place of its first argument in the next call: it then reuses the buffers, and
             comes back in the same layout, which the compiler would else choose anew on a mesh.
+        mesh: what it runs on; all other results are then whole on each device. None: wherever its arguments are.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, *, carries: bool = False):
+    def __init__(self, function: Callable[..., Any], name: str, *, carries: bool = False, mesh: Mesh | None = None):
         self.traces = TraceCounter(function)
         self._name = name
         self._carries = carries
+        self._mesh = mesh
         self._compiled: Any = None
 
     def lower(self, *args: Any) -> Any:
         """The lowered program, to look at: its text, its memory analysis. Arguments may be shapes."""
-        if not self._carries:
-            return jax.jit(self.traces).lower(*args)
-        layouts = jax.tree.map(lambda a: getattr(a, "sharding", None), args[0])
-        return jax.jit(self.traces, donate_argnums=0, out_shardings=(layouts, None)).lower(*args)
+        rest = None if self._mesh is None else replicated(self._mesh)
+        with on_mesh(self._mesh):
+            if not self._carries:
+                return jax.jit(self.traces, out_shardings=rest).lower(*args)
+            layouts = jax.tree.map(lambda a: getattr(a, "sharding", None), args[0])
+            return jax.jit(self.traces, donate_argnums=0, out_shardings=(layouts, rest)).lower(*args)
 
     def __call__(self, *args: Any) -> Any:
         """Calls it.
@@ -168,18 +177,21 @@ class PackPrograms:
     Args:
         part: how the arrays make a model.
         data_seed: of the base's own dropout.
+        mesh: where the arrays lie; None where that is one device.
     """
 
-    def __init__(self, part: Partition, data_seed: int = 0):
+    def __init__(self, part: Partition, data_seed: int = 0, mesh: Mesh | None = None):
+        over_members = functools.partial(jax.vmap, spmd_axis_name=None if mesh is None else "sweep")
+
         def train(state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
             noise = jax.random.fold_in(jax.random.key(data_seed), step)
-            return jax.vmap(lambda s, f: train_step(part, s, f, frozen, batch, step, noise))(state, fixed)
+            return over_members(lambda s, f: train_step(part, s, f, frozen, batch, step, noise))(state, fixed)
 
         def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            return jax.vmap(lambda t, s: eval_step(part, t, s, frozen, batch))(trainable, settings)
+            return over_members(lambda t, s: eval_step(part, t, s, frozen, batch))(trainable, settings)
 
-        self.train = Program(train, "training", carries=True)
-        self.evaluate = Program(evaluate, "evaluation")
+        self.train = Program(train, "training", carries=True, mesh=mesh)
+        self.evaluate = Program(evaluate, "evaluation", mesh=mesh)
 
     def check(self) -> None:
         """`RunError` unless each program was compiled at most once."""
