@@ -58,6 +58,7 @@ SET_UP = {
     "model.source": ("LLAMA", {"task.label_words": ["bad", "good"]}),
     "model.dtype": ("bfloat16", {}),
     "model.remat": ("full", {}),
+    "model.dropout": (0.1, {}),
     "task.source": ("OTHER", {}),
     "task.eval_source": ("OTHER", {}),
     "task.eval_size": (24, {}),
@@ -72,6 +73,7 @@ SET_UP = {
     "task.template": ("What is {text} :", {"model.source": "LLAMA", "task.label_words": ["bad", "good"]}),
     "task.pooling": ("mean", {}),
     "training.steps": (7, {}),
+    "training.extend_steps": (2, {}),
     "training.batch_size": (12, {}),
     "training.accumulate": (2, {}),
     "training.batching": ("padded", {}),
@@ -82,7 +84,7 @@ SET_UP = {
 }
 # Each in a test of its own below.
 OTHERS = {
-    "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "training.eval_every", "training.epochs",
+    "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every", "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs",
     "sweep.grid", "sweep.max_pack", "task.kind", "task.prompt", "task.response", "task.messages",
 }  # fmt: skip
 
@@ -97,7 +99,7 @@ def test_traced_numbers_change_the_losses(hub, tmp_path):
     assert len({static_key(c) for c in configs}) == 1
     setup = set_up(base)
     pack = Pack.build(setup.model, configs, setup.steps, setup.mesh)
-    listener = types.SimpleNamespace(on_train=lambda *_: None, on_eval=lambda *_: None)
+    listener = types.SimpleNamespace(on_start=lambda step: None, on_train=lambda *_: None, on_eval=lambda *_: None)
     losses = train_pack(pack, setup, eval_every=0, log_every=100, listener=listener).final["loss"]
     assert losses[0] == losses[1]
     unchanged = [key for key, loss in zip(TRACED, losses[2:], strict=True) if abs(loss - losses[0]) < 1e-6]
@@ -123,7 +125,13 @@ def fingerprint(config):
     def digest(batch):
         return hashlib.sha256(b"".join(np.ascontiguousarray(batch[name]).tobytes() for name in sorted(batch))).hexdigest()
 
-    kinds = (type(setup.model).__name__, str(base.embed.embedding.dtype), base.layers.remat, getattr(setup.model, "pooling", None))
+    kinds = (
+        type(setup.model).__name__,
+        str(base.embed.embedding.dtype),
+        base.layers.remat,
+        base.dropout,
+        getattr(setup.model, "pooling", None),
+    )
     words = None if setup.data.class_token_ids is None else setup.data.class_token_ids.tolist()
     held_out = [digest(b) for b in plan.eval_batches()]
     return (
@@ -203,3 +211,15 @@ def test_tracking_keys(hub, tmp_path):
     assert (tmp_path / "elsewhere" / "other").is_dir() and not (tmp_path / "other" / "runs").exists()
     assert run("silent", {"tracking.tensorboard": False, "tracking.save": "final"}) == ({"final", "results.json"}, {})
     assert run("none", {"tracking.save": "none"})[0] == {"results.json"}
+
+
+def test_checkpoint_keys_and_the_profile(hub, tmp_path):
+    def run(folder, changes):
+        path = run_sweep(hub.config(tmp_path, changes, name=folder)).path
+        (pack,) = (path / "checkpoints").iterdir()
+        return sorted(int(p.name) for p in pack.iterdir() if p.name.isdecimal()), list(path.glob("profile/**/*.xplane.pb"))
+
+    assert run("plain", {}) == ([6], [])
+    assert run("often", {"tracking.checkpoint_every": 2})[0] == [4, 6]
+    steps, traces = run("all", {"tracking.checkpoint_every": 2, "tracking.keep_checkpoints": 5, "tracking.profile": 2})
+    assert steps == [2, 4, 6] and len(traces) == 1

@@ -53,6 +53,9 @@ class Listener:
     def __init__(self):
         self.train, self.eval = {}, {}
 
+    def on_start(self, step):
+        self.started = step
+
     def on_train(self, step, metrics, tokens_per_second):
         self.train[step] = metrics | {"tps": tokens_per_second}
 
