@@ -14,7 +14,8 @@ import numpy as np
 from ..config.errors import RunError
 from ..config.load import dump_config
 from ..config.schema import Config
-from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory
+from ..parallel.processes import is_writer, writer_first, writer_says
+from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory, holds_run
 from ..training.adapter_files import save_adapter
 from ..training.checkpoints import PackCheckpoints
 from ..training.loop import Outcome, perplexity, train_pack
@@ -23,25 +24,39 @@ from ..training.profile import StepTrace
 from ..training.setup import Preparer, Setup, check_adapters
 from ..training.stopping import StopSignals
 from .members import Member, members_of
-from .plan import PackPlan, plan_packs
+from .plan import PackPlan, Part, plan_packs, plan_part
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepOutcome:
-    """A finished run: its directory, the members' results in the sweep's order, and how many programs were compiled."""
+    """A finished run.
+
+    Attributes:
+        path: its directory.
+        results: of the members that have ended, in the sweep's order.
+        compiled_programs: how many this process compiled.
+        unfinished: members that other processes have yet to end; 0 but for a part of a sweep.
+    """
 
     path: Path
     results: list[MemberResult]
     compiled_programs: int
+    unfinished: int = 0
 
 
-def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progress: Progress | None = None) -> SweepOutcome:
+def run_sweep(
+    config: Config, *, solo: bool = False, fresh: bool = False, part: Part | None = None, progress: Progress | None = None
+) -> SweepOutcome:
     """Trains every member of a config that has not finished yet.
+
+    Of several processes that run one program (`parallel/processes.py`), the first alone writes and speaks.
 
     Args:
         config: with or without a `sweep`; without one it is a single member.
         solo: train each member alone, to check the packed results against.
-        fresh: set an old run of this name aside in place of resuming it.
+        fresh: set an old run of this name aside in place of resuming it; not with a part, whose run others share.
+        part: train this share of the members alone, while others train the rest into the same directory; the last to end writes the
+            results of all.
         progress: the console; silent by default.
 
     Raises:
@@ -51,7 +66,7 @@ def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progre
     """
     with StopSignals() as signals:
         try:
-            return _run(config, signals, solo=solo, fresh=fresh, progress=progress or Progress(enabled=False))
+            return _run(config, signals, solo=solo, fresh=fresh, part=part, progress=progress or Progress(enabled=False))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -61,20 +76,24 @@ def run_sweep(config: Config, *, solo: bool = False, fresh: bool = False, progre
             ) from error
 
 
-def _run(config: Config, signals: StopSignals, *, solo: bool, fresh: bool, progress: Progress) -> SweepOutcome:
+def _run(config: Config, signals: StopSignals, *, solo: bool, fresh: bool, part: Part | None, progress: Progress) -> SweepOutcome:
     began = time.perf_counter()
     members = members_of(config)
+    largest = 1 if solo or config.sweep is None else config.sweep.max_pack
+    packs = plan_packs(members, largest=largest) if part is None else plan_part(members, part, largest=largest)
+    names = {m.name for p in packs for m in p.members}
+    numbers = None if part is None else [i for i, m in enumerate(members) if m.name in names]
     prepare = Preparer()
 
     def open_run() -> RunDirectory:
-        return RunDirectory.open(config.tracking.dir, config.name, dump_config(config), fresh=fresh)
+        where, name, text = config.tracking.dir, config.name, dump_config(config)
+        return writer_first(lambda: RunDirectory.open(where, name, text, fresh=fresh, write=is_writer(), members=numbers))
 
     # An old run is resumed or refused before anything is loaded. A new directory is made only when every member is known to be
     # right: wrong input leaves nothing behind that would stand in the way of the mended config.
-    run = open_run() if not fresh and (Path(config.tracking.dir) / config.name).exists() else None
+    run = open_run() if not fresh and writer_says(holds_run(Path(config.tracking.dir) / config.name)) else None
     try:
-        packs = plan_packs(members, largest=1 if solo or config.sweep is None else config.sweep.max_pack)
-        ended = dict(run.statuses) if run is not None else {}
+        ended = {n: s for n, s in run.statuses.items() if n in names} if run is not None else {}
         # A pack that ended in part is gone through again, from its last checkpoint.
         packs = [p for p in packs if any(m.name not in ended for m in p.members)]
         for pack_plan in reversed(packs):  # the first last, so that its setup is at hand for training
@@ -82,7 +101,7 @@ def _run(config: Config, signals: StopSignals, *, solo: bool, fresh: bool, progr
             check_adapters(prepare(configs[0]), configs)
         run = run or open_run()
         if run.resumed:
-            progress.print(f"{run.path}: resumed, {len(ended)} of {len(members)} members are done.")
+            progress.print(f"{run.path}: resumed, {len(ended)} of {len(names)} members are done.")
         compiled = 0
         told: Setup | None = None
         for number, pack_plan in enumerate(packs, 1):
@@ -91,12 +110,13 @@ def _run(config: Config, signals: StopSignals, *, solo: bool, fresh: bool, progr
                 progress.print(describe_setup(pack_plan.members[0].config, setup))
                 told = setup
             compiled += _run_pack(run, pack_plan, setup, signals, progress, f"pack {number}/{len(packs)}")
-        done = {r.name: r for r in run.results()}
-        results = [done[m.name] for m in members]
-        run.write_results(results)
-        if packs:  # a call that found all members done has no figures of its own
-            run.write_summary({"compiled_programs": compiled, "packs": len(packs), "seconds": time.perf_counter() - began})
-        outcome = SweepOutcome(run.path, results, compiled)
+        done = {r.name: r for r in writer_first(run.results)} if names else {}
+        results = [done[m.name] for m in members if m.name in done]
+        if is_writer() and len(results) == len(members):
+            run.write_results(results)
+            if packs and part is None:  # a call that found all members done, or trained some of them, has no figures of the whole
+                run.write_summary({"compiled_programs": compiled, "packs": len(packs), "seconds": time.perf_counter() - began})
+        outcome = SweepOutcome(run.path, results, compiled, len(members) - len(results))
     finally:
         if run is not None:
             run.close()
@@ -183,7 +203,7 @@ class _Recorder:
         grid = config.sweep.grid if config.sweep else {}
         for member in self.members:
             folder = self.run.member(member.name)
-            if config.tracking.tensorboard:
+            if config.tracking.tensorboard and is_writer():
                 # What an interrupted run wrote beyond this step will be written again.
                 resume_step = step if step or folder.exists() else None
                 self.writers.append(MemberWriter(folder, member.settings, metrics=tags, domains=grid, resume_step=resume_step))
@@ -214,13 +234,14 @@ class _Recorder:
         for i, member in enumerate(self.members):
             status = "finished" if outcome.alive[i] else "diverged"
             folder = self.run.member(member.name)
-            folder.mkdir(parents=True, exist_ok=True)
             save = member.config.tracking.save
             for kind, arrays in (("final", outcome.final_arrays), ("best", outcome.best_arrays)):
                 if save in (kind, "both"):
-                    save_adapter(folder / kind, pack.member_arrays(self.setup.model, i, arrays))
+                    own = pack.member_arrays(self.setup.model, i, arrays)  # in every process: all may hold a part of them
+                    if is_writer():
+                        save_adapter(folder / kind, own)
             self.writers[i].close(status)
-            MemberResult(
+            result = MemberResult(
                 name=member.name,
                 settings=member.settings,
                 parameters=self.counts[i],
@@ -233,5 +254,7 @@ class _Recorder:
                 tokens=outcome.tokens,
                 tokens_per_second=outcome.tokens_per_second,
                 padding_share=float(facts["padding_share"]),
-            ).write(folder)
+            )
+            if is_writer():
+                result.write(folder)
         self.ended = True
