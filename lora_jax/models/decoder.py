@@ -8,8 +8,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import nnx
 
-from ..parallel.constraints import gathered
-from .layers import Array, Block, BlockConfig, Context, embedding, linear, norm, rotary_angles, row_layout, segment_mask, take_positions
+from ..parallel.constraints import gathered, take_positions
+from .layers import Array, Block, BlockConfig, Context, embedding, linear, norm, rotary_angles, row_layout, segment_mask
 from .stack import AXES, Stack
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..parallel.constraints import by_rows, look_up, row_groups
+from ..parallel.constraints import look_up, take_positions
 from .stack import AXES
 
 Array = jax.Array
@@ -230,18 +230,3 @@ class Block(nnx.Module):
             return x + context.drop(self.mlp(self.mlp_norm(x)), layer, 2)
         x = self.attn_norm(take_positions(x, gather) + context.drop(self.attn(x, context, layer, gather), layer, 1))
         return self.mlp_norm(x + context.drop(self.mlp(x), layer, 2))
-
-
-def take_positions(x: Array, index: Array | None) -> Array:
-    """(rows, length, width) -> (n, width) at the flattened positions `index` (n,); x itself where `index` is None.
-
-    Where the rows are cut into groups over a mesh, the first n / groups positions are in the first group, and so on.
-    """
-    if index is None:
-        return x
-    groups = row_groups()
-    if groups == 1:
-        return x.reshape(-1, x.shape[-1])[index]
-    own = x.reshape(groups, -1, x.shape[-1])
-    within = index.reshape(groups, -1) % own.shape[1]
-    return by_rows(jax.vmap(lambda x, i: x[i])(own, within)).reshape(-1, x.shape[-1])

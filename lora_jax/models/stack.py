@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ..parallel.constraints import by_rows, gathered
+from ..parallel.constraints import by_rows, gathered, take_positions, weights_cut
 
 # Metadata key of a parameter's logical axis names, one an array axis.
 AXES = "axes"
@@ -90,11 +90,14 @@ class Stack(nnx.Module):
             x: (rows, length, width), the input of layer 0.
             context: what every layer sees alike (masks, rotary angles); any pytree of arrays.
             gather: (n,) int32, positions of the flattened (rows * length) that are needed at the end. The top layer then
-                does everything after its attention for these alone.
+                does everything after its attention for these alone. (Not where weights are gathered layer by layer: a layer
+                outside of the scan could be gathered early and kept to the end.)
 
         Returns:
             (rows, length, width), or (n, width) with `gather`.
         """
+        if weights_cut() and gather is not None:
+            return take_positions(self(x, context), gather)
         for segment in self.segments:
             top = segment.stop == self.depth and gather is not None
             stop = segment.stop - 1 if top else segment.stop

@@ -1,0 +1,108 @@
+"""What a running model says about where its arrays lie, so that a compiled step moves what is meant to be moved and nothing else.
+
+A step on a mesh is fully sharded data parallelism: each device works on its own rows of the batch, with one layer's weights
+gathered at a time, and what is added up over the devices is gradients of what trains. Left alone, the compiler may as well keep
+a weight cut up and add up activations. The functions here change nothing unless a step is being traced for several devices
+(`on_mesh`), so that the program for one device has no trace of them. Under `jax.vmap` over members they need
+`spmd_axis_name="sweep"`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .mesh import ROWS, gathered_sharding, parameter_sharding
+
+_mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """What is traced inside is for this mesh."""
+    token = _mesh.set(mesh if mesh is not None and mesh.size > 1 else None)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def row_groups() -> int:
+    """In how many groups, of equally many rows each, a batch is cut over the devices; 1 without a mesh."""
+    mesh = _mesh.get()
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def weights_cut() -> bool:
+    """Whether weights lie in pieces and are gathered where they are used."""
+    mesh = _mesh.get()
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
+def looked_up(axes: Sequence[str | None] | None) -> bool:
+    """Whether a parameter is a vocabulary's table of vectors: not gathered to be looked up, only to project to the vocabulary."""
+    return axes is not None and axes[0] == "vocab"
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """An activation whose first axis is rows, or runs through all rows: each device has its own group's."""
+    mesh = _mesh.get()
+    if mesh is None or x.shape[0] % row_groups():
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
+def gathered(weight: jax.Array, axes: Sequence[str | None] | None) -> jax.Array:
+    """A weight about to be used: whole along `fsdp`. Its gradient is added up over the devices here.
+
+    Args:
+        weight: of any rank.
+        axes: its logical axes; None where it has no names, and lies whole everywhere.
+    """
+    mesh = _mesh.get()
+    if mesh is None or axes is None:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, gathered_sharding(mesh, weight.shape, axes))
+
+
+def look_up(table: jax.Array, axes: Sequence[str | None] | None, tokens: jax.Array) -> jax.Array:
+    """`table[tokens]`: (rows, length) int32 -> (rows, length, width), each device its own rows.
+
+    A table that is cut along its width stays where it is. Every device looks up all tokens in its own columns, then trades columns
+    of all rows for all columns of its own: neither the table is gathered nor any activation added up, and the gradient of a table
+    that trains stays with its columns.
+    """
+    mesh = _mesh.get()
+    if mesh is None or axes is None or not looked_up(axes):
+        return jnp.take(table, tokens, axis=0)
+    at_rest = parameter_sharding(mesh, table.shape, axes)
+    table = jax.lax.with_sharding_constraint(table, at_rest)
+    if mesh.shape["fsdp"] == 1 or "fsdp" not in at_rest.spec:
+        return by_rows(jnp.take(table, tokens, axis=0))
+
+    def constrain(x: jax.Array, *parts: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*parts)))
+
+    rows = "data" if tokens.shape[0] % mesh.shape["data"] == 0 else None
+    return by_rows(constrain(jnp.take(table, constrain(tokens, rows), axis=0), rows, None, "fsdp"))
+
+
+def take_positions(x: jax.Array, index: jax.Array | None) -> jax.Array:
+    """(rows, length, width) -> (n, width) at the flattened positions `index` (n,); x itself where `index` is None.
+
+    Where the rows are cut into groups over a mesh, the first n / groups positions are in the first group, and so on.
+    """
+    if index is None:
+        return x
+    groups = row_groups()
+    if groups == 1:
+        return x.reshape(-1, x.shape[-1])[index]
+    own = x.reshape(groups, -1, x.shape[-1])
+    within = index.reshape(groups, -1) % own.shape[1]
+    return by_rows(jax.vmap(lambda x, i: x[i])(own, within)).reshape(-1, x.shape[-1])
