@@ -84,7 +84,8 @@ SET_UP = {
 }
 # Each in a test of its own below.
 OTHERS = {
-    "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every", "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs",
+    "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
+    "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs",
     "sweep.grid", "sweep.max_pack", "task.kind", "task.prompt", "task.response", "task.messages",
 }  # fmt: skip
 
