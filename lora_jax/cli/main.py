@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from lora_jax.config.errors import InputError, RunError, Stopped
+from lora_jax.parallel import processes
 
 app = typer.Typer(
     name="lora-jax",
@@ -39,6 +40,34 @@ Overrides = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over: remove what an earlier run of this name left. Without it the run is resumed.")
 ]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator",
+        metavar="HOST:PORT",
+        envvar=processes.COORDINATOR,
+        help="Where process 0 of several listens. Slurm, MPI, Kubernetes and Cloud TPU need none of this: they are recognized.",
+        show_default=False,
+    ),
+]
+ProcessId = Annotated[
+    int | None,
+    typer.Option("--process-id", metavar="N", envvar=processes.PROCESS_ID, help="This process's number, from 0.", show_default=False),
+]
+ProcessCount = Annotated[
+    int | None,
+    typer.Option(
+        "--process-count",
+        metavar="N",
+        envvar=processes.PROCESS_COUNT,
+        help="How many processes; 1: alone, on a cluster too.",
+        show_default=False,
+    ),
+]
+StartTimeout = Annotated[
+    float,
+    typer.Option("--start-timeout", metavar="SECONDS", envvar=processes.START_TIMEOUT, help="How long to wait for the other processes."),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,7 +86,15 @@ def _common(
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    coordinator: Coordinator = None,
+    process_id: ProcessId = None,
+    process_count: ProcessCount = None,
+    start_timeout: StartTimeout = 300.0,
+) -> None:
     """Train one adapter.
 
     Writes runs/NAME/: the resolved config, TensorBoard events, results and checkpoints. Called again, it goes on where it
@@ -66,7 +103,8 @@ def train(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False)
     """
     from .train import train_command
 
-    train_command(config, overrides or [], fresh=fresh)
+    joining = processes.Joining(coordinator, process_id, process_count, start_timeout)
+    train_command(config, overrides or [], fresh=fresh, joining=joining)
 
 
 @app.command()
@@ -75,6 +113,19 @@ def sweep(
     overrides: Overrides = None,
     solo: Annotated[bool, typer.Option("--solo", help="Train each member by itself, to compare with: same results, more time.")] = False,
     fresh: Fresh = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            metavar="I/N",
+            help="Train part I of N of the members, while others train the rest into the same run.",
+            show_default=False,
+        ),
+    ] = None,
+    coordinator: Coordinator = None,
+    process_id: ProcessId = None,
+    process_count: ProcessCount = None,
+    start_timeout: StartTimeout = 300.0,
 ) -> None:
     """Train all members of a sweep over one frozen base.
 
@@ -83,7 +134,8 @@ def sweep(
     """
     from .sweep import sweep_command
 
-    sweep_command(config, overrides or [], solo=solo, fresh=fresh)
+    joining = processes.Joining(coordinator, process_id, process_count, start_timeout)
+    sweep_command(config, overrides or [], solo=solo, fresh=fresh, part=part, joining=joining)
 
 
 @app.command()
@@ -150,7 +202,7 @@ def main() -> None:
             raise
         # Plain text and no wrapping, so that paths and keys in a message can be copied and searched for.
         print(f"error: {_told(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        processes.leave(2 if isinstance(error, InputError) else 1)
 
 
 def _told(error: Exception) -> str:

@@ -7,25 +7,38 @@ from pathlib import Path
 from ..config.errors import InputError
 from ..config.load import load_config
 from ..config.schema import Config
+from ..parallel.processes import Joining, is_writer, join
 from .console import results_console
 
 
-def sweep_command(config: Path, overrides: list[str], *, solo: bool, fresh: bool) -> None:
-    """Trains a config's sweep and shows what it came to."""
+def sweep_command(config: Path, overrides: list[str], *, solo: bool, fresh: bool, part: str | None, joining: Joining) -> None:
+    """Trains a config's sweep, or a part of it, and shows what it came to."""
     loaded = load_config(config, overrides)
     if loaded.sweep is None:
         raise InputError(f"{config}: has no 'sweep'. Add sweep.grid, or run: lora-jax train {config}")
-    run_and_report(loaded, solo=solo, fresh=fresh)
+    if part is not None and fresh:
+        raise InputError("--fresh: not with --part, whose run others share. Give another 'name=', or let `lora-jax launch --fresh` do it.")
+    run_and_report(loaded, solo=solo, fresh=fresh, part=part, joining=joining)
 
 
-def run_and_report(config: Config, *, solo: bool, fresh: bool) -> None:
-    """Runs, then writes heat map and report, then prints the table and where things are."""
+def run_and_report(config: Config, *, solo: bool, fresh: bool, part: str | None = None, joining: Joining) -> None:
+    """Runs, then writes heat map and report, then prints the table and where things are: of several processes, the first does so."""
     from ..analysis import report_run, results_table, write_heatmap
+    from ..sweeps.plan import Part
     from ..sweeps.run import run_sweep
     from ..tracking import Progress
 
-    progress = Progress()
-    outcome = run_sweep(config, solo=solo, fresh=fresh, progress=progress)
+    share = Part.parse(part) if part is not None else None
+    join(joining)
+    progress = Progress(enabled=is_writer())
+    outcome = run_sweep(config, solo=solo, fresh=fresh, part=share, progress=progress)
+    if not is_writer():
+        return
+    if outcome.unfinished:
+        progress.print(
+            f"part {share} is done; {outcome.unfinished} members of other parts have not ended. The last part writes the report."
+        )
+        return
     console = results_console()
     console.print(results_table(outcome.results, title=config.name))
     subtitle = f"{config.task.kind} on {config.task.source.rsplit('/', 1)[-1]}, base {config.model.source.rsplit('://', 1)[-1]}"

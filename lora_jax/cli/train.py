@@ -6,12 +6,13 @@ from pathlib import Path
 
 from ..config.errors import InputError
 from ..config.load import load_config
+from ..parallel.processes import Joining
 from .sweep import run_and_report
 
 
-def train_command(config: Path, overrides: list[str], *, fresh: bool) -> None:
-    """Trains the one member of a config without a sweep."""
+def train_command(config: Path, overrides: list[str], *, fresh: bool, joining: Joining) -> None:
+    """Trains the one member of a config without a sweep, in this process or as one of several."""
     loaded = load_config(config, overrides)
     if loaded.sweep is not None:
         raise InputError(f"{config}: has a 'sweep'; run it with: lora-jax sweep {config} (or override it: sweep=null).")
-    run_and_report(loaded, solo=True, fresh=fresh)
+    run_and_report(loaded, solo=True, fresh=fresh, joining=joining)

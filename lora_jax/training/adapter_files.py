@@ -8,10 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from ..adapters.partition import Arrays
 from ..config.errors import InputError
+from .array_files import checkpointer
 
 _FORMAT = 1
 
@@ -26,8 +26,8 @@ def save_adapter(folder: Path, arrays: Arrays) -> None:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((part / "arrays").resolve(), {n: np.asarray(a) for n, a in arrays.items()})
+    with checkpointer(alone=True) as orbax:
+        orbax.save((part / "arrays").resolve(), {n: np.asarray(a) for n, a in arrays.items()})
     shapes = {name: [list(a.shape), str(a.dtype)] for name, a in arrays.items()}
     (part / "adapter.json").write_text(json.dumps({"format": _FORMAT, "arrays": shapes}, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
@@ -53,7 +53,7 @@ def load_adapter(folder: Path, expected: Arrays) -> Arrays:
         raise InputError(f"{folder}: does not fit this model and adapter config, in {', '.join(unlike[:4])}.")
     target = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((folder / "arrays").resolve(), target)
+        with checkpointer(alone=True) as orbax:
+            return orbax.restore((folder / "arrays").resolve(), target)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
         raise InputError(f"{folder}: damaged ({str(error).splitlines()[0][:120]}).") from None

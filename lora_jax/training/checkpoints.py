@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from ..adapters.partition import Arrays
 from ..config.errors import InputError
+from .array_files import checkpointer
 from .step import MemberState
 
 _FORMAT = 1
@@ -133,8 +133,8 @@ class PackCheckpoints:
         if self._writes:
             shutil.rmtree(part, ignore_errors=True)
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(part / "arrays", arrays)
+            with checkpointer() as orbax:
+                orbax.save(part / "arrays", arrays)
             if not self._writes:
                 return
             facts = {"format": _FORMAT, "members": self._members, "base": self._fingerprint, **facts, "files": _digests(part / "arrays")}
@@ -183,8 +183,8 @@ class PackCheckpoints:
     def _arrays(self, name: str, like: Arrays) -> Arrays:
         target = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in like.items()}
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                arrays = checkpointer.restore(self.folder / name / "arrays", target)
+            with checkpointer() as orbax:
+                arrays = orbax.restore(self.folder / name / "arrays", target)
             return {n: arrays[n] for n in like}
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise _Damaged(f"cannot be read ({_reason(error)})") from None

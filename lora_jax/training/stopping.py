@@ -7,9 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
-import jax
-
 from ..config.errors import Stopped
+from ..parallel.processes import process_count
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -17,7 +16,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopSignals:
     """While it is entered, the two signals are noted in place of ending the process; a second one ends it at once.
 
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    Outside the main thread, where Python allows no handlers, nothing is changed. Of several processes each leaves SIGTERM to JAX,
+    which tells the others; Ctrl-C is made one.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+            noted = _SIGNALS if process_count() == 1 else (signal.SIGINT,)
+            self._before = {number: signal.signal(number, self._on_signal) for number in noted}
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -38,7 +39,7 @@ class StopSignals:
 
     def asked(self, step: int) -> bool:
         """Whether to stop after `step` steps: of several processes, all say so after the same step."""
-        if jax.process_count() == 1:
+        if process_count() == 1:
             return self.received is not None
         from jax.experimental import multihost_utils
 
@@ -49,5 +50,7 @@ class StopSignals:
         if again:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if not self.training and jax.process_count() == 1:
+        if process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
+        elif not self.training:
             raise Stopped(0)
