@@ -40,6 +40,12 @@ Overrides = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over: remove what an earlier run of this name left. Without it the run is resumed.")
 ]
+ExtendSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--extend-steps", metavar="N", min=1, help="Train N steps beyond what the config says; of a finished run too.", show_default=False
+    ),
+]
 Coordinator = Annotated[
     str | None,
     typer.Option(
@@ -70,6 +76,10 @@ StartTimeout = Annotated[
 ]
 
 
+def _with_extension(overrides: list[str] | None, steps: int | None) -> list[str]:
+    return [*(overrides or []), *([] if steps is None else [f"training.extend_steps={steps}"])]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"lora-jax {importlib.metadata.version('lora-jax')}")
@@ -90,6 +100,7 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     fresh: Fresh = False,
+    extend_steps: ExtendSteps = None,
     coordinator: Coordinator = None,
     process_id: ProcessId = None,
     process_count: ProcessCount = None,
@@ -104,7 +115,7 @@ def train(
     from .train import train_command
 
     joining = processes.Joining(coordinator, process_id, process_count, start_timeout)
-    train_command(config, overrides or [], fresh=fresh, joining=joining)
+    train_command(config, _with_extension(overrides, extend_steps), fresh=fresh, joining=joining)
 
 
 @app.command()
@@ -113,6 +124,8 @@ def sweep(
     overrides: Overrides = None,
     solo: Annotated[bool, typer.Option("--solo", help="Train each member by itself, to compare with: same results, more time.")] = False,
     fresh: Fresh = False,
+    extend_steps: ExtendSteps = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask about a sweep of more than 10,000 members.")] = False,
     part: Annotated[
         str | None,
         typer.Option(
@@ -129,13 +142,92 @@ def sweep(
 ) -> None:
     """Train all members of a sweep over one frozen base.
 
-    The members are all combinations of the config's sweep.grid, packed into as few compiled programs as possible.
+    The members are those of the config's `sweep` (grid, zip, random, members, seeds), packed into as few compiled programs as possible.
     Writes runs/NAME/ with a folder a member, results.csv and a report.
     """
     from .sweep import sweep_command
 
     joining = processes.Joining(coordinator, process_id, process_count, start_timeout)
-    sweep_command(config, overrides or [], solo=solo, fresh=fresh, part=part, joining=joining)
+    sweep_command(config, _with_extension(overrides, extend_steps), solo=solo, fresh=fresh, many=yes, part=part, joining=joining)
+
+
+@app.command()
+def launch(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    on: Annotated[str, typer.Option("--on", metavar="PLACE", help="Where: local (this machine) or slurm.")] = "local",
+    processes: Annotated[
+        int | None, typer.Option("--processes", metavar="N", min=1, help="local: processes that run as one program.", show_default=False)
+    ] = None,
+    devices_per_process: Annotated[
+        int | None,
+        typer.Option("--devices-per-process", metavar="N", min=1, help="CPU only: devices each process is to see.", show_default=False),
+    ] = None,
+    fresh: Fresh = False,
+    parts: Annotated[
+        int, typer.Option("--parts", metavar="N", min=1, help="slurm: a sweep as an array of N jobs that share its members.")
+    ] = 1,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="slurm: return when the jobs have ended, with the exit code of one that failed.")
+    ] = False,
+    partition: Annotated[str | None, typer.Option("--partition", metavar="NAME", help="slurm: the partition.", show_default=False)] = None,
+    account: Annotated[str | None, typer.Option("--account", metavar="NAME", help="slurm: the account.", show_default=False)] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", metavar="N", min=1, help="slurm: nodes of each job; 1.", show_default=False)
+    ] = None,
+    tasks_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--tasks-per-node", metavar="N", min=1, help="slurm: processes on a node; --gpus-per-node or else 1.", show_default=False
+        ),
+    ] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option("--cpus-per-task", metavar="N", min=1, help="slurm: cores of each process.", show_default=False)
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", metavar="N", min=1, help="slurm: GPUs of each node.", show_default=False)
+    ] = None,
+    mem: Annotated[
+        str | None, typer.Option("--mem", metavar="SIZE", help="slurm: memory of each node, as 64G.", show_default=False)
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option("--time", metavar="LIMIT", help="slurm: MINUTES or HOURS:MINUTES:SECONDS; 60.", show_default=False)
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--setup", metavar="LINE", help="slurm: a shell line before the run, as 'module load cuda'; repeatable.", show_default=False
+        ),
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sbatch", metavar="KEY=VALUE", help="slurm: any other option of sbatch, as qos=high; repeatable.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Run a config as several processes, or on a Slurm cluster.
+
+    Runs train, or sweep where the config has one. Several processes share each training step: set the config's mesh (mesh.data: -1
+    takes all devices there are). On Slurm a job has --nodes times --tasks-per-node of them, and --parts makes a sweep an array.
+    """
+    from .launch import LaunchOptions, launch_command, slurm_options
+
+    slurm = slurm_options(
+        partition=partition,
+        account=account,
+        nodes=nodes,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        gpus_per_node=gpus_per_node,
+        mem=mem,
+        time=time,
+        setup=setup,
+        sbatch=sbatch,
+    )
+    options = LaunchOptions(on, processes, devices_per_process, parts, fresh, wait, slurm)
+    if code := launch_command(config, overrides or [], options):
+        raise typer.Exit(code)
 
 
 @app.command()

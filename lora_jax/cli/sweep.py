@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from pathlib import Path
+
+import typer
 
 from ..config.errors import InputError
 from ..config.load import load_config
 from ..config.schema import Config
 from ..parallel.processes import Joining, is_writer, join
+from ..sweeps.space import MANY, points
 from .console import results_console
 
 
-def sweep_command(config: Path, overrides: list[str], *, solo: bool, fresh: bool, part: str | None, joining: Joining) -> None:
+def sweep_command(config: Path, overrides: list[str], *, solo: bool, fresh: bool, many: bool, part: str | None, joining: Joining) -> None:
     """Trains a config's sweep, or a part of it, and shows what it came to."""
     loaded = load_config(config, overrides)
     if loaded.sweep is None:
-        raise InputError(f"{config}: has no 'sweep'. Add sweep.grid, or run: lora-jax train {config}")
+        raise InputError(f"{config}: has no 'sweep'. Add sweep.grid or another way to name members, or run: lora-jax train {config}")
     if part is not None and fresh:
         raise InputError("--fresh: not with --part, whose run others share. Give another 'name=', or let `lora-jax launch --fresh` do it.")
-    run_and_report(loaded, solo=solo, fresh=fresh, part=part, joining=joining)
+    if not many and sys.stdin.isatty() and sum(1 for _ in itertools.islice(points(loaded), MANY + 1)) > MANY:
+        many = typer.confirm(f"{config} names more than {MANY:,} members. Train them all?")
+    run_and_report(loaded, solo=solo, fresh=fresh, many=many, part=part, joining=joining)
 
 
-def run_and_report(config: Config, *, solo: bool, fresh: bool, part: str | None = None, joining: Joining) -> None:
+def run_and_report(config: Config, *, solo: bool, fresh: bool, many: bool = False, part: str | None = None, joining: Joining) -> None:
     """Runs, then writes heat map and report, then prints the table and where things are: of several processes, the first does so."""
     from ..analysis import report_run, results_table, write_heatmap
     from ..sweeps.plan import Part
@@ -31,7 +38,7 @@ def run_and_report(config: Config, *, solo: bool, fresh: bool, part: str | None 
     share = Part.parse(part) if part is not None else None
     join(joining)
     progress = Progress(enabled=is_writer())
-    outcome = run_sweep(config, solo=solo, fresh=fresh, part=share, progress=progress)
+    outcome = run_sweep(config, solo=solo, fresh=fresh, many=many, part=share, progress=progress)
     if not is_writer():
         return
     if outcome.unfinished:

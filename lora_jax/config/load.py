@@ -18,6 +18,7 @@ from .errors import InputError, nearest
 from .keys import leaf_schema, section_keys, split_key, why_not_swept
 from .problems import Problem, problems, report, show
 from .schema import Config
+from .where import Where
 from .yaml_text import Path, dump, parse
 
 
@@ -135,21 +136,33 @@ def _validated(data: dict[str, Any], file: str, origins: Mapping[Path, str]) -> 
 
 
 def _sweep_problems(config: Config) -> list[Problem]:
-    """What the schema cannot see in a grid: keys that do not exist or are shared by all members, and values given twice."""
+    """What the schema cannot see in a sweep: keys that do not exist or are shared by all members, values given twice, a bad `where`."""
+    sweep = config.sweep
+    if sweep is None:
+        return []
     found: list[Problem] = []
-    for key, values in (config.sweep.grid if config.sweep else {}).items():
-        at = ("sweep", "grid", key)
+    places: list[tuple[Path, str]] = [(("sweep", part, key), key) for part in ("grid", "zip") for key in getattr(sweep, part)]
+    places += [(("sweep", "random", "keys", key), key) for key in (sweep.random.keys if sweep.random else ())]
+    places += [(("sweep", "members", number, key), key) for number, member in enumerate(sweep.members) for key in member]
+    for at, key in places:
+        part = "sweep.random.keys" if at[1] == "random" else f"sweep.{at[1]}"
         try:
             split_key(key)
         except InputError as error:
-            found.append(Problem(at, f"sweep.grid: {error}"))
+            found.append(Problem(at, f"{part}: {error}"))
             continue
         why = why_not_swept(key)
         if why:
-            found.append(Problem(at, f"sweep.grid: {why}"))
+            found.append(Problem(at, f"{part}: {why}"))
+        values = sweep.grid[key] if at[1] == "grid" else []
         twice = [value for index, value in enumerate(values) if value in values[:index]]
         if twice:
-            found.append(Problem(at, f"sweep.grid: '{key}' lists {show(twice[0])} twice; members must differ."))
+            found.append(Problem(at, f"{part}: '{key}' lists {show(twice[0])} twice; members must differ."))
+    if sweep.where is not None:
+        try:
+            Where(sweep.where)
+        except InputError as error:
+            found.append(Problem(("sweep", "where"), str(error)))
     return found
 
 

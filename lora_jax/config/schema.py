@@ -203,19 +203,70 @@ class TrackingConfig(Section):
     profile: NonNegativeInt = Field(default=0, description="Trace this many steps, from the third on, for TensorBoard's profiler; 0: none.")
 
 
+class Distribution(Section):
+    uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, description="Lowest and highest value; whole numbers for keys that hold such."
+    )
+    log_uniform: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, description="The same, evenly on a logarithmic scale."
+    )
+    choice: list[Any] | None = Field(default=None, description="One of these, each as likely.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Distribution:
+        if sum(v is not None for v in (self.uniform, self.log_uniform, self.choice)) != 1:
+            raise ValueError("give exactly one of 'uniform', 'log_uniform' and 'choice'")
+        bounds = self.uniform or self.log_uniform
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(f"the lowest value ({bounds[0]}) must be below the highest ({bounds[1]})")
+        if self.log_uniform is not None and self.log_uniform[0] <= 0:
+            raise ValueError(f"the values of 'log_uniform' must be above 0, got {self.log_uniform[0]}")
+        if self.choice is not None and not self.choice:
+            raise ValueError("'choice' has no values")
+        return self
+
+
+class RandomConfig(Section):
+    count: PositiveInt = Field(description="How many points are drawn; more of them keep the ones before.")
+    seed: NonNegativeInt = Field(default=0, description="Seed of the draws.")
+    keys: dict[str, Distribution] = Field(description="Dotted config key -> {uniform: [a, b]}, {log_uniform: [a, b]} or {choice: [...]}.")
+
+
 class SweepConfig(Section):
-    grid: dict[str, list[Any]] = Field(description="Dotted config key -> values; the members are all combinations.")
+    grid: dict[str, list[Any]] = Field(default_factory=dict, description="Dotted config key -> values; all combinations.")
+    zip: dict[str, list[Any]] = Field(
+        default_factory=dict, description="Dotted config key -> values that go together: the first of each, the second of each, ..."
+    )
+    random: RandomConfig | None = Field(default=None, description="Points drawn at random.")
+    members: list[dict[str, Any]] = Field(default_factory=list, description="Single members: dotted config key -> value for each.")
+    seeds: PositiveInt | list[NonNegativeInt] | None = Field(
+        default=None, description="Each point once a seed: so many from training.seed on, or these."
+    )
+    where: str | None = Field(
+        default=None, description="Only members for which this holds, such as: rank <= 8 or targets != 'mlp'. Keys by their last part."
+    )
     max_pack: PositiveInt = Field(default=16, description="Most members trained inside one compiled step.")
 
-    @field_validator("grid")
+    @field_validator("grid", "zip")
     @classmethod
-    def _grid(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        if not value:
-            raise ValueError("names no key to sweep over")
+    def _values(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for key, values in value.items():
             if not values:
                 raise ValueError(f"'{key}' has no values")
         return value
+
+    @model_validator(mode="after")
+    def _space(self) -> SweepConfig:
+        if not (self.grid or self.zip or self.random or self.members or self.seeds):
+            raise ValueError("names no key to sweep over: give a 'grid', 'zip', 'random', 'members' or 'seeds'")
+        lengths = {key: len(values) for key, values in self.zip.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError("'zip' needs as many values for each key, got " + ", ".join(f"{k}: {n}" for k, n in lengths.items()))
+        parts = [*self.grid, *self.zip, *(self.random.keys if self.random else ()), *(["training.seed"] if self.seeds else ())]
+        twice = next((key for key in parts if parts.count(key) > 1), None)
+        if twice:
+            raise ValueError(f"'{twice}' is swept in two ways")
+        return self
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""A grid to members: one config a combination, with a name that says what is its own."""
+"""A sweep to members: one config a point, with a name that says what is its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from ..config.errors import InputError
 from ..config.load import with_values
 from ..config.schema import Config
+from .space import MANY, points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +28,30 @@ class Member:
     config: Config
 
 
-def members_of(config: Config) -> list[Member]:
-    """All combinations of `sweep.grid`, in its order; a config without a sweep is one member, `main`.
+def members_of(config: Config, *, many: bool = False) -> list[Member]:
+    """The members of `config.sweep`, in its order; a config without a sweep is one member, `main`.
+
+    Args:
+        config: with or without a sweep.
+        many: whether more than 10,000 are meant.
 
     Raises:
-        InputError: a value is not valid for its key, or two combinations are the same.
+        InputError: a value is not valid for its key, two members are the same, none is left, or they are too many.
     """
     if config.sweep is None:
         return [Member("main", {}, config)]
-    keys = list(config.sweep.grid)
-    short = _short_keys(keys)
+    some = list(itertools.islice(points(config), None if many else MANY + 1))
+    if not some:
+        raise InputError(f"sweep.where: no member is left by '{config.sweep.where}'.")
+    if len(some) > MANY and not many:
+        raise InputError(f"sweep: has more than {MANY:,} members. If they are meant, say --yes.")
+    short = _short_keys(list(dict.fromkeys(key for settings in some for key in settings)))
     members: dict[str, Member] = {}
-    for values in itertools.product(*config.sweep.grid.values()):
-        settings = dict(zip(keys, values, strict=True))
-        name = ",".join(f"{short[k]}={_short_value(v)}" for k, v in settings.items())
+    for settings in some:
+        name = ",".join(f"{short[k]}={_short_value(v)}" for k, v in settings.items()) or "main"
         if name in members:
-            raise InputError(f"sweep.grid: '{name}' appears twice.")
-        members[name] = Member(name, settings, with_values(config, settings))
+            raise InputError(f"sweep: '{name}' appears twice.")
+        members[name] = Member(name, settings, with_values(config, settings, where="sweep"))
     return list(members.values())
 
 

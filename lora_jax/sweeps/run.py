@@ -45,7 +45,13 @@ class SweepOutcome:
 
 
 def run_sweep(
-    config: Config, *, solo: bool = False, fresh: bool = False, part: Part | None = None, progress: Progress | None = None
+    config: Config,
+    *,
+    solo: bool = False,
+    fresh: bool = False,
+    many: bool = False,
+    part: Part | None = None,
+    progress: Progress | None = None,
 ) -> SweepOutcome:
     """Trains every member of a config that has not finished yet.
 
@@ -55,6 +61,7 @@ def run_sweep(
         config: with or without a `sweep`; without one it is a single member.
         solo: train each member alone, to check the packed results against.
         fresh: set an old run of this name aside in place of resuming it; not with a part, whose run others share.
+        many: whether a sweep of more than 10,000 members is meant.
         part: train this share of the members alone, while others train the rest into the same directory; the last to end writes the
             results of all.
         progress: the console; silent by default.
@@ -66,7 +73,15 @@ def run_sweep(
     """
     with StopSignals() as signals:
         try:
-            return _run(config, signals, solo=solo, fresh=fresh, part=part, progress=progress or Progress(enabled=False))
+            return _run(
+                config,
+                members_of(config, many=many),
+                signals,
+                solo=solo,
+                fresh=fresh,
+                part=part,
+                progress=progress or Progress(enabled=False),
+            )
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -76,9 +91,10 @@ def run_sweep(
             ) from error
 
 
-def _run(config: Config, signals: StopSignals, *, solo: bool, fresh: bool, part: Part | None, progress: Progress) -> SweepOutcome:
+def _run(
+    config: Config, members: list[Member], signals: StopSignals, *, solo: bool, fresh: bool, part: Part | None, progress: Progress
+) -> SweepOutcome:
     began = time.perf_counter()
-    members = members_of(config)
     largest = 1 if solo or config.sweep is None else config.sweep.max_pack
     packs = plan_packs(members, largest=largest) if part is None else plan_part(members, part, largest=largest)
     names = {m.name for p in packs for m in p.members}
@@ -200,7 +216,7 @@ class _Recorder:
         config = self.members[0].config
         shown = ("loss", "accuracy") if self.setup.metric == "accuracy" else ("loss", "perplexity")
         tags = [f"eval/{name}" for name in shown]
-        grid = config.sweep.grid if config.sweep else {}
+        grid = {**config.sweep.grid, **config.sweep.zip} if config.sweep else {}
         for member in self.members:
             folder = self.run.member(member.name)
             if config.tracking.tensorboard and is_writer():

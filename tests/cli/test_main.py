@@ -81,7 +81,9 @@ def test_the_traceback_can_be_asked_for(command, monkeypatch):
     [
         (["train", "a.yaml"], ("a.yaml", []), {"fresh": False}),
         (["train", "a.yaml", "adapter.rank=4", "name=b", "--fresh"], ("a.yaml", ["adapter.rank=4", "name=b"]), {"fresh": True}),
-        (["sweep", "a.yaml", "--solo", "x=[1, 2]"], ("a.yaml", ["x=[1, 2]"]), {"solo": True, "fresh": False}),
+        (["sweep", "a.yaml", "--solo", "x=[1, 2]"], ("a.yaml", ["x=[1, 2]"]), {"solo": True, "fresh": False, "many": False, "part": None}),
+        (["sweep", "a.yaml", "--yes", "--part", "1/2"], ("a.yaml", []), {"solo": False, "fresh": False, "many": True, "part": "1/2"}),
+        (["train", "a.yaml", "--extend-steps", "9"], ("a.yaml", ["training.extend_steps=9"]), {"fresh": False}),
         (["compare", "runs/a", "runs/b"], (["runs/a", "runs/b"],), {}),
         (["evaluate", "runs/a"], ("runs/a",), {"member": None, "split": "eval"}),
         (["evaluate", "runs/a", "--member", "r4", "--split", "train"], ("runs/a",), {"member": "r4", "split": "train"}),
@@ -91,6 +93,7 @@ def test_what_each_command_is_called_with(call, command, arguments, args, kwargs
     calls = command(arguments[0])
     assert call(*arguments)[0] == 0
     (got_args, got_kwargs) = calls[0]
+    got_kwargs.pop("joining", None)
     plain = tuple([str(v) for v in a] if isinstance(a, list) else str(a) for a in got_args)
     assert (plain, got_kwargs) == (args, kwargs)
 

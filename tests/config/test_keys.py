@@ -17,9 +17,11 @@ def test_keys_are_the_schemas_fields():
         "mesh": schema.MeshConfig,
         "tracking": schema.TrackingConfig,
         "sweep": schema.SweepConfig,
+        "sweep.random": schema.RandomConfig,
     }
     assert section_keys() == list(sections)
-    assert valid_keys() == ["name"] + [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]
+    fields = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]
+    assert sorted(valid_keys()) == sorted(["name", *(f for f in fields if f not in sections)])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_split_key(key, path):
         ("adapter", "'adapter' is a section; name a key in it, such as 'adapter.method'."),
         ("adapter.rank.x", "no config key 'adapter.rank.x': 'adapter.rank' holds a value, not further keys."),
         ("adapter.rank_pattern.", "no config key 'adapter.rank_pattern.'."),
-        ("mesh.zzzzz", "no config key 'mesh.zzzzz'. Valid keys here: data, fsdp, tensor."),
+        ("mesh.zzzzz", "no config key 'mesh.zzzzz'. Valid keys here: data, fsdp, tensor, sweep."),
         ("", "no config key ''."),
         ("adapter..rank", "no config key 'adapter..rank'. Did you mean 'adapter.rank'?"),
     ],

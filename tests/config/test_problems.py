@@ -18,7 +18,7 @@ FROM_YAML = [
     ("adapter: {rnk: 8}", "c.yaml, line 5: no config key 'adapter.rnk'. Did you mean 'adapter.rank'?"),
     ("rank: 8", "c.yaml, line 5: no config key 'rank'. Did you mean 'adapter.rank'?"),
     ("optimiser: {learning_rate: 1}", "c.yaml, line 5: no config key 'optimiser'. Did you mean 'optimizer'?"),
-    ("mesh:\n  zzz: 1", "c.yaml, line 6: no config key 'mesh.zzz'. Valid keys here: data, fsdp, tensor."),
+    ("mesh:\n  zzz: 1", "c.yaml, line 6: no config key 'mesh.zzz'. Valid keys here: data, fsdp, tensor, sweep."),
     ("1: 2", "c.yaml, line 5: no config key '1'. Valid keys here: name, model, task, adapter, optimizer, training, mesh, tracking, sweep."),
     # wrong types
     ("adapter: {rank: eight}", "c.yaml, line 5: adapter.rank: must be a whole number above 0, got 'eight'."),
@@ -50,7 +50,7 @@ FROM_YAML = [
     ("adapter: {rank_pattern: {'(': 4}}", "adapter.rank_pattern: '(' is not a regular expression"),
     ("adapter: {targets: []}", "c.yaml, line 5: adapter.targets: must name at least one target."),
     # sweeps
-    ("sweep: {grid: {}}", "c.yaml, line 5: sweep.grid: names no key to sweep over."),
+    ("sweep: {grid: {}}", "c.yaml, line 5: sweep: names no key to sweep over: give a 'grid'"),
     ("sweep: {grid: {adapter.rank: []}}", "c.yaml, line 5: sweep.grid: 'adapter.rank' has no values."),
     ("sweep:\n  grid:\n    adapter.rnk: [1]", "c.yaml, line 7: sweep.grid: no config key 'adapter.rnk'. Did you mean 'adapter.rank'?"),
     ("sweep: {grid: {name: [a, b]}}", "c.yaml, line 5: sweep.grid: 'name' cannot be swept: the members of a sweep share it."),

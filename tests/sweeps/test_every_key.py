@@ -81,12 +81,14 @@ SET_UP = {
     "mesh.data": (2, {}),
     "mesh.fsdp": (2, {}),
     "mesh.tensor": (2, {}),
+    "mesh.sweep": (2, {}),
 }
 # Each in a test of its own below.
 OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
     "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs",
-    "sweep.grid", "sweep.max_pack", "task.kind", "task.prompt", "task.response", "task.messages",
+    "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
+    "sweep.where", "sweep.max_pack", "task.kind", "task.prompt", "task.response", "task.messages",
 }  # fmt: skip
 
 

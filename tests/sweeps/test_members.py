@@ -59,12 +59,12 @@ def test_values_in_names(value, name):
 
 
 def test_two_members_of_one_name_are_refused():
-    with pytest.raises(InputError, match=r"sweep\.grid: 'layers=1\+2' appears twice"):
+    with pytest.raises(InputError, match=r"sweep: 'layers=1\+2' appears twice"):
         members_of(grid(adapter__layers=[[1, 2], "1+2"]))
 
 
 def test_wrong_values_and_keys_are_refused():
-    with pytest.raises(InputError, match=r"sweep\.grid: adapter\.rank: must be a whole number above 0, got 0"):
+    with pytest.raises(InputError, match=r"sweep: adapter\.rank: must be a whole number above 0, got 0"):
         members_of(grid(adapter__rank=[2, 0]))
     with pytest.raises(InputError, match=r"Did you mean 'adapter\.rank'"):
         members_of(grid(adapter__rnk=[2]))

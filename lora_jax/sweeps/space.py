@@ -1,0 +1,98 @@
+"""From a `sweep` section to points: the swept values of each member, in order."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..config.errors import InputError
+from ..config.keys import leaf_schema, valid_keys
+from ..config.schema import Config, Distribution, RandomConfig
+from ..config.where import Where
+
+Settings = dict[str, Any]
+
+# More members than this are more likely a slip than a wish.
+MANY = 10_000
+
+
+def points(config: Config) -> Iterator[Settings]:
+    """Dotted key -> value for each member of `config.sweep`.
+
+    All combinations of `grid`, the rows of `zip` and the draws of `random`; then `members`; each of these once a seed; and of all that
+    what `where` lets through. A point that came before is left out where it was drawn at random.
+
+    Raises:
+        InputError: `where` has no value for a member.
+    """
+    sweep = config.sweep
+    assert sweep is not None
+    holds = _condition(config)
+    seeds: list[int | None] = [None]
+    if sweep.seeds is not None:
+        first = config.training.seed
+        seeds = list(range(first, first + sweep.seeds)) if isinstance(sweep.seeds, int) else list(sweep.seeds)
+    axes: list[list[Settings]] = [[{key: value} for value in values] for key, values in sweep.grid.items()]
+    if sweep.zip:
+        axes.append([dict(zip(sweep.zip, row, strict=True)) for row in zip(*sweep.zip.values(), strict=True)])
+    if sweep.random is not None:
+        axes.append(_draws(sweep.random))
+    combined = (dict(itertools.chain.from_iterable(p.items() for p in parts)) for parts in itertools.product(*axes)) if axes else iter(())
+    alone = [{}] if not axes and not sweep.members else []  # `seeds` by themselves
+    for point in itertools.chain(combined, sweep.members, alone):
+        for seed in seeds:
+            settings = point if seed is None else {**point, "training.seed": seed}
+            if holds(settings):
+                yield settings
+
+
+def _condition(config: Config) -> Any:
+    assert config.sweep is not None
+    if config.sweep.where is None:
+        return lambda settings: True
+    where = Where(config.sweep.where)
+    plain = config.model_dump()
+    base: Settings = {}
+    for key in valid_keys():
+        value: Any = plain
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        base[key] = value
+    return lambda settings: where({**base, **settings})
+
+
+def _draws(random: RandomConfig) -> list[Settings]:
+    # A generator a key: another key, or more draws, leave the ones before as they were.
+    columns = {
+        key: _column(key, distribution, np.random.default_rng([random.seed, zlib.crc32(key.encode())]), random.count)
+        for key, distribution in random.keys.items()
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return list({json.dumps(row, sort_keys=True, default=str): row for row in rows}.values())
+
+
+def _column(key: str, distribution: Distribution, rng: np.random.Generator, count: int) -> list[Any]:
+    if distribution.choice is not None:
+        return [distribution.choice[int(i)] for i in rng.integers(0, len(distribution.choice), count)]
+    schema = leaf_schema(key) or {}
+    kinds = {form.get("type") for form in [schema, *schema.get("anyOf", [])]}
+    whole = "integer" in kinds and "number" not in kinds
+    if "integer" not in kinds and "number" not in kinds:
+        raise InputError(f"sweep.random.keys: '{key}' holds no number; draw it with 'choice'.")
+    bounds = distribution.uniform or distribution.log_uniform
+    assert bounds is not None
+    shares = rng.uniform(size=count)
+    if distribution.uniform is not None:
+        low, high = (bounds[0], bounds[1] + 1) if whole else bounds
+        values = low + (high - low) * shares
+    else:
+        low, high = math.log(bounds[0]), math.log(bounds[1] + 1 if whole else bounds[1])
+        values = np.exp(low + (high - low) * shares)
+    # Four digits: a name and a table can hold them, and no result hangs on the fifth.
+    return [min(int(v), int(bounds[1])) if whole else float(f"{v:.4g}") for v in values]
