@@ -2,7 +2,8 @@
 
 A's input axis lies as its weight's input axis does, B's output axis as its weight's output axis; the rank is whole everywhere. A
 trained weight of the base lies where it lay before. Optimizer state follows the array it belongs to. All of them have the
-members in front, along the mesh's `sweep` axis.
+members in front, along the mesh's `sweep` axis; members that it does not divide lie on all of its devices, and a step adds
+members that do not count (`even_members`).
 """
 
 from __future__ import annotations
@@ -48,11 +49,26 @@ def member_shardings(part: Partition, mesh: Mesh, tree: Any) -> Any:
     specs = {name: trainable_spec(part, name, mesh) for name in part.trainable}
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey) and k.key in specs), None)
-        follows = name is not None and leaf.shape[1:] == part.trainable[name].shape
-        return NamedSharding(mesh, PartitionSpec("sweep", *(specs[name] if follows else ())))
+        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        name = next((k for k in reversed(keys) if k in specs), None)
+        members = None if leaf.shape[0] % mesh.shape["sweep"] else "sweep"
+        if name is None or leaf.shape[1:] != part.trainable[name].shape:
+            return NamedSharding(mesh, PartitionSpec(members))
+        return NamedSharding(mesh, PartitionSpec(members, *specs[name]))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def even_members(part: Partition, mesh: Mesh | None, tree: Any) -> Any:
+    """Inside a compiled program: stacked arrays with the last member repeated until the `sweep` axis divides the members.
+
+    Each device then computes its share of them. Nobody outside the program knows of the repeated ones: it drops their results.
+    """
+    missing = 0 if mesh is None else -len(jax.tree.leaves(tree)[0]) % mesh.shape["sweep"]
+    if mesh is None or not missing:
+        return tree
+    padded = jax.tree.map(lambda a: jnp.concatenate([a, *[a[-1:]] * missing]), tree)
+    return jax.lax.with_sharding_constraint(padded, member_shardings(part, mesh, padded))
 
 
 def stack_members(part: Partition, mesh: Mesh | None, members: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Loading: a checkpoint's tensors, one at a time, into the stacked parameters of a model."""
+"""Loading: a checkpoint's tensors, one at a time, into the stacked parameters of a model, wherever a mesh wants them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from ..config.errors import InputError
-from .checkpoint import Checkpoint, open_checkpoint
+from ..parallel.mesh import parameter_sharding
+from .checkpoint import open_checkpoint
 from .decoder import Decoder
 from .encoder import Encoder
 from .families import Family, Weight, find_family
+from .stack import AXES
 
 Base = Encoder | Decoder
 
 
-def load_model(source: str, *, dtype: str = "float32", remat: str = "dots", dropout: float = 0.0, key: str = "model.source") -> Base:
-    """A pretrained base.
+class BaseFiles:
+    """A pretrained base before it is loaded: headers and config are read, no weights.
 
     Args:
         source: a Hugging Face folder, a .safetensors or .gguf file, `hf://org/name[@revision]`, `package://import_name/path`.
@@ -28,35 +31,103 @@ def load_model(source: str, *, dtype: str = "float32", remat: str = "dots", drop
         dropout: rate of the model's own dropout while training: on the embeddings, attention's shares and each sub-layer's output.
         key: what to call the source in error messages.
 
+    Attributes:
+        model: the `Encoder` or `Decoder`, its parameters shapes (`jax.ShapeDtypeStruct`).
+
+    Raises:
+        InputError: no such source, an unsupported `model_type`, damaged files or missing tensors.
+    """
+
+    def __init__(self, source: str, *, dtype: str = "float32", remat: str = "dots", dropout: float = 0.0, key: str = "model.source"):
+        self._checkpoint = open_checkpoint(source, key=key)
+        self._where = f"{key}: {source}"
+        family = find_family(self._checkpoint.config, self._where)
+        config = family.config(self._checkpoint.config, jnp.dtype(dtype))
+        names = set(self._checkpoint.names())
+        prefix = _prefix(family, names)
+        if family.kind == "encoder" and prefix + "pooler.dense.weight" not in names:
+            config = dataclasses.replace(config, pooler=False)
+        self._table = {path: dataclasses.replace(w, name=prefix + w.name) for path, w in family.weights(config).items()}
+        _check_names(self._table, config.depth, names, self._where)
+        make = Encoder if family.kind == "encoder" else Decoder
+        self.model: Base = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+        self.model.layers.remat, self.model.dropout = remat, dropout
+        self.model.site_aliases = nnx.static(_aliases(family.weights(config)))
+
+    def load(self, mesh: Mesh | None = None) -> Base:
+        """The model with its weights.
+
+        Args:
+            mesh: where they are put, by their logical axes, as they are read; a process reads what lies on its own devices. None: on
+                the default device.
+
+        Raises:
+            InputError: a tensor has a wrong shape.
+        """
+        graphdef, state = nnx.split(self.model)
+        filled = []
+        for path, variable in nnx.to_flat_state(state):
+            weight = self._table[".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")]
+            sharding = (
+                None
+                if mesh is None
+                else parameter_sharding(mesh, variable.shape, variable.get_metadata().get(AXES, (None,) * len(variable.shape)))
+            )
+            filled.append((path, variable.replace(self._read(weight, variable.shape, variable.dtype, sharding))))
+        return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+    def _read(self, weight: Weight, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
+        """One parameter. Host memory holds the part of it that lies on this process's devices, and one tensor of it more."""
+        stacked = "{i}" in weight.name
+        for i in range(shape[0] if stacked else 1):
+            name, wanted = weight.name.replace("{i}", str(i)), shape[1:] if stacked else shape
+            stored = self._checkpoint.shape(name)
+            found = stored[::-1] if weight.transpose else stored
+            if found != wanted:
+                raise InputError(f"{self._where}: '{name}' has shape {found}, the config asks for {wanted}.")
+        box = [(0, size) for size in shape] if sharding is None else _own_part(sharding, shape)
+        part = np.empty([stop - start for start, stop in box], dtype)
+        inner = [slice(*bounds) for bounds in (box[1:] if stacked else box)]
+        layers = range(*box[0]) if stacked else [None]
+        for n, layer in enumerate(layers):
+            name = weight.name if layer is None else weight.name.replace("{i}", str(layer))
+            array = self._checkpoint.read_slice(name, inner[::-1] if weight.transpose else inner)
+            part[n if stacked else ...] = array.T if weight.transpose else array
+        if sharding is None:
+            return jax.block_until_ready(jnp.asarray(part))
+
+        def cut(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = [s.indices(size) for s, size in zip(index, shape, strict=True)]
+            return part[tuple(slice(lo - first, hi - first) for (lo, hi, _), (first, _) in zip(bounds, box, strict=True))]
+
+        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, cut))
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "float32",
+    remat: str = "dots",
+    dropout: float = 0.0,
+    key: str = "model.source",
+    mesh: Mesh | None = None,
+) -> Base:
+    """A pretrained base: `BaseFiles(source, ...).load(mesh)`.
+
     Returns:
-        an `Encoder` or `Decoder`. Host memory stays below the weights plus one stacked parameter.
+        an `Encoder` or `Decoder`. Host memory stays below the weights that lie on this process's devices plus one stacked parameter.
 
     Raises:
         InputError: no such source, an unsupported `model_type`, damaged files, missing tensors or wrong shapes.
     """
-    checkpoint = open_checkpoint(source, key=key)
-    where = f"{key}: {source}"
-    family = find_family(checkpoint.config, where)
-    config = family.config(checkpoint.config, jnp.dtype(dtype))
-    names = set(checkpoint.names())
-    prefix = _prefix(family, names)
-    if family.kind == "encoder" and prefix + "pooler.dense.weight" not in names:
-        config = dataclasses.replace(config, pooler=False)
-    table = {path: dataclasses.replace(w, name=prefix + w.name) for path, w in family.weights(config).items()}
-    _check_names(table, config.depth, names, where)
+    return BaseFiles(source, dtype=dtype, remat=remat, dropout=dropout, key=key).load(mesh)
 
-    make = Encoder if family.kind == "encoder" else Decoder
-    model = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    flat = nnx.to_flat_state(state)
-    filled = []
-    for path, variable in flat:
-        name = ".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")
-        filled.append((path, variable.replace(_read(checkpoint, table[name], variable.shape, variable.dtype, where))))
-    model = nnx.merge(graphdef, nnx.from_flat_state(filled))
-    model.layers.remat, model.dropout = remat, dropout
-    model.site_aliases = nnx.static(_aliases(family.weights(config)))
-    return model
+
+def _own_part(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """`(start, stop)` per axis of the smallest block that holds what lies on this process's devices."""
+    indices = list(sharding.addressable_devices_indices_map(shape).values())
+    bounds = [[s.indices(size)[:2] for s, size in zip(index, shape, strict=True)] for index in indices if index is not None]
+    return [(min(b[axis][0] for b in bounds), max(b[axis][1] for b in bounds)) for axis in range(len(shape))]
 
 
 def _prefix(family: Family, names: set[str]) -> str:
@@ -74,19 +145,3 @@ def _aliases(table: dict[str, Weight]) -> tuple[tuple[str, str], ...]:
     """Module path -> Hugging Face module path, from the parameters' names."""
     pairs = {path.rsplit(".", 1)[0]: w.name.removesuffix(".weight") for path, w in table.items() if w.name.endswith(".weight")}
     return tuple(sorted(pairs.items()))
-
-
-def _read(checkpoint: Checkpoint, weight: Weight, shape: tuple[int, ...], dtype: np.dtype, where: str) -> jax.Array:
-    def tensor(name: str, expected: tuple[int, ...]) -> np.ndarray:
-        array = checkpoint.read(name)
-        array = array.T if weight.transpose else array
-        if array.shape != expected:
-            raise InputError(f"{where}: '{name}' has shape {array.shape}, the config asks for {expected}.")
-        return array
-
-    if "{i}" not in weight.name:
-        return jax.block_until_ready(jnp.asarray(tensor(weight.name, shape), dtype))
-    stacked = np.empty(shape, dtype)
-    for i in range(shape[0]):
-        stacked[i] = tensor(weight.name.replace("{i}", str(i)), shape[1:])
-    return jax.block_until_ready(jnp.asarray(stacked))

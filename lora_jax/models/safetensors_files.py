@@ -29,6 +29,7 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }  # fmt: skip
 
+_BLOCK = 16 * 1024 * 1024  # bytes read at a time where only a part of each row is wanted
 _LONGEST_HEADER = 100_000_000  # the reference implementation's limit
 
 
@@ -63,18 +64,32 @@ class SafetensorsCheckpoint(Checkpoint):
         entry = self._entry(name)
         count = math.prod(entry.shape)
         flat = np.fromfile(entry.file, entry.dtype, count, offset=entry.offset)
-        if flat.size != count:  # it was whole when the header was read
-            raise InputError(f"{entry.file}: '{name}' is cut short; the file has changed since it was opened.")
+        if flat.size != count:
+            raise self._cut_short(name)
         return flat.reshape(entry.shape)
 
     def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
         entry = self._entry(name)
         bounds = slice_bounds(entry.shape, index)
-        if math.prod(entry.shape) == 0:
-            return np.empty([stop - start for start, stop in bounds], entry.dtype)
-        view = np.memmap(entry.file, entry.dtype, "r", entry.offset, entry.shape)
-        # Copied, so that the mapping (and with it the pages it pulled in) goes when this returns.
-        return np.array(view[tuple(slice(*b) for b in bounds)])
+        out = np.empty([stop - start for start, stop in bounds], entry.dtype)
+        if not entry.shape or out.size == 0:
+            return self.read(name)[tuple(slice(*b) for b in bounds)]
+        # Whole rows are read and cut, a few at a time: a mapping of the file would count every page it touches as memory in use.
+        row = math.prod(entry.shape[1:])
+        inner, (first, last) = tuple(slice(*b) for b in bounds[1:]), bounds[0]
+        step = max(1, _BLOCK // (row * entry.dtype.itemsize))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            offset = entry.offset + start * row * entry.dtype.itemsize
+            block = np.fromfile(entry.file, entry.dtype, (stop - start) * row, offset=offset)
+            if block.size != (stop - start) * row:
+                raise self._cut_short(name)
+            out[start - first : stop - first] = block.reshape(-1, *entry.shape[1:])[:, *inner]
+        return out
+
+    def _cut_short(self, name: str) -> InputError:
+        """It was whole when the header was read."""
+        return InputError(f"{self._entry(name).file}: '{name}' is cut short; the file has changed since it was opened.")
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:

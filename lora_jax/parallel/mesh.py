@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -105,7 +106,7 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
         return array
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(place(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
     host = to_host(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -26,7 +26,7 @@ class Pack:
     """Members that train inside one compiled step.
 
     Attributes:
-        configs: one a member. On a mesh with a `sweep` axis the last is repeated until that axis divides them.
+        configs: one a member.
         specs: what each adapts.
         structure: the shapes that hold all.
         part: the adapted model in parts; `part.frozen` is the base.
@@ -52,8 +52,6 @@ class Pack:
             steps: optimizer steps each will take, for the schedules.
             mesh: where the base lies, and the members' arrays beside it (`adapters/placement.py`).
         """
-        if mesh is not None:
-            configs = [*configs, *[configs[-1]] * (-len(configs) % mesh.shape["sweep"])]
         specs = [resolve(model, c.adapter) for c in configs]
         structure = unite(model, specs)
         adapted = inject_structure(model, structure)

@@ -115,9 +115,8 @@ def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
 
 
 def _load_base(config: Config, mesh: Mesh) -> Encoder | Decoder:
-    base = load_model(config.model.source, dtype=config.model.dtype, remat=config.model.remat, dropout=config.model.dropout)
-    place_model(base, mesh)
-    return base
+    model = config.model
+    return load_model(model.source, dtype=model.dtype, remat=model.remat, dropout=model.dropout, mesh=mesh)
 
 
 def _check_kind(base: Encoder | Decoder, config: Config) -> None:

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
+from ..adapters.placement import even_members
 from ..config.errors import RunError
 from ..models.heads import TaskModel
 from ..parallel.constraints import on_mesh
@@ -185,10 +186,14 @@ class PackPrograms:
 
         def train(state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
             noise = jax.random.fold_in(jax.random.key(data_seed), step)
-            return over_members(lambda s, f: train_step(part, s, f, frozen, batch, step, noise))(state, fixed)
+            even = even_members(part, mesh, (state, fixed))
+            new = over_members(lambda s, f: train_step(part, s, f, frozen, batch, step, noise))(*even)
+            return jax.tree.map(lambda a: a[: state.alive.size], new)
 
         def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            return over_members(lambda t, s: eval_step(part, t, s, frozen, batch))(trainable, settings)
+            even = even_members(part, mesh, (trainable, settings))
+            sums = over_members(lambda t, s: eval_step(part, t, s, frozen, batch))(*even)
+            return jax.tree.map(lambda a: a[: len(jax.tree.leaves(trainable)[0])], sums)
 
         self.train = Program(train, "training", carries=True, mesh=mesh)
         self.evaluate = Program(evaluate, "evaluation", mesh=mesh)
