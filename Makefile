@@ -61,8 +61,9 @@ test-slow: dev  ## Tests that train real models
 test-interop: dev .venv/.interop  ## Agreement with PyTorch and PEFT (installs both, CPU build)
 	$(RUN_PYTEST) -m interop tests/interop
 
-test-slurm: dev  ## Tests that need a Slurm cluster's commands
-	$(RUN_PYTEST) -m slurm
+test-slurm: dev  ## Tests on a real Slurm of their own (as root; installs Debian's slurm-wlm where it is missing)
+	@sh tests/slurm/install_slurm.sh
+	$(RUN_PYTEST) -m slurm tests/slurm
 
 lint: .venv/.dev  ## Rules and formatting
 	$(BIN)/ruff check .

@@ -90,7 +90,7 @@ SwitchType=switch/none
 ReturnToService=2
 MaxArraySize=1001
 # Answers within a second, where a cluster saves its controller the work.
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,defer_batch
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000
 InactiveLimit=0
 KillWait=30
 MinJobAge=300
