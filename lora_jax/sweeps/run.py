@@ -25,6 +25,7 @@ from ..training.setup import Preparer, Setup, check_adapters
 from ..training.stopping import StopSignals
 from .members import Member, members_of
 from .plan import PackPlan, Part, plan_packs, plan_part
+from .remaining import plan_remaining, take_over_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,11 @@ def _run(
     # right: wrong input leaves nothing behind that would stand in the way of the mended config.
     run = open_run() if not fresh and writer_says(holds_run(Path(config.tracking.dir) / config.name)) else None
     try:
+        if run is not None and part is None:
+            held = run
+            writer_first(lambda: take_over_names(held, config, members) if is_writer() else held.refresh())
+            packs = plan_remaining(members, run, largest=largest)
         ended = {n: s for n, s in run.statuses.items() if n in names} if run is not None else {}
-        # A pack that ended in part is gone through again, from its last checkpoint.
         packs = [p for p in packs if any(m.name not in ended for m in p.members)]
         for pack_plan in reversed(packs):  # the first last, so that its setup is at hand for training
             configs = [m.config for m in pack_plan.members]

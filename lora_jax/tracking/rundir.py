@@ -29,8 +29,8 @@ from lora_jax.tracking.files import read_json, write_atomic, write_json
 from lora_jax.tracking.results import MemberResult, read_run, write_results_csv
 
 # Where the directory lies is no part of the experiment: a run stays resumable after its folder was moved.
-# Nor do devices and safety: it may go on elsewhere, with other checkpoints.
-IGNORED = frozenset({"tracking.dir", "tracking.checkpoint_every", "tracking.keep_checkpoints", "tracking.profile", "mesh"})
+# Nor do devices and safety: it may go on elsewhere, with other checkpoints. And a sweep may grow: its members are told apart by name.
+IGNORED = frozenset({"tracking.dir", "tracking.checkpoint_every", "tracking.keep_checkpoints", "tracking.profile", "mesh", "sweep"})
 _EXTENSION = "training.extend_steps"
 _SHOWN = 8
 _ABSENT = object()
@@ -142,6 +142,33 @@ class RunDirectory:
     def checkpoints(self, members: Sequence[str]) -> Path:
         """The folder of the checkpoints of a pack of these members; not made here."""
         return self.path / "checkpoints" / hashlib.sha256("\n".join(members).encode()).hexdigest()[:12]
+
+    def started_packs(self) -> list[list[str]]:
+        """The members of each pack that has a checkpoint."""
+        found = []
+        for folder in sorted((self.path / "checkpoints").glob("*")):
+            steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True)
+            for step in steps:  # a damaged one is passed over here as it is when it is read
+                try:
+                    names = read_json(folder / str(step) / "checkpoint.json")["members"]
+                except (InputError, KeyError):
+                    continue
+                if isinstance(names, list) and self.checkpoints(names) == folder:
+                    found.append(names)
+                    break
+        return found
+
+    def rename(self, old: MemberResult, new: MemberResult) -> None:
+        """Gives a member that has ended another name and other settings, with all its files."""
+        folder = self.member(new.name)
+        if not folder.exists():
+            new.write(self.member(old.name))
+            self.member(old.name).rename(folder)
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Reads anew which members have ended."""
+        self.statuses = _statuses(self.path)
 
     @property
     def finished(self) -> set[str]:
