@@ -1,7 +1,8 @@
 """One member's numbers in a structure: its factors (initialised by its own seed and padded), scales and dropout rates.
 
 What is drawn depends on the member's seed, the site's name and the layer, and never on what else is in the pack: a member starts
-the same alone and in any company. NumPy draws it, so that a hundred members of different ranks compile nothing.
+the same alone and in any company. Rank after rank is drawn: of two members with one seed the smaller starts as the leading part of
+the larger, so that they differ in their rank alone. NumPy draws it, so that a hundred members of different ranks compile nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _fill_site(module: LowRank, name: str, member: MemberSite | None, dropout: f
                 b[i, :rank] = generator.standard_normal((rank, b.shape[2]), np.float32)
             else:
                 bound = np.float32(1 / np.sqrt(a.shape[1]))
-                a[i, :, :rank] = (2 * generator.random((a.shape[1], rank), np.float32) - 1) * bound
+                a[i, :, :rank] = (2 * generator.random((rank, a.shape[1]), np.float32).T - 1) * bound
     for variable, value in ((module.lora_a, a), (module.lora_b, b), (module.scale, scale)):
         variable.set_value(jnp.asarray(value if stacked else value[0]))
     if hasattr(module, "dropout_rate"):

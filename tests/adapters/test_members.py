@@ -99,3 +99,10 @@ def test_heads_are_drawn_by_seed():
         kernels.append(np.asarray(model.classifier.kernel[...]))
     assert np.array_equal(kernels[0], kernels[2]) and not np.array_equal(kernels[0], kernels[1])
     assert abs(kernels[0].std() - 0.02) < 0.005
+
+
+def test_a_smaller_rank_starts_as_the_leading_part_of_a_larger(model):
+    small, large = (_filled(model, AdapterConfig(rank=r, targets=["q_proj", "embed"])) for r in (3, 6))
+    for name in small:
+        for a, b in ((small[name][0], large[name][0][..., :3]), (small[name][1], large[name][1][..., :3, :])):
+            np.testing.assert_array_equal(a, b)
