@@ -75,7 +75,8 @@ def load_in_processes(source: Path, *, count: int, devices: int) -> list[dict]:
     """Loads a model in `count` new processes of `devices` CPU devices each, cut over all of them.
 
     Returns:
-        for each process: `before` and `peak`, bytes in its memory before it loaded and at most; `held`, checksums of a weight's parts on its devices.
+        for each process: `before` and `peak`, bytes in its memory before it loaded and at most; `held`, checksums of a
+        weight's parts on its devices.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

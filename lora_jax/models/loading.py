@@ -96,7 +96,8 @@ class BaseFiles:
         if sharding is None:
             return jax.block_until_ready(jnp.asarray(part))
 
-        def cut(index: tuple[slice, ...]) -> np.ndarray:
+        def cut(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             bounds = [s.indices(size) for s, size in zip(index, shape, strict=True)]
             return part[tuple(slice(lo - first, hi - first) for (lo, hi, _), (first, _) in zip(bounds, box, strict=True))]
 

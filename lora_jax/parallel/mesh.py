@@ -6,7 +6,7 @@ compiled step needs to be told besides is in `constraints.py`. One device is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -119,19 +119,3 @@ def to_host(array: Any) -> np.ndarray:
 
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
-
-
-def _rows_sharding(mesh: Mesh, shape: tuple[int, ...], row_axis: int) -> NamedSharding:
-    """A batch array's rows lie along `data` and `fsdp`."""
-    parts: list[tuple[str, ...] | None] = [None] * len(shape)
-    parts[row_axis] = ROWS
-    return NamedSharding(mesh, PartitionSpec(*parts))
-
-
-def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], *, row_axis: int) -> dict[str, jax.Array]:
-    """A batch on the mesh. Arrays of rows are cut along them; the targets, which index all rows, are whole everywhere."""
-    rows = {"tokens", "segment_ids", "positions", "example_ids"}
-    return {
-        name: jax.device_put(array, _rows_sharding(mesh, array.shape, row_axis) if name in rows else replicated(mesh))
-        for name, array in batch.items()
-    }

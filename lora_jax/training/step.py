@@ -155,6 +155,10 @@ class Program:
             layouts = jax.tree.map(lambda a: getattr(a, "sharding", None), args[0])
             return jax.jit(self.traces, donate_argnums=0, out_shardings=(layouts, rest)).lower(*args)
 
+    def compiled_text(self) -> str:
+        """The program as compiled, after its first call."""
+        return self._compiled.as_text()
+
     def __call__(self, *args: Any) -> Any:
         """Calls it.
 
