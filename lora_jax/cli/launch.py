@@ -28,6 +28,7 @@ class LaunchOptions:
         devices: CPU devices each process is to see; its own by default.
         parts: jobs that share a sweep.
         fresh: set an old run aside first.
+        many: train a sweep of more than 10,000 members.
         wait: return when the jobs have ended.
         slurm: what to ask Slurm for; keys of `SlurmOptions`.
     """
@@ -37,6 +38,7 @@ class LaunchOptions:
     devices: int | None = None
     parts: int = 1
     fresh: bool = False
+    many: bool = False
     wait: bool = False
     slurm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -76,6 +78,7 @@ def launch_command(config: Path, overrides: Sequence[str], options: LaunchOption
     if holds_run(run) and options.fresh:
         print(f"{run}: set aside as {set_aside(run)}", file=sys.stderr)
     command = [sys.executable, "-m", "lora_jax.cli.main", "train" if loaded.sweep is None else "sweep", str(config), *overrides]
+    command += ["--yes"] if options.many and loaded.sweep is not None else []
     environment = virtual_devices(options.devices, os.environ) if options.devices else {}
     if options.on == "local":
         return run_locally(command, options.processes or 1, logs=run / "logs", environment=environment)

@@ -46,6 +46,7 @@ ExtendSteps = Annotated[
         "--extend-steps", metavar="N", min=1, help="Train N steps beyond what the config says; of a finished run too.", show_default=False
     ),
 ]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask about a sweep of more than 10,000 members.")]
 Coordinator = Annotated[
     str | None,
     typer.Option(
@@ -125,7 +126,7 @@ def sweep(
     solo: Annotated[bool, typer.Option("--solo", help="Train each member by itself, to compare with: same results, more time.")] = False,
     fresh: Fresh = False,
     extend_steps: ExtendSteps = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask about a sweep of more than 10,000 members.")] = False,
+    yes: Yes = False,
     part: Annotated[
         str | None,
         typer.Option(
@@ -164,6 +165,7 @@ def launch(
         typer.Option("--devices-per-process", metavar="N", min=1, help="CPU only: devices each process is to see.", show_default=False),
     ] = None,
     fresh: Fresh = False,
+    yes: Yes = False,
     parts: Annotated[
         int, typer.Option("--parts", metavar="N", min=1, help="slurm: a sweep as an array of N jobs that share its members.")
     ] = 1,
@@ -225,7 +227,7 @@ def launch(
         setup=setup,
         sbatch=sbatch,
     )
-    options = LaunchOptions(on, processes, devices_per_process, parts, fresh, wait, slurm)
+    options = LaunchOptions(on, processes, devices_per_process, parts, fresh, yes, wait, slurm)
     if code := launch_command(config, overrides or [], options):
         raise typer.Exit(code)
 
@@ -258,11 +260,24 @@ def evaluate(
 
 
 @app.command()
-def doctor() -> None:
-    """Show devices, memory, versions, and what is missing."""
-    from .doctor import doctor_command
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="An experiment's YAML file, to be told what it will take.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show devices, memory, versions, and what is missing.
 
-    if not doctor_command():
+    With a config also where each parameter will lie on the mesh, and the memory that each device will need: before anything is
+    loaded.
+    """
+    from .doctor import doctor_command
+    from .placement import placement_command
+
+    ready = doctor_command()
+    if config is not None:
+        placement_command(config, overrides or [])
+    if not ready:
         raise typer.Exit(1)
 
 

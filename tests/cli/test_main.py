@@ -117,7 +117,7 @@ def test_wrong_usage_exits_2(call, arguments, told):
 def test_help_is_complete(call):
     code, out, _ = call("--help")
     assert code == 0
-    for name in ("train", "sweep", "compare", "evaluate", "doctor", "schema"):
+    for name in ("train", "sweep", "launch", "compare", "evaluate", "doctor", "schema"):
         assert f"\n  {name} " in out
         code, text, _ = call(name, "--help")
         assert code == 0
