@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..parallel.mesh import parameter_sharding, place
+from ..parallel.mesh import AnyMesh, parameter_sharding, place
 from .partition import Partition
 
 
-def trainable_spec(part: Partition, name: str, mesh: Mesh) -> PartitionSpec:
+def trainable_spec(part: Partition, name: str, mesh: AnyMesh) -> PartitionSpec:
     """How one member's trainable array lies; whole everywhere where its axes have no names.
 
     Args:

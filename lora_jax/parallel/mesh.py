@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..config.errors import InputError
 from ..config.schema import MeshConfig
+
+# An abstract one has sizes and no devices: enough to say where things would lie.
+AnyMesh = Mesh | AbstractMesh
 
 # Outermost first: neighbours in a mesh are those that talk most. Members of a sweep never talk.
 AXES = ("sweep", "data", "fsdp", "tensor")
@@ -39,6 +42,21 @@ RULES: dict[str, str | None] = {
 }
 
 
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """How many devices the config asks for along each of `AXES`, with -1 worked out.
+
+    Raises:
+        InputError: the other axes do not divide the devices, so that -1 has no value.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if -1 in sizes:
+        if devices % known:
+            raise InputError(f"mesh: {known} does not divide the {devices} devices, so -1 has no value.")
+        sizes[sizes.index(-1)] = devices // known
+    return tuple(sizes)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh a config asks for, over the first devices there are.
 
@@ -46,12 +64,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         InputError: more devices asked for than there are, a number that does not divide them, or too few for the processes.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if -1 in sizes:
-        if len(devices) % known:
-            raise InputError(f"mesh: {known} does not divide the {len(devices)} devices, so -1 has no value.")
-        sizes[sizes.index(-1)] = len(devices) // known
+    sizes = mesh_sizes(config, len(devices))
     wanted = int(np.prod(sizes))
     shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1 or axis in ROWS)
     if wanted > len(devices):
@@ -61,7 +74,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(mesh_utils.create_device_mesh(sizes, devices[:wanted], allow_split_physical_axes=True), AXES)
 
 
-def parameter_sharding(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | None]) -> NamedSharding:
+def parameter_sharding(mesh: AnyMesh, shape: tuple[int, ...], axes: Sequence[str | None]) -> NamedSharding:
     """Where a parameter with these logical axes (None: no name) lies while it is not in use.
 
     What the table leaves whole along `fsdp` (a bias of hidden units, a width that the devices do not divide) is cut along its last
@@ -81,12 +94,12 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | 
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def gathered_sharding(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | None]) -> NamedSharding:
+def gathered_sharding(mesh: AnyMesh, shape: tuple[int, ...], axes: Sequence[str | None]) -> NamedSharding:
     """Where a parameter lies while it is in use: cut over `tensor` alone."""
     return NamedSharding(mesh, PartitionSpec(*(None if part == "fsdp" else part for part in _by_table(mesh, shape, axes))))
 
 
-def _by_table(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | None]) -> list[str | None]:
+def _by_table(mesh: AnyMesh, shape: tuple[int, ...], axes: Sequence[str | None]) -> list[str | None]:
     targets = [None if axis is None else RULES[axis] for axis in axes]
     return [t if t is not None and size % mesh.shape[t] == 0 else None for size, t in zip(shape, targets, strict=True)]
 
