@@ -69,9 +69,9 @@ class Row:
 
     @property
     def unfinished(self) -> str:
-        """`''` where every seed finished, else what happened: `diverged`, or `1 of 3 diverged`."""
+        """`''` where every seed finished, else what happened: `diverged`, `1 of 3 diverged`, `stopped` (by halving)."""
         parts = []
-        for status in ("diverged", "failed"):
+        for status in ("diverged", "failed", "stopped"):
             count = sum(m.status == status for m in self.members)
             if count:
                 parts.append(status if count == len(self.members) == 1 else f"{count} of {len(self.members)} {status}")
@@ -139,5 +139,7 @@ def footnotes(results: Sequence[MemberResult], rows: Sequence[Row]) -> list[str]
         more = f"{SEED} was swept, but no setting finished with two seeds" if SEED in keys else f"One seed: sweep {SEED}"
         notes.append(f"{more} to see which differences are more than chance.")
     if any(row.unfinished for row in rows):
-        notes.append("Settings of which a seed diverged or failed cannot be best; their figures are over the other seeds.")
+        notes.append(
+            "Settings of which a seed diverged, failed or was stopped by halving cannot be best; figures are over the other seeds."
+        )
     return notes

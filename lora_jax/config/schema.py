@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Annotated, Any, Literal
 
@@ -232,6 +233,22 @@ class RandomConfig(Section):
     keys: dict[str, Distribution] = Field(description="Dotted config key -> {uniform: [a, b]}, {log_uniform: [a, b]} or {choice: [...]}.")
 
 
+class HalvingConfig(Section):
+    metric: Literal["loss", "accuracy"] | None = Field(
+        default=None, description="What members are ranked by at a rung, on the held-out rows; the task's own by default."
+    )
+    factor: Annotated[float, Field(gt=1)] = Field(default=2.0, description="At each rung one member in so many goes on.")
+    rungs: PositiveInt | list[PositiveInt] = Field(
+        description="How many rungs, the last at 1 / factor of the steps and each at 1 / factor of the next; or the steps themselves."
+    )
+
+    @model_validator(mode="after")
+    def _rungs(self) -> HalvingConfig:
+        if isinstance(self.rungs, list) and (not self.rungs or any(a >= b for a, b in itertools.pairwise(self.rungs))):
+            raise ValueError(f"'rungs' must be steps that rise, got {self.rungs}")
+        return self
+
+
 class SweepConfig(Section):
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="Dotted config key -> values; all combinations.")
     zip: dict[str, list[Any]] = Field(
@@ -245,6 +262,7 @@ class SweepConfig(Section):
     where: str | None = Field(
         default=None, description="Only members for which this holds, such as: rank <= 8 or targets != 'mlp'. Keys by their last part."
     )
+    halving: HalvingConfig | None = Field(default=None, description="Successive halving: the losers of each rung stop.")
     max_pack: PositiveInt = Field(default=16, description="Most members trained inside one compiled step.")
 
     @field_validator("grid", "zip")

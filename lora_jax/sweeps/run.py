@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from ..config.errors import RunError
+from ..config.errors import InputError, RunError
 from ..config.load import dump_config
 from ..config.schema import Config
 from ..parallel.processes import is_writer, writer_first, writer_says
-from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory, holds_run
-from ..training.adapter_files import save_adapter
-from ..training.checkpoints import PackCheckpoints
-from ..training.loop import Outcome, perplexity, train_pack
-from ..training.pack import Pack
-from ..training.profile import StepTrace
+from ..tracking import MemberResult, Progress, RunDirectory, holds_run
 from ..training.setup import Preparer, Setup, check_adapters
 from ..training.stopping import StopSignals
+from .halving import Halving
 from .members import Member, members_of
-from .plan import PackPlan, Part, plan_packs, plan_part
+from .pack_run import PackRun
+from .plan import Part, plan_packs, plan_part
 from .remaining import plan_remaining, take_over_names
 
 
@@ -101,6 +94,9 @@ def _run(
     names = {m.name for p in packs for m in p.members}
     numbers = None if part is None else [i for i, m in enumerate(members) if m.name in names]
     prepare = Preparer()
+    halving = config.sweep.halving if config.sweep is not None else None
+    if halving is not None and (part is not None or solo):
+        raise InputError(f"sweep.halving: not with {'--solo' if solo else '--part'}; its members race each other.")
 
     def open_run() -> RunDirectory:
         where, name, text = config.tracking.dir, config.name, dump_config(config)
@@ -110,7 +106,7 @@ def _run(
     # right: wrong input leaves nothing behind that would stand in the way of the mended config.
     run = open_run() if not fresh and writer_says(holds_run(Path(config.tracking.dir) / config.name)) else None
     try:
-        if run is not None and part is None:
+        if run is not None and part is None and halving is None:
             held = run
             writer_first(lambda: take_over_names(held, config, members) if is_writer() else held.refresh())
             packs = plan_remaining(members, run, largest=largest)
@@ -119,17 +115,22 @@ def _run(
         for pack_plan in reversed(packs):  # the first last, so that its setup is at hand for training
             configs = [m.config for m in pack_plan.members]
             check_adapters(prepare(configs[0]), configs)
+        race = Halving(members, halving, prepare, signals, progress, largest=largest) if halving is not None and packs else None
         run = run or open_run()
         if run.resumed:
             progress.print(f"{run.path}: resumed, {len(ended)} of {len(names)} members are done.")
         compiled = 0
         told: Setup | None = None
-        for number, pack_plan in enumerate(packs, 1):
+        if race is not None:
+            compiled = race.train(run)
+        for number, pack_plan in enumerate(packs if race is None else [], 1):
             setup = prepare(pack_plan.members[0].config)
             if setup is not told:
                 progress.print(describe_setup(pack_plan.members[0].config, setup))
                 told = setup
-            compiled += _run_pack(run, pack_plan, setup, signals, progress, f"pack {number}/{len(packs)}")
+            trained = PackRun(run, pack_plan, setup, signals, progress, f"pack {number}/{len(packs)}").train()
+            trained.recorder.finish(trained.pack, trained.outcome)
+            compiled += trained.programs
         done = {r.name: r for r in writer_first(run.results)} if names else {}
         results = [done[m.name] for m in members if m.name in done]
         if is_writer() and len(results) == len(members):
@@ -151,130 +152,3 @@ def describe_setup(config: Config, setup: Setup) -> str:
         f"{setup.steps} steps of {config.training.batch_size}; batches of {facts['rows']} x {facts['length']} tokens, "
         f"{100 * facts['padding_share']:.1f} % padding (one example a row: {100 * facts['dynamic_padding_share']:.0f} %)"
     )
-
-
-def _run_pack(run: RunDirectory, plan: PackPlan, setup: Setup, signals: StopSignals, progress: Progress, title: str) -> int:
-    """Trains one pack and records its members; returns how many programs were compiled."""
-    members = plan.members
-    config = members[0].config
-    pack = Pack.build(setup.model, [m.config for m in members], setup.steps, setup.mesh)
-    counts = [pack.parameter_count(i) for i in range(len(members))]
-    progress.print(f"{title}: {len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters; compiling")
-    names = [m.name for m in members]
-    tracking = config.tracking
-    checkpoints = PackCheckpoints(
-        run.checkpoints(names),
-        names,
-        setup.fingerprint,
-        keep=tracking.keep_checkpoints,
-        warn=lambda text: progress.print(f"warning: {text}"),
-    )
-    with _Recorder(run, members, counts, setup, progress, title) as recorder, contextlib.closing(checkpoints):
-        signals.training = True
-        outcome = train_pack(
-            pack,
-            setup,
-            eval_every=config.training.eval_every,
-            log_every=tracking.log_every,
-            listener=recorder,
-            checkpoints=checkpoints,
-            checkpoint_every=tracking.checkpoint_every,
-            stop=signals.asked,
-            trace=StepTrace(run.path / "profile", tracking.profile),
-        )
-        recorder.finish(pack, outcome)
-    signals.training = False
-    return pack.programs.train.traces.count + pack.programs.evaluate.traces.count
-
-
-def _mean(losses: np.ndarray) -> float:
-    """The mean over members that have a loss; NaN where none has."""
-    finite = losses[np.isfinite(losses)]
-    return float(finite.mean()) if finite.size else float("nan")
-
-
-class _Recorder:
-    """Writes what a pack's members do: TensorBoard, console, results, adapters."""
-
-    def __init__(self, run: RunDirectory, members: Sequence[Member], counts: list[int], setup: Setup, progress: Progress, title: str):
-        self.run, self.members, self.counts, self.setup = run, members, counts, setup
-        self.progress, self.title = progress, title
-        self.writers: list[MemberWriter | NullWriter] = []
-        self.ended = False
-        self._open = contextlib.ExitStack()
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-        if not self.ended:
-            for writer in self.writers:
-                with contextlib.suppress(OSError):  # a full disk is told of already
-                    writer.close("interrupted")
-
-    def on_start(self, step: int) -> None:
-        """Opens the members' event files and the progress bar."""
-        if step:
-            self.progress.print(f"{self.title}: goes on after step {step}")
-        config = self.members[0].config
-        shown = ("loss", "accuracy") if self.setup.metric == "accuracy" else ("loss", "perplexity")
-        tags = [f"eval/{name}" for name in shown]
-        grid = {**config.sweep.grid, **config.sweep.zip} if config.sweep else {}
-        for member in self.members:
-            folder = self.run.member(member.name)
-            if config.tracking.tensorboard and is_writer():
-                # What an interrupted run wrote beyond this step will be written again.
-                resume_step = step if step or folder.exists() else None
-                self.writers.append(MemberWriter(folder, member.settings, metrics=tags, domains=grid, resume_step=resume_step))
-            else:
-                self.writers.append(NullWriter())
-        self.track = self._open.enter_context(self.progress.track(self.setup.steps, self.title, start=step))
-
-    def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
-        """Scalars of the training steps."""
-        values = {n: v for n, v in metrics.items() if n != "accuracy" or self.setup.metric == "accuracy"}
-        if self.setup.metric == "loss":
-            values["perplexity"] = perplexity(metrics["loss"])
-        for i, writer in enumerate(self.writers):
-            scalars = {f"train/{n}": float(v[i]) for n, v in values.items()}
-            if tokens_per_second:
-                scalars["train/tokens_per_second"] = tokens_per_second
-            writer.scalars(step, scalars)
-        self.track.update(step, loss=_mean(metrics["loss"]), tokens_per_second=tokens_per_second * len(self.members))
-
-    def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        """Scalars of an evaluation."""
-        for i, writer in enumerate(self.writers):
-            writer.scalars(step, {f"eval/{n}": float(v[i]) for n, v in metrics.items()})
-
-    def finish(self, pack: Pack, outcome: Outcome) -> None:
-        """Writes adapters, then results: a member with a result has all its files."""
-        facts = self.setup.plan.summary
-        for i, member in enumerate(self.members):
-            status = "finished" if outcome.alive[i] else "diverged"
-            folder = self.run.member(member.name)
-            save = member.config.tracking.save
-            for kind, arrays in (("final", outcome.final_arrays), ("best", outcome.best_arrays)):
-                if save in (kind, "both"):
-                    own = pack.member_arrays(self.setup.model, i, arrays)  # in every process: all may hold a part of them
-                    if is_writer():
-                        save_adapter(folder / kind, own)
-            self.writers[i].close(status)
-            result = MemberResult(
-                name=member.name,
-                settings=member.settings,
-                parameters=self.counts[i],
-                status=status,
-                final={n: float(v[i]) for n, v in outcome.final.items()},
-                best={n: float(v[i]) for n, v in outcome.best.items()},
-                best_step=int(outcome.best_step[i]),
-                steps=self.setup.steps,
-                seconds=outcome.total_seconds,
-                tokens=outcome.tokens,
-                tokens_per_second=outcome.tokens_per_second,
-                padding_share=float(facts["padding_share"]),
-            )
-            if is_writer():
-                result.write(folder)
-        self.ended = True

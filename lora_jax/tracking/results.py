@@ -14,7 +14,7 @@ from typing import Any
 from lora_jax.config.errors import InputError
 from lora_jax.tracking.files import read_json, write_atomic, write_json
 
-STATUSES = ("finished", "diverged", "failed")
+STATUSES = ("finished", "diverged", "failed", "stopped")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class MemberResult:
         name: The member's name inside its run, such as `rank=4,targets=attention`.
         settings: Swept dotted config key -> this member's value; empty where nothing was swept.
         parameters: Number of trainable parameters.
-        status: `finished`, `diverged` (a loss that is not finite) or `failed`.
+        status: `finished`, `diverged` (a loss that is not finite), `failed`, or `stopped` (it lost in a rung of halving).
         final: Metric -> value at the last evaluation (`accuracy`, `loss`, `perplexity`, ...). Unknown values are NaN.
         best: Metric -> value at `best_step`, the evaluation that was best in the run's primary metric.
         best_step: Step of `best`.

@@ -23,7 +23,13 @@ from tensorboardX.proto.tensor_shape_pb2 import TensorShapeProto
 
 FLUSH_SECONDS = 5.0  # each flush is an fsync, and a pack has one writer a member
 _VERSION = "brain.Event:2"
-_STATUS = {"finished": "STATUS_SUCCESS", "diverged": "STATUS_FAILURE", "failed": "STATUS_FAILURE", "interrupted": "STATUS_UNKNOWN"}
+_STATUS = {
+    "finished": "STATUS_SUCCESS",
+    "diverged": "STATUS_FAILURE",
+    "failed": "STATUS_FAILURE",
+    "interrupted": "STATUS_UNKNOWN",
+    "stopped": "STATUS_UNKNOWN",
+}
 
 
 class MemberWriter:

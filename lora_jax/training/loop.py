@@ -14,7 +14,7 @@ import numpy as np
 from ..adapters.partition import Arrays
 from ..config.errors import Stopped
 from ..parallel.batches import place_batch
-from .checkpoints import PackCheckpoints
+from .checkpoints import PackCheckpoints, Saved
 from .pack import Pack
 from .profile import StepTrace
 from .setup import Setup
@@ -41,6 +41,7 @@ class Outcome:
     Attributes:
         final, best: metrics of the last and the best evaluation, (members,) arrays; best by the setup's metric.
         best_step: (members,) int.
+        steps: done.
         alive: (members,) bool; False where a loss was not finite.
         final_arrays, best_arrays: trainable arrays, stacked.
         tokens: trained on, without padding, by one member.
@@ -51,6 +52,7 @@ class Outcome:
     final: dict[str, np.ndarray]
     best: dict[str, np.ndarray]
     best_step: np.ndarray
+    steps: int
     alive: np.ndarray
     final_arrays: Arrays
     best_arrays: Arrays
@@ -70,6 +72,8 @@ def train_pack(
     checkpoint_every: int = 0,
     stop: Callable[[int], bool] = lambda step: False,
     trace: StepTrace | None = None,
+    until: int | None = None,
+    start: Callable[[], Saved] | None = None,
 ) -> Outcome:
     """Trains all members of a pack to the last step, from its newest checkpoint on if there is one.
 
@@ -83,6 +87,8 @@ def train_pack(
         checkpoint_every: steps between checkpoints; 0 makes one at the end alone.
         stop: asked after each step (given the steps done) whether to stop there.
         trace: of a few steps, for the profiler.
+        until: the step to end at; the setup's last by default.
+        start: where to begin without a checkpoint; step 0 by default.
 
     Raises:
         Stopped: `stop` said so; everything up to that step is in a checkpoint.
@@ -96,7 +102,12 @@ def train_pack(
     clock = _Clock()
     final: dict[str, np.ndarray] = {}
     first = 0
+    last = setup.steps if until is None else until
     saved = checkpoints.restore(state) if checkpoints is not None else None
+    if saved is None and start is not None:
+        saved = start()
+        if checkpoints is not None and saved.best is not None:
+            checkpoints.save_best(saved.step, saved.best)  # these checkpoints know nothing of it yet
     if saved is not None:
         first, state = saved.step, saved.state
         best.load(saved.loop["best"], saved.best)
@@ -118,7 +129,7 @@ def train_pack(
         }
         checkpoints.save(done, state, loop)
 
-    for step, batch in enumerate(setup.plan.batches(first, setup.steps), first):
+    for step, batch in enumerate(setup.plan.batches(first, last), first):
         placed = place_batch(setup.mesh, batch, row_axis=1)
         state, metrics = pack.programs.train(state, fixed, frozen, placed, np.int32(step))
         fresh.append(metrics)
@@ -134,7 +145,7 @@ def train_pack(
             window.clear()
             fresh.clear()
             listener.on_train(done, means, clock.rate())
-        if done == setup.steps or (eval_every and done % eval_every == 0):
+        if done == last or (eval_every and done % eval_every == 0):
             jax.block_until_ready(metrics)  # steps still under way are training, not evaluation
             clock.pause()
             final = evaluate_pack(pack, setup, state.trainable)
@@ -143,8 +154,8 @@ def train_pack(
             listener.on_eval(done, final)
             clock.resume()
         if checkpoints is not None:
-            stopping = done < setup.steps and stop(done)
-            if stopping or done == setup.steps or (checkpoint_every and done % checkpoint_every == 0):
+            stopping = done < last and stop(done)
+            if stopping or done == last or (checkpoint_every and done % checkpoint_every == 0):
                 clock.pause()
                 save(done)
                 clock.resume()
@@ -161,6 +172,7 @@ def train_pack(
         final,
         best.metrics,
         best.step,
+        max(first, last),
         np.asarray(state.alive),
         state.trainable,
         best.arrays,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from ..config.schema import Config
 from ..parallel.mesh import to_host
 from .optimizer import hyper_of
 from .step import MemberFixed, MemberState, PackPrograms, init_member
+
+# An index into one array of a member; None: it has no part of it.
+Window = tuple[Any, ...] | None
 
 
 @dataclasses.dataclass
@@ -68,22 +72,30 @@ class Pack:
         state = jax.jit(init, out_shardings=layouts)(trainable, fixed)
         return cls(configs, specs, structure, part, state, fixed, PackPrograms(part, configs[0].training.data_seed, mesh))
 
-    def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> Arrays:
-        """One member's trainable arrays in the shapes it has alone: padding cut off, layers below its lowest left out."""
+    def windows(self, model: nnx.Module, index: int) -> dict[str, Window]:
+        """Where a member's own part lies in each trainable array, (members, ...) without the first axis; None where it has none.
+
+        The rest is padding: ranks beyond its own, layers below its lowest.
+        """
         own = {s.site.name: s for s in unite(model, [self.specs[index]]).sites}
         shared = {s.site.name: s for s in self.structure.sites}
-        arrays = {}
-        for name, array in trainable.items():
+        found: dict[str, Window] = {}
+        for name in self.part.labels:
             site, _, factor = name.rpartition(".")
-            array = to_host(array[index])
-            if factor in ("lora_a", "lora_b"):
-                if site not in own:
-                    continue
-                if own[site].layers is not None:
-                    array = array[own[site].first - shared[site].first :]
-                array = array[..., : own[site].rank] if factor == "lora_a" else array[..., : own[site].rank, :]
-            arrays[name] = array
-        return arrays
+            if factor not in ("lora_a", "lora_b"):
+                found[name] = (...,)
+            elif site not in own:
+                found[name] = None
+            else:
+                layers = () if own[site].layers is None else (slice(own[site].first - shared[site].first, None),)
+                rank = slice(own[site].rank)
+                found[name] = (*layers, slice(None), rank) if factor == "lora_a" else (*layers, rank, slice(None))
+        return found
+
+    def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> dict[str, Any]:
+        """One member's trainable arrays in the shapes it has alone, on the host."""
+        windows = self.windows(model, index)
+        return {name: to_host(array[index])[window] for name, array in trainable.items() if (window := windows[name]) is not None}
 
     def parameter_count(self, index: int) -> int:
         """How many numbers one member trains, its padding not counted."""

@@ -18,6 +18,7 @@ def test_keys_are_the_schemas_fields():
         "tracking": schema.TrackingConfig,
         "sweep": schema.SweepConfig,
         "sweep.random": schema.RandomConfig,
+        "sweep.halving": schema.HalvingConfig,
     }
     assert section_keys() == list(sections)
     fields = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]

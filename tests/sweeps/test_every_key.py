@@ -88,7 +88,8 @@ OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
     "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs",
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
-    "sweep.where", "sweep.max_pack", "task.kind", "task.prompt", "task.response", "task.messages",
+    "sweep.where", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
+    "sweep.max_pack", "task.kind", "task.prompt", "task.response", "task.messages",
 }  # fmt: skip
 
 

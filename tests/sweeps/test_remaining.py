@@ -6,6 +6,7 @@ import pytest
 
 from lora_jax.config.errors import Stopped
 from lora_jax.sweeps.members import members_of
+from lora_jax.sweeps.pack_run import PackRun
 from lora_jax.sweeps.remaining import plan_remaining
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import RunDirectory
@@ -23,15 +24,13 @@ def quick():
 
 def packs_of(monkeypatch):
     """Notes the members of every pack that is trained."""
-    from lora_jax.sweeps import run as module
+    seen, original = [], PackRun.train
 
-    seen, original = [], module._run_pack
+    def noted(self, **options):
+        seen.append([m.name for m in self.plan.members])
+        return original(self, **options)
 
-    def noted(run, plan, *rest):
-        seen.append([m.name for m in plan.members])
-        return original(run, plan, *rest)
-
-    monkeypatch.setattr(module, "_run_pack", noted)
+    monkeypatch.setattr(PackRun, "train", noted)
     return seen
 
 

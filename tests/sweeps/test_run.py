@@ -100,7 +100,7 @@ def test_all_members_of_a_pack_may_diverge(hub, tmp_path, recwarn):
 
 
 def test_an_interrupted_run_goes_on_with_the_next_pack(hub, tmp_path, monkeypatch):
-    from lora_jax.sweeps import run
+    from lora_jax.sweeps import pack_run as run
 
     config = hub.config(tmp_path, {"sweep": {"grid": {"training.seed": [0, 1]}, "max_pack": 1}})
     real, calls = run.train_pack, []

@@ -1,0 +1,174 @@
+"""Successive halving (arXiv:1502.07943): all members train to the first rung, the best of them to the next, and so on to the end.
+
+After a rung the survivors leave their packs and go on in fewer, smaller ones, each from the bits it had: as if it had never shared a
+pack with the losers. What was decided is in `halving.json`, so that a run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Sequence
+
+from ..config.errors import InputError, RunError
+from ..config.schema import HalvingConfig
+from ..parallel.processes import is_writer
+from ..tracking import Progress, RunDirectory, read_json, write_json
+from ..training.checkpoints import Saved
+from ..training.pack import Pack
+from ..training.repack import Source, repack
+from ..training.setup import Preparer
+from ..training.stopping import StopSignals
+from .members import Member
+from .pack_run import PackRun, Trained
+from .plan import PackPlan, plan_packs
+
+_FILE = "halving.json"
+
+
+def rung_steps(halving: HalvingConfig, total: int) -> list[int]:
+    """The steps after which members are compared, rising and below `total`.
+
+    Raises:
+        InputError: a rung is not below the last step, or two fall on one.
+
+    >>> rung_steps(HalvingConfig(rungs=3), 80)
+    [10, 20, 40]
+    """
+    rungs = halving.rungs
+    if isinstance(rungs, int):
+        rungs = [max(1, round(total / halving.factor ** (rungs - i))) for i in range(rungs)]
+    if rungs[-1] >= total or any(a >= b for a, b in itertools.pairwise(rungs)):
+        raise InputError(f"sweep.halving.rungs: steps {rungs} do not rise to below the {total} steps of the run.")
+    return list(rungs)
+
+
+def survivors(scores: dict[str, float], factor: float) -> list[str]:
+    """The members that go on: the best 1 / factor, rounded up, in the order of `scores`.
+
+    Args:
+        scores: member -> its score, larger is better; NaN for one that diverged, which loses to all others.
+        factor: above 1.
+
+    >>> survivors({"a": 0.5, "b": 0.9, "c": 0.7}, 2)
+    ['b', 'c']
+    """
+    keep = math.ceil(len(scores) / factor)
+    ranked = sorted(scores, key=lambda name: (math.isnan(scores[name]), -scores[name] if not math.isnan(scores[name]) else 0.0))
+    return [name for name in scores if name in set(ranked[:keep])]
+
+
+class Halving:
+    """A sweep run by successive halving.
+
+    Args:
+        members: all of them; alike in model, task and length.
+        halving: the config's section.
+        prepare: makes set-ups.
+        signals: tell it to stop.
+        progress: the console.
+        largest: most members in a pack.
+
+    Raises:
+        InputError: members that cannot be compared, or rungs that do not rise to below the last step.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        halving: HalvingConfig,
+        prepare: Preparer,
+        signals: StopSignals,
+        progress: Progress,
+        *,
+        largest: int,
+    ):
+        self._members, self._halving, self._largest = list(members), halving, largest
+        self._signals, self._progress = signals, progress
+        self._setup = prepare(members[0].config)
+        if any(prepare(m.config) is not self._setup for m in members):
+            raise InputError("sweep.halving: the members must share model, task and training, for they are compared at equal steps.")
+        self._rungs = rung_steps(halving, self._setup.steps)
+
+    def train(self, run: RunDirectory) -> int:
+        """Trains to the end, from wherever the run is; returns how many programs were compiled."""
+        self._run = run
+        done = self._decided()
+        racing, before, programs = self._members, {}, 0
+        for number, until in enumerate([*self._rungs, None]):
+            packs = plan_packs(racing, largest=self._largest)
+            if number < len(done):
+                kept = done[number]
+            else:
+                kept, compiled = self._stage(number, until, packs, before)
+                programs += compiled
+                if until is not None:
+                    done.append(kept)
+                    if is_writer():
+                        facts = {"members": [m.name for m in self._members], "steps": self._rungs, "kept": done}
+                        write_json(self._run.path / _FILE, facts)
+            before = {member.name: (pack, place) for pack in packs for place, member in enumerate(pack.members)}
+            racing = [m for m in racing if m.name in set(kept)]
+        return programs
+
+    def _decided(self) -> list[list[str]]:
+        """Who went on after each rung so far."""
+        path = self._run.path / _FILE
+        if not path.exists():
+            return []
+        facts = read_json(path)
+        if facts.get("members") != [m.name for m in self._members] or facts.get("steps") != self._rungs:
+            raise InputError(f"{path}: other members or rungs raced here. Halving cannot grow: give another 'name=', or --fresh.")
+        return list(facts["kept"])
+
+    def _stage(
+        self, number: int, until: int | None, packs: list[PackPlan], before: dict[str, tuple[PackPlan, int]]
+    ) -> tuple[list[str], int]:
+        """Trains the packs to a rung (or the end), and records whoever goes no further."""
+        title = f"rung {number + 1}/{len(self._rungs)}" if until is not None else "last stretch"
+        trained: list[Trained] = []
+        for count, plan in enumerate(packs, 1):
+            one = self._pack_run(plan, f"{title}, pack {count}/{len(packs)}")
+            trained.append(one.train(until=until, start=(lambda pack, plan=plan: self._start(pack, plan, before)) if before else None))
+        scores: dict[str, float] = {}
+        for plan, one in zip(packs, trained, strict=True):
+            scores |= self._scores(plan, one)
+        kept = survivors(scores, self._halving.factor) if until is not None else list(scores)
+        for one in trained:
+            one.recorder.finish(one.pack, one.outcome, stopped=None if until is None else set(scores) - set(kept))
+        if until is not None:
+            self._progress.print(f"{title}: after {until} steps {len(kept)} of {len(scores)} members go on")
+        return kept, sum(one.programs for one in trained)
+
+    def _scores(self, plan: PackPlan, trained: Trained) -> dict[str, float]:
+        metric = self._halving.metric or self._setup.metric
+        values = trained.outcome.final.get(metric)
+        if values is None:
+            raise InputError(f"sweep.halving.metric: this task has no '{metric}'; it has {', '.join(trained.outcome.final)}.")
+        sign = -1.0 if metric == "loss" else 1.0
+        alive = trained.outcome.alive
+        return {m.name: sign * float(values[i]) if alive[i] else math.nan for i, m in enumerate(plan.members)}
+
+    def _pack_run(self, plan: PackPlan, title: str) -> PackRun:
+        return PackRun(self._run, plan, self._setup, self._signals, self._progress, title)
+
+    def _start(self, pack: Pack, plan: PackPlan, before: dict[str, tuple[PackPlan, int]]) -> Saved:
+        """The members as their packs of the rung before left them."""
+        restored: dict[int, tuple[Pack, Saved]] = {}
+        sources: list[Source] = []
+        for member in plan.members:
+            old, place = before[member.name]
+            if id(old) not in restored:
+                restored[id(old)] = self._left(old)
+            sources.append((restored[id(old)][0], place, restored[id(old)][1]))
+        return repack(self._setup.model, sources, pack)
+
+    def _left(self, plan: PackPlan) -> tuple[Pack, Saved]:
+        run = self._pack_run(plan, "")
+        pack = run.build()
+        with contextlib.closing(run.checkpoints()) as checkpoints:
+            saved = checkpoints.restore(pack.state)
+        if saved is None:
+            raise RunError(f"{checkpoints.folder}: the checkpoint of a finished rung is missing or damaged. Start anew with --fresh.")
+        return pack, saved

@@ -1,0 +1,97 @@
+"""One pack of a plan: built, trained from wherever it was, recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+from ..tracking import Progress, RunDirectory
+from ..training.checkpoints import PackCheckpoints, Saved
+from ..training.loop import Outcome, train_pack
+from ..training.pack import Pack
+from ..training.profile import StepTrace
+from ..training.setup import Setup
+from ..training.stopping import StopSignals
+from .plan import PackPlan
+from .record import Recorder
+
+
+@dataclasses.dataclass(frozen=True)
+class PackRun:
+    """A pack in training.
+
+    Attributes:
+        run: where it is recorded.
+        plan: its members.
+        setup: what they share.
+        signals: tell it to stop.
+        progress: the console.
+        title: what the console calls it.
+    """
+
+    run: RunDirectory
+    plan: PackPlan
+    setup: Setup
+    signals: StopSignals
+    progress: Progress
+    title: str
+
+    def build(self) -> Pack:
+        """The members at step 0."""
+        return Pack.build(self.setup.model, [m.config for m in self.plan.members], self.setup.steps, self.setup.mesh)
+
+    def checkpoints(self) -> PackCheckpoints:
+        """This pack's; to be closed."""
+        names = [m.name for m in self.plan.members]
+        keep = self.plan.members[0].config.tracking.keep_checkpoints
+
+        def warn(text: str) -> None:
+            self.progress.print(f"warning: {text}")
+
+        return PackCheckpoints(self.run.checkpoints(names), names, self.setup.fingerprint, keep=keep, warn=warn)
+
+    def train(self, *, until: int | None = None, start: Callable[[Pack], Saved] | None = None) -> Trained:
+        """Trains to the last step, or to step `until`, and records the members' curves.
+
+        Args:
+            until: as in `train_pack`.
+            start: where the pack, freshly built, begins where it has no checkpoint; step 0 by default.
+        """
+        members = self.plan.members
+        config = members[0].config
+        pack = self.build()
+        counts = [pack.parameter_count(i) for i in range(len(members))]
+        self.progress.print(f"{self.title}: {len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters; compiling")
+        recorder = Recorder(self.run, members, counts, self.setup, self.progress, self.title)
+        with recorder, contextlib.closing(self.checkpoints()) as checkpoints:
+            self.signals.training = True
+            outcome = train_pack(
+                pack,
+                self.setup,
+                eval_every=config.training.eval_every,
+                log_every=config.tracking.log_every,
+                listener=recorder,
+                checkpoints=checkpoints,
+                checkpoint_every=config.tracking.checkpoint_every,
+                stop=self.signals.asked,
+                trace=StepTrace(self.run.path / "profile", config.tracking.profile),
+                until=until,
+                start=None if start is None else lambda: start(pack),
+            )
+            self.signals.training = False
+        return Trained(pack, outcome, recorder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A pack that was trained, with what it came to and who records it."""
+
+    pack: Pack
+    outcome: Outcome
+    recorder: Recorder
+
+    @property
+    def programs(self) -> int:
+        """How many programs were compiled for it."""
+        return self.pack.programs.train.traces.count + self.pack.programs.evaluate.traces.count

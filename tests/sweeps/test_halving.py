@@ -1,0 +1,119 @@
+"""Successive halving: who goes on, with which bits, and what it costs."""
+
+from __future__ import annotations
+
+import math
+import signal
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments.fuzz_kills import bits_of_run, differing
+from lora_jax.config.errors import InputError, Stopped
+from lora_jax.config.schema import HalvingConfig
+from lora_jax.sweeps.halving import rung_steps, survivors
+from lora_jax.sweeps.run import run_sweep
+from lora_jax.training.stopping import StopSignals
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+# Ranks, targets, layers, dropout and rates differ; the learning rates decide who wins.
+SWEEP = {
+    "training.steps": 8,
+    "training.eval_every": 0,
+    "tracking.log_every": 3,
+    "adapter.dropout": 0.1,
+    "adapter.layers": "last:2",
+    "sweep": {
+        "zip": {
+            "adapter.rank": [2, 5, 3, 4, 2, 3],
+            "adapter.targets": [["q_proj"], ["down_proj"], "attention", ["v_proj"], "all-linear", "mlp"],
+            "optimizer.learning_rate": [0.02, 1e-5, 0.03, 2e-5, 0.01, 1e-6],
+        },
+        "halving": {"factor": 2, "rungs": [2, 4], "metric": "loss"},
+        "max_pack": 4,
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick_compile():
+        yield
+
+
+def test_rungs():
+    assert rung_steps(HalvingConfig(rungs=3), 80) == [10, 20, 40]
+    assert rung_steps(HalvingConfig(rungs=2, factor=3), 90) == [10, 30]
+    assert rung_steps(HalvingConfig(rungs=[5, 7]), 8) == [5, 7]
+    for halving, total in ((HalvingConfig(rungs=[5, 8]), 8), (HalvingConfig(rungs=5), 8)):
+        with pytest.raises(InputError, match="do not rise"):
+            rung_steps(halving, total)
+
+
+def test_who_goes_on():
+    assert survivors({"a": 1.0, "b": math.nan, "c": 3.0, "d": 2.0}, 2) == ["c", "d"]
+    assert survivors({"a": math.nan, "b": math.nan, "c": 1.0}, 2) == ["a", "c"]
+    assert survivors({"a": 1.0, "b": 1.0, "c": 1.0}, 3) == ["a"]
+    assert survivors({"a": -math.inf, "b": math.nan}, 2) == ["a"]
+
+
+@pytest.fixture(scope="module")
+def raced(hub, tmp_path_factory, compile_cache, quick):
+    return run_sweep(hub.config(tmp_path_factory.mktemp("raced"), SWEEP))
+
+
+def arrays_of(folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return {n: np.asarray(a) for n, a in checkpointer.restore((folder / "arrays").resolve()).items()}
+
+
+def test_losers_stop_and_survivors_equal_their_solo_runs(hub, tmp_path, raced):
+    by_status = {s: [r for r in raced.results if r.status == s] for s in ("stopped", "finished")}
+    assert len(by_status["finished"]) == 2 and {r.steps for r in by_status["finished"]} == {8}
+    assert sorted(r.steps for r in by_status["stopped"]) == [2, 2, 2, 4]
+    assert sum(r.steps for r in raced.results) < 0.6 * 8 * 6
+    swept = SWEEP["sweep"]["zip"]
+    for result in by_status["finished"]:
+        one = {"zip": {key: [result.settings[key]] for key in swept}}
+        alone = run_sweep(hub.config(tmp_path, SWEEP | {"sweep": one}, name=f"alone{result.settings['adapter.rank']}"))
+        (solo,) = alone.results
+        assert result.final["loss"] == pytest.approx(solo.final["loss"], rel=1e-5)
+        mine, theirs = (arrays_of(p / result.name / "final") for p in (raced.path, alone.path))
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert mine[name].shape == theirs[name].shape
+            assert np.linalg.norm(mine[name] - theirs[name]) <= 1e-5 * np.linalg.norm(theirs[name]) + 1e-12, name
+
+
+def test_a_race_that_was_stopped_again_and_again_ends_the_same(hub, tmp_path, raced, monkeypatch):
+    config = hub.config(tmp_path, SWEEP)
+    asked = StopSignals.asked
+    for step in (1, 3, 6):
+
+        def stop(self, done, step=step):
+            self.received = signal.SIGTERM
+            return done == step
+
+        monkeypatch.setattr(StopSignals, "asked", stop)
+        with pytest.raises(Stopped):
+            run_sweep(config)
+    monkeypatch.setattr(StopSignals, "asked", asked)
+    again = run_sweep(config)
+    assert [(r.name, r.status, r.steps) for r in again.results] == [(r.name, r.status, r.steps) for r in raced.results]
+    assert not differing(bits_of_run(raced.path), bits_of_run(again.path))
+    assert run_sweep(config).compiled_programs == 0
+
+
+def test_what_cannot_race(hub, tmp_path):
+    lengths = {"sweep": {"grid": {"training.batch_size": [4, 8]}, "halving": {"rungs": 1}}}
+    with pytest.raises(InputError, match="must share model, task and training"):
+        run_sweep(hub.config(tmp_path, lengths, name="a"))
+    with pytest.raises(InputError, match="do not rise"):
+        run_sweep(hub.config(tmp_path, {"sweep": {"grid": {"adapter.rank": [1, 2]}, "halving": {"rungs": [6]}}}, name="b"))
+    assert not list((tmp_path / "runs").glob("*"))
+    with pytest.raises(InputError, match="has no 'accuracy'"):
+        sweep = {"grid": {"adapter.rank": [1, 2]}, "halving": {"rungs": 1, "metric": "accuracy"}}
+        run_sweep(hub.config(tmp_path, {"sweep": sweep}, causal=True, name="c"))
