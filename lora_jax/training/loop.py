@@ -14,6 +14,7 @@ import numpy as np
 from ..adapters.partition import Arrays
 from ..config.errors import Stopped
 from ..parallel.batches import place_batch
+from ..parallel.mesh import to_host
 from .checkpoints import PackCheckpoints, Saved
 from .pack import Pack
 from .profile import StepTrace
@@ -173,7 +174,7 @@ def train_pack(
         best.metrics,
         best.step,
         max(first, last),
-        np.asarray(state.alive),
+        to_host(state.alive),
         state.trainable,
         best.arrays,
         clock.total_tokens,
