@@ -6,7 +6,9 @@ itself, from a folder that only who submitted it can write to. Nothing comes bac
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
 import signal
@@ -120,12 +122,13 @@ def submit(
     executor = SlurmExecutor(folder=logs / "%j")
     jobs = [Job(command, environment or {}) for command in commands]
     try:
-        executor.update_parameters(**_parameters(options, name))
-        if len(jobs) == 1:
-            return executor.submit(jobs[0]).job_id
-        with executor.batch():
-            submitted = [executor.submit(job) for job in jobs]
-        return submitted[0].job_id.partition("_")[0]
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what sbatch says, which is told below
+            executor.update_parameters(**_parameters(options, name))
+            if len(jobs) == 1:
+                return executor.submit(jobs[0]).job_id
+            with executor.batch():
+                submitted = [executor.submit(job) for job in jobs]
+            return submitted[0].job_id.partition("_")[0]
     except Exception as error:  # submitit wraps what sbatch said in errors of its own
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         raise RunError("Slurm did not take the job: " + "\n".join(lines[-3:])) from None
