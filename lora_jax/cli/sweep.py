@@ -42,9 +42,8 @@ def run_and_report(config: Config, *, solo: bool, fresh: bool, many: bool = Fals
     if not is_writer():
         return
     if outcome.unfinished:
-        progress.print(
-            f"part {share} is done; {outcome.unfinished} members of other parts have not ended. The last part writes the report."
-        )
+        left = outcome.unfinished
+        progress.print(f"part {share} is done; members of other parts yet to end: {left}. The last part writes the report.")
         return
     console = results_console()
     console.print(results_table(outcome.results, title=config.name))

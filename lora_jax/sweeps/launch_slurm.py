@@ -119,7 +119,7 @@ def submit(
     """
     if not _installed("sbatch"):
         raise RunError("--on slurm: sbatch is not here; run this on a machine of the cluster from which jobs are submitted.")
-    executor = SlurmExecutor(folder=logs / "%j")
+    executor = SlurmExecutor(folder=logs / "%j", max_num_timeout=1000)  # back into the queue as often as it takes
     jobs = [Job(command, environment or {}) for command in commands]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what sbatch says, which is told below

@@ -2,9 +2,10 @@
 
 import pytest
 
+from lora_jax.config.errors import InputError
 from lora_jax.config.load import with_values
 from lora_jax.sweeps.members import Member
-from lora_jax.sweeps.plan import plan_packs
+from lora_jax.sweeps.plan import Part, plan_packs, plan_part
 from tests.tiny import config
 
 
@@ -67,3 +68,37 @@ def test_large_groups_are_cut_evenly(count, largest, sizes):
 
 def test_nothing_to_do_is_no_pack():
     assert plan_packs([], largest=4) == []
+
+
+def parts(chosen, count, largest):
+    return [names(plan_part(chosen, Part(i + 1, count), largest=largest)) for i in range(count)]
+
+
+def test_parts_are_whole_packs_where_there_are_enough():
+    chosen = members(*({"adapter.rank": i + 1} for i in range(12)))
+    assert parts(chosen, 3, 4) == [[p] for p in names(plan_packs(chosen, largest=4))]
+    assert sorted(pack for share in parts(chosen, 2, 4) for pack in share) == sorted(names(plan_packs(chosen, largest=4)))
+
+
+def test_packs_are_cut_where_there_are_not():
+    chosen = members(*({"adapter.rank": i + 1} for i in range(7)))
+    assert [[len(p) for p in share] for share in parts(chosen, 3, 16)] == [[3], [2], [2]]
+    assert parts(chosen[:2], 3, 16) == [[["0"]], [["1"]], []]  # one has nothing to do
+
+
+def test_parts_are_of_nearly_equal_size_and_together_all():
+    chosen = members(*({"training.batch_size": 8 * (1 + i % 2), "adapter.rank": i + 1} for i in range(13)))
+    shares = parts(chosen, 4, 3)
+    assert sorted(name for share in shares for pack in share for name in pack) == sorted(m.name for m in chosen)
+    sizes = [sum(map(len, share)) for share in shares]
+    assert max(sizes) - min(sizes) <= 3
+
+
+@pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "1/0", "-1/2", "a/b", "1/2/3"])
+def test_what_is_no_part(text):
+    with pytest.raises(InputError, match="--part: '"):
+        Part.parse(text)
+
+
+def test_a_part_reads_as_it_is_written():
+    assert Part.parse("2/4") == Part(2, 4) and str(Part(2, 4)) == "2/4"
