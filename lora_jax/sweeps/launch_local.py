@@ -20,6 +20,7 @@ from ..parallel import processes
 
 # Exit codes of a run that was told to stop (SIGTERM, Ctrl-C), and saved everything.
 STOPPED = (75, 130)
+_SAVING_SECONDS = 120.0  # how long the others of such a run may still take
 _POLL_SECONDS = 0.1
 _FORCE_DEVICES = "--xla_force_host_platform_device_count"
 
@@ -34,9 +35,7 @@ def virtual_devices(count: int, env: Mapping[str, str]) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*others, f"{_FORCE_DEVICES}={count}"])}
 
 
-def run_locally(
-    command: Sequence[str], count: int, *, logs: Path, environment: Mapping[str, str] | None = None, grace: float = 30.0
-) -> int:
+def run_locally(command: Sequence[str], count: int, *, logs: Path, environment: Mapping[str, str] | None = None, grace: float = 5.0) -> int:
     """Runs `count` processes of a command as one program, and returns when all have ended.
 
     The first speaks where this process does; the others write to `logs/process-1.log` and so on. SIGTERM and SIGINT are passed on to
@@ -47,7 +46,7 @@ def run_locally(
         count: how many.
         logs: a folder; made if missing.
         environment: variables to set, beside those that tell the processes of one another.
-        grace: seconds that the others are given to end by themselves.
+        grace: seconds that the others are given to end by themselves when one has failed.
 
     Returns:
         0, or the exit code of the process that failed first; 128 + n where signal n ended it.
@@ -74,7 +73,11 @@ def run_locally(
                     )
                 )
             code = _first_failure(started)
-            _end(started, grace, ask=code not in STOPPED)
+            if code in STOPPED:  # the others were told too
+                _end(started, _SAVING_SECONDS)
+            else:
+                _ask_to_end(started)
+                _end(started, grace)
         except OSError as error:
             raise RunError(f"cannot start {command[0]}: {error.strerror}") from None
         finally:
@@ -107,11 +110,14 @@ def _first_failure(started: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(_POLL_SECONDS)
 
 
-def _end(started: Sequence[subprocess.Popen[bytes]], grace: float, *, ask: bool) -> None:
-    """Ends those that still run, by force when `grace` has passed; with `ask` they are told to at once, else they were already."""
+def _ask_to_end(started: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in started:
-        if ask and process.poll() is None:
+        if process.poll() is None:
             process.terminate()
+
+
+def _end(started: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+    """Waits for those that still run, and ends them by force when `grace` has passed."""
     until = time.monotonic() + grace
     for process in started:
         try:
