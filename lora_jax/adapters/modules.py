@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..models.noise import uniform
 from ..models.stack import AXES, PER_SEGMENT
 
 
@@ -62,7 +63,7 @@ class LowRank(nnx.Module):
         if self.deterministic or not hasattr(self, "dropout_rate"):
             return x
         rate = self.dropout_rate[...]
-        kept = jax.random.uniform(self.dropout_key[...], x.shape) >= rate
+        kept = uniform(self.dropout_key[...], x) >= rate
         return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
 
     def update(self) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import look_up, take_positions
+from .noise import uniform
 from .stack import AXES
 
 Array = jax.Array
@@ -78,7 +79,7 @@ class Context:
 
 def dropout(x: Array, rate: float, key: Array) -> Array:
     """`x` with a share `rate` of its values set to 0 and the others scaled up by 1 / (1 - rate)."""
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+    return jnp.where(uniform(key, x) < 1.0 - rate, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def linear(inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:

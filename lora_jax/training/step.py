@@ -16,6 +16,7 @@ from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..adapters.placement import even_members
 from ..config.errors import RunError
 from ..models.heads import TaskModel
+from ..models.noise import positions_of_targets
 from ..parallel.constraints import on_mesh
 from ..parallel.mesh import replicated
 from .memory import release_freed_memory
@@ -79,7 +80,8 @@ def train_step(
     def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         settings = with_dropout_keys(fixed.settings, jax.random.fold_in(key, index))
         model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
-        features = model.features(micro, jax.random.fold_in(noise, index))
+        with positions_of_targets(micro["target_index"], micro["tokens"].shape):
+            features = model.features(micro, jax.random.fold_in(noise, index))
         loss, correct = cross_entropy(model.readout(), features, micro["target_ids"], micro["target_weights"])
         return loss / total, correct / total
 

@@ -29,7 +29,7 @@ MESHES = [{"data": 8}, FSDP, {"data": 2, "fsdp": 2, "tensor": 2}, {"sweep": 4, "
 MEMBERS = [
     {"adapter__rank": 2, "adapter__targets": ["q_proj", "down_proj"], "adapter__layers": "last:3"},
     {"adapter__rank": 4, "adapter__targets": "attention", "optimizer__learning_rate": 3e-3, "training__seed": 1},
-    {"adapter__rank": 3, "adapter__targets": ["up_proj"], "optimizer__weight_decay": 0.1, "training__seed": 2},
+    {"adapter__rank": 3, "adapter__targets": ["up_proj", "o_proj"], "adapter__dropout": 0.1, "training__seed": 2},
 ]
 
 
@@ -98,7 +98,7 @@ CASES = [
     ("encoder", MESHES[2], {}, {"adapter__method": "full", "optimizer__learning_rate": 1e-3}),
     ("decoder", FSDP, {"tied": False}, {"adapter__targets": ["embed", "lm_head", "q_proj"]}),
     ("decoder", MESHES[3], {"bias": True}, {"adapter__targets": ["v_proj"], "adapter__bias": "lora_only", "adapter__layers": [1, 3]}),
-    ("decoder", {"fsdp": 4, "data": 2}, {"width": 36}, {"adapter__targets": "all-linear"}),
+    ("decoder", {"fsdp": 4, "tensor": 2}, {"vocab": 65}, {"adapter__targets": "all-linear"}),  # no axis divides these rows
 ]
 
 
