@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,10 @@ T = TypeVar("T")
 COORDINATOR, PROCESS_ID, PROCESS_COUNT, START_TIMEOUT = (
     f"LORA_JAX_{name}" for name in ("COORDINATOR", "PROCESS_ID", "PROCESS_COUNT", "START_TIMEOUT")
 )
+
+# Seconds by which process 0 outlives its failure: the end of the coordinator ends all others, and those that failed alike, as on wrong
+# input, would not come to say so.
+_LAST_WORDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,5 +200,7 @@ def leave(code: int) -> None:
     if _joined.count > 1:
         sys.stdout.flush()
         sys.stderr.flush()
+        if is_writer():
+            time.sleep(_LAST_WORDS)
         os._exit(code)
     sys.exit(code)
