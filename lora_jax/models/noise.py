@@ -10,11 +10,11 @@ import jax
 
 from ..parallel.constraints import take_positions
 
-_targets: ContextVar[tuple[jax.Array, tuple[int, int]] | None] = ContextVar("targets", default=None)
+_targets: ContextVar[tuple[jax.Array, tuple[int, ...]] | None] = ContextVar("targets", default=None)
 
 
 @contextlib.contextmanager
-def positions_of_targets(index: jax.Array, shape: tuple[int, int]) -> Iterator[None]:
+def positions_of_targets(index: jax.Array, shape: tuple[int, ...]) -> Iterator[None]:
     """Inside, an activation of as many rows as there are targets is one at these positions.
 
     Args:

@@ -59,6 +59,11 @@ class Recorder:
                 self.writers.append(NullWriter())
         self.track = self._open.enter_context(self.progress.track(self.setup.steps, self.title, start=step))
 
+    def on_save(self, step: int) -> None:
+        """Brings the curves to the disk: a killed run goes on behind this step."""
+        for writer in self.writers:
+            writer.flush()
+
     def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
         """Scalars of the training steps."""
         values = {n: v for n, v in metrics.items() if n != "accuracy" or self.setup.metric == "accuracy"}

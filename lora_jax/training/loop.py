@@ -28,6 +28,9 @@ class Listener(Protocol):
     def on_start(self, step: int) -> None:
         """Training begins, or goes on, after `step` steps."""
 
+    def on_save(self, step: int) -> None:
+        """A checkpoint of `step` is about to be written: what was heard until then will not be said again."""
+
     def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
         """Means of `loss` and `accuracy` since the last call, and `grad_norm` and `learning_rate`, after `step` steps."""
 
@@ -128,6 +131,7 @@ def train_pack(
             "tokens": clock.total_tokens,
             "seconds": time.perf_counter() - began,
         }
+        listener.on_save(done)
         checkpoints.save(done, state, loop)
 
     for step, batch in enumerate(setup.plan.batches(first, last), first):

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -213,8 +214,9 @@ KILLS = [
 ]  # fmt: skip
 
 
-def _child(config: str) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
+def _child(config: str, cache: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     with tiny.quick_compile():  # as in the run that is compared with: other passes, other bits
@@ -232,7 +234,7 @@ def test_twenty_kills_change_no_bit(hub, whole, tmp_path):
     killed = 0
     for pattern, milliseconds in KILLS:
         seen = set(run.glob(pattern)) if run.exists() else set()
-        process = context.Process(target=_child, args=(str(config),))
+        process = context.Process(target=_child, args=(str(config), jax.config.jax_compilation_cache_dir))
         process.start()
         while process.is_alive():
             if set(run.glob(pattern)) - seen or (pattern == "config.yaml" and (run / pattern).exists()):
@@ -245,7 +247,7 @@ def test_twenty_kills_change_no_bit(hub, whole, tmp_path):
         if (run / "results.csv").exists():
             shutil.rmtree(run)  # it was too quick: from the start again, so that every moment is met
     assert killed >= 15, f"{killed} of {len(KILLS)} moments were met"
-    process = context.Process(target=_child, args=(str(config),))
+    process = context.Process(target=_child, args=(str(config), jax.config.jax_compilation_cache_dir))
     process.start()
     process.join(240)
     assert process.exitcode == 0

@@ -190,6 +190,7 @@ def test_a_run_on_a_mesh(hub, tmp_path, compile_cache):
         losses = []
         listener = types.SimpleNamespace(
             on_start=lambda step: None,
+            on_save=lambda step: None,
             on_train=lambda step, metrics, speed: losses.append(metrics["loss"]),
             on_eval=lambda step, metrics: None,
         )
