@@ -55,8 +55,8 @@ quickstart: install  ## Install, then run the example sweep
 test: dev  ## The ordinary tests (minutes)
 	$(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "not slow and not interop and not slurm"
 
-test-slow: dev  ## Tests that train real models
-	$(RUN_PYTEST) -m "slow and not interop and not slurm"
+test-slow: dev  ## The longer tests: real models, meshes, processes, kills
+	$(RUN_PYTEST) -n $(WORKERS) --dist worksteal -m "slow and not interop and not slurm"
 
 test-interop: dev .venv/.interop  ## Agreement with PyTorch and PEFT (installs both, CPU build)
 	$(RUN_PYTEST) -m interop tests/interop

@@ -54,7 +54,7 @@ def test_a_row_a_member(swept):
     assert [int(r["parameters"]) - 66 for r in rows] == [3 * 2 * 64, 3 * 2 * (64 + 96), 3 * 4 * 64, 3 * 4 * (64 + 96)]
     for row in rows:
         assert row["status"] == "finished" and row["steps"] == "6" and row["best_step"] in ("3", "6")
-        assert float(row["final_loss"]) > 0 and 0 <= float(row["best_accuracy"]) <= 1 and float(row["tokens_per_second"]) > 0
+        assert float(row["final_loss"]) > 0 and 0 <= float(row["best_accuracy"]) <= 1 and "seconds" not in row
         assert float(row["best_accuracy"]) >= float(row["final_accuracy"]) and 0 <= float(row["padding_share"]) < 0.2
 
 
@@ -113,7 +113,7 @@ def test_only_what_is_missing_is_trained(copied):
     (run / NAMES[3] / "best" / "adapter.json").unlink()
     (run / "results.csv").unlink()
     result = call("sweep", path, where)
-    assert result.code == 0 and "3 of 4 members are done" in result.err and "pack 1/1: 1 member," in result.err
+    assert result.code == 0 and "3 of 4 members are done" in result.err and "pack 1/1: goes on after step 6" in result.err
     after = results(run)
     assert [after[n] for n in NAMES[:3]] == [before[n] for n in NAMES[:3]]
     assert after[NAMES[3]]["final"]["loss"] == pytest.approx(before[NAMES[3]]["final"]["loss"], rel=1e-5)

@@ -162,6 +162,7 @@ def test_another_base_is_refused(hub, tmp_path, monkeypatch):
         run_sweep(config)
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_meshes(hub, whole, tmp_path, monkeypatch):
     """Stopped on one mesh, ended on another: the same losses. Without dropout, whose noise follows the batch's padded shape."""
     one = {"sweep": {"grid": {"adapter.rank": [2, 3]}}, "adapter.dropout": 0.0, "model.dropout": 0.0}
