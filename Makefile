@@ -2,7 +2,7 @@
 #   make PYTHON=python3.12 install    choose the Python (used when .venv is made)
 #   make test PYTEST="tests/config -x"    hand words on to pytest
 .DEFAULT_GOAL := help
-.PHONY: help install dev quickstart test test-slow test-interop test-slurm lint types format notebook clean
+.PHONY: help install dev quickstart test test-slow test-interop test-slurm test-long lint types format notebook clean
 .NOTPARALLEL:
 SHELL := /bin/sh
 
@@ -53,10 +53,13 @@ quickstart: install  ## Install, then run the example sweep
 	$(BIN)/lora-jax sweep configs/quickstart.yaml
 
 test: dev  ## The ordinary tests (minutes)
-	$(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "not slow and not interop and not slurm"
+	$(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "not slow and not long and not interop and not slurm"
 
 test-slow: dev  ## The longer tests: real models, meshes, processes, kills
-	$(RUN_PYTEST) -n $(WORKERS) --dist worksteal -m "slow and not interop and not slurm"
+	$(RUN_PYTEST) -n $(WORKERS) --dist worksteal -m "slow and not long and not interop and not slurm"
+
+test-long: dev  ## More of the longer tests: every mesh, with real models too (half an hour; not in CI)
+	$(RUN_PYTEST) -m "long and not interop and not slurm"
 
 test-interop: dev .venv/.interop  ## Agreement with PyTorch and PEFT (installs both, CPU build)
 	$(RUN_PYTEST) -m interop tests/interop

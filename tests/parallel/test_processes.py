@@ -158,7 +158,15 @@ def one_process(hub, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": -1}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sweep": 2, "data": 4}])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({"data": -1}, marks=pytest.mark.long),
+        pytest.param({"fsdp": 8}, marks=pytest.mark.long),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"sweep": 2, "data": 4}, marks=pytest.mark.long),
+    ],
+)
 def test_two_processes_have_the_losses_of_one(hub, tmp_path, one_process, mesh):
     path = written(hub, tmp_path, mesh)
     words, env = command("launch", path, "--on", "local", "--processes", 2, "--devices-per-process", 4)

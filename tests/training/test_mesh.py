@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import jax
@@ -76,19 +77,16 @@ def decoder():
     return Tiny(lambda: tiny.language_model(4), causal=True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "mesh"),
-    [
-        pytest.param(
-            kind,
-            mesh,
-            id=f"{kind}-{mesh}",
-            marks=[] if (kind, mesh) in (("encoder", MESHES[2]), ("decoder", MESHES[3])) else pytest.mark.slow,
-        )
-        for kind in ("encoder", "decoder")
+def cases(kinds, ordinary):
+    """Every kind on every mesh; those beyond `ordinary` are for `make test-long`."""
+    return [
+        pytest.param(kind, mesh, id=f"{kind}-{mesh}", marks=[] if (kind, mesh) in ordinary else pytest.mark.long)
+        for kind in kinds
         for mesh in MESHES
-    ],
-)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "mesh"), cases(["encoder", "decoder"], [("encoder", MESHES[2]), ("decoder", MESHES[3])]))
 def test_the_mesh_is_invisible(request, kind, mesh):
     case = request.getfixturevalue(kind)
     losses, held_out, state, pack = train(case.make(), case.batches, mesh=mesh)
@@ -104,12 +102,13 @@ def test_the_mesh_is_invisible(request, kind, mesh):
         assert len(like) == 2 and all(a.sharding == array.sharding for a in like), name
 
 
+LONG = functools.partial(pytest.param, marks=pytest.mark.long)
 CASES = [
     ("encoder", FSDP, {"pooling": "mean"}, {"adapter__targets": "all-linear", "adapter__bias": "all"}),
     ("encoder", MESHES[2], {}, {"adapter__method": "full", "optimizer__learning_rate": 1e-3}),
-    ("decoder", FSDP, {"tied": False}, {"adapter__targets": ["embed", "lm_head", "q_proj"]}),
-    ("decoder", MESHES[3], {"bias": True}, {"adapter__targets": ["v_proj"], "adapter__bias": "lora_only", "adapter__layers": [1, 3]}),
-    ("decoder", {"fsdp": 4, "tensor": 2}, {"vocab": 65}, {"adapter__targets": "all-linear"}),  # no axis divides these rows
+    LONG("decoder", FSDP, {"tied": False}, {"adapter__targets": ["embed", "lm_head", "q_proj"]}),
+    LONG("decoder", MESHES[3], {"bias": True}, {"adapter__targets": ["v_proj"], "adapter__bias": "lora_only", "adapter__layers": [1, 3]}),
+    LONG("decoder", {"fsdp": 4, "tensor": 2}, {"vocab": 65}, {"adapter__targets": "all-linear"}),  # no axis divides these rows
 ]
 
 
@@ -253,8 +252,7 @@ def real_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("kind", ["minilm", "smollm2_cut"])
+@pytest.mark.parametrize(("kind", "mesh"), cases(["minilm", "smollm2_cut"], [("minilm", MESHES[2]), ("smollm2_cut", FSDP)]))
 def test_the_mesh_is_invisible_to_real_models(request, kind, mesh, real_alone):
     make, causal = request.getfixturevalue(kind), kind == "smollm2_cut"
     batches = [tiny.batch(seed, rows=8, length=24, causal=causal, vocab=30000) for seed in range(STEPS)]
