@@ -56,7 +56,7 @@ test: dev  ## The ordinary tests (minutes)
 	$(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "not slow and not long and not interop and not slurm"
 
 test-slow: dev  ## The longer tests: real models, meshes, processes, kills
-	$(RUN_PYTEST) -n $(WORKERS) --dist worksteal -m "slow and not long and not interop and not slurm"
+	$(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "slow and not long and not interop and not slurm"
 
 test-long: dev  ## More of the longer tests: every mesh, with real models too (half an hour; not in CI)
 	$(RUN_PYTEST) -m "long and not interop and not slurm"
