@@ -38,7 +38,7 @@ Overrides = Annotated[
     ),
 ]
 Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Start over: remove what an earlier run of this name left. Without it the run is resumed.")
+    bool, typer.Option("--fresh", help="Start over: set aside what an earlier run of this name left. Without it the run is resumed.")
 ]
 ExtendSteps = Annotated[
     int | None,

@@ -32,18 +32,7 @@ class TaskModel(Protocol):
         ...
 
 
-class _Answering(nnx.Module):
-    """What all task models share."""
-
-    def readout(self) -> Callable[[Array], Array]:
-        raise NotImplementedError
-
-    def head(self, features: Array) -> Array:
-        """(n, classes) logits of (n, width) features."""
-        return self.readout()(features)
-
-
-class SequenceClassifier(_Answering):
+class SequenceClassifier(nnx.Module):
     """An encoder with a linear classifier over the first token (through BERT's pooler) or the mean of the tokens.
 
     Args:
@@ -80,7 +69,7 @@ class SequenceClassifier(_Answering):
         return self.classifier
 
 
-class LanguageModel(_Answering):
+class LanguageModel(nnx.Module):
     """A decoder that predicts the token after each target position."""
 
     def __init__(self, base: Decoder):

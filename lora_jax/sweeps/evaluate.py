@@ -37,7 +37,7 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
         raise InputError(f"--split: '{split}'. {hint(split, SPLITS)}")
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: not a run directory (it holds no config.yaml).")
-    members = members_of(load_config(run / "config.yaml"))
+    members = members_of(load_config(run / "config.yaml"), many=True)  # asked about when they were trained
     if member is not None and member not in [m.name for m in members]:
         raise InputError(f"--member: no member '{member}'. {hint(member, [m.name for m in members])}")
     results: dict[str, dict[str, float]] = {}

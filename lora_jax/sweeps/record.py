@@ -94,8 +94,9 @@ class Recorder:
             if stopped is not None and member.name not in stopped:
                 self.writers[i].close("interrupted")  # it goes on in another pack, with a writer of its own
                 continue
-            if member.name in self.run.statuses:
-                continue  # it was recorded before its pack was interrupted
+            if member.name in self.run.statuses:  # it was recorded before its pack was interrupted
+                self.writers[i].close(self.run.statuses[member.name])
+                continue
             status = "diverged" if not outcome.alive[i] else "finished" if stopped is None else "stopped"
             folder = self.run.member(member.name)
             save = member.config.tracking.save

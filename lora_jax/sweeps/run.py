@@ -122,6 +122,7 @@ def _run(
         compiled = 0
         told: Setup | None = None
         if race is not None:
+            progress.print(describe_setup(config, prepare(members[0].config)))
             compiled = race.train(run)
         for number, pack_plan in enumerate(packs if race is None else [], 1):
             setup = prepare(pack_plan.members[0].config)

@@ -170,11 +170,6 @@ class RunDirectory:
         """Reads anew which members have ended."""
         self.statuses = _statuses(self.path)
 
-    @property
-    def finished(self) -> set[str]:
-        """Names of the members that need no more training."""
-        return {name for name, status in self.statuses.items() if status == "finished"}
-
     def member(self, name: str) -> Path:
         """The folder of a member; made by whoever writes into it."""
         return self.path / member_folder(name)

@@ -33,6 +33,7 @@ class Setup:
 
     Attributes:
         model: the base with the task's head; no adapters.
+        base: the pretrained model inside of it.
         data: tokenised examples.
         plan: the training batches.
         steps: optimizer steps.
@@ -41,6 +42,7 @@ class Setup:
     """
 
     model: nnx.Module
+    base: Encoder | Decoder
     data: TaskData
     plan: BatchPlan
     steps: int
@@ -49,8 +51,8 @@ class Setup:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the model's weights; taken when first asked for."""
-        return fingerprint(self.model)
+        """Of the pretrained weights; taken when first asked for. A new head is no part of it: each member draws its own."""
+        return fingerprint(self.base)
 
 
 def setup_key(config: Config) -> tuple[str, ...]:
@@ -144,7 +146,7 @@ def _assemble(config: Config, mesh: Mesh, base: Encoder | Decoder, data: TaskDat
     model = with_head(base, config, data)
     place_model(model, mesh)
     release_freed_memory()
-    return Setup(model, data, plan, plan.steps, metric, mesh)
+    return Setup(model, base, data, plan, plan.steps, metric, mesh)
 
 
 def place_model(model: nnx.Module, mesh: Mesh) -> None:

@@ -39,7 +39,7 @@ def test_mean_reads_all_tokens_of_an_example_and_no_padding():
 def test_class_logits_are_linear_and_float32():
     model = tiny.classifier(dtype=jnp.bfloat16)
     x = jnp.ones((2, tiny.WIDTH), jnp.bfloat16)
-    logits = model.head(x)
+    logits = model.readout()(x)
     assert logits.dtype == jnp.float32 and logits.shape == (2, tiny.CLASSES)
     kernel = np.asarray(model.classifier.kernel[...])
     assert 0.01 < kernel.std() < 0.03
@@ -48,12 +48,12 @@ def test_class_logits_are_linear_and_float32():
 def test_language_model_predicts_at_the_targets():
     model, batch = tiny.language_model(), _micro(causal=True)
     expected = _hidden(model, batch).reshape(-1, tiny.VOCAB)[np.asarray(batch["target_index"])]
-    np.testing.assert_allclose(model.head(tiny.outputs(model, batch, method="features")), expected, **TOL)
+    np.testing.assert_allclose(model.readout()(tiny.outputs(model, batch, method="features")), expected, **TOL)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_label_words_pick_their_logits(tied):
     model, batch = tiny.language_model(tied=tied), _micro(causal=True)
     words = LabelWordClassifier(model.base, (7, 3))
-    logits = model.head(tiny.outputs(model, batch, method="features"))
-    np.testing.assert_allclose(words.head(tiny.outputs(words, batch, method="features")), np.asarray(logits)[:, [7, 3]], **TOL)
+    logits = model.readout()(tiny.outputs(model, batch, method="features"))
+    np.testing.assert_allclose(words.readout()(tiny.outputs(words, batch, method="features")), np.asarray(logits)[:, [7, 3]], **TOL)

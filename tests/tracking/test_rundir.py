@@ -32,7 +32,7 @@ def test_a_new_run_says_what_it_is_and_ran_on(tmp_path):
     assert (run.path / "config.yaml").read_text() == CONFIG
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["devices"] == {"kind": "cpu", "count": 1} and environment["packages"]["jax"]
-    assert not run.resumed and run.finished == set() and run.replaced is None
+    assert not run.resumed and run.statuses == {} and run.replaced is None
 
 
 def test_the_same_config_resumes_and_knows_who_is_finished(tmp_path):
@@ -41,10 +41,10 @@ def test_the_same_config_resumes_and_knows_who_is_finished(tmp_path):
         MemberResult(name, {}, 1, status, {}).write(run.member(name))
     # Moving the folder, or writing the same config in another way, is no other experiment.
     again = start(tmp_path, "name: a\nadapter:\n  alpha: 16.0\n  rank: 8\ntracking: {dir: elsewhere}\n")
-    assert again.resumed and again.finished == {"rank=4"} and again.statuses["rank=8"] == "diverged"
+    assert again.resumed and again.statuses == {"rank=4": "finished", "rank=8": "diverged"}
     assert len(json.loads((run.path / "environment.json").read_text())["resumed"]) == 1
     other = start(tmp_path, write=False)
-    assert other.resumed and other.finished == {"rank=4"}
+    assert other.resumed and other.statuses["rank=4"] == "finished"
 
 
 def test_another_config_is_refused_and_nothing_changes(tmp_path):

@@ -68,7 +68,7 @@ def test_mean_loss_is_over_labels():
     adapted = pack.part.merge(
         *(jax.tree.map(lambda a: a[0], t) for t in (pack.state.trainable, pack.fixed.settings)), pack.part.frozen, training=True
     )
-    logits = np.asarray(jax.jit(lambda m: adapted.head(adapted.features(m)))(micro), np.float64)[:8]
+    logits = np.asarray(jax.jit(lambda m: adapted.readout()(adapted.features(m)))(micro), np.float64)[:8]
     p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     ids = batch["target_ids"][0][:8]
     assert float(metrics.loss[0]) == pytest.approx(-p[np.arange(8), ids].mean(), rel=1e-5)
