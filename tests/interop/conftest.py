@@ -1,4 +1,4 @@
-"""What the comparisons with PyTorch share: exact float32 products, and real sentences to compare on."""
+"""What the comparisons with PyTorch share: exact float32 products, tiny random models, and real sentences to compare on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from lora_jax.config.locations import resolve
+from tests.interop.zoo import Zoo
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +29,9 @@ def reviews(reviews_source: str) -> list[tuple[str, int]]:
         rows = list(csv.DictReader(io.TextIOWrapper(file, encoding="utf-8")))
     classes = {"fresh": 0, "rotten": 1}
     return [(row["text"], classes[row["category"]]) for row in rows if row["category"] in classes]
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """The tiny Hugging Face models of `tests/interop/zoo.py`."""
+    return Zoo(tmp_path_factory.mktemp("zoo"))
