@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ..config.errors import nearest
+from ..models.head_shape import HEAD_MODULES
 from .spec import Structure
 
 FROZEN = "frozen"
@@ -31,8 +32,8 @@ def label_of(name: str, table: Table) -> str:
 
 
 def label_table(structure: Structure) -> Table:
-    """The table of a structure. A task's new head always trains; then what the method, `bias` and `modules_to_save` ask for."""
-    head = ((r"(.*\.)?classifier\..*", "head"),)
+    """The table of a structure. A task's head always trains; then what the method, `bias` and `modules_to_save` ask for."""
+    head = ((rf"(.*\.)?({'|'.join(HEAD_MODULES)})\..*", "head"),)
     if structure.method == "head":
         return (*head, (r".*", FROZEN))
     if structure.method == "full":

@@ -30,10 +30,12 @@ def fill_member(model: nnx.Module, spec: MemberSpec, seed: int) -> None:
 
 
 def draw_head(model: nnx.Module, seed: int) -> None:
-    """Draws a task's new classification head by a member's seed, from N(0, 0.02), in place."""
+    """Draws a task's new head by a member's seed, each of its matrices from N(0, 0.02), in place; a head that was loaded stays."""
+    new = getattr(model, "new", ())
     for path, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Param) and logical_name(path).endswith("classifier.kernel"):
-            drawn = _generator(seed, "classifier", 0).standard_normal(variable.shape, np.float32)
+        module, _, parameter = logical_name(path).rpartition(".")
+        if isinstance(variable, nnx.Param) and parameter == "kernel" and module in new:
+            drawn = _generator(seed, module, 0).standard_normal(variable.shape, np.float32)
             variable.set_value(jnp.asarray(0.02 * drawn, variable.dtype))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ..config.errors import InputError, nearest
+from ..models.head_shape import HEAD_MODULES
 from ..models.stack import Stack
 from .modules import LowRank
 
@@ -19,7 +20,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "mlp": ("gate_proj", "up_proj", "down_proj", "fc1", "fc2"),
 }
 # The output heads, which PEFT's `all-linear` leaves out as well.
-HEADS = ("classifier", "lm_head", "score")
+HEADS = (*HEAD_MODULES, "lm_head", "score")
 
 Path = tuple[Any, ...]
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import gathered, take_positions
+from .head_shape import HeadShape
 from .layers import Array, Block, BlockConfig, Context, embedding, linear, norm, rotary_angles, row_layout, segment_mask
 from .stack import AXES, Stack
 
@@ -31,6 +32,7 @@ class Decoder(nnx.Module):
         config: the shape it was built from.
         dropout: rate of the model's own dropout, in calls that are given `noise`.
         site_aliases: site path -> Hugging Face module path with `{i}` for the layer, so that those names work as targets.
+        head_shapes: kind of head -> its shape, where the family has one of its own.
     """
 
     is_decoder = True
@@ -45,6 +47,7 @@ class Decoder(nnx.Module):
         self.config = nnx.static(config)
         self.dropout = 0.0
         self.site_aliases: tuple[tuple[str, str], ...] = nnx.static(())
+        self.head_shapes: tuple[tuple[str, HeadShape], ...] = nnx.static(())
 
     def __call__(
         self, tokens: Array, attention_mask: Array | None = None, positions: Array | None = None, segment_ids: Array | None = None

@@ -7,13 +7,21 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from .head_shape import HeadShape
 from .layers import Array, Block, BlockConfig, Context, embedding, linear, norm, row_layout, segment_mask
 from .stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """An encoder: `depth` blocks over `vocab` tokens, at most `positions` long; `pooler` is BERT's tanh layer on the first token."""
+    """An encoder: `depth` blocks over `vocab` tokens.
+
+    Attributes:
+        positions: rows of the table of learned positions; 0 where there is none.
+        token_types: rows of the table that tells two texts of a pair apart; 0 where there is none.
+        pooler: BERT's tanh layer on the first token.
+        padding_idx: where positions are counted from this number + 1 on and padding has this number (RoBERTa); None: from 0.
+    """
 
     block: BlockConfig
     depth: int
@@ -21,6 +29,13 @@ class EncoderConfig:
     positions: int
     token_types: int
     pooler: bool
+    padding_idx: int | None = None
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text there are positions for; None where any will do."""
+        first = 0 if self.padding_idx is None else self.padding_idx + 1
+        return self.positions - first if self.positions else None
 
 
 class Encoder(nnx.Module):
@@ -30,6 +45,7 @@ class Encoder(nnx.Module):
         config: the shape it was built from.
         dropout: rate of the model's own dropout, in calls that are given `noise`.
         site_aliases: site path -> Hugging Face module path with `{i}` for the layer, so that those names work as targets.
+        head_shapes: kind of head -> its shape, where the family has one of its own.
     """
 
     is_decoder = False
@@ -37,8 +53,10 @@ class Encoder(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         block = config.block
         self.embed = embedding(config.vocab, block.width, "vocab", dtype=block.dtype, rngs=rngs)
-        self.position_embed = embedding(config.positions, block.width, "positions", dtype=block.dtype, rngs=rngs)
-        self.type_embed = embedding(config.token_types, block.width, "positions", dtype=block.dtype, rngs=rngs)
+        if config.positions:
+            self.position_embed = embedding(config.positions, block.width, "positions", dtype=block.dtype, rngs=rngs)
+        if config.token_types:
+            self.type_embed = embedding(config.token_types, block.width, "positions", dtype=block.dtype, rngs=rngs)
         self.embed_norm = norm(block.norm, block.width, block.norm_eps, dtype=block.dtype, rngs=rngs)
         self.layers = Stack(lambda r: Block(block, rngs=r), config.depth, rngs=rngs)
         if config.pooler:
@@ -46,14 +64,22 @@ class Encoder(nnx.Module):
         self.config = nnx.static(config)
         self.dropout = 0.0
         self.site_aliases: tuple[tuple[str, str], ...] = nnx.static(())
+        self.head_shapes: tuple[tuple[str, HeadShape], ...] = nnx.static(())
 
     def __call__(
+        self, tokens: Array, attention_mask: Array | None = None, positions: Array | None = None, segment_ids: Array | None = None
+    ) -> Array:
+        """The last hidden states (batch, seq, width); the arguments are those of `hidden`."""
+        return self.hidden(tokens, attention_mask, positions, segment_ids)
+
+    def hidden(
         self,
         tokens: Array,
         attention_mask: Array | None = None,
         positions: Array | None = None,
         segment_ids: Array | None = None,
         *,
+        token_types: Array | None = None,
         gather: Array | None = None,
         noise: Array | None = None,
     ) -> Array:
@@ -62,17 +88,28 @@ class Encoder(nnx.Module):
         Args:
             tokens: (batch, seq) int32.
             attention_mask: (batch, seq), 1 for real tokens; all are by default.
-            positions: (batch, seq) int32; 0, 1, ... by default.
+            positions: (batch, seq) int32 from 0 on; by default 0, 1, ... along a row, and where padding has a number of its own, along
+                the real tokens of a row.
             segment_ids: (batch, seq) int32 for packed rows: 0 is padding, tokens see their own segment alone. Replaces the mask.
+            token_types: (batch, seq) int32, 1 in the second text of a pair; 0 by default. Nothing to a model without token types.
             gather: (n,) int32, positions of the flattened (batch * seq) to return; all by default.
             noise: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
 
         Returns:
             (batch, seq, width), or (n, width) with `gather`.
         """
+        padding, counted = self.config.padding_idx, positions is not None
         segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
+        if padding is not None and not counted:
+            positions = jnp.cumsum(segment_ids > 0, axis=1, dtype=jnp.int32) - 1
         bidirectional = segment_mask(segment_ids, causal=False)
-        x = self.embed(tokens) + self.position_embed(positions) + self.type_embed.embedding[...][0].astype(self.config.block.dtype)
+        x = self.embed(tokens)
+        if self.config.positions:
+            rows = positions if padding is None else jnp.where(segment_ids > 0, positions + padding + 1, padding)
+            x += self.position_embed(rows)
+        if self.config.token_types:
+            types = self.type_embed.embedding[...][0].astype(x.dtype) if token_types is None else self.type_embed(token_types)
+            x += types
         context = Context(bidirectional, None, noise, self.dropout)
         return self.layers(context.drop(self.embed_norm(x), 0, 3), context, gather)
 

@@ -1,23 +1,30 @@
 """Models that answer a task: a base, and what turns its hidden states into class logits.
 
 All of them, and `Decoder` itself through `LanguageModel`, have one face for the training step:
-`features(batch, noise) -> (n, width)` at the batch's target positions (with the base's dropout if there is a key `noise`), and
-`readout()`, the function (n, width) -> (n, classes) that makes logits of them.
+`features(batch, noise) -> (n, width)` at the batch's target positions (with the base's dropout if there is a key `noise`),
+`readout()`, the function (n, width) -> (n, classes) that makes logits of them, and `answers(features)`, what a task's own metrics
+want to know beside the loss.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..parallel.constraints import by_rows, row_groups
+from ..config.errors import InputError, hint
+from ..parallel.constraints import by_rows, row_groups, take_positions
 from .decoder import Decoder
 from .encoder import Encoder
-from .layers import Array, dropout, linear
+from .head_shape import HEAD_MODULES, HEADS, HeadShape, head_shape
+from .layers import Array, activation, dropout, linear, norm
+
+# Logits of positions that are no part of a text: finite, so that no gradient is NaN.
+NOWHERE = float(jnp.finfo(jnp.float32).min)
 
 
 class TaskModel(Protocol):
@@ -31,30 +38,97 @@ class TaskModel(Protocol):
         """(n, width) features -> (n, classes) logits; on a mesh its weights are gathered here, so call this outside of loops."""
         ...
 
+    def answers(self, features: Array) -> Array | None:
+        """(n, ...): what the task's own metrics are computed from; None where loss and right predictions say all."""
+        ...
 
-class SequenceClassifier(nnx.Module):
-    """An encoder with a linear classifier over the first token (through BERT's pooler) or the mean of the tokens.
+
+class Classifier(nnx.Module):
+    """A base with a classification head; the head is float32 whatever the base is.
+
+    Called as `model(tokens, attention_mask=None, positions=None, segment_ids=None, token_types=None)` it gives the logits of one text
+    a row: (batch, classes) float32, or (batch, seq, classes) where each token is read.
 
     Args:
-        base: the encoder.
-        classes: how many classes; the classifier is newly made, with weights ~ N(0, 0.02) as transformers does.
-        pooling: `cls` or `mean`.
+        base: the encoder or decoder.
+        shape: of the head.
+        classes: how many. The head is newly made, with weights ~ N(0, 0.02) as transformers does.
+
+    Attributes:
+        new: the head's modules that a member draws by its own seed; none of a head that was loaded.
+        class_names: of a head that was loaded, in order.
     """
 
-    def __init__(self, base: Encoder, classes: int, pooling: str, *, rngs: nnx.Rngs):
+    def __init__(self, base: Encoder | Decoder, shape: HeadShape, classes: int, *, rngs: nnx.Rngs):
         self.base = base
-        width = base.config.block.width
-        self.classifier = linear(width, classes, ("embed", "classes"), bias=True, dtype=jnp.float32, rngs=rngs)
-        self.classifier.kernel[...] = 0.02 * jax.random.normal(rngs.params(), (width, classes))
-        self.pooling = pooling
+        block = base.config.block
+        width = block.width
+        if shape.activation is not None:
+            self.pre_classifier = linear(width, width, ("embed", "embed_out"), bias=shape.dense_bias, dtype=jnp.float32, rngs=rngs)
+        if shape.norm:
+            self.classifier_norm: Any = norm("layer", width, block.norm_eps, bias=shape.norm_bias, dtype=jnp.float32, rngs=rngs)
+        self.classifier = linear(width, classes, ("embed", "classes"), bias=shape.bias, dtype=jnp.float32, rngs=rngs)
+        for module in [self.classifier] if shape.activation is None else [self.pre_classifier, self.classifier]:
+            module.kernel[...] = 0.02 * jax.random.normal(rngs.params(), module.kernel.shape)
+        self.shape = nnx.static(shape)
+        self.new: tuple[str, ...] = nnx.static(tuple(name for name in HEAD_MODULES if hasattr(self, name)))
+        self.class_names: tuple[str, ...] = nnx.static(())
+
+    def __call__(
+        self,
+        tokens: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        token_types: Array | None = None,
+    ) -> Array:
+        """Logits, (batch, classes) or (batch, seq, classes); see the class, and `Encoder.hidden` for the arguments."""
+        rows = {"tokens": tokens, "attention_mask": attention_mask, "positions": positions, "segment_ids": segment_ids}
+        hidden = self.base.hidden(**rows, **({} if token_types is None else {"token_types": token_types}))
+        real = jnp.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) > 0
+        if segment_ids is not None:
+            real = segment_ids > 0
+        if self.shape.reads == "each":
+            return self.classifier(self._transform(hidden))
+        if self.shape.reads == "mean":
+            pooled = jnp.sum(hidden.astype(jnp.float32) * real[..., None], 1) / real.sum(1, keepdims=True)
+        else:
+            # Of what is real: padding may be on either side.
+            at = real.argmax(1) if self.shape.reads == "first" else real.shape[1] - 1 - real[:, ::-1].argmax(1)
+            pooled = jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
+        return self.classifier(self._transform(pooled))
 
     def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
-        """(n, width): one pooled vector for each target of the batch."""
+        """(n, width): what the classifier sees, for each target of the batch."""
+        if self.shape.reads == "mean":
+            return self._transform(self._means(batch, self._hidden(batch, noise)))
+        x = self._transform(self._hidden(batch, noise, batch["target_index"]))
+        return x if noise is None or not self.base.dropout else dropout(x, self.base.dropout, noise)
+
+    def readout(self) -> Callable[[Array], Array]:
+        """(n, width) -> (n, classes) float32 logits."""
+        return self.classifier
+
+    def answers(self, features: Array) -> Array | None:
+        """None: each text has one class, and how many are right is known."""
+        return None
+
+    def _hidden(self, batch: Mapping[str, Array], noise: Array | None, gather: Array | None = None) -> Array:
         rows = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
-        if self.pooling == "cls":
-            pooled = self.base.pool(self.base(**rows, gather=batch["target_index"], noise=noise))
-            return pooled if noise is None or not self.base.dropout else dropout(pooled, self.base.dropout, noise)
-        hidden = self.base(**rows, noise=noise)
+        if "token_types" in batch and isinstance(self.base, Encoder):
+            rows["token_types"] = batch["token_types"]
+        return self.base.hidden(**rows, gather=gather, noise=noise)
+
+    def _transform(self, x: Array) -> Array:
+        """What stands between the hidden states (..., width) and the classifier."""
+        if self.shape.reads == "first" and self.shape.pooler and isinstance(self.base, Encoder):
+            x = self.base.pool(x)
+        if self.shape.activation is not None:
+            x = activation(self.shape.activation, self.pre_classifier(x))
+        return self.classifier_norm(x) if self.shape.norm else x
+
+    def _means(self, batch: Mapping[str, Array], hidden: Array) -> Array:
+        """(n, width) float32: the mean over each example's tokens."""
         count = batch["target_index"].shape[0]
         # One matmul sums each example's tokens; padding has the id `count`, which no row of the one-hot matches.
         # On a mesh the rows, and the targets with them, are in groups, and an example is in one of them.
@@ -64,9 +138,65 @@ class SequenceClassifier(nnx.Module):
         total = jnp.einsum("gtn,gtw->gnw", member, hidden.reshape(groups, -1, hidden.shape[-1]).astype(jnp.float32))
         return by_rows(total / jnp.maximum(member.sum(1), 1)[..., None]).reshape(count, -1)
 
+
+class SequenceClassifier(Classifier):
+    """A base with a head for one class a text: over its first token (a decoder's last), or the mean of its tokens.
+
+    Args:
+        pooling: `cls` or `mean`.
+    """
+
+    def __init__(self, base: Encoder | Decoder, classes: int, pooling: str = "cls", *, rngs: nnx.Rngs):
+        shape = head_shape(base.head_shapes, "classification", decoder=base.is_decoder)
+        super().__init__(base, shape if pooling == "cls" else dataclasses.replace(shape, reads="mean"), classes, rngs=rngs)
+
+
+class TokenClassifier(Classifier):
+    """A base with a head for a class of each token."""
+
+    def __init__(self, base: Encoder | Decoder, classes: int, *, rngs: nnx.Rngs):
+        super().__init__(base, head_shape(base.head_shapes, "token_classification", decoder=base.is_decoder), classes, rngs=rngs)
+
+    def answers(self, features: Array) -> Array:
+        """(n,) int32: the class of each target."""
+        return self.readout()(features).argmax(-1).astype(jnp.int32)
+
+
+class QuestionAnswerer(Classifier):
+    """A base with a head that says of each token how likely an answer starts, and how likely it ends there: two logits a token.
+
+    A batch has two targets for each example: at its first token the position where the answer starts, at its second where it ends,
+    both counted from the example's first token. The classes of a target are then the positions of its example.
+    """
+
+    def __init__(self, base: Encoder | Decoder, *, rngs: nnx.Rngs):
+        super().__init__(base, head_shape(base.head_shapes, "question_answering", decoder=base.is_decoder), 2, rngs=rngs)
+
+    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """(n, length) float32: for each target the logits of its example's positions, from the first on; `NOWHERE` after the last."""
+        logits = self.classifier(self._transform(self._hidden(batch, noise)))
+        index, length = batch["target_index"], batch["tokens"].shape[1]
+        side = _at(batch["positions"], index)  # 0 for a start, 1 for an end
+        first = index - side
+        there = first[:, None] + jnp.arange(length)
+        inside = there // length == first[:, None] // length
+        there = jnp.minimum(there, (first // length * length + length - 1)[:, None]).reshape(-1)
+        both = take_positions(logits, there).reshape(*inside.shape, 2)
+        own = _at(batch["segment_ids"], there).reshape(inside.shape) == _at(batch["segment_ids"], first)[:, None]
+        return jnp.where(inside & own, jnp.take_along_axis(both, side[:, None, None], 2)[..., 0], NOWHERE)
+
     def readout(self) -> Callable[[Array], Array]:
-        """(n, width) -> (n, classes) float32 logits."""
-        return self.classifier
+        """The features are the logits."""
+        return lambda features: features
+
+    def answers(self, features: Array) -> Array:
+        """(n, length) float32: the logits."""
+        return features
+
+
+def _at(x: Array, index: Array) -> Array:
+    """Numbers (rows, length) at flattened positions (n,)."""
+    return take_positions(x[..., None], index)[:, 0]
 
 
 class LanguageModel(nnx.Module):
@@ -85,6 +215,10 @@ class LanguageModel(nnx.Module):
         """(n, width) -> (n, vocab) logits."""
         return self.base.readout()
 
+    def answers(self, features: Array) -> Array | None:
+        """None: loss and right predictions say all."""
+        return None
+
 
 class LabelWordClassifier(LanguageModel):
     """A decoder that classifies by which class's word comes next.
@@ -101,3 +235,30 @@ class LabelWordClassifier(LanguageModel):
         """(n, width) -> (n, classes): the logits of the classes' words."""
         whole = self.base.readout()
         return lambda features: whole(features)[..., jnp.array(self.word_ids)]
+
+
+def add_head(base: Encoder | Decoder, kind: str, classes: int = 2, *, pooling: str = "cls", rngs: nnx.Rngs) -> Classifier:
+    """A base with a new head, of the form that transformers gives the base's family.
+
+    Args:
+        base: an `Encoder` or `Decoder`; it is shared, not copied.
+        kind: `classification` (one class a text), `token_classification`, or `question_answering` (start and end logits).
+        classes: how many; of `question_answering` always 2.
+        pooling: what `classification` reads: `cls`, the first token (a decoder's last), or the `mean`.
+        rngs: draws the head.
+
+    Raises:
+        InputError: no such kind.
+    """
+    check_head(kind)
+    if kind == "classification":
+        return SequenceClassifier(base, classes, pooling, rngs=rngs)
+    if kind == "token_classification":
+        return TokenClassifier(base, classes, rngs=rngs)
+    return QuestionAnswerer(base, rngs=rngs)
+
+
+def check_head(kind: str) -> None:
+    """`InputError` unless there is such a kind of head."""
+    if kind not in HEADS:
+        raise InputError(f"head: there is no kind '{kind}'. {hint(kind, HEADS)}")

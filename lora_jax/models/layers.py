@@ -109,19 +109,19 @@ def embedding(rows: int, width: int, axis: str, *, dtype: Any, rngs: nnx.Rngs) -
     return Embedding(rows, width, dtype=dtype, param_dtype=dtype, embedding_metadata={AXES: (axis, "embed")}, rngs=rngs)
 
 
-def norm(kind: str, width: int, eps: float, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-    """A layer norm or RMS norm over the last axis, computed in float32 (two-pass variance, as PyTorch does)."""
+def norm(kind: str, width: int, eps: float, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    """A layer norm (with a bias or without) or RMS norm over the last axis, computed in float32 (two-pass variance, as PyTorch does)."""
     shared = {"epsilon": eps, "dtype": dtype, "param_dtype": dtype, "use_fast_variance": False, "rngs": rngs}
     if kind == "rms":
         return nnx.RMSNorm(width, scale_metadata={AXES: ("norm",)}, **shared)
-    return nnx.LayerNorm(width, scale_metadata={AXES: ("norm",)}, bias_metadata={AXES: ("norm",)}, **shared)
+    return nnx.LayerNorm(width, use_bias=bias, scale_metadata={AXES: ("norm",)}, bias_metadata={AXES: ("norm",)}, **shared)
 
 
 def activation(name: str, x: Array) -> Array:
     """Applies the named activation; `gelu` is the exact one, with erf."""
     if name == "gelu":
         return jax.nn.gelu(x, approximate=False)
-    return {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}[name](x)
+    return {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}[name](x)
 
 
 def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,15 @@ from ..parallel.mesh import parameter_sharding
 from .checkpoint import open_checkpoint
 from .decoder import Decoder
 from .encoder import Encoder
-from .families import Family, Weight, find_family
+from .families import Family, Head, Weight, find_family
+from .head_shape import HEADS, HeadShape
+from .heads import Classifier, add_head, check_head
 from .stack import AXES
 
 Base = Encoder | Decoder
+
+# Kind of head -> how the names of transformers' classes that have one end.
+_ARCHITECTURES = dict(zip(HEADS, ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"), strict=True))
 
 
 class BaseFiles:
@@ -30,31 +37,78 @@ class BaseFiles:
         remat: what each layer keeps for the backward pass: `none` (all but weight slices), `dots` (matmul results), `full` (its input).
         dropout: rate of the model's own dropout while training: on the embeddings, attention's shares and each sub-layer's output.
         key: what to call the source in error messages.
+        head: the kind of trained head to load with it (`models/head_shape.py`), if any.
 
     Attributes:
-        model: the `Encoder` or `Decoder`, its parameters shapes (`jax.ShapeDtypeStruct`).
+        model: the `Encoder` or `Decoder`, or with a head the `Classifier`; its parameters are shapes (`jax.ShapeDtypeStruct`).
 
     Raises:
         InputError: no such source, an unsupported `model_type`, damaged files or missing tensors.
     """
 
-    def __init__(self, source: str, *, dtype: str = "float32", remat: str = "dots", dropout: float = 0.0, key: str = "model.source"):
+    def __init__(
+        self,
+        source: str,
+        *,
+        dtype: str = "float32",
+        remat: str = "dots",
+        dropout: float = 0.0,
+        key: str = "model.source",
+        head: str | None = None,
+    ):
         self._checkpoint = open_checkpoint(source, key=key)
         self._where = f"{key}: {source}"
-        family = find_family(self._checkpoint.config, self._where)
-        config = family.config(self._checkpoint.config, jnp.dtype(dtype))
+        hf = self._checkpoint.config
+        family = find_family(hf, self._where)
+        config = family.config(hf, jnp.dtype(dtype))
+        heads = family.heads(hf)
         names = set(self._checkpoint.names())
+        own = self._head(heads, head, names) if head is not None else None
         prefix = _prefix(family, names)
         if family.kind == "encoder" and prefix + "pooler.dense.weight" not in names:
             config = dataclasses.replace(config, pooler=False)
-        self._table = {path: dataclasses.replace(w, name=prefix + w.name) for path, w in family.weights(config).items()}
-        _check_names(self._table, config.depth, names, self._where)
+        if own is not None and family.kind == "decoder":
+            config = dataclasses.replace(config, tied=True)  # it projects to no vocabulary, and was saved without what would
+        table = {path: dataclasses.replace(w, name=prefix + w.name) for path, w in family.weights(config).items()}
         make = Encoder if family.kind == "encoder" else Decoder
-        self.model: Base = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
-        self.model.layers.remat, self.model.dropout = remat, dropout
-        self.model.site_aliases = nnx.static(_aliases(family.weights(config)))
+        shapes: tuple[tuple[str, HeadShape], ...] = tuple((kind, h.shape) for kind, h in heads.items())
 
-    def load(self, mesh: Mesh | None = None) -> Base:
+        def build() -> Base | Classifier:
+            base = make(config, rngs=nnx.Rngs(0))
+            base.head_shapes = nnx.static(shapes)
+            if own is None or head is None:
+                return base
+            return add_head(base, head, len(class_names(hf)), rngs=nnx.Rngs(0))
+
+        self.model: Base | Classifier = nnx.eval_shape(build)
+        if isinstance(self.model, Classifier) and own is not None:
+            self.model.new, self.model.class_names = nnx.static(()), nnx.static(class_names(hf))
+            table = {f"base.{path}": _renamed(w, own) for path, w in table.items()} | own.weights()
+        self._table = table
+        _check_names(self._table, config.depth, names, self._where)
+        base = self.base
+        base.layers.remat, base.dropout = remat, dropout
+        base.site_aliases = nnx.static(_aliases(family.weights(config)))
+
+    @property
+    def base(self) -> Base:
+        """The `Encoder` or `Decoder` of it."""
+        return self.model.base if isinstance(self.model, Classifier) else self.model
+
+    def _head(self, heads: dict[str, Head], kind: str, names: set[str]) -> Head:
+        """A kind of head as this checkpoint has it; `InputError` where it has none."""
+        check_head(kind)
+        # Several kinds may go by the same tensor names: what the checkpoint says it is decides.
+        saved = [
+            k for k, suffix in _ARCHITECTURES.items() if any(a.endswith(suffix) for a in self._checkpoint.config.get("architectures") or [])
+        ]
+        missing = sorted(w.name for w in heads[kind].weights().values() if w.name not in names)
+        if missing or (saved and kind not in saved):
+            why = f"no tensor '{missing[0]}'" if missing else f"it has one for {saved[0]}"
+            raise InputError(f"{self._where}: holds no trained head for {kind} ({why}). A new one is made by add_head, or task.head: new.")
+        return heads[kind]
+
+    def load(self, mesh: Mesh | None = None) -> Base | Classifier:
         """The model with its weights.
 
         Args:
@@ -104,6 +158,18 @@ class BaseFiles:
         return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, cut))
 
 
+@overload
+def load_model(
+    source: str, *, dtype: str = ..., remat: str = ..., dropout: float = ..., key: str = ..., mesh: Mesh | None = ..., head: None = ...
+) -> Base: ...
+
+
+@overload
+def load_model(
+    source: str, *, dtype: str = ..., remat: str = ..., dropout: float = ..., key: str = ..., mesh: Mesh | None = ..., head: str
+) -> Classifier: ...
+
+
 def load_model(
     source: str,
     *,
@@ -112,16 +178,36 @@ def load_model(
     dropout: float = 0.0,
     key: str = "model.source",
     mesh: Mesh | None = None,
-) -> Base:
+    head: str | None = None,
+) -> Base | Classifier:
     """A pretrained base: `BaseFiles(source, ...).load(mesh)`.
 
+    Args:
+        head: `classification`, `token_classification` or `question_answering` loads a checkpoint that was saved with such a head, head
+            and all; a base alone bears a new one after `add_head`.
+
     Returns:
-        an `Encoder` or `Decoder`. Host memory stays below the weights that lie on this process's devices plus one stacked parameter.
+        an `Encoder` or `Decoder`, or with `head` a `Classifier`. Host memory stays below the weights that lie on this process's devices
+        plus one stacked parameter.
 
     Raises:
-        InputError: no such source, an unsupported `model_type`, damaged files, missing tensors or wrong shapes.
+        InputError: no such source, an unsupported `model_type`, damaged files, missing tensors or wrong shapes, no such head.
     """
-    return BaseFiles(source, dtype=dtype, remat=remat, dropout=dropout, key=key).load(mesh)
+    return BaseFiles(source, dtype=dtype, remat=remat, dropout=dropout, key=key, head=head).load(mesh)
+
+
+def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that a checkpoint's config names, in order; two where it says nothing (transformers' default)."""
+    named = hf.get("id2label")
+    if isinstance(named, Mapping) and named and all(str(i).isdecimal() for i in named):
+        return tuple(str(named[i]) for i in sorted(named, key=int))
+    return tuple(f"LABEL_{i}" for i in range(hf.get("num_labels") or 2))
+
+
+def _renamed(weight: Weight, head: Head) -> Weight:
+    """Where a parameter of the base comes from in a checkpoint that was saved with a head."""
+    old, new = head.renamed or ("", "")
+    return dataclasses.replace(weight, name=new + weight.name.removeprefix(old)) if weight.name.startswith(old) else weight
 
 
 def _own_part(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[int, int]]:

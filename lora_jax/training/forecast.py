@@ -80,7 +80,7 @@ def forecast(configs: Sequence[Config], devices: int) -> Forecast:
     """
     config = configs[0]
     mesh = AbstractMesh(mesh_sizes(config.mesh, devices), AXES)
-    base = BaseFiles(config.model.source, dtype=config.model.dtype).model
+    base = BaseFiles(config.model.source, dtype=config.model.dtype).base
     part, structure = _parts(base, configs)
     sizes = dict(mesh.shape)
     members = -(-len(configs) // sizes["sweep"])

@@ -168,7 +168,7 @@ def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Mo
 
 
 def _check_length(base: Encoder | Decoder, data: TaskData) -> None:
-    if isinstance(base, Encoder):
-        longest = int(max(data.train.lengths.max(), data.held_out.lengths.max()))
-        if longest > base.config.positions:
-            raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {base.config.positions} positions.")
+    most = base.config.longest if isinstance(base, Encoder) else None
+    longest = int(max(data.train.lengths.max(), data.held_out.lengths.max()))
+    if most is not None and longest > most:
+        raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")

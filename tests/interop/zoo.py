@@ -31,8 +31,8 @@ class Entry:
     head: str = "AutoModelForCausalLM"
 
 
-def _decoder(family: str, **options: Any) -> Entry:
-    return Entry(family, {**_COMMON, **_SHAPE, "max_position_embeddings": 64, **options})
+def _decoder(family: str, *, head: str = "AutoModelForCausalLM", **options: Any) -> Entry:
+    return Entry(family, {**_COMMON, **_SHAPE, "max_position_embeddings": 64, **options}, head)
 
 
 def _encoder(family: str, *, head: str = "AutoModel", **options: Any) -> Entry:
@@ -50,6 +50,25 @@ ZOO: dict[str, Entry] = {
     # BERT.
     "bert": _encoder("bert"),
     "bert-gelu-new": _encoder("bert", hidden_act="gelu_new", type_vocab_size=3),
+    # RoBERTa and its kin: positions counted from the padding's id on.
+    "roberta": _encoder("roberta", type_vocab_size=1, pad_token_id=1, bos_token_id=0),
+    "xlm-roberta": _encoder("xlm-roberta", num_hidden_layers=3, hidden_act="relu", layer_norm_eps=1e-5),
+    # DistilBERT.
+    "distilbert": _encoder("distilbert", hidden_dim=48),
+    "distilbert-relu": _encoder("distilbert", hidden_dim=64, activation="relu", n_layers=3),
+    # The same with heads.
+    "bert-classes": _encoder("bert", head="AutoModelForSequenceClassification", num_labels=3),
+    "bert-tags": _encoder("bert", head="AutoModelForTokenClassification", num_labels=5),
+    "bert-answers": _encoder("bert", head="AutoModelForQuestionAnswering"),
+    "roberta-classes": _encoder("roberta", head="AutoModelForSequenceClassification", pad_token_id=1, bos_token_id=0, num_labels=4),
+    "camembert-tags": _encoder("camembert", head="AutoModelForTokenClassification", pad_token_id=1, bos_token_id=0, num_labels=3),
+    "xlm-roberta-answers": _encoder("xlm-roberta", head="AutoModelForQuestionAnswering"),
+    "distilbert-classes": _encoder("distilbert", head="AutoModelForSequenceClassification", hidden_dim=48, num_labels=2),
+    "distilbert-tags": _encoder("distilbert", head="AutoModelForTokenClassification", hidden_dim=48, num_labels=3),
+    "distilbert-answers": _encoder("distilbert", head="AutoModelForQuestionAnswering", hidden_dim=48),
+    "llama-classes": _decoder("llama", head="AutoModelForSequenceClassification", num_key_value_heads=2, num_labels=3),
+    "llama-tags": _decoder("llama", head="AutoModelForTokenClassification", tie_word_embeddings=True, num_labels=5),
+    "llama-answers": _decoder("llama", head="AutoModelForQuestionAnswering"),
 }
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...config.errors import InputError, hint
+from ..head_shape import HeadShape
+from ..layers import BlockConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,52 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
+class Head:
+    """A head as a family's checkpoints hold it (`BertForTokenClassification` and its like).
+
+    Attributes:
+        shape: of the head.
+        modules: our module path (`classifier`, `pre_classifier`, `classifier_norm`) -> Hugging Face module path.
+        renamed: what the base's tensors are called under this head: (start of the name, what stands there instead).
+    """
+
+    shape: HeadShape
+    modules: dict[str, str]
+    renamed: tuple[str, str] | None = None
+
+    def weights(self) -> dict[str, Weight]:
+        """Parameter path -> Weight, of the head alone."""
+        linears = {ours: theirs for ours, theirs in self.modules.items() if ours != "classifier_norm"}
+        table = {f"{ours}.kernel": Weight(f"{theirs}.weight", transpose=True) for ours, theirs in linears.items()}
+        biased = {"classifier": self.shape.bias, "pre_classifier": self.shape.dense_bias}
+        table |= {f"{ours}.bias": Weight(f"{theirs}.bias") for ours, theirs in linears.items() if biased[ours]}
+        if self.shape.norm:
+            name = self.modules["classifier_norm"]
+            table["classifier_norm.scale"] = Weight(f"{name}.weight")
+            if self.shape.norm_bias:
+                table["classifier_norm.bias"] = Weight(f"{name}.bias")
+        return table
+
+
+def decoder_heads(_: Mapping[str, Any]) -> dict[str, Head]:
+    """The heads that transformers gives most decoders: one linear layer, on the last token for the class of a text."""
+    return {
+        "classification": Head(HeadShape("last", bias=False), {"classifier": "score"}),
+        "token_classification": Head(HeadShape("each"), {"classifier": "score"}),
+        "question_answering": Head(HeadShape("each"), {"classifier": "qa_outputs"}, renamed=("model.", "transformer.")),
+    }
+
+
+def encoder_heads(classification: Head) -> dict[str, Head]:
+    """The heads of most encoders: one linear layer on each token, and for the class of a text what each has of its own."""
+    return {
+        "classification": classification,
+        "token_classification": Head(HeadShape("each"), {"classifier": "classifier"}),
+        "question_answering": Head(HeadShape("each"), {"classifier": "qa_outputs"}),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A Hugging Face `model_type`.
 
@@ -30,6 +78,7 @@ class Family:
         weights: our config -> {parameter path: Weight}. In a path `layers.` stands for the stack.
         prefixes: what may stand before the names in a checkpoint (`bert.` where it was saved with a head).
         ignored: endings of tensor names that a checkpoint may hold and we have no use for.
+        heads: Hugging Face config -> {kind of head: Head}.
     """
 
     kind: str
@@ -37,13 +86,16 @@ class Family:
     weights: Callable[[Any], dict[str, Weight]]
     prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ()
+    heads: Callable[[Mapping[str, Any]], dict[str, Head]] = decoder_heads
 
 
 def families() -> dict[str, Family]:
     """`model_type` -> family, of all that are known."""
-    from . import bert, llama
+    from . import bert, distilbert, llama, roberta
 
-    return {"bert": bert.FAMILY, "llama": llama.FAMILY}
+    # XLM-RoBERTa and CamemBERT are RoBERTa with other vocabularies.
+    robertas = dict.fromkeys(("roberta", "xlm-roberta", "camembert"), roberta.FAMILY)
+    return {"bert": bert.FAMILY, "distilbert": distilbert.FAMILY, "llama": llama.FAMILY, **robertas}
 
 
 def find_family(config: Mapping[str, Any], where: str) -> Family:
@@ -65,6 +117,41 @@ def only(config: Mapping[str, Any], key: str, *allowed: Any) -> None:
     """`InputError` where `config` has `key` with a value that is not supported."""
     if key in config and config[key] not in allowed:
         raise InputError(f"config.json: {key} = {config[key]!r} is not supported (only {', '.join(map(repr, allowed))}).")
+
+
+def post_norm_block(width: int, heads: int, hidden: int, activation: str, norm_eps: float, dtype: Any) -> BlockConfig:
+    """The layer that BERT and its descendants share: norms after the sums, biases everywhere, a plain MLP.
+
+    Args:
+        activation: Hugging Face's name.
+    """
+    only({"hidden_act": activation}, "hidden_act", "gelu", "gelu_new", "relu", "silu")
+    return BlockConfig(
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        hidden=hidden,
+        activation="gelu_tanh" if activation == "gelu_new" else activation,
+        gated=False,
+        norm="layer",
+        norm_eps=norm_eps,
+        norm_first=False,
+        attention_bias=True,
+        mlp_bias=True,
+        dtype=dtype,
+    )
+
+
+def norms(names: Mapping[str, str]) -> dict[str, Weight]:
+    """Scale and bias of layer norms: our module path -> Hugging Face module path."""
+    table = {f"{ours}.scale": Weight(f"{theirs}.weight") for ours, theirs in names.items()}
+    return table | {f"{ours}.bias": Weight(f"{theirs}.bias") for ours, theirs in names.items()}
+
+
+def embeddings(names: Mapping[str, str]) -> dict[str, Weight]:
+    """Tables of vectors: our module path -> Hugging Face module path."""
+    return {f"{ours}.embedding": Weight(f"{theirs}.weight") for ours, theirs in names.items()}
 
 
 def projections(names: Mapping[str, str], *, bias: bool) -> dict[str, Weight]:
