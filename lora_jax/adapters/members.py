@@ -2,7 +2,8 @@
 
 What is drawn depends on the member's seed, the site's name and the layer, and never on what else is in the pack: a member starts
 the same alone and in any company. Rank after rank is drawn: of two members with one seed the smaller starts as the leading part of
-the larger, so that they differ in their rank alone. NumPy draws it, so that a hundred members of different ranks compile nothing.
+the larger, so that they differ in their rank alone (`adapter.nested_init`). NumPy draws it, so that a hundred members of different
+ranks compile nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..config.schema import AdapterConfig
 from .inject import site_modules
 from .modules import LoRAEmbed, LowRank
 from .sites import logical_name
@@ -26,7 +28,7 @@ def fill_member(model: nnx.Module, spec: MemberSpec, seed: int) -> None:
     embedding A = 0 and B ~ N(0, 1).
     """
     for name, module in site_modules(model).items():
-        _fill_site(module, name, spec.sites.get(name), spec.config.dropout, seed)
+        _fill_site(module, name, spec.sites.get(name), spec.config, seed)
 
 
 def draw_head(model: nnx.Module, seed: int) -> None:
@@ -39,19 +41,19 @@ def draw_head(model: nnx.Module, seed: int) -> None:
             variable.set_value(jnp.asarray(0.02 * drawn, variable.dtype))
 
 
-def _generator(seed: int, name: str, layer: int) -> np.random.Generator:
+def _generator(seed: int, name: str, layer: int, *more: int) -> np.random.Generator:
     """Random numbers for a seed, name and layer: the same in every process and on every platform."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode()), layer])))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode()), layer, *more])))
 
 
-def _fill_site(module: LowRank, name: str, member: MemberSite | None, dropout: float, seed: int) -> None:
+def _fill_site(module: LowRank, name: str, member: MemberSite | None, config: AdapterConfig, seed: int) -> None:
     stacked = module.lora_a.ndim == 3
     a, b = (np.zeros(f.shape if stacked else (1, *f.shape), np.float32) for f in (module.lora_a, module.lora_b))
     scale = np.zeros(len(a), np.float32)
     if member is not None:
         first = len(member.ranks) - len(a)
         for i, (rank, layer_scale) in enumerate(zip(member.ranks[first:], member.scales[first:], strict=True)):
-            generator = _generator(seed, name, first + i)
+            generator = _generator(seed, name, first + i, *([] if config.nested_init else [rank]))
             scale[i] = layer_scale
             if isinstance(module, LoRAEmbed):
                 b[i, :rank] = generator.standard_normal((rank, b.shape[2]), np.float32)
@@ -61,5 +63,5 @@ def _fill_site(module: LowRank, name: str, member: MemberSite | None, dropout: f
     for variable, value in ((module.lora_a, a), (module.lora_b, b), (module.scale, scale)):
         variable.set_value(jnp.asarray(value if stacked else value[0]))
     if hasattr(module, "dropout_rate"):
-        rate = np.full(module.dropout_rate.shape, dropout if member is not None else 0.0, np.float32)
+        rate = np.full(module.dropout_rate.shape, config.dropout if member is not None else 0.0, np.float32)
         module.dropout_rate.set_value(jnp.asarray(rate))

@@ -115,6 +115,10 @@ class AdapterConfig(Section):
     )
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732) in place of alpha / rank.")
     dropout: Fraction = Field(default=0.0, description="Dropout on the input of A while training.")
+    nested_init: bool = Field(
+        default=True,
+        description="With one seed, a smaller rank starts as the leading part of a larger one; false: each rank draws its own.",
+    )
     bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases of the base train too.")
     modules_to_save: list[str] = Field(default_factory=list, description="Modules of the base trained in full (names as in targets).")
 

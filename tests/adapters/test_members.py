@@ -106,3 +106,10 @@ def test_a_smaller_rank_starts_as_the_leading_part_of_a_larger(model):
     for name in small:
         for a, b in ((small[name][0], large[name][0][..., :3]), (small[name][1], large[name][1][..., :3, :])):
             np.testing.assert_array_equal(a, b)
+
+
+def test_without_nesting_every_rank_draws_its_own_factors(model):
+    small, large, again = (_filled(model, AdapterConfig(rank=r, targets=["q_proj", "embed"], nested_init=False)) for r in (3, 6, 3))
+    assert not np.intersect1d(small["layers.attn.q_proj"][0], large["layers.attn.q_proj"][0]).size
+    assert not np.intersect1d(small["embed"][1], large["embed"][1]).size
+    assert all(np.array_equal(x, y) for name in small for x, y in zip(small[name], again[name], strict=True))

@@ -39,6 +39,7 @@ TRACED = {
     "adapter.alpha_pattern": {"v_proj": 3.0},
     "adapter.rslora": True,
     "adapter.dropout": 0.4,
+    "adapter.nested_init": False,
     "optimizer.learning_rate": 0.02,
     "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 2,
