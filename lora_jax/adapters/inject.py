@@ -74,6 +74,11 @@ def inject_structure(model: nnx.Module, structure: Structure) -> nnx.Module:
                 dropout=structure.dropout,
             ),
         )
+    if structure.method == "head":
+        # Without adapters it is the head alone that needs anything anew; the top layer stays with it, which is run for few positions.
+        for _, module in nnx.iter_modules(adapted):
+            if isinstance(module, Stack) and module.depth > 1:
+                module.split_at(module.depth - 1)
     _check_saved(model, structure)
     _label(adapted, structure)
     if structure.method == "head" and not any(label_of(name, label_table(structure)) != FROZEN for name in _names(adapted)):

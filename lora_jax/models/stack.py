@@ -18,6 +18,7 @@ import jax
 from flax import nnx
 
 from ..parallel.constraints import by_rows, gathered, take_positions, weights_cut
+from .prefix import common
 
 # Metadata key of a parameter's logical axis names, one an array axis.
 AXES = "axes"
@@ -98,7 +99,11 @@ class Stack(nnx.Module):
         """
         if weights_cut() and gather is not None:
             return take_positions(self(x, context), gather)
-        for segment in self.segments:
+        lowest, *above = self.segments
+        if above:
+            start = x
+            x = common(lambda: self._run(lowest, start, context, 0, lowest.stop, None))
+        for segment in above or [lowest]:
             top = segment.stop == self.depth and gather is not None
             stop = segment.stop - 1 if top else segment.stop
             if stop > segment.start:
@@ -122,6 +127,12 @@ class Stack(nnx.Module):
         if stop - start == 1:
             return body(x, (start, jax.tree.map(lambda a: a[0], own)))[0]
         return jax.lax.scan(body, x, (jax.numpy.arange(start, stop), own))[0]
+
+
+def cut_of(model: nnx.Module) -> int:
+    """How many layers are below the lowest cut of the model's stack; 0 where none is cut, or more than one stack is."""
+    cuts = [m.segments[0].stop for _, m in nnx.iter_modules(model) if isinstance(m, Stack) and len(m.segments) > 1]
+    return cuts[0] if len(cuts) == 1 else 0
 
 
 def _at_hand(state: Any) -> Any:

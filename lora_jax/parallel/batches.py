@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .mesh import replicated
+from .mesh import ROWS, replicated
 
 # Arrays of rows; the targets, which index all rows, are whole everywhere.
-_ROWS = frozenset({"tokens", "segment_ids", "positions", "example_ids"})
+_OF_ROWS = frozenset({"tokens", "segment_ids", "positions", "example_ids"})
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], *, row_axis: int) -> dict[str, jax.Array]:
@@ -24,13 +24,12 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], *, row_axis: int) -
         batch: name -> array, equal in all processes; only what lies on this process's devices leaves its host.
         row_axis: which axis of the arrays of rows counts them.
     """
-    return {name: _placed(array, _rows(mesh, array.ndim, row_axis) if name in _ROWS else replicated(mesh)) for name, array in batch.items()}
+    return {name: _placed(array, row_sharding(mesh, row_axis) if name in _OF_ROWS else replicated(mesh)) for name, array in batch.items()}
 
 
-def _rows(mesh: Mesh, ndim: int, row_axis: int) -> NamedSharding:
-    parts: list[tuple[str, str] | None] = [None] * ndim
-    parts[row_axis] = ("data", "fsdp")
-    return NamedSharding(mesh, PartitionSpec(*parts))
+def row_sharding(mesh: Mesh, row_axis: int) -> NamedSharding:
+    """Where an array lies whose axis `row_axis` counts a batch's rows."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * row_axis, ROWS))
 
 
 def _placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -63,6 +63,8 @@ class PackRun:
         pack = self.build()
         counts = [pack.parameter_count(i) for i in range(len(members))]
         self.progress.print(f"{self.title}: {len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters; compiling")
+        prefix = self.setup.prefix(pack.part, config.training.data_seed)
+        before = prefix.compiled if prefix is not None else 0
         recorder = Recorder(self.run, members, counts, self.setup, self.progress, self.title)
         with recorder, contextlib.closing(self.checkpoints()) as checkpoints:
             self.signals.training = True
@@ -78,20 +80,18 @@ class PackRun:
                 trace=StepTrace(self.run.path / "profile", config.tracking.profile),
                 until=until,
                 start=None if start is None else lambda: start(pack),
+                prefix=prefix,
             )
             self.signals.training = False
-        return Trained(pack, outcome, recorder)
+        programs = pack.programs.train.traces.count + pack.programs.evaluate.traces.count
+        return Trained(pack, outcome, recorder, programs + (prefix.compiled - before if prefix is not None else 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A pack that was trained, with what it came to and who records it."""
+    """A pack that was trained, with what it came to, who records it, and how many programs were compiled for it."""
 
     pack: Pack
     outcome: Outcome
     recorder: Recorder
-
-    @property
-    def programs(self) -> int:
-        """How many programs were compiled for it."""
-        return self.pack.programs.train.traces.count + self.pack.programs.evaluate.traces.count
+    programs: int

@@ -17,6 +17,7 @@ from ..parallel.batches import place_batch
 from ..parallel.mesh import to_host
 from .checkpoints import PackCheckpoints, Saved
 from .pack import Pack
+from .prefix import Prefix
 from .profile import StepTrace
 from .setup import Setup
 from .step import Metrics
@@ -78,6 +79,7 @@ def train_pack(
     trace: StepTrace | None = None,
     until: int | None = None,
     start: Callable[[], Saved] | None = None,
+    prefix: Prefix | None = None,
 ) -> Outcome:
     """Trains all members of a pack to the last step, from its newest checkpoint on if there is one.
 
@@ -93,6 +95,7 @@ def train_pack(
         trace: of a few steps, for the profiler.
         until: the step to end at; the setup's last by default.
         start: where to begin without a checkpoint; step 0 by default.
+        prefix: what the members have in common, computed apart; without it the step computes that too.
 
     Raises:
         Stopped: `stop` said so; everything up to that step is in a checkpoint.
@@ -136,6 +139,8 @@ def train_pack(
 
     for step, batch in enumerate(setup.plan.batches(first, last), first):
         placed = place_batch(setup.mesh, batch, row_axis=1)
+        if prefix is not None:
+            placed["prefix"] = prefix.of_step(step, placed)
         state, metrics = pack.programs.train(state, fixed, frozen, placed, np.int32(step))
         fresh.append(metrics)
         done = step + 1
@@ -153,7 +158,7 @@ def train_pack(
         if done == last or (eval_every and done % eval_every == 0):
             jax.block_until_ready(metrics)  # steps still under way are training, not evaluation
             clock.pause()
-            final = evaluate_pack(pack, setup, state.trainable)
+            final = evaluate_pack(pack, setup, state.trainable, prefix=prefix)
             if best.offer(done, final, state.trainable) and checkpoints is not None and best.arrays is not None:
                 checkpoints.save_best(done, best.arrays)
             listener.on_eval(done, final)
@@ -188,13 +193,21 @@ def train_pack(
 
 
 def evaluate_pack(
-    pack: Pack, setup: Setup, trainable: Arrays, batches: Sequence[dict[str, np.ndarray]] | None = None
+    pack: Pack,
+    setup: Setup,
+    trainable: Arrays,
+    batches: Sequence[dict[str, np.ndarray]] | None = None,
+    *,
+    prefix: Prefix | None = None,
 ) -> dict[str, np.ndarray]:
     """Mean loss, accuracy and, for language models, perplexity of every member over the held-out batches (or `batches`)."""
     sums: list[Any] = []
     weight = 0.0
     for batch in setup.plan.eval_batches() if batches is None else batches:
-        sums.append(pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, place_batch(setup.mesh, batch, row_axis=0)))
+        placed = place_batch(setup.mesh, batch, row_axis=0)
+        if prefix is not None:
+            placed["prefix"] = prefix.of_held_out(placed)
+        sums.append(pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, placed))
         weight += float(batch["target_weights"].sum())
     loss, correct = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
     metrics = {"loss": loss, "accuracy": correct}

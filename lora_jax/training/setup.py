@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..adapters.inject import inject_structure
+from ..adapters.partition import Partition
 from ..adapters.spec import resolve, unite
 from ..config.errors import InputError
 from ..config.schema import Config
@@ -25,6 +26,22 @@ from ..models.stack import AXES
 from ..models.tokenizer import load_tokenizer
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from .memory import release_freed_memory
+from .prefix import Prefix, prefix_depth
+
+
+class Newest:
+    """Remembers the newest value alone: never two bases in memory."""
+
+    def __init__(self) -> None:
+        self.key: object = None
+        self.value: Any = None
+
+    def get(self, key: object, make: Callable[[], Any]) -> Any:
+        if self.key != key:
+            self.key = self.value = None
+            self.value = make()
+            self.key = key
+        return self.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +56,7 @@ class Setup:
         steps: optimizer steps.
         metric: what members are compared by; larger is better unless it is `loss`.
         mesh: the devices; the model's weights lie on it already.
+        prefixes: of packs, the newest.
     """
 
     model: nnx.Module
@@ -48,6 +66,12 @@ class Setup:
     steps: int
     metric: str
     mesh: Mesh
+    prefixes: Newest = dataclasses.field(default_factory=Newest)
+
+    def prefix(self, part: Partition, data_seed: int) -> Prefix | None:
+        """What the members of a pack have in common; None where they have nothing. Successive packs of one depth have one."""
+        depth = prefix_depth(part, {name: array[0] for name, array in self.plan.batch(0).items()})
+        return self.prefixes.get((depth, data_seed), lambda: Prefix(part, depth, data_seed, self.mesh)) if depth else None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -65,7 +89,7 @@ class Preparer:
     """Makes setups. What a config has in common with the one before it (base, examples, all) is not loaded again."""
 
     def __init__(self) -> None:
-        self._base, self._data, self._setup = _Newest(), _Newest(), _Newest()
+        self._base, self._data, self._setup = Newest(), Newest(), Newest()
 
     def __call__(self, config: Config) -> Setup:
         """The setup of a config; see `set_up`."""
@@ -80,21 +104,6 @@ class Preparer:
             return _assemble(config, mesh, base, data)
 
         return self._setup.get(setup_key(config), make)
-
-
-class _Newest:
-    """Remembers the newest value alone: never two bases in memory."""
-
-    def __init__(self) -> None:
-        self.key: object = None
-        self.value: Any = None
-
-    def get(self, key: object, make: Callable[[], Any]) -> Any:
-        if self.key != key:
-            self.key = self.value = None
-            self.value = make()
-            self.key = key
-        return self.value
 
 
 def set_up(config: Config) -> Setup:

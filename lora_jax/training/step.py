@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..adapters.placement import even_members
 from ..config.errors import RunError
 from ..models.heads import TaskModel
 from ..models.noise import positions_of_targets
+from ..models.prefix import starting_from
 from ..parallel.constraints import on_mesh
 from ..parallel.mesh import replicated
 from .memory import release_freed_memory
@@ -70,7 +71,8 @@ def train_step(
         state: what changes.
         fixed: what is this member's own.
         frozen: the base, the same for all members.
-        batch: arrays with a leading micro-batch axis, the same for all members.
+        batch: arrays with a leading micro-batch axis, the same for all members. Where it holds a `prefix` (`prefix.py`), the model
+            starts from that.
         step: int32 scalar, 0-based.
         noise: PRNG key of the base's own dropout in this step, the same for all members: what is common to them stays common.
     """
@@ -80,7 +82,7 @@ def train_step(
     def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         settings = with_dropout_keys(fixed.settings, jax.random.fold_in(key, index))
         model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
-        with positions_of_targets(micro["target_index"], micro["tokens"].shape):
+        with positions_of_targets(micro["target_index"], micro["tokens"].shape), starting_from(micro.get("prefix")):
             features = model.features(micro, jax.random.fold_in(noise, index))
         loss, correct = cross_entropy(model.readout(), features, micro["target_ids"], micro["target_weights"])
         return loss / total, correct / total
@@ -110,7 +112,9 @@ def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
 def eval_step(part: Partition, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Summed loss and right predictions of one member over one batch (without a micro axis), no dropout."""
     model, batch = cast(TaskModel, part.merge(trainable, settings, frozen, training=False)), targets_by_rows(batch)
-    return cross_entropy(model.readout(), model.features(batch), batch["target_ids"], batch["target_weights"])
+    with starting_from(batch.get("prefix")):
+        features = model.features(batch)
+    return cross_entropy(model.readout(), features, batch["target_ids"], batch["target_weights"])
 
 
 @dataclasses.dataclass(eq=False)
@@ -139,23 +143,32 @@ class Program:
         carries: whether its first result takes the place of its first argument in the next call: it then reuses the buffers, and
             comes back in the same layout, which the compiler would else choose anew on a mesh.
         mesh: what it runs on; all other results are then whole on each device. None: wherever its arguments are.
+        results: where they lie on the mesh instead.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, *, carries: bool = False, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        *,
+        carries: bool = False,
+        mesh: Mesh | None = None,
+        results: NamedSharding | None = None,
+    ):
         self.traces = TraceCounter(function)
         self._name = name
         self._carries = carries
         self._mesh = mesh
+        self._rest = results or (None if mesh is None else replicated(mesh))
         self._compiled: Any = None
 
     def lower(self, *args: Any) -> Any:
         """The lowered program, to look at: its text, its memory analysis. Arguments may be shapes."""
-        rest = None if self._mesh is None else replicated(self._mesh)
         with on_mesh(self._mesh):
             if not self._carries:
-                return jax.jit(self.traces, out_shardings=rest).lower(*args)
+                return jax.jit(self.traces, out_shardings=self._rest).lower(*args)
             layouts = jax.tree.map(lambda a: getattr(a, "sharding", None), args[0])
-            return jax.jit(self.traces, donate_argnums=0, out_shardings=(layouts, rest)).lower(*args)
+            return jax.jit(self.traces, donate_argnums=0, out_shardings=(layouts, self._rest)).lower(*args)
 
     def compiled_text(self) -> str:
         """The program as compiled, after its first call."""
