@@ -9,10 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.bank import AdapterBank as AdapterBank
     from .adapters.describe import describe as describe
     from .adapters.inject import inject as inject
     from .adapters.merge import merge as merge
     from .adapters.merge import unmerge as unmerge
+    from .adapters.mixed import with_rows as with_rows
     from .adapters.partition import partition as partition
     from .config.errors import InputError as InputError
     from .config.errors import RunError as RunError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from .sweeps.api import sweep as sweep
 
 _NAMES = {
+    "AdapterBank": "adapters.bank",
     "Config": "config.schema",
     "InputError": "config.errors",
     "LoraConfig": "config.schema:AdapterConfig",
@@ -39,6 +42,7 @@ _NAMES = {
     "partition": "adapters.partition",
     "sweep": "sweeps.api",
     "unmerge": "adapters.merge",
+    "with_rows": "adapters.mixed",
 }
 
 __all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax.config.schema import Config
+from lora_jax.adapters.inject import inject, site_modules
+from lora_jax.config.schema import AdapterConfig, Config
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.encoder import Encoder, EncoderConfig
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
@@ -145,6 +146,16 @@ def _micro(rng: np.random.Generator, rows: int, length: int, causal: bool, class
         "target_ids": ids,
     }
     return {name: a.astype(np.int32) for name, a in arrays.items()} | {"target_weights": weights}
+
+
+def trained(model: nnx.Module, seed: int = 1, **values: Any) -> Any:
+    """The model with an adapter whose factors are far from their start; `values` are of `AdapterConfig`."""
+    adapted = inject(model, AdapterConfig(**({"rank": 4} | values)), rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    for site in site_modules(adapted).values():
+        for factor in (site.lora_a, site.lora_b):
+            factor[...] = factor[...] + jnp.asarray(0.1 * rng.standard_normal(factor.shape), jnp.float32)
+    return adapted
 
 
 def arrays_equal(a: Any, b: Any) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from .inject import site_modules
+from .factors import factors_of, is_factor
 from .partition import partition
 
 
@@ -64,22 +63,13 @@ def describe(model: nnx.Module) -> Trainable:
     """
     part = partition(model)
     rows = []
-    for name, module in site_modules(model).items():
-        a, b, scale = (np.asarray(v[...]) for v in (module.lora_a, module.lora_b, module.scale))
-        ranks = _ranks(a, b, scale)
-        layers = None if scale.ndim == 0 else int((ranks > 0).sum())
-        rows.append(
-            TrainableRow(name, "lora", layers, (a.shape[-2], int(ranks.max()), b.shape[-1]), int(ranks.sum()) * (a.shape[-2] + b.shape[-1]))
-        )
+    for name, factors in factors_of(part).items():
+        ranks, inputs, outputs = factors.ranks, factors.a.shape[-2], factors.b.shape[-1]
+        layers = int((ranks > 0).sum()) if part.settings[f"{name}.scale"].ndim else None
+        rows.append(TrainableRow(name, "lora", layers, (inputs, int(ranks.max()), outputs), int(ranks.sum()) * (inputs + outputs)))
     for name, label in part.labels.items():
-        if not name.endswith((".lora_a", ".lora_b")):
+        if not is_factor(name):
             array = part.trainable[name]
             rows.append(TrainableRow(name, label, None, tuple(array.shape), array.size))
     frozen = sum(a.size for a in part.frozen.values())
     return Trainable(tuple(rows), frozen + sum(r.count for r in rows))
-
-
-def _ranks(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Rank of each layer: columns of A or rows of B that are not padding; 0 where the scale is 0."""
-    used = np.abs(a).sum(-2) + np.abs(b).sum(-1) > 0
-    return np.atleast_1d(used.sum(-1) * (scale != 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from ..models.stack import AXES, PER_SEGMENT, Stack
 from .labels import FROZEN, label_of, label_table
 from .modules import SITE_MODULES, AdapterSetting, LoRAParam, LowRank
 from .sites import Path, logical_name
-from .spec import Structure, resolve, unite
+from .spec import SiteShape, Structure, resolve, unite
 
 LABEL = "label"
 
@@ -47,33 +48,14 @@ def inject(model: nnx.Module, config: AdapterConfig, *, rngs: nnx.Rngs) -> nnx.M
 
 def inject_structure(model: nnx.Module, structure: Structure) -> nnx.Module:
     """The model with zero factors of the structure's shapes at its sites, every parameter labelled."""
-    graphdef, state = nnx.split(model, graph=True)
-    # `tree.map` makes variables anew around the same arrays: labels set here do not reach the caller's model.
-    adapted = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
-    for shape in structure.sites:
-        site, path = shape.site, shape.site.path
-        if site.stack is not None:
-            inner = path[len(site.stack) :]
-            stack = _descend(adapted, site.stack)
-            assert isinstance(stack, Stack) and inner[0] == "segments"
-            parent, inner = stack.split_at(shape.first), inner[2:]
-        else:
-            parent, inner = adapted, path
-        owner = _descend(parent, inner[:-1])
-        layers = None if site.depth is None else site.depth - (shape.first if site.stack is not None else 0)
-        make = SITE_MODULES[site.kind]
-        _set(
-            owner,
-            inner[-1],
-            make(
-                _descend(owner, inner[-1:]),
-                layers=layers,
-                inputs=site.inputs,
-                outputs=site.outputs,
-                rank=shape.rank,
-                dropout=structure.dropout,
-            ),
+
+    def make(shape: SiteShape, base: nnx.Module) -> nnx.Module:
+        site = shape.site
+        return SITE_MODULES[site.kind](
+            base, layers=shape.layers, inputs=site.inputs, outputs=site.outputs, rank=shape.rank, dropout=structure.dropout
         )
+
+    adapted = replace_sites(model, structure.sites, make)
     if structure.method == "head":
         # Without adapters it is the head alone that needs anything anew; the top layer stays with it, which is run for few positions.
         for _, module in nnx.iter_modules(adapted):
@@ -83,6 +65,25 @@ def inject_structure(model: nnx.Module, structure: Structure) -> nnx.Module:
     _label(adapted, structure)
     if structure.method == "head" and not any(label_of(name, label_table(structure)) != FROZEN for name in _names(adapted)):
         raise InputError("adapter.method: head: the model has no classifier to train.")
+    return adapted
+
+
+def replace_sites(model: nnx.Module, sites: Sequence[SiteShape], make: Callable[[SiteShape, nnx.Module], nnx.Module]) -> nnx.Module:
+    """A model around the same arrays, with what `make` makes of a site and its module in that module's place; `model` is left as it was."""
+    graphdef, state = nnx.split(model, graph=True)
+    # `tree.map` makes variables anew around the same arrays: labels set later do not reach the caller's model.
+    adapted = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
+    for shape in sites:
+        site, path = shape.site, shape.site.path
+        if site.stack is not None:
+            inner = path[len(site.stack) :]
+            stack = _descend(adapted, site.stack)
+            assert isinstance(stack, Stack) and inner[0] == "segments"
+            parent, inner = stack.split_at(shape.first), inner[2:]
+        else:
+            parent, inner = adapted, path
+        owner = _descend(parent, inner[:-1])
+        _set(owner, inner[-1], make(shape, _descend(owner, inner[-1:])))
     return adapted
 
 

@@ -37,11 +37,11 @@ def draw_head(model: nnx.Module, seed: int) -> None:
     for path, variable in nnx.iter_graph(model):
         module, _, parameter = logical_name(path).rpartition(".")
         if isinstance(variable, nnx.Param) and parameter == "kernel" and module in new:
-            drawn = _generator(seed, module, 0).standard_normal(variable.shape, np.float32)
+            drawn = random_of(seed, module, 0).standard_normal(variable.shape, np.float32)
             variable.set_value(jnp.asarray(0.02 * drawn, variable.dtype))
 
 
-def _generator(seed: int, name: str, layer: int, *more: int) -> np.random.Generator:
+def random_of(seed: int, name: str, layer: int, *more: int) -> np.random.Generator:
     """Random numbers for a seed, name and layer: the same in every process and on every platform."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode()), layer, *more])))
 
@@ -53,7 +53,7 @@ def _fill_site(module: LowRank, name: str, member: MemberSite | None, config: Ad
     if member is not None:
         first = len(member.ranks) - len(a)
         for i, (rank, layer_scale) in enumerate(zip(member.ranks[first:], member.scales[first:], strict=True)):
-            generator = _generator(seed, name, first + i, *([] if config.nested_init else [rank]))
+            generator = random_of(seed, name, first + i, *([] if config.nested_init else [rank]))
             scale[i] = layer_scale
             if isinstance(module, LoRAEmbed):
                 b[i, :rank] = generator.standard_normal((rank, b.shape[2]), np.float32)

@@ -13,6 +13,7 @@ from flax import nnx
 from ..config.errors import InputError, nearest
 from ..models.head_shape import HEAD_MODULES
 from ..models.stack import Stack
+from .mixed import MixedSite
 from .modules import LowRank
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -79,7 +80,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
         InputError: the model bears adapters already.
     """
     modules: dict[Path, nnx.Module] = dict(nnx.iter_modules(model))
-    if any(isinstance(m, LowRank) for m in modules.values()):
+    if any(isinstance(m, LowRank | MixedSite) for m in modules.values()):
         raise InputError("the model bears adapters already: inject into the base.")
     sites = []
     for path, module in modules.items():

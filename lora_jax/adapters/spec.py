@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flax import nnx
@@ -110,17 +111,26 @@ def unite(model: nnx.Module, members: list[MemberSpec]) -> Structure:
     statics = {(m.config.method, m.config.bias, tuple(m.config.modules_to_save)) for m in members}
     if len(statics) != 1:
         raise ValueError(f"members differ in method, bias or modules_to_save: {sorted(statics)}")
-    shapes = []
-    sites = {s.name: s for s in find_sites(model)}
-    # In one stack all sites start at the lowest layer any of them adapts: the layers below are one segment without adapters.
-    lowest: dict[object, int] = {}
-    for name in {n for m in members for n in m.sites}:
-        first = min(int(np.flatnonzero(m.sites[name].ranks)[0]) for m in members if name in m.sites)
-        lowest[sites[name].stack] = min(lowest.get(sites[name].stack, first), first)
-    for site in sites.values():
-        ranks = [int(m.sites[site.name].ranks.max()) for m in members if site.name in m.sites]
-        if ranks:
-            first = lowest[site.stack] if site.stack is not None else 0
-            shapes.append(SiteShape(site, first, max(ranks)))
+    needs = [{name: (int(np.flatnonzero(site.ranks)[0]), int(site.ranks.max())) for name, site in m.sites.items()} for m in members]
     method, bias, saved = statics.pop()
-    return Structure(tuple(shapes), any(m.config.dropout > 0 for m in members), method, bias, saved)
+    return Structure(hold(find_sites(model), needs), any(m.config.dropout > 0 for m in members), method, bias, saved)
+
+
+def hold(sites: list[Site], needs: Sequence[Mapping[str, tuple[int, int]]]) -> tuple[SiteShape, ...]:
+    """The smallest shapes that hold several adapters at once.
+
+    In one stack all sites start at the lowest layer any of them adapts: the layers below are one segment without adapters.
+
+    Args:
+        sites: the model's.
+        needs: of each adapter, site name -> (lowest adapted layer, rank).
+    """
+    stacks = {s.name: s.stack for s in sites}
+    lowest: dict[object, int] = {}
+    for name, (first, _) in ((n, v) for need in needs for n, v in need.items()):
+        lowest[stacks[name]] = min(lowest.get(stacks[name], first), first)
+    shapes = []
+    for site in sites:
+        if ranks := [need[site.name][1] for need in needs if site.name in need]:
+            shapes.append(SiteShape(site, lowest[site.stack] if site.stack is not None else 0, max(ranks)))
+    return tuple(shapes)

@@ -22,6 +22,7 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .head_shape import HEAD_MODULES, HEADS, HeadShape, head_shape
 from .layers import Array, activation, dropout, linear, norm
+from .positions import positions_of_targets
 
 # Logits of positions that are no part of a text: finite, so that no gradient is NaN.
 NOWHERE = float(jnp.finfo(jnp.float32).min)
@@ -100,10 +101,11 @@ class Classifier(nnx.Module):
 
     def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
         """(n, width): what the classifier sees, for each target of the batch."""
-        if self.shape.reads == "mean":
-            return self._transform(self._means(batch, self._hidden(batch, noise)))
-        x = self._transform(self._hidden(batch, noise, batch["target_index"]))
-        return x if noise is None or not self.base.dropout else dropout(x, self.base.dropout, noise)
+        mean = self.shape.reads == "mean"
+        x = self._means(batch, self._hidden(batch, noise)) if mean else self._hidden(batch, noise, batch["target_index"])
+        with positions_of_targets(batch["target_index"], batch["tokens"].shape):
+            x = self._transform(x)
+        return x if mean or noise is None or not self.base.dropout else dropout(x, self.base.dropout, noise)
 
     def readout(self) -> Callable[[Array], Array]:
         """(n, width) -> (n, classes) float32 logits."""

@@ -18,6 +18,7 @@ import jax
 from flax import nnx
 
 from ..parallel.constraints import by_rows, gathered, take_positions, weights_cut
+from .positions import positions_of_targets
 from .prefix import common
 
 # Metadata key of a parameter's logical axis names, one an array axis.
@@ -121,7 +122,8 @@ class Stack(nnx.Module):
             index, own = step
             layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), shared)
             block = nnx.merge(graphdef, *(_at_hand(part) for part in (own, layer)))
-            return by_rows(block(by_rows(x), context, index, gather)), None
+            with positions_of_targets(gather, x.shape[:2]):
+                return by_rows(block(by_rows(x), context, index, gather)), None
 
         body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         if stop - start == 1:

@@ -16,7 +16,7 @@ from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..adapters.placement import even_members
 from ..config.errors import RunError
 from ..models.heads import TaskModel
-from ..models.noise import positions_of_targets
+from ..models.positions import positions_of_targets
 from ..models.prefix import starting_from
 from ..parallel.constraints import on_mesh
 from ..parallel.mesh import replicated

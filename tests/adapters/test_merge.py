@@ -7,26 +7,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.adapters.inject import inject, site_modules
+from lora_jax.adapters.inject import site_modules
 from lora_jax.adapters.merge import Merged, merge, merged_base, unmerge
 from lora_jax.adapters.modules import LowRank
 from lora_jax.adapters.partition import partition
-from lora_jax.config.schema import AdapterConfig
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 TOKENS = np.random.default_rng(0).integers(1, tiny.VOCAB, (3, 9)).astype(np.int32)
 X = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
-
-
-def _trained(model, **values):
-    """An adapted model whose factors are far from their start."""
-    adapted = inject(model, AdapterConfig(**({"rank": 4} | values)), rngs=nnx.Rngs(7))
-    rng = np.random.default_rng(1)
-    for site in site_modules(adapted).values():
-        for factor in (site.lora_a, site.lora_b):
-            factor[...] = factor[...] + jnp.asarray(0.1 * rng.standard_normal(factor.shape), jnp.float32)
-    return adapted
 
 
 CASES = {
@@ -48,7 +37,7 @@ CASES = {
 def test_merged_outputs_agree_and_unmerging_gives_the_same_bits(case):
     make, inputs, values = CASES[case]
     model = make()
-    adapted = _trained(model, **values)
+    adapted = tiny.trained(model, **values)
     wanted = tiny.outputs(adapted, inputs)
     assert tiny.relative(wanted, tiny.outputs(model, inputs)) > 1e-3
     before = partition(adapted)
@@ -69,7 +58,7 @@ def test_merged_outputs_agree_and_unmerging_gives_the_same_bits(case):
 @pytest.mark.parametrize("case", CASES)
 def test_merged_base_has_the_classes_of_the_base(case):
     make, _, values = CASES[case]
-    plain = merged_base(_trained(make(), **values))
+    plain = merged_base(tiny.trained(make(), **values))
     assert not any(isinstance(m, LowRank | Merged) for _, m in nnx.iter_modules(plain))
     known = {type(m) for _, m in nnx.iter_modules(make())}
     assert {type(m) for _, m in nnx.iter_modules(plain)} <= known | {nnx.Linear}
@@ -77,7 +66,7 @@ def test_merged_base_has_the_classes_of_the_base(case):
 
 def test_the_merged_weight_is_w_plus_scale_a_b():
     model = tiny.encoder(3)
-    adapted = _trained(model, targets=["q_proj"], layers="last:2", rank=4, alpha=6)
+    adapted = tiny.trained(model, targets=["q_proj"], layers="last:2", rank=4, alpha=6)
     site = site_modules(adapted)["layers.attn.q_proj"]
     a, b = np.asarray(site.lora_a[...], np.float64), np.asarray(site.lora_b[...], np.float64)
     kernel = tiny.base_arrays(model)["layers.segments.0.block.attn.q_proj.kernel"]
@@ -88,7 +77,7 @@ def test_the_merged_weight_is_w_plus_scale_a_b():
 
 def test_bfloat16_is_rounded_once():
     model = tiny.encoder(2, dtype=jnp.bfloat16)
-    adapted = _trained(model, targets=["q_proj"], alpha=0.37)
+    adapted = tiny.trained(model, targets=["q_proj"], alpha=0.37)
     site = site_modules(adapted)["layers.attn.q_proj"]
     full = site.base.kernel[...].astype(jnp.float32) + site.update()
     merged = merged_base(adapted).layers.segments[0].block.attn.q_proj.kernel[...]
@@ -99,7 +88,7 @@ def test_bfloat16_is_rounded_once():
 
 
 def test_merging_copies_only_the_adapted_weights():
-    adapted = _trained(tiny.encoder(2), targets=["q_proj"])
+    adapted = tiny.trained(tiny.encoder(2), targets=["q_proj"])
     plain = merged_base(adapted)
     before = {v[...].unsafe_buffer_pointer() for _, v in nnx.iter_graph(adapted) if isinstance(v, nnx.Param)}
     fresh = [p for p, v in nnx.iter_graph(plain) if isinstance(v, nnx.Param) and v[...].unsafe_buffer_pointer() not in before]

@@ -1,0 +1,277 @@
+"""Many adapters on one base: added by name, switched, left out, combined, and mixed within a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..config.errors import InputError, hint
+from ..parallel.mesh import to_host
+from .combine import Combination
+from .factors import Factors, factors_of, is_factor, shapes_of
+from .inject import LABEL, inject_structure, replace_sites, site_modules
+from .mixed import MIXED_MODULES, NO_ADAPTER, with_rows
+from .partition import Partition, partition
+from .sites import Site, find_sites, logical_name
+from .spec import SiteShape, Structure
+
+
+class AdapterBank:
+    """Named adapters over one base, of which there is one copy however many they are.
+
+    Models of a bank share the base's arrays; an adapter costs its own trained arrays alone. They are made for inference
+    (no dropout), and stay as they are whatever the bank does later.
+
+    Args:
+        base: a model without adapters, with its task's head if it has one.
+
+    Attributes:
+        base: as given.
+
+    >>> from lora_jax.config.schema import AdapterConfig
+    >>> from lora_jax.adapters.inject import inject
+    >>> base = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    >>> bank = AdapterBank(base)
+    >>> for seed, name in enumerate(["reviews", "letters"]):
+    ...     bank.add(name, inject(base, AdapterConfig(targets="all-linear"), rngs=nnx.Rngs(seed)))
+    >>> model = bank.use("letters")
+    >>> with bank.disabled():
+    ...     assert bank.model is base
+    >>> bank.combine("both", {"reviews": 0.7, "letters": 0.3}, method="svd", rank=4)
+    >>> bank.names
+    ('reviews', 'letters', 'both')
+    >>> mixed = bank.mixed(["letters", None, "both"])  # for a batch of three rows
+    >>> mixed(jnp.ones((3, 4))).shape
+    (3, 3)
+    """
+
+    def __init__(self, base: nnx.Module):
+        self.base = base
+        self._sites: list[Site] = find_sites(base)
+        self._arrays = {logical_name(path): v.get_value() for path, v in nnx.to_flat_state(nnx.state(base))}
+        self._adapters: dict[str, _Adapter] = {}
+        self._active: str | None = None
+        self._disabled = False
+        self._mixed: nnx.Module | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in the order they were added."""
+        return tuple(self._adapters)
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that `model` has; None where it is the base."""
+        return None if self._disabled else self._active
+
+    @property
+    def model(self) -> nnx.Module:
+        """The base with the adapter last used, or alone where there is none."""
+        return self.base if self.active is None else self._adapters[self.active].model()
+
+    def add(self, name: str, adapted: nnx.Module) -> None:
+        """Takes the adapter of an adapted model: everything it trains, weights of the base included.
+
+        Args:
+            name: not one of the bank's.
+            adapted: made by `inject` on this base or one like it. What is frozen in it is not kept: the bank's own base takes its place.
+
+        Raises:
+            InputError: the name is taken, or the model is of another shape than the base.
+        """
+        self._check_new(name)
+        self._keep(name, adapted)
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter; where it was in use, the base is.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        del self._adapters[self._known(name).name]
+        self._mixed = None
+        if self._active == name:
+            self._active = None
+
+    def use(self, name: str | None) -> nnx.Module:
+        """Switches to an adapter (None: to the base) and returns `model`.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        self._active = None if name is None else self._known(name).name
+        return self.model
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[nnx.Module]:
+        """Inside, the bank's model is the base, and rows of mixed batches have no adapters."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield self.base
+        finally:
+            self._disabled = before
+
+    def row_ids(self, rows: Sequence[str | None]) -> np.ndarray:
+        """What `with_rows` takes: (batch,) int32, the number of each row's adapter, -1 for none.
+
+        Raises:
+            InputError: there is no adapter of a name, or it trains weights of the base, of which a batch has one copy.
+        """
+        numbers = {adapter.name: i for i, adapter in enumerate(self._mixable())}
+        for name in dict.fromkeys(r for r in rows if r is not None):
+            adapter = self._known(name)
+            if adapter.changed:
+                raise InputError(
+                    f"adapter '{name}': it trains weights of the base ({', '.join(sorted(adapter.changed)[:4])}), and the rows of a "
+                    "batch share those. Use it by itself: bank.use(name)."
+                )
+        return np.array([NO_ADAPTER if r is None or self._disabled else numbers[r] for r in rows], np.int32)
+
+    def mixed(self, rows: Sequence[str | None]) -> nnx.Module:
+        """A model for a batch each of whose rows names its adapter.
+
+        The model has all adapters that can be mixed; for other rows it is the same compiled program (`with_rows` changes them
+        inside of one). Adding and removing adapters changes its shape.
+
+        Args:
+            rows: one a row of the batch: an adapter's name, or None for the base alone.
+
+        Raises:
+            InputError: as in `row_ids`.
+        """
+        ids = self.row_ids(rows)
+        if self._mixed is None:
+            if not (adapters := self._mixable()):
+                return self.base
+            self._mixed = _mixed_model(self.base, self._sites, [a.factors for a in adapters])
+        return with_rows(self._mixed, ids)
+
+    def combine(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        *,
+        method: str = "linear",
+        rank: int | None = None,
+        density: float | None = None,
+        majority: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Adds a combination of adapters: of what each changes in the base's weights, and never of A with another's B.
+
+        `linear`: the weighted sum, exactly, at the rank it takes. `cat`: the same with the factors side by side, the ranks added up.
+        `svd`: its best approximation of a rank (Eckart-Young). The rest work on the whole change of a weight, and take the best
+        approximation of what comes out: `magnitude_prune` keeps the largest entries of each; `ties` (arXiv:2306.01708) also
+        leaves out what differs from the majority in sign and takes the mean; `dare_linear` and `dare_ties` (arXiv:2311.03099)
+        keep random entries, scaled up. These are PEFT's `cat`, `svd` and `..._svd`. Weights of the base that adapters train
+        (heads, biases) are combined by the same method without any approximation.
+
+        Args:
+            name: of the new adapter.
+            weights: name -> weight, of any sign.
+            method: one of `combine.METHODS`.
+            rank: of the result, of all methods but `linear` and `cat`; by default the largest of those combined, layer by layer.
+            density: the share of entries that pruning keeps.
+            majority: of the ties methods: `total` (the default) compares sums of entries, `frequency` counts their signs.
+            seed: of the dare methods; 0 by default.
+
+        Raises:
+            InputError: the name is taken, a name, method or option is unknown, or an option is missing or does not go with it.
+        """
+        self._check_new(name)
+        how = Combination(method, {self._known(n).name: w for n, w in weights.items()}, rank, density, majority, seed)
+        adapters = [self._adapters[n] for n in weights]
+        combined = {}
+        for site in self._sites:
+            here = {a.name: f for a in adapters if (f := a.factors.get(site.name)) is not None}
+            if here:
+                combined[site.name] = how.factors(here, site.name, site.depth or 1)
+        shapes = shapes_of(self._sites, [combined])
+        model = inject_structure(self.base, Structure(shapes, False, "lora", "none", ()))
+        modules = site_modules(model)
+        for shape in shapes:
+            fitted, module = combined[shape.site.name].fitted(shape), modules[shape.site.name]
+            for variable, value in ((module.lora_a, fitted.a), (module.lora_b, fitted.b), (module.scale, fitted.scale)):
+                variable.set_value(jnp.asarray(value.reshape(variable.shape)))
+        for path, variable in nnx.iter_graph(model):
+            weight = logical_name(path)
+            if isinstance(variable, nnx.Variable) and (changed := [a for a in adapters if weight in a.changed]):
+                base = _host(self._arrays[weight])
+                change = how.changes({a.name: _host(a.part.trainable[weight]) - base for a in changed}, weight)
+                variable.set_value(jnp.asarray(base + change))
+                variable.set_metadata(LABEL, changed[0].part.labels[weight])
+        self._keep(name, model)
+
+    def _keep(self, name: str, adapted: nnx.Module) -> None:
+        part = partition(adapted)
+        own = {n: a.shape for n, a in (part.frozen | part.trainable).items() if not is_factor(n)}
+        wanted = {n: a.shape for n, a in self._arrays.items()}
+        unlike = sorted(n for n in own.keys() | wanted.keys() if own.get(n) != wanted.get(n))
+        if unlike:
+            raise InputError(f"adapter '{name}': its model is not of the bank's base; they differ in {', '.join(unlike[:4])}.")
+        part = dataclasses.replace(part, frozen={n: self._arrays[n] for n in part.frozen})
+        trained = {n: a for n, a in part.trainable.items() if not is_factor(n)}
+        changed = frozenset(n for n, a in trained.items() if not np.array_equal(_host(a), _host(self._arrays[n])))
+        self._adapters[name] = _Adapter(name, part, changed)
+        self._mixed = None
+
+    def _mixable(self) -> list[_Adapter]:
+        return [a for a in self._adapters.values() if not a.changed]
+
+    def _known(self, name: str) -> _Adapter:
+        if name not in self._adapters:
+            raise InputError(f"no adapter '{name}' in the bank. {hint(name, self._adapters)}")
+        return self._adapters[name]
+
+    def _check_new(self, name: str) -> None:
+        if name in self._adapters:
+            raise InputError(f"adapter '{name}' is in the bank already.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adapter:
+    """An adapter of a bank.
+
+    Attributes:
+        name: in the bank.
+        part: its model in parts, `part.frozen` being the base's own arrays.
+        changed: weights of the base that are others in it.
+    """
+
+    name: str
+    part: Partition
+    changed: frozenset[str]
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """Site name -> factors, on the host."""
+        return factors_of(self.part)
+
+    def model(self) -> nnx.Module:
+        """The base with the adapter, for inference."""
+        return self.part.merge(self.part.trainable, self.part.settings, self.part.frozen, training=False)
+
+
+def _mixed_model(base: nnx.Module, sites: list[Site], adapters: list[dict[str, Factors]]) -> nnx.Module:
+    """The base with the factors of all adapters at each site that any of them adapts."""
+    shapes = shapes_of(sites, adapters)
+
+    def make(shape: SiteShape, module: nnx.Module) -> nnx.Module:
+        site = shape.site
+        none = Factors(np.zeros((1, site.inputs, 0), np.float32), np.zeros((1, 0, site.outputs), np.float32), np.zeros(1, np.float32))
+        each = [adapter.get(site.name, none).fitted(shape) for adapter in adapters]
+        a, b, scale = (np.stack(column, 1) for column in zip(*((f.a, f.b, f.scale) for f in each), strict=True))
+        arrays = [jnp.asarray(x if site.depth is not None else x[0]) for x in (a, b, scale)]
+        return MIXED_MODULES[site.kind](module, *arrays, stacked=site.depth is not None)
+
+    return replace_sites(base, shapes, make)
+
+
+def _host(array: jax.Array) -> np.ndarray:
+    return to_host(array).astype(np.float32)
