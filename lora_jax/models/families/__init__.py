@@ -113,31 +113,59 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
+def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """`config[key]`, a positive whole number; `InputError` where it is something else, or missing without a `default`."""
+    value = config.get(key)
+    if value is None:
+        value = required(config, key) if default is None else default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config.json: {key} = {value!r} should be a positive whole number.")
+    return value
+
+
+# Hugging Face's name of an activation -> ours.
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+
+
+def activation(config: Mapping[str, Any], key: str, default: str) -> str:
+    """Our name of the activation that `config[key]` names; `InputError` where there is no such."""
+    only(config, key, *_ACTIVATIONS)
+    return _ACTIVATIONS[config.get(key, default)]
+
+
 def only(config: Mapping[str, Any], key: str, *allowed: Any) -> None:
     """`InputError` where `config` has `key` with a value that is not supported."""
     if key in config and config[key] not in allowed:
         raise InputError(f"config.json: {key} = {config[key]!r} is not supported (only {', '.join(map(repr, allowed))}).")
 
 
-def post_norm_block(width: int, heads: int, hidden: int, activation: str, norm_eps: float, dtype: Any) -> BlockConfig:
+def post_norm_block(width: int, heads: int, hidden: int, act: str, norm_eps: float, dtype: Any) -> BlockConfig:
     """The layer that BERT and its descendants share: norms after the sums, biases everywhere, a plain MLP.
 
     Args:
-        activation: Hugging Face's name.
+        act: Hugging Face's name of the activation.
     """
-    only({"hidden_act": activation}, "hidden_act", "gelu", "gelu_new", "relu", "silu")
     return BlockConfig(
         width=width,
         heads=heads,
         kv_heads=heads,
         head_dim=width // heads,
         hidden=hidden,
-        activation="gelu_tanh" if activation == "gelu_new" else activation,
+        activation=activation({"hidden_act": act}, "hidden_act", "gelu"),
         gated=False,
         norm="layer",
         norm_eps=norm_eps,
-        norm_first=False,
-        attention_bias=True,
+        norm_at="residual",
+        qkv_bias=True,
+        out_bias=True,
         mlp_bias=True,
         dtype=dtype,
     )

@@ -1,59 +1,93 @@
-"""Llama (arXiv:2302.13971) and what is saved in its form, SmolLM2 among it."""
+"""Llama 1 to 3.3 (arXiv:2302.13971) and what is saved in its form, SmolLM2 among it; and the form itself, which most decoders share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...config.errors import InputError
+from ..attention import LayerKind
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig
-from . import Family, Weight, only, projections, required
+from . import Family, Weight, activation, only, projections, size
+from .rope import rotary
 
-_LAYER = "model.layers.{i}."
+LAYER = "model.layers.{i}."
 
-
-def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
-    only(hf, "hidden_act", "silu")
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    only({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", "default")
-    width, heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
-    block = BlockConfig(
-        width=width,
-        heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or width // heads,
-        hidden=required(hf, "intermediate_size"),
-        activation="silu",
-        gated=True,
-        norm="rms",
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        norm_first=True,
-        attention_bias=hf.get("attention_bias", False),
-        mlp_bias=hf.get("mlp_bias", False),
-        dtype=dtype,
-    )
-    return DecoderConfig(
-        block,
-        depth=required(hf, "num_hidden_layers"),
-        vocab=required(hf, "vocab_size"),
-        rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
-        tied=hf.get("tie_word_embeddings", False),
-    )
+# Where a block's norms stand (`BlockConfig.norm_at`) -> ours and Hugging Face's names for them.
+_NORMS = {
+    "input": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "output": {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attn_norm": "input_layernorm",
+        "attn_out_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    },
+}
 
 
-def _weights(config: DecoderConfig) -> dict[str, Weight]:
-    attention = {f"layers.attn.{p}_proj": f"{_LAYER}self_attn.{p}_proj" for p in "qkvo"}
-    mlp = {f"layers.mlp.{p}_proj": f"{_LAYER}mlp.{p}_proj" for p in ("gate", "up", "down")}
-    table = projections(attention, bias=config.block.attention_bias) | projections(mlp, bias=config.block.mlp_bias)
-    table |= {
-        "embed.embedding": Weight("model.embed_tokens.weight"),
-        "layers.attn_norm.scale": Weight(_LAYER + "input_layernorm.weight"),
-        "layers.mlp_norm.scale": Weight(_LAYER + "post_attention_layernorm.weight"),
-        "final_norm.scale": Weight("model.norm.weight"),
+def block(hf: Mapping[str, Any], dtype: Any, **options: Any) -> BlockConfig:
+    """A gated layer with RMS norms, in Hugging Face's usual keys; `options` are what a family has otherwise."""
+    width, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
+    kv_heads = size(hf, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise InputError(f"config.json: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}.")
+    usual = {
+        "width": width,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": size(hf, "head_dim", width // heads),
+        "hidden": size(hf, "intermediate_size"),
+        "activation": activation(hf, "hidden_act", "silu"),
+        "gated": True,
+        "norm": "rms",
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "qkv_bias": hf.get("attention_bias", False),
+        "out_bias": hf.get("attention_bias", False),
+        "mlp_bias": hf.get("mlp_bias", False),
+        "dtype": dtype,
     }
+    return BlockConfig(**usual | options)
+
+
+def decoder(hf: Mapping[str, Any], block: BlockConfig, kinds: Sequence[LayerKind], *, tied: bool = False, **options: Any) -> DecoderConfig:
+    """The decoder of such layers. `tied` is the family's default."""
+    depth, vocab = size(hf, "num_hidden_layers"), size(hf, "vocab_size")
+    return DecoderConfig(block, depth, vocab, tuple(kinds), hf.get("tie_word_embeddings", tied), **options)
+
+
+def full_rotary(hf: Mapping[str, Any], block: BlockConfig, **options: Any) -> Any:
+    """`rotary`, of a family that turns whole heads."""
+    settings = hf.get("rope_parameters") or {}
+    for where in (hf, settings):
+        only(where, "partial_rotary_factor", None, 1.0)
+    return rotary(hf, block.head_dim, **options)
+
+
+def weights(config: DecoderConfig) -> dict[str, Weight]:
+    """The names that follow from a decoder's options."""
+    cfg = config.block
+    attention = ("q", "k", "v") if cfg.qkv == "separate" else ("qkv",)
+    mlp = ("gate_up",) if cfg.joined_gate else ("gate", "up")
+    table = projections({f"layers.attn.{p}_proj": f"{LAYER}self_attn.{p}_proj" for p in attention}, bias=cfg.qkv_bias)
+    table |= projections({"layers.attn.o_proj": f"{LAYER}self_attn.o_proj"}, bias=cfg.out_bias)
+    table |= projections({f"layers.mlp.{p}_proj": f"{LAYER}mlp.{p}_proj" for p in (*mlp, "down")}, bias=cfg.mlp_bias)
+    table |= {f"layers.{ours}.scale": Weight(f"{LAYER}{theirs}.weight") for ours, theirs in _NORMS[cfg.norm_at].items()}
+    if cfg.qk_norm is not None:
+        table |= {f"layers.attn.{p}_norm.scale": Weight(f"{LAYER}self_attn.{p}_norm.weight") for p in "qk"}
+    table |= {"embed.embedding": Weight("model.embed_tokens.weight"), "final_norm.scale": Weight("model.norm.weight")}
     if not config.tied:
         table["lm_head.kernel"] = Weight("lm_head.weight", transpose=True)
     return table
 
 
-FAMILY = Family("decoder", _config, _weights, ignored=("rotary_emb.inv_freq", "lm_head.weight"))
+IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")  # an output projection that is tied may be there all the same
+
+
+def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+    layer = block(hf, dtype)
+    return decoder(hf, layer, [LayerKind(rotary=full_rotary(hf, layer))])
+
+
+FAMILY = Family("decoder", _config, weights, ignored=IGNORED)

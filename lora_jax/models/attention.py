@@ -1,0 +1,186 @@
+"""Attention, and what all layers of a stack see alike: which key each query sees, and the rotary angles.
+
+Layers may differ in these (a sliding window in some, no rotary positions in others). They then differ in data alone: the context
+holds a mask and a table of angles for each kind of layer, and a layer takes its own by its index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..parallel.constraints import take_positions
+from .layers import Array, BlockConfig, dropout, linear, norm_of
+from .rotary import Rotary, rotary_angles, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What layers of one stack may differ in.
+
+    Attributes:
+        window: how far a query sees: keys less than so many positions away; None for all.
+        rotary: its rotary positions, or None.
+    """
+
+    window: int | None = None
+    rotary: Rotary | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Context:
+    """What all layers see alike.
+
+    Attributes:
+        mask: (kinds, rows, 1, queries, keys) bool, which key each query sees in layers of each kind.
+        rotary: cos and sin, (kinds, rows, length, dims) each, or None.
+        noise: a PRNG key for dropout, or None where nothing is dropped.
+        kinds: for each layer the index of its kind; empty where there is one kind.
+        dropout: share of the values that are dropped; static.
+    """
+
+    mask: Array
+    rotary: tuple[Array, Array] | None
+    noise: Array | None = None
+    kinds: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    def of_layer(self, layer: Array | int) -> tuple[Array, tuple[Array, Array] | None]:
+        """The layer's mask (rows, 1, queries, keys) and rotary angles (rows, length, dims)."""
+        if self.kinds:
+            kind = jnp.asarray(self.kinds)[layer]
+            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, kind, keepdims=False), (self.mask, self.rotary))
+        return jax.tree.map(lambda a: a[0], (self.mask, self.rotary))
+
+    def drop(self, x: Array, layer: Array | int, place: int) -> Array:
+        """Dropout of `x` in layer `layer`; each `place` in a layer has noise of its own."""
+        if self.noise is None or not self.dropout:
+            return x
+        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.noise, layer), place))
+
+
+def make_context(
+    layers: tuple[LayerKind, ...],
+    segment_ids: Array,
+    positions: Array,
+    *,
+    causal: bool,
+    noise: Array | None = None,
+    dropout: float = 0.0,
+) -> Context:
+    """The context of a batch.
+
+    Args:
+        layers: each layer's kind; a single one is that of all.
+        segment_ids, positions: (rows, length) int32, as for `segment_mask` and `rotary_angles`.
+        noise, dropout: as in `Context`.
+    """
+    kinds = tuple(dict.fromkeys(layers))
+    mask = jnp.stack([segment_mask(segment_ids, causal=causal, window=kind.window) for kind in kinds])
+    index = tuple(kinds.index(kind) for kind in layers) if len(kinds) > 1 else ()
+    return Context(mask, rotary_tables(kinds, positions), noise, index, dropout)
+
+
+def rotary_tables(kinds: tuple[LayerKind, ...], positions: Array) -> tuple[Array, Array] | None:
+    """Cosines and sines, (kinds, rows, length, dims) each; a kind without rotary positions gets angles of 0. None if none has any."""
+    if all(kind.rotary is None for kind in kinds):
+        return None
+    tables = [None if kind.rotary is None else rotary_angles(positions, kind.rotary) for kind in kinds]
+    like = next(table[0] for table in tables if table is not None)
+    still = jnp.ones_like(like), jnp.zeros_like(like)
+    cos, sin = zip(*(table or still for table in tables), strict=True)
+    return jnp.stack(cos), jnp.stack(sin)
+
+
+def segment_mask(segment_ids: Array, *, causal: bool, window: int | None = None) -> Array:
+    """Which key each query sees: those of its own segment, for `causal` none after it, with a `window` none so many tokens away.
+
+    Args:
+        segment_ids: (rows, length) int32; 0 is padding.
+
+    Returns:
+        (rows, 1, length, length) bool. Padding sees padding, so that no row of the softmax is empty.
+    """
+    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+    place = jnp.arange(segment_ids.shape[1])
+    distance = place[:, None] - place[None, :]
+    if causal:
+        mask &= distance >= 0
+    if window is not None:
+        mask &= abs(distance) < window
+    return mask[:, None]
+
+
+class Attention(nnx.Module):
+    """Multi-head (or grouped-query) attention."""
+
+    def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
+        inner, kv_inner = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+        shared = {"bias": cfg.qkv_bias, "dtype": cfg.dtype, "rngs": rngs}
+        if cfg.qkv == "separate":
+            self.q_proj = linear(cfg.width, inner, ("embed", "heads"), **shared)
+            self.k_proj = linear(cfg.width, kv_inner, ("embed", "kv_heads"), **shared)
+            self.v_proj = linear(cfg.width, kv_inner, ("embed", "kv_heads"), **shared)
+        else:
+            self.qkv_proj = linear(cfg.width, inner + 2 * kv_inner, ("embed", "heads"), **shared)
+        self.o_proj = linear(inner, cfg.width, ("heads", "embed"), bias=cfg.out_bias, dtype=cfg.dtype, rngs=rngs)
+        if cfg.qk_norm is not None:
+            whole = cfg.qk_norm == "whole"
+            self.q_norm = norm_of(cfg, inner if whole else cfg.head_dim, rngs=rngs)
+            self.k_norm = norm_of(cfg, kv_inner if whole else cfg.head_dim, rngs=rngs)
+        self.config = nnx.static(cfg)
+
+    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None) -> Array:
+        mask, rotary = context.of_layer(layer)
+        q, k, v = self.heads(x)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        mixed = self.mix(q, k, v, mask, context, layer)
+        return self.o_proj(take_positions(mixed, gather))
+
+    def heads(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries (rows, length, heads, head_dim), keys and values (rows, length, kv_heads, head_dim), before rotation."""
+        cfg = self.config
+        rows, length, _ = x.shape
+        q, k, v = self._projected(x)
+        if cfg.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (p.reshape(rows, length, -1, cfg.head_dim) for p in (q, k, v))
+        if cfg.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def _projected(self, x: Array) -> tuple[Array, Array, Array]:
+        cfg = self.config
+        if cfg.qkv == "separate":
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        joined = self.qkv_proj(x)
+        if cfg.qkv == "per_head":
+            by_head = joined.reshape(*x.shape[:2], cfg.heads, 3, cfg.head_dim)
+            q, k, v = (by_head[..., i, :].reshape(*x.shape[:2], -1) for i in range(3))
+        else:
+            inner = cfg.heads * cfg.head_dim
+            q, k, v = jnp.split(joined, (inner, inner + cfg.kv_heads * cfg.head_dim), axis=-1)
+        return q, k, v
+
+    def mix(self, q: Array, k: Array, v: Array, mask: Array, context: Context, layer: Array | int) -> Array:
+        """softmax(scale * q k^T) v: the values each query asks for, (rows, queries, heads * head_dim).
+
+        Args:
+            q: (rows, queries, heads, head_dim).
+            k, v: (rows, keys, kv_heads, head_dim).
+            mask: (rows, 1, queries, keys) bool.
+        """
+        cfg = self.config
+        rows, length, _, head_dim = q.shape
+        grouped = q.reshape(rows, length, k.shape[2], -1, head_dim)  # query heads by the key head they share
+        scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, k, preferred_element_type=jnp.float32) * cfg.scale
+        if cfg.softcap is not None:
+            scores = cfg.softcap * jnp.tanh(scores / cfg.softcap)
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        shares = context.drop(jax.nn.softmax(scores, axis=-1).astype(q.dtype), layer, 0)
+        return jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)

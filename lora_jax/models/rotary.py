@@ -1,0 +1,127 @@
+"""Rotary position embedding (arXiv:2104.09864), and how it is stretched over contexts longer than a model was trained on.
+
+The formulas of the scaling kinds are those of the reference implementation in transformers (`modeling_rope_utils.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Which features of a head are turned with the position, and how fast.
+
+    Attributes:
+        dims: features that are turned, the first ones of a head; feature k is paired with k + dims / 2.
+        theta: pair k turns by theta^(-2k / dims) a position.
+        kind: how the frequencies are scaled. `default`: not at all. `linear`: all divided by `factor`. `dynamic`: a larger theta
+            beyond `context` (NTK-aware). `yarn` (arXiv:2309.00071) and `llama3`: those that turn less than `slow` times within
+            `context` are divided by `factor`, those that turn more than `fast` times are left, between them is a ramp. `longrope`
+            (arXiv:2402.13753): each divided by its own factor, from `short` up to `context` positions, from `long` beyond.
+        factor: see `kind`.
+        context: positions the model was trained on.
+        magnitude: multiplies cosine and sine (YaRN's attention factor).
+        slow, fast: see `kind`.
+        truncate: whether YaRN's ramp starts and ends at whole pairs.
+        short, long: see `kind`; dims / 2 numbers each.
+    """
+
+    dims: int
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    context: int = 0
+    magnitude: float = 1.0
+    slow: float = 1.0
+    fast: float = 1.0
+    truncate: bool = True
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+
+
+def rotary_angles(positions: Array, rotary: Rotary) -> tuple[Array, Array]:
+    """Cosines and sines, for the half-split layout.
+
+    Args:
+        positions: (rows, length) int32. The longest of them is the context length that `dynamic` and `longrope` go by.
+
+    Returns:
+        two (rows, length, dims) float32 arrays.
+    """
+    angles = positions[..., None].astype(jnp.float32) * _frequencies(rotary, positions)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    if rotary.magnitude == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * rotary.magnitude, jnp.sin(angles) * rotary.magnitude
+
+
+def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
+    """Turns (rows, length, heads, head_dim) by the angles of `rotary_angles`; features beyond theirs are left."""
+    cos, sin = (a[:, :, None, :].astype(x.dtype) for a in rotary)
+    dims = cos.shape[-1]
+    x, rest = x[..., :dims], x[..., dims:]
+    turned = jnp.concatenate([-x[..., dims // 2 :], x[..., : dims // 2]], axis=-1)
+    out = x * cos + turned * sin
+    return jnp.concatenate([out, rest], axis=-1) if rest.shape[-1] else out
+
+
+def _frequencies(rotary: Rotary, positions: Array) -> np.ndarray | Array:
+    """Radians a position, (dims / 2,) float32; worked out now, but for the kinds that go by the positions."""
+    plain = _plain(rotary)
+    match rotary.kind:
+        case "default":
+            return plain
+        case "linear":
+            return plain / np.float32(rotary.factor)
+        case "llama3":
+            return (plain / llama3_divisors(rotary)).astype(np.float32)
+        case "yarn":
+            return (plain / _yarn_divisors(rotary)).astype(np.float32)
+        case "longrope":
+            short, long = (plain / np.array(factors, np.float32) for factors in (rotary.short, rotary.long))
+            return jnp.where(jnp.max(positions) + 1 > rotary.context, long, short)
+        case "dynamic":
+            longest = jnp.maximum(jnp.max(positions) + 1, rotary.context).astype(jnp.float32)
+            stretch = rotary.factor * longest / rotary.context - (rotary.factor - 1)
+            base = rotary.theta * stretch ** (rotary.dims / (rotary.dims - 2))
+            return 1 / base ** (np.arange(0, rotary.dims, 2, dtype=np.float32) / rotary.dims)
+    raise ValueError(f"no rotary scaling '{rotary.kind}'")
+
+
+def _plain(rotary: Rotary) -> np.ndarray:
+    return np.float32(1) / (rotary.theta ** (np.arange(0, rotary.dims, 2) / rotary.dims)).astype(np.float32)
+
+
+def _turns(rotary: Rotary) -> np.ndarray:
+    """How often each pair turns within the context."""
+    return rotary.context * rotary.theta ** (-np.arange(0, rotary.dims, 2) / rotary.dims) / (2 * math.pi)
+
+
+def llama3_divisors(rotary: Rotary) -> np.ndarray:
+    """What Llama 3's scaling divides each frequency by: (dims / 2,) float64, 1 for fast ones, `factor` for slow ones."""
+    kept = np.clip((_turns(rotary) - rotary.slow) / (rotary.fast - rotary.slow), 0.0, 1.0)
+    return 1.0 / ((1.0 - kept) / rotary.factor + kept)
+
+
+def _yarn_divisors(rotary: Rotary) -> np.ndarray:
+    """YaRN's "NTK-by-parts" (arXiv:2309.00071, section 3.2) with the ramp over pairs rather than turns, as transformers has it."""
+
+    def pair(turns: float) -> float:
+        """The (fractional) pair that turns so often within the context."""
+        return rotary.dims * math.log(rotary.context / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
+
+    first, last = pair(rotary.fast), pair(rotary.slow)
+    if rotary.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary.dims - 1)
+    width = last - first or 0.001
+    kept = 1.0 - np.clip((np.arange(rotary.dims // 2) - first) / width, 0.0, 1.0)
+    return 1.0 / ((1.0 - kept) / rotary.factor + kept)
