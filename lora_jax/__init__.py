@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from .config.errors import InputError as InputError
     from .config.errors import RunError as RunError
     from .config.load import load_config as load_config
-    from .config.schema import AdapterConfig as LoraConfig  # noqa: F401
     from .config.schema import Config as Config
+    from .interop.peft_config import LoraConfig as LoraConfig
+    from .interop.peft_loading import load_peft as load_peft
+    from .interop.peft_writing import save_peft as save_peft
     from .models.loading import load_model as load_model
     from .models.tokenizer import load_tokenizer as load_tokenizer
     from .sweeps.api import fit as fit
@@ -30,16 +32,18 @@ _NAMES = {
     "AdapterBank": "adapters.bank",
     "Config": "config.schema",
     "InputError": "config.errors",
-    "LoraConfig": "config.schema:AdapterConfig",
+    "LoraConfig": "interop.peft_config",
     "RunError": "config.errors",
     "describe": "adapters.describe",
     "fit": "sweeps.api",
     "inject": "adapters.inject",
     "load_config": "config.load",
     "load_model": "models.loading",
+    "load_peft": "interop.peft_loading",
     "load_tokenizer": "models.tokenizer",
     "merge": "adapters.merge",
     "partition": "adapters.partition",
+    "save_peft": "interop.peft_writing",
     "sweep": "sweeps.api",
     "unmerge": "adapters.merge",
     "with_rows": "adapters.mixed",

@@ -13,6 +13,7 @@ from ..config.schema import AdapterConfig
 from ..models.stack import AXES, PER_SEGMENT, Stack
 from .labels import FROZEN, label_of, label_table
 from .modules import SITE_MODULES, AdapterSetting, LoRAParam, LowRank
+from .record import remember
 from .sites import Path, logical_name
 from .spec import SiteShape, Structure, resolve, unite
 
@@ -43,6 +44,7 @@ def inject(model: nnx.Module, config: AdapterConfig, *, rngs: nnx.Rngs) -> nnx.M
     spec = resolve(model, config)
     adapted = inject_structure(model, unite(model, [spec]))
     fill_member(adapted, spec, int(jax.random.bits(rngs.params())))
+    remember(adapted, config)
     return adapted
 
 

@@ -53,12 +53,17 @@ def unmerge(model: nnx.Module) -> nnx.Module:
     return _replace(model, Merged, lambda module: module.original)
 
 
+def strip(model: nnx.Module) -> nnx.Module:
+    """The model without its adapters: the base's own modules at every site. What else was trained stays as it is."""
+    return _replace(model, LowRank, lambda module: module.base)
+
+
 def merged_base(model: nnx.Module) -> nnx.Module:
     """A plain model, of the same classes as the base, with the merged weights: for export. Keeps no factors.
 
     LoRA on an embedding leaves the vocabulary projection as it is, so a projection tied to a merged embedding gets weights of its own.
     """
-    copy = _copy(model)
+    copy = copy_of(model)
     for _, module in nnx.iter_modules(copy):
         if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, LowRank):
             module.untie()
@@ -66,7 +71,7 @@ def merged_base(model: nnx.Module) -> nnx.Module:
 
 
 def _folded(module: LowRank) -> nnx.Module:
-    folded: Any = _copy(module.base)
+    folded: Any = copy_of(module.base)
     weight = folded.kernel if hasattr(folded, "kernel") else folded.embedding
     update = module.update()
     full = weight[...]
@@ -76,14 +81,14 @@ def _folded(module: LowRank) -> nnx.Module:
     return folded
 
 
-def _copy(model: nnx.Module) -> nnx.Module:
-    """New modules and variables around the same arrays."""
+def copy_of(model: nnx.Module) -> nnx.Module:
+    """New modules and variables around the same arrays: what is set in one is not seen in the other."""
     graphdef, state = nnx.split(model, graph=True)
     return nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
 
 
 def _replace(model: nnx.Module, kind: type, make: Callable[[Any], nnx.Module]) -> nnx.Module:
-    copy = _copy(model)
+    copy = copy_of(model)
     module: Any
     for _, module in list(nnx.iter_modules(copy)):
         for name, child in list(_children(module)):

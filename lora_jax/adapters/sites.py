@@ -91,7 +91,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
         stack = next((path[:i] for i in range(len(path)) if isinstance(modules.get(path[:i]), Stack)), None)
         depth = leading[0] if leading else None
         layers: list[int | None] = [None] if depth is None else list(range(depth))
-        names = tuple((logical_name(path, i), *_aliases(modules, path, i)) for i in layers)
+        names = tuple(names_of(modules, path, i) for i in layers)
         biased = getattr(module, "bias", None) is not None
         sites.append(Site(path, kind, logical_name(path), names, depth, inputs, outputs, stack, biased))
     return sorted(sites, key=lambda s: [(isinstance(p, str), str(p).zfill(6)) for p in s.path])
@@ -108,15 +108,20 @@ def _weight_shape(module: nnx.Module) -> tuple[str, tuple[int, ...], int, int] |
     return None
 
 
-def _aliases(modules: dict[Path, nnx.Module], path: Path, layer: int | None) -> list[str]:
-    """Names of the module at `path` in the checkpoint it was loaded from."""
-    found = []
+def names_of(modules: dict[Path, nnx.Module], path: Path, layer: int | str | None) -> tuple[str, ...]:
+    """All names of the module at `path`: our own, then that of the checkpoint it was loaded from.
+
+    Args:
+        modules: all of a model (`nnx.iter_modules`).
+        layer: which, where it is stacked.
+    """
+    found = [logical_name(path, layer)]
     for cut in range(len(path) + 1):
         table = dict(getattr(modules.get(path[:cut]), "site_aliases", ()))
         alias = table.get(logical_name(path[cut:]))
         if alias is not None:
             found.append(alias.replace("{i}", str(layer)))
-    return found
+    return tuple(found)
 
 
 def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) -> bool:

@@ -1,0 +1,1 @@
+"""In and out: PEFT adapters and Hugging Face checkpoints."""

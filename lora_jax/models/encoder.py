@@ -11,6 +11,7 @@ from .attention import LayerKind, make_context
 from .block import Block
 from .head_shape import HeadShape
 from .layers import Array, BlockConfig, embedding, linear, norm_of, row_layout
+from .origin import Origin
 from .stack import Stack
 
 
@@ -48,6 +49,7 @@ class Encoder(nnx.Module):
         dropout: rate of the model's own dropout, in calls that are given `noise`.
         site_aliases: site path -> Hugging Face module path with `{i}` for the layer, so that those names work as targets.
         head_shapes: kind of head -> its shape, where the family has one of its own.
+        origin: the checkpoint it was loaded from, if it was.
     """
 
     is_decoder = False
@@ -67,6 +69,7 @@ class Encoder(nnx.Module):
         self.dropout = 0.0
         self.site_aliases: tuple[tuple[str, str], ...] = nnx.static(())
         self.head_shapes: tuple[tuple[str, HeadShape], ...] = nnx.static(())
+        self.origin: Origin | None = nnx.static(None)
 
     def __call__(
         self, tokens: Array, attention_mask: Array | None = None, positions: Array | None = None, segment_ids: Array | None = None

@@ -20,6 +20,7 @@ from .encoder import Encoder
 from .families import Family, Head, Weight, find_family
 from .head_shape import HEADS, HeadShape
 from .heads import Classifier, add_head, check_head
+from .origin import Origin
 from .stack import AXES
 
 Base = Encoder | Decoder
@@ -89,6 +90,7 @@ class BaseFiles:
         base = self.base
         base.layers.remat, base.dropout = remat, dropout
         base.site_aliases = nnx.static(_aliases(family.weights(config)))
+        base.origin = nnx.static(Origin.of(source, hf, prefix))
 
     @property
     def base(self) -> Base:

@@ -1,0 +1,75 @@
+"""Saving: a model's stacked parameters back into a checkpoint's tensors, through the same table of names that loads them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from .families import Weight, families
+from .loading import Base
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written: what it is, and how to get it when its turn comes.
+
+    Attributes:
+        shape, dtype: of what `read` gives.
+        read: makes the array; nothing keeps it, so that of a whole checkpoint one tensor is in memory at a time.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def cast(self, dtype: np.dtype) -> Tensor:
+        """The same tensor in another dtype, rounded when it is read."""
+        return self if dtype == self.dtype else Tensor(self.shape, dtype, lambda: self.read().astype(dtype))
+
+
+def base_tensors(base: Base) -> dict[str, Tensor]:
+    """Every parameter of a plain base under its Hugging Face name and in its layout, without any prefix.
+
+    What `load_model` reads and this writes back has the same bits, as far as the model's dtype holds them.
+
+    Args:
+        base: from `load_model`, or one merged from it (`adapters.merge.merged_base`).
+
+    Raises:
+        ValueError: the model was not loaded from a checkpoint: nothing says what its parameters are called.
+    """
+    if base.origin is None:
+        raise ValueError("the model was not loaded from a checkpoint")
+    tensors = {}
+    for path, weight in families()[base.origin.model_type].weights(base.config).items():
+        variable = _parameter(base, path)
+        for layer in range(base.config.depth) if "{i}" in weight.name else [None]:
+            tensors[weight.name if layer is None else weight.name.replace("{i}", str(layer))] = _tensor(variable, weight, layer)
+    return tensors
+
+
+def _parameter(base: nnx.Module, path: str) -> nnx.Variable:
+    found: Any = base
+    for part in path.split("."):
+        # Each of a stack's segments shares the weights of all layers; where an update is merged, the last one holds it.
+        found = found.segments[-1].block if hasattr(found, "segments") else found
+        found = getattr(found, part)
+    return found
+
+
+def _tensor(variable: nnx.Variable, weight: Weight, layer: int | None) -> Tensor:
+    def read() -> np.ndarray:
+        array = np.asarray(variable[...] if layer is None else variable[layer])
+        return np.ascontiguousarray(array.T) if weight.transpose else array
+
+    shape = tuple(variable.shape if layer is None else variable.shape[1:])
+    return Tensor(shape[::-1] if weight.transpose else shape, np.dtype(variable.dtype), read)

@@ -1,0 +1,184 @@
+"""Adapters out of PEFT and into it: what PyTorch computes with a file is what is computed here, and a round trip changes no bit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from flax import nnx  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
+from lora_jax import LoraConfig, inject, load_model, load_peft, save_peft  # noqa: E402
+from tests.interop.zoo import VOCAB, ZOO, Zoo  # noqa: E402
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]  # PEFT warns of much that is meant
+
+TOLERANCE = 1e-4  # absolute, float32; logits are of order 1
+TOKENS = np.random.default_rng(0).integers(3, VOCAB, (2, 9)).astype(np.int32)
+
+
+KINDS = {
+    "AutoModel": (None, "FEATURE_EXTRACTION"),
+    "AutoModelForCausalLM": (None, "CAUSAL_LM"),
+    "AutoModelForSequenceClassification": ("classification", "SEQ_CLS"),
+    "AutoModelForTokenClassification": ("token_classification", "TOKEN_CLS"),
+    "AutoModelForQuestionAnswering": ("question_answering", "QUESTION_ANS"),
+}
+CASES = ("attention", "all_linear", "patterns", "rslora", "embedding", "layers")
+
+
+def covering() -> list[tuple[str, str]]:
+    """(model, case): every case for the first model of each family, and for the others one in turn."""
+    first: dict[str, str] = {}
+    pairs = []
+    for i, (name, entry) in enumerate(ZOO.items()):
+        cases = CASES if first.setdefault(entry.family, name) == name else (CASES[i % len(CASES)],)
+        broken = KINDS[entry.head][1] in ("TOKEN_CLS", "QUESTION_ANS")  # PEFT itself puts LoRA on such heads and then saves them, and fails
+        pairs += [(name, case) for case in cases if not (case == "all_linear" and broken)]
+    return pairs
+
+
+def options_of(model: Any, task: str, case: str) -> dict[str, Any]:
+    """Options of `peft.LoraConfig` for a model; between the cases every option that changes what an adapter computes."""
+    linears = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and re.search(r"\.1\..*att", n)]
+    layers = re.findall(r"([^.]+)\.1\.", linears[0])[0]
+    attention = sorted({n.split(f".{layers}.1.")[-1] for n in linears})
+    first, second = attention[0], attention[-1]
+    saved = [n for n, m in model.named_modules() if "norm" in n.lower() and f"{layers}." not in n and list(m.parameters())]
+    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    options: dict[str, dict[str, Any]] = {
+        "attention": {"r": 4, "lora_alpha": 8, "target_modules": attention},
+        "all_linear": {"r": 2, "lora_alpha": 3, "target_modules": "all-linear", "bias": "all"},
+        "patterns": {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": attention,
+            "rank_pattern": {re.escape(first): 2, rf"{layers}\.1\..*{re.escape(second)}": 6},
+            "alpha_pattern": {rf".*\.{layers}\.0\..*": 5, re.escape(second): 12.5},
+            "bias": "lora_only",
+        },
+        "rslora": {
+            "r": 3,
+            "lora_alpha": 7,
+            "target_modules": rf".*\.({re.escape(first)}|{re.escape(second)})",
+            "exclude_modules": rf".*\.{layers}\.0\..*{re.escape(second)}",
+            "use_rslora": True,
+        },
+        "embedding": {"r": 4, "lora_alpha": 8, "target_modules": [embedding.rsplit(".", 1)[-1], second], "modules_to_save": saved[-1:]},
+        "layers": {"r": 4, "target_modules": attention, "layers_to_transform": [1], "layers_pattern": layers, "lora_dropout": 0.3},
+    }
+    return options[case] | {"task_type": task}
+
+
+def theirs(zoo: Zoo, name: str, case: str) -> Any:
+    """A PEFT model whose trained numbers are all drawn."""
+    torch.manual_seed(1)
+    base = zoo.model(name)
+    model = peft.get_peft_model(base, peft.LoraConfig(**options_of(base, KINDS[ZOO[name].head][1], case)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def their_logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor(TOKENS))
+    if "start_logits" in out:
+        return torch.stack([out.start_logits, out.end_logits], -1).numpy()
+    return (out.logits if "logits" in out else out.last_hidden_state).numpy()
+
+
+def our_logits(model: nnx.Module) -> np.ndarray:
+    with jax.disable_jit():  # an operation at a time: nothing to compile for each structure anew
+        return np.asarray(model(TOKENS))  # pyright: ignore[reportCallIssue]
+
+
+def as_sets(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return {k: set(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+def assert_same_files(one: Path, two: Path) -> None:
+    assert as_sets(one) == as_sets(two)
+    a, b = load_file(one / "adapter_model.safetensors"), load_file(two / "adapter_model.safetensors")
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key, strict=True)
+
+
+def our_model(zoo: Zoo, name: str) -> Any:
+    return load_model(str(zoo.source(name)), head=KINDS[ZOO[name].head][0])
+
+
+@pytest.mark.parametrize(("name", "case"), covering())
+def test_from_peft_and_back(name: str, case: str, zoo: Zoo, tmp_path: Path):
+    model = theirs(zoo, name, case)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = load_peft(our_model(zoo, name), tmp_path / "theirs")
+    expected = their_logits(model)
+    with model.disable_adapter():
+        assert np.abs(their_logits(model) - expected).max() > 0.02  # the adapter shows
+    assert np.abs(our_logits(ours) - expected).max() < TOLERANCE
+    save_peft(ours, tmp_path / "ours")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "attention": {"rank": 4, "alpha": 8, "targets": "attention"},
+    "all_linear": {"rank": 3, "alpha": 16, "targets": "all-linear", "layers": "last:1", "bias": "all"},
+    "patterns": {
+        "rank": 4,
+        "targets": "all-linear",
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.attn.*": 6},
+        "alpha_pattern": {"v_proj": 5.5},
+        "bias": "lora_only",
+    },
+    "rslora": {"rank": 3, "alpha": 7, "targets": ["q_proj", "down_proj"], "exclude": r".*layers\.0\.attn.*", "rslora": True},
+    "embedding": {"rank": 4, "targets": r"(.*\.)?embed|.*v_proj", "modules_to_save": ["q_proj"], "dropout": 0.1},
+    "layers": {"rank": 4, "targets": "mlp", "modules_to_save": ["embed"]},
+}
+
+
+@pytest.mark.parametrize(("name", "case"), covering())
+def test_to_peft(name: str, case: str, zoo: Zoo, tmp_path: Path):
+    base = our_model(zoo, name)
+    ours = drawn(inject(base, LoraConfig(**OURS[case]), rngs=nnx.Rngs(0)))
+    save_peft(ours, tmp_path / "ours")
+    model = peft.PeftModel.from_pretrained(zoo.model(name), str(tmp_path / "ours")).eval()
+    assert np.abs(our_logits(ours) - their_logits(model)).max() < TOLERANCE
+    assert as_sets(tmp_path / "ours")["use_rslora"] == (case == "rslora")
+    assert as_sets(tmp_path / "ours")["task_type"] == KINDS[ZOO[name].head][1]
+    save_peft(load_peft(base, tmp_path / "ours"), tmp_path / "again")
+    assert_same_files(tmp_path / "ours", tmp_path / "again")
+
+
+def drawn(model: nnx.Module) -> nnx.Module:
+    """In place: every trained number moved, padding left at 0."""
+    rng = np.random.default_rng(3)
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Variable) and variable.get_metadata().get("label", "frozen") != "frozen":
+            value = np.array(variable[...])
+            noise = 0.1 * rng.standard_normal(value.shape).astype(value.dtype)
+            if path[-1] == "lora_b":  # rows that A's padding does not reach stay 0
+                a = np.array(_owner(model, path).lora_a[...])
+                noise *= (np.abs(a).sum(-2) > 0)[..., None] if path[-2] != "embed" else 1
+            variable.set_value(jax.numpy.asarray(value + noise * (value != 0 if path[-1] == "lora_a" and path[-2] != "embed" else 1)))
+    return nnx.view(model, deterministic=True, raise_if_not_found=False)
+
+
+def _owner(model: Any, path: tuple[Any, ...]) -> Any:
+    for part in path[:-1]:
+        model = model[part] if isinstance(part, int) else getattr(model, part)
+    return model
