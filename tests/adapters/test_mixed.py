@@ -10,6 +10,8 @@ from flax import nnx
 
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.mixed import with_rows
+from lora_jax.models.loading import load_model
+from lora_jax.models.tokenizer import load_tokenizer
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -93,7 +95,7 @@ def test_bfloat16_rows_too():
     bank = _bank("decoder", dtype=jnp.bfloat16)
     tokens, rows = _tokens(4), ["late", "wide", None, "ends"]
     got = tiny.outputs(bank.mixed(rows), tokens).astype(np.float32)
-    for i, name in enumerate(rows):
+    for i, name in enumerate(rows[:2]):
         assert tiny.relative(got[i], tiny.outputs(bank.use(name), tokens)[i].astype(np.float32)) < 2e-2
 
 
@@ -152,3 +154,26 @@ def test_a_users_own_model():
     # A model that lays the positions of its rows flat: equally many of each, in order.
     flat = bank.mixed(rows[:2])(np.repeat(x[:2], 2, axis=0))
     np.testing.assert_allclose(flat, np.repeat(got[:2], 2, axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_real_models(kind, request):
+    """MiniLM and SmolLM2: three adapters and the base in one batch of real sentences of unlike length."""
+    source = request.getfixturevalue({"encoder": "minilm_source", "decoder": "smollm2_source"}[kind])
+    base, tokenizer = load_model(source), load_tokenizer(source)
+    texts = ["A film of quiet power.", "Too long.", "It never quite decides what it wants to be, and neither will you.", "Go and see it!"]
+    ids = [tokenizer.encode(text) for text in texts]
+    mask = np.array([[1] * len(i) + [0] * (24 - len(i)) for i in ids], np.int32)
+    tokens = np.array([i + [0] * (24 - len(i)) for i in ids], np.int32)
+    bank = AdapterBank(base)
+    options = {"attention": {"rank": 4}, "mlp": {"rank": 8, "layers": "last:3"}, "embedding": {"rank": 2}}
+    for seed, (targets, values) in enumerate(options.items()):
+        bank.add(targets, tiny.trained(base, seed, targets=targets, **values))
+    rows = ["mlp", None, "embedding", "attention"]
+    got, plain = (tiny.outputs(m, tokens, mask, method="hidden") for m in (bank.mixed(rows), base))
+    for i, name in enumerate(rows):
+        real = mask[i] > 0
+        wanted = tiny.outputs(bank.use(name), tokens, mask, method="hidden")[i, real] if name else plain[i, real]
+        assert tiny.relative(got[i, real], wanted) < 2e-5, name
+        assert name is None or tiny.relative(wanted, plain[i, real]) > 1e-3, name
