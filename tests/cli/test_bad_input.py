@@ -222,7 +222,7 @@ def test_a_model_that_is_not_known(train, hub, tmp_path):
     folder = shutil.copytree(hub.bert, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "brt"}))
-    refused(train({"model.source": str(folder)}), "model_type 'brt' is not supported", "Did you mean 'bert'?")
+    refused(train({"model.source": str(folder)}), "model_type 'brt' is not supported", "Did you mean 'bert'")
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     refused(train({"model.source": str(folder)}), "has shape", "the config asks for")
     (folder / "config.json").write_text("{")

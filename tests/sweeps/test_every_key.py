@@ -137,7 +137,7 @@ def fingerprint(config):
         str(base.embed.embedding.dtype),
         base.layers.remat,
         base.dropout,
-        getattr(setup.model, "pooling", None),
+        getattr(setup.model, "shape", None),
     )
     words = None if setup.data.class_token_ids is None else setup.data.class_token_ids.tolist()
     held_out = [digest(b) for b in plan.eval_batches()]
