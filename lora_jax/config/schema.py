@@ -6,13 +6,18 @@ import itertools
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+
+from .sizes import to_bytes
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Bytes = Annotated[
+    int, BeforeValidator(to_bytes), WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]})
+]
 
 
 class Section(BaseModel):
@@ -268,6 +273,10 @@ class SweepConfig(Section):
     )
     halving: HalvingConfig | None = Field(default=None, description="Successive halving: the losers of each rung stop.")
     max_pack: PositiveInt = Field(default=16, description="Most members trained inside one compiled step.")
+    memory_limit: Bytes | None = Field(
+        default=None,
+        description="Memory a pack may take on a device: bytes or a size such as 8GB; the device's own by default, none on a CPU.",
+    )
 
     @field_validator("grid", "zip")
     @classmethod

@@ -1,9 +1,13 @@
-"""Host memory that is free but not given back."""
+"""Memory: how much a pack may take, and what of the host's is free but not given back."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+
+import jax
+
+from ..config.schema import Config
 
 
 def release_freed_memory() -> None:
@@ -16,3 +20,11 @@ def release_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def memory_limit(config: Config) -> int | None:
+    """Bytes that a pack may take on one device: `sweep.memory_limit`, or what the accelerator has for JAX; None where nobody says."""
+    if config.sweep is not None and config.sweep.memory_limit is not None:
+        return config.sweep.memory_limit
+    known = [(d.memory_stats() or {}).get("bytes_limit") for d in jax.local_devices() if d.platform != "cpu"]
+    return min((size for size in known if size), default=None)

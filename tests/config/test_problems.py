@@ -59,6 +59,10 @@ FROM_YAML = [
     ("sweep: {grid: {mesh.data: [1]}}", "sweep.grid: 'mesh.data' cannot be swept"),
     ("sweep: {grid: {adapter: [1]}}", "sweep.grid: 'adapter' is a section; name a key in it"),
     ("sweep: {grid: {adapter.rank: [4, 8, 4]}}", "sweep.grid: 'adapter.rank' lists 4 twice; members must differ."),
+    (
+        "sweep: {seeds: 2, memory_limit: 8 bananas}",
+        "c.yaml, line 5: sweep.memory_limit: must be bytes or a size such as 8GB or 512MiB, got '8 bananas'.",
+    ),
     # more than one thing
     ("rnk: 1\nadapter:\n  rank: 0", "c.yaml: 2 problems\n  line 5: no config key 'rnk'."),
     ("rnk: 1\nadapter:\n  rank: 0", "\n  line 7: adapter.rank: must be a whole number above 0, got 0."),

@@ -23,6 +23,7 @@ from lora_jax.sweeps.members import members_of
 from lora_jax.sweeps.plan import plan_packs
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.training.loop import train_pack
+from lora_jax.training.memory import memory_limit
 from lora_jax.training.pack import Pack, static_key
 from lora_jax.training.setup import set_up
 
@@ -90,7 +91,7 @@ OTHERS = {
     "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs",
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
     "sweep.where", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
-    "sweep.max_pack", "task.kind", "task.prompt", "task.response", "task.messages",
+    "sweep.max_pack", "sweep.memory_limit", "task.kind", "task.prompt", "task.response", "task.messages",
 }  # fmt: skip
 
 
@@ -195,6 +196,7 @@ def test_epochs_are_passes_over_the_rows(hub, tmp_path):
 def test_sweep_keys(hub, tmp_path):
     config = hub.config(tmp_path, {"sweep": {"grid": {"training.seed": [0, 1, 2]}, "max_pack": 2}})
     assert [len(p.members) for p in plan_packs(members_of(config), largest=config.sweep.max_pack)] == [2, 1]
+    assert memory_limit(config) is None and memory_limit(with_values(config, {"sweep.memory_limit": "3 MB"})) == 3_000_000
 
 
 def test_tracking_keys(hub, tmp_path):
