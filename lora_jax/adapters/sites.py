@@ -17,8 +17,8 @@ from .mixed import MixedSite
 from .modules import LowRank
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "out"),
-    "mlp": ("gate_proj", "up_proj", "down_proj", "fc1", "fc2"),
+    "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "query", "key", "value", "out"),
+    "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1", "fc2"),
 }
 # The output heads, which PEFT's `all-linear` leaves out as well.
 HEADS = (*HEAD_MODULES, "lm_head", "score")

@@ -70,7 +70,9 @@ class BaseFiles:
             config = dataclasses.replace(config, pooler=False)
         if own is not None and family.kind == "decoder":
             config = dataclasses.replace(config, tied=True)  # it projects to no vocabulary, and was saved without what would
-        table = {path: dataclasses.replace(w, name=prefix + w.name) for path, w in family.weights(config).items()}
+        # A decoder that was saved by itself, as its output heads' base, lacks what stands before its names beside them.
+        root = family.root if own is None and not any(n.startswith(family.root) for n in names) else ""
+        table = {path: dataclasses.replace(w, name=prefix + w.name.removeprefix(root)) for path, w in family.weights(config).items()}
         make = Encoder if family.kind == "encoder" else Decoder
         shapes: tuple[tuple[str, HeadShape], ...] = tuple((kind, h.shape) for kind, h in heads.items())
 

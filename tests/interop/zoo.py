@@ -32,7 +32,7 @@ class Entry:
 
 
 def _decoder(family: str, *, head: str = "AutoModelForCausalLM", **options: Any) -> Entry:
-    return Entry(family, {**_COMMON, **_SHAPE, "max_position_embeddings": 64, **options}, head)
+    return Entry(family, {**_COMMON, **_SHAPE, "num_key_value_heads": 4, "max_position_embeddings": 64, **options}, head)
 
 
 def _encoder(family: str, *, head: str = "AutoModel", **options: Any) -> Entry:
@@ -44,9 +44,138 @@ def _rope(kind: str, **options: Any) -> dict[str, Any]:
 
 
 ZOO: dict[str, Entry] = {
-    # Llama: multi-head and tied; grouped with biases.
+    # Llama: multi-head and tied; grouped with biases; every way to stretch rotary positions, beyond the trained context too.
     "llama-mha-tied": _decoder("llama", tie_word_embeddings=True, num_key_value_heads=4),
     "llama-gqa-bias": _decoder("llama", num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "llama-linear": _decoder("llama", num_key_value_heads=1, **_rope("linear", factor=4.0)),
+    "llama-dynamic": _decoder("llama", **_rope("dynamic", factor=4.0), max_position_embeddings=16),
+    "llama-yarn": _decoder("llama", **_rope("yarn", factor=4.0, original_max_position_embeddings=16), head_dim=16),
+    "llama-llama3": _decoder(
+        "llama",
+        **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32, rope_theta=500.0),
+        head_dim=16,
+    ),
+    # Mistral.
+    "mistral": _decoder("mistral", num_key_value_heads=2, sliding_window=6),
+    "mistral-wide-heads": _decoder("mistral", num_key_value_heads=1, head_dim=12, sliding_window=None, tie_word_embeddings=True),
+    # Qwen.
+    "qwen2": _decoder("qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2-window": _decoder("qwen2", num_hidden_layers=3, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": _decoder("qwen3", num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+    "qwen3-window": _decoder(
+        "qwen3",
+        num_key_value_heads=1,
+        head_dim=8,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+        **_rope("yarn", factor=2.0, original_max_position_embeddings=32),
+    ),
+    # SmolLM3: some layers have no rotary positions.
+    "smollm3": _decoder("smollm3", num_hidden_layers=4, num_key_value_heads=2, tie_word_embeddings=True),
+    "smollm3-window": _decoder(
+        "smollm3",
+        num_hidden_layers=3,
+        no_rope_layers=[0, 1, 0],
+        use_sliding_window=True,
+        sliding_window=5,
+        attention_bias=True,
+        mlp_bias=True,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+    # Granite: multipliers.
+    "granite": _decoder(
+        "granite",
+        num_key_value_heads=2,
+        embedding_multiplier=3.0,
+        logits_scaling=2.5,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        tie_word_embeddings=True,
+    ),
+    "granite-bias": _decoder("granite", attention_bias=True, mlp_bias=True, attention_multiplier=0.35, residual_multiplier=1.5),
+    # Gemma.
+    "gemma-mqa": _decoder("gemma", num_key_value_heads=1, head_dim=16),
+    "gemma-untied": _decoder("gemma", num_key_value_heads=4, head_dim=8, attention_bias=True, hidden_act="gelu", tie_word_embeddings=False),
+    "gemma2": _decoder(
+        "gemma2",
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=5,
+        num_hidden_layers=3,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=10.0,
+    ),
+    "gemma2-uncapped": _decoder(
+        "gemma2",
+        num_key_value_heads=4,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=3,
+        layer_types=["full_attention", "sliding_attention"],
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "gemma3": _decoder("gemma3_text", num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=24, sliding_window=5, num_hidden_layers=6),
+    "gemma3-scaled": _decoder(
+        "gemma3_text",
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        final_logit_softcapping=8.0,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    # OLMo 2.
+    "olmo2": _decoder("olmo2", num_key_value_heads=4),
+    "olmo2-gqa": _decoder("olmo2", num_key_value_heads=2, attention_bias=True, tie_word_embeddings=True, **_rope("linear", factor=2.0)),
+    # Phi-3: longrope, below and beyond the trained context.
+    "phi3": _decoder("phi3", num_key_value_heads=4, sliding_window=6, original_max_position_embeddings=64),
+    "phi3-longrope": _decoder(
+        "phi3",
+        num_key_value_heads=2,
+        original_max_position_embeddings=16,
+        tie_word_embeddings=True,
+        **_rope("longrope", short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.0, 5.0], partial_rotary_factor=0.75),
+    ),
+    "phi3-shortrope": _decoder(
+        "phi3",
+        num_key_value_heads=1,
+        original_max_position_embeddings=32,
+        **_rope("longrope", short_factor=[1.0, 1.1, 1.3, 1.7], long_factor=[1.0, 2.0, 5.0, 9.0], partial_rotary_factor=1.0),
+    ),
+    # GPT-2.
+    "gpt2": _decoder("gpt2"),
+    "gpt2-untied": _decoder(
+        "gpt2",
+        n_inner=48,
+        activation_function="relu",
+        scale_attn_weights=False,
+        num_hidden_layers=3,
+        tie_word_embeddings=False,
+        layer_norm_epsilon=1e-3,
+    ),
+    # GPT-NeoX, and Pythia.
+    "gpt_neox": _decoder("gpt_neox"),
+    "gpt_neox-serial": _decoder(
+        "gpt_neox",
+        use_parallel_residual=False,
+        attention_bias=False,
+        hidden_act="gelu_new",
+        tie_word_embeddings=True,
+        **_rope("linear", factor=2.0, partial_rotary_factor=0.5),
+    ),
     # BERT.
     "bert": _encoder("bert"),
     "bert-gelu-new": _encoder("bert", hidden_act="gelu_new", type_vocab_size=3),
@@ -69,6 +198,13 @@ ZOO: dict[str, Entry] = {
     "llama-classes": _decoder("llama", head="AutoModelForSequenceClassification", num_key_value_heads=2, num_labels=3),
     "llama-tags": _decoder("llama", head="AutoModelForTokenClassification", tie_word_embeddings=True, num_labels=5),
     "llama-answers": _decoder("llama", head="AutoModelForQuestionAnswering"),
+    "qwen2-answers": _decoder("qwen2", head="AutoModelForQuestionAnswering"),
+    "mistral-answers": _decoder("mistral", head="AutoModelForQuestionAnswering", sliding_window=6),
+    "gemma2-tags": _decoder("gemma2", head="AutoModelForTokenClassification", head_dim=8, num_labels=4),
+    "phi3-classes": _decoder("phi3", head="AutoModelForSequenceClassification", num_labels=4),
+    "gpt2-classes": _decoder("gpt2", head="AutoModelForSequenceClassification", num_labels=3),
+    "gpt2-tags": _decoder("gpt2", head="AutoModelForTokenClassification", num_labels=3),
+    "gpt_neox-answers": _decoder("gpt_neox", head="AutoModelForQuestionAnswering"),
 }
 
 

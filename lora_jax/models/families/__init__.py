@@ -50,13 +50,22 @@ class Head:
         return table
 
 
-def decoder_heads(_: Mapping[str, Any]) -> dict[str, Head]:
-    """The heads that transformers gives most decoders: one linear layer, on the last token for the class of a text."""
-    return {
+def decoder_heads(*, tokens: str = "score", renamed: tuple[str, str] | None = None) -> Callable[[Mapping[str, Any]], dict[str, Head]]:
+    """The heads that transformers gives decoders: one linear layer, on the last token for the class of a text.
+
+    Args:
+        tokens: what the layer is called where it classifies each token.
+        renamed: see `Head`, of question answering.
+    """
+    heads = {
         "classification": Head(HeadShape("last", bias=False), {"classifier": "score"}),
-        "token_classification": Head(HeadShape("each"), {"classifier": "score"}),
-        "question_answering": Head(HeadShape("each"), {"classifier": "qa_outputs"}, renamed=("model.", "transformer.")),
+        "token_classification": Head(HeadShape("each"), {"classifier": tokens}),
+        "question_answering": Head(HeadShape("each"), {"classifier": "qa_outputs"}, renamed=renamed),
     }
+    return lambda _: heads
+
+
+_DECODER_HEADS = decoder_heads()
 
 
 def encoder_heads(classification: Head) -> dict[str, Head]:
@@ -77,6 +86,7 @@ class Family:
         config: Hugging Face config and dtype -> `EncoderConfig` or `DecoderConfig`.
         weights: our config -> {parameter path: Weight}. In a path `layers.` stands for the stack.
         prefixes: what may stand before the names in a checkpoint (`bert.` where it was saved with a head).
+        root: what all names but those of output heads start with, unless a checkpoint was saved without any head (`model.`).
         ignored: endings of tensor names that a checkpoint may hold and we have no use for.
         heads: Hugging Face config -> {kind of head: Head}.
     """
@@ -85,17 +95,35 @@ class Family:
     config: Callable[[Mapping[str, Any], Any], Any]
     weights: Callable[[Any], dict[str, Weight]]
     prefixes: tuple[str, ...] = ("",)
+    root: str = ""
     ignored: tuple[str, ...] = ()
-    heads: Callable[[Mapping[str, Any]], dict[str, Head]] = decoder_heads
+    heads: Callable[[Mapping[str, Any]], dict[str, Head]] = _DECODER_HEADS
 
 
 def families() -> dict[str, Family]:
     """`model_type` -> family, of all that are known."""
-    from . import bert, distilbert, llama, roberta
+    from . import bert, distilbert, gemma, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi3, qwen, roberta, smollm3
 
     # XLM-RoBERTa and CamemBERT are RoBERTa with other vocabularies.
     robertas = dict.fromkeys(("roberta", "xlm-roberta", "camembert"), roberta.FAMILY)
-    return {"bert": bert.FAMILY, "distilbert": distilbert.FAMILY, "llama": llama.FAMILY, **robertas}
+    return {
+        "bert": bert.FAMILY,
+        "distilbert": distilbert.FAMILY,
+        **robertas,
+        "llama": llama.FAMILY,
+        "mistral": mistral.FAMILY,
+        "qwen2": qwen.QWEN2,
+        "qwen3": qwen.QWEN3,
+        "smollm3": smollm3.FAMILY,
+        "granite": granite.FAMILY,
+        "gemma": gemma.GEMMA,
+        "gemma2": gemma.GEMMA2,
+        "gemma3_text": gemma.GEMMA3,
+        "olmo2": olmo2.FAMILY,
+        "phi3": phi3.FAMILY,
+        "gpt2": gpt2.FAMILY,
+        "gpt_neox": gpt_neox.FAMILY,
+    }
 
 
 def find_family(config: Mapping[str, Any], where: str) -> Family:
@@ -113,13 +141,13 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """`config[key]`, a positive whole number; `InputError` where it is something else, or missing without a `default`."""
+def size(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
+    """`config[key]`, a whole number, `least` or more; `InputError` where it is something else, or missing without a `default`."""
     value = config.get(key)
     if value is None:
         value = required(config, key) if default is None else default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config.json: {key} = {value!r} should be a positive whole number.")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"config.json: {key} = {value!r} should be a whole number, {least} or more.")
     return value
 
 
@@ -182,9 +210,9 @@ def embeddings(names: Mapping[str, str]) -> dict[str, Weight]:
     return {f"{ours}.embedding": Weight(f"{theirs}.weight") for ours, theirs in names.items()}
 
 
-def projections(names: Mapping[str, str], *, bias: bool) -> dict[str, Weight]:
-    """Kernel (transposed) and bias of linear layers: our module path -> Hugging Face module path."""
-    table = {f"{ours}.kernel": Weight(f"{theirs}.weight", transpose=True) for ours, theirs in names.items()}
+def projections(names: Mapping[str, str], *, bias: bool, transpose: bool = True) -> dict[str, Weight]:
+    """Kernel (transposed, as `nn.Linear` has it) and bias of linear layers: our module path -> Hugging Face module path."""
+    table = {f"{ours}.kernel": Weight(f"{theirs}.weight", transpose) for ours, theirs in names.items()}
     if bias:
         table |= {f"{ours}.bias": Weight(f"{theirs}.bias") for ours, theirs in names.items()}
     return table

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...config.errors import InputError
 from ..attention import LayerKind
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig
-from . import Family, Weight, activation, only, projections, size
+from . import Family, Weight, activation, decoder_heads, only, projections, size
 from .rope import rotary
 
-LAYER = "model.layers.{i}."
+ROOT = "model."
+LAYER = ROOT + "layers.{i}."
 
 # Where a block's norms stand (`BlockConfig.norm_at`) -> ours and Hugging Face's names for them.
 _NORMS = {
@@ -65,6 +66,33 @@ def full_rotary(hf: Mapping[str, Any], block: BlockConfig, **options: Any) -> An
     return rotary(hf, block.head_dim, **options)
 
 
+def window(hf: Mapping[str, Any], default: int | None) -> int | None:
+    """How many tokens a query sees, itself among them; None for all before it. `default` is where the config doesn't say."""
+    value = hf.get("sliding_window", default)
+    return None if value is None else size({"sliding_window": value}, "sliding_window")
+
+
+def layer_types(hf: Mapping[str, Any], usual: Callable[[int], str]) -> list[str]:
+    """What the config calls each layer's kind of attention: `full_attention` or `sliding_attention`.
+
+    Args:
+        usual: a layer's kind, where the config doesn't say.
+    """
+    depth = size(hf, "num_hidden_layers")
+    types = hf.get("layer_types")
+    types = [usual(i) for i in range(depth)] if types is None else types
+    for kind in types:
+        only({"layer_types": kind}, "layer_types", "full_attention", "sliding_attention")
+    if len(types) != depth:
+        raise InputError(f"config.json: layer_types names {len(types)} layers, and num_hidden_layers = {depth}.")
+    return types
+
+
+def layer_kinds(hf: Mapping[str, Any], kinds: Mapping[str, LayerKind], usual: Callable[[int], str]) -> list[LayerKind]:
+    """Each layer's kind, by what `layer_types` calls it."""
+    return [kinds[kind] for kind in layer_types(hf, usual)]
+
+
 def weights(config: DecoderConfig) -> dict[str, Weight]:
     """The names that follow from a decoder's options."""
     cfg = config.block
@@ -76,13 +104,10 @@ def weights(config: DecoderConfig) -> dict[str, Weight]:
     table |= {f"layers.{ours}.scale": Weight(f"{LAYER}{theirs}.weight") for ours, theirs in _NORMS[cfg.norm_at].items()}
     if cfg.qk_norm is not None:
         table |= {f"layers.attn.{p}_norm.scale": Weight(f"{LAYER}self_attn.{p}_norm.weight") for p in "qk"}
-    table |= {"embed.embedding": Weight("model.embed_tokens.weight"), "final_norm.scale": Weight("model.norm.weight")}
+    table |= {"embed.embedding": Weight(ROOT + "embed_tokens.weight"), "final_norm.scale": Weight(ROOT + "norm.weight")}
     if not config.tied:
         table["lm_head.kernel"] = Weight("lm_head.weight", transpose=True)
     return table
-
-
-IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")  # an output projection that is tied may be there all the same
 
 
 def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
@@ -90,4 +115,4 @@ def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
     return decoder(hf, layer, [LayerKind(rotary=full_rotary(hf, layer))])
 
 
-FAMILY = Family("decoder", _config, weights, ignored=IGNORED)
+FAMILY = Family("decoder", _config, weights, root=ROOT, heads=decoder_heads(renamed=(ROOT, "transformer.")))

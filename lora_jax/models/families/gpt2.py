@@ -1,0 +1,57 @@
+"""GPT-2: learned positions, layer norms, biases everywhere, weights stored as (in, out)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...config.errors import InputError
+from ..attention import LayerKind
+from ..decoder import DecoderConfig
+from ..layers import BlockConfig
+from . import Family, Weight, activation, decoder_heads, embeddings, norms, only, projections, size
+
+_LAYER = "transformer.h.{i}."
+_LINEARS = {
+    "layers.attn.qkv_proj": _LAYER + "attn.c_attn",
+    "layers.attn.o_proj": _LAYER + "attn.c_proj",
+    "layers.mlp.up_proj": _LAYER + "mlp.c_fc",
+    "layers.mlp.down_proj": _LAYER + "mlp.c_proj",
+}
+_NORMS = {"layers.attn_norm": _LAYER + "ln_1", "layers.mlp_norm": _LAYER + "ln_2", "final_norm": "transformer.ln_f"}
+_EMBEDDINGS = {"embed": "transformer.wte", "position_embed": "transformer.wpe"}
+
+
+def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+    only(hf, "scale_attn_by_inverse_layer_idx", False)
+    only(hf, "add_cross_attention", False)
+    width, heads = size(hf, "n_embd"), size(hf, "n_head")
+    if width % heads:
+        raise InputError(f"config.json: n_head = {heads} does not divide n_embd = {width}.")
+    block = BlockConfig(
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        hidden=size(hf, "n_inner", 4 * width),
+        activation=activation(hf, "activation_function", "gelu_new"),
+        gated=False,
+        norm="layer",
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        qkv="joined",
+        attention_scale=None if hf.get("scale_attn_weights", True) else 1.0,
+        dtype=dtype,
+    )
+    depth, vocab, positions = (size(hf, key) for key in ("n_layer", "vocab_size", "n_positions"))
+    return DecoderConfig(block, depth, vocab, (LayerKind(),), hf.get("tie_word_embeddings", True), positions)
+
+
+def _weights(config: DecoderConfig) -> dict[str, Weight]:
+    table = projections(_LINEARS, bias=True, transpose=False) | norms(_NORMS) | embeddings(_EMBEDDINGS)
+    return table if config.tied else table | projections({"lm_head": "lm_head"}, bias=False)
+
+
+FAMILY = Family("decoder", _config, _weights, root="transformer.", heads=decoder_heads(tokens="classifier"))

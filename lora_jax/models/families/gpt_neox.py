@@ -1,0 +1,58 @@
+"""GPT-NeoX (arXiv:2204.06745), and the Pythia models: attention and MLP side by side, a part of each head rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...config.errors import InputError
+from ..attention import LayerKind
+from ..decoder import DecoderConfig
+from ..layers import BlockConfig
+from . import Family, Weight, activation, decoder_heads, embeddings, norms, projections, size
+from .rope import rotary
+
+_LAYER = "gpt_neox.layers.{i}."
+_ATTENTION = {"layers.attn.qkv_proj": _LAYER + "attention.query_key_value", "layers.attn.o_proj": _LAYER + "attention.dense"}
+_MLP = {"layers.mlp.up_proj": _LAYER + "mlp.dense_h_to_4h", "layers.mlp.down_proj": _LAYER + "mlp.dense_4h_to_h"}
+_NORMS = {
+    "layers.attn_norm": _LAYER + "input_layernorm",
+    "layers.mlp_norm": _LAYER + "post_attention_layernorm",
+    "final_norm": "gpt_neox.final_layer_norm",
+}
+
+
+def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+    width, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
+    if width % heads:
+        raise InputError(f"config.json: num_attention_heads = {heads} does not divide hidden_size = {width}.")
+    bias = hf.get("attention_bias", True)
+    block = BlockConfig(
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        hidden=size(hf, "intermediate_size"),
+        activation=activation(hf, "hidden_act", "gelu"),
+        gated=False,
+        norm="layer",
+        norm_eps=hf.get("layer_norm_eps", 1e-5),
+        parallel=hf.get("use_parallel_residual", True),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=True,
+        qkv="per_head",
+        dtype=dtype,
+    )
+    turned = rotary(hf, block.head_dim, theta=hf.get("rotary_emb_base", 10000.0), share=hf.get("rotary_pct", 0.25))
+    depth, vocab = size(hf, "num_hidden_layers"), size(hf, "vocab_size")
+    return DecoderConfig(block, depth, vocab, (LayerKind(rotary=turned),), hf.get("tie_word_embeddings", False))
+
+
+def _weights(config: DecoderConfig) -> dict[str, Weight]:
+    table = projections(_ATTENTION, bias=config.block.qkv_bias) | projections(_MLP, bias=True)
+    table |= norms(_NORMS) | embeddings({"embed": "gpt_neox.embed_in"})
+    return table if config.tied else table | projections({"lm_head": "embed_out"}, bias=False)
+
+
+FAMILY = Family("decoder", _config, _weights, root="gpt_neox.", heads=decoder_heads(tokens="classifier"))

@@ -1,0 +1,116 @@
+"""Families' configs: what older files call things, and what is refused, by name. Their numbers are compared in `tests/interop/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from lora_jax.config.errors import InputError
+from lora_jax.models.attention import LayerKind
+from lora_jax.models.families import families, find_family
+from lora_jax.models.rotary import Rotary
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+
+
+def config_of(family: str, **options: Any) -> Any:
+    return families()[family].config(SHAPE | options, jnp.dtype("float32"))
+
+
+GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new"),
+    [
+        ("llama", {"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        (
+            "llama",
+            {"rope_theta": 10.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10.0}},
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "yarn", **LONG}, "original_max_position_embeddings": 16},
+            {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 16, **LONG}},
+        ),
+        (
+            "gpt_neox",
+            {"rotary_pct": 0.5, "rotary_emb_base": 100},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 100, "partial_rotary_factor": 0.5}},
+        ),
+        (
+            "gemma3_text",
+            {"rope_theta": 1e5, "rope_local_base_freq": 10.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+                }
+            },
+        ),
+        ("gemma3_text", {"sliding_window_pattern": 2}, {"layer_types": ["sliding_attention", "full_attention"]}),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": 0},
+            {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2},
+        ),
+    ],
+)
+def test_older_configs_mean_the_same(family: str, old: dict[str, Any], new: dict[str, Any]):
+    assert config_of(family, **old) == config_of(family, **new) != config_of(family)
+
+
+def test_the_first_gemmas_gelu_is_its_approximation():
+    assert config_of("gemma", hidden_act="gelu").block.activation == "gelu_tanh"
+
+
+def test_a_window_that_is_not_used_is_none():
+    assert config_of("qwen2", sliding_window=8).kinds == (LayerKind(rotary=Rotary(8)),) * 2
+    assert config_of("mistral", sliding_window=None).kinds == (LayerKind(rotary=Rotary(8)),)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "yarm", "factor": 2.0}}, "rope_type 'yarm' is not supported. Did you mean 'yarn'"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs 'factor'"),
+        ("llama", {"hidden_act": "mish"}, "hidden_act = 'mish' is not supported (only 'gelu'"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
+        ("llama", {"hidden_size": None}, "no 'hidden_size'"),
+        ("mistral", {"sliding_window": 0}, "sliding_window = 0 should be a whole number, 1 or more"),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types = 'full_attention' is not supported"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types names 1 layers, and num_hidden_layers = 2"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types = 'chunked_attention' is not supported (only 'full_attention'"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers speaks of 1 layers, and there are 2"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+        ("gpt2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
+        ("gpt2", GPT2 | {"n_head": 5}, "n_head = 5 does not divide n_embd = 32"),
+        ("gpt_neox", {"num_attention_heads": 5}, "num_attention_heads = 5 does not divide hidden_size = 32"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", **LONG, "long_factor": [2.0]}}, "should have 4 numbers each"),
+    ],
+)
+def test_what_is_not_supported_is_named(family: str, options: dict[str, Any], message: str):
+    with pytest.raises(InputError) as error:
+        config_of(family, **options)
+    assert message in str(error.value)
+
+
+def test_an_unknown_family_lists_the_known():
+    with pytest.raises(InputError) as error:
+        find_family({"model_type": "gemma3"}, "model.source: here")
+    message = str(error.value)
+    assert "'gemma3' is not supported. Did you mean" in message
+    assert message.endswith(f"Known: {', '.join(families())}.") and "gemma3_text" in message
