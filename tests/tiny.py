@@ -16,6 +16,7 @@ from lora_jax.config.schema import AdapterConfig, Config
 from lora_jax.models.attention import LayerKind
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.encoder import Encoder, EncoderConfig
+from lora_jax.models.families import families
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
 from lora_jax.models.layers import BlockConfig
 from lora_jax.models.rotary import Rotary
@@ -60,6 +61,13 @@ def encoder(
     model = random_model(lambda: Encoder(EncoderConfig(block, depth, vocab, 64, 2, pooler), rngs=nnx.Rngs(0)), seed)
     model.site_aliases = nnx.static(BERT_ALIASES)
     return model
+
+
+def encoder_of(family: str, *, seed: int = 0, **options: Any) -> Encoder:
+    """A family's encoder: three layers of 4 heads; `options` are of its Hugging Face config."""
+    shape = {"hidden_size": WIDTH, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 2 * WIDTH, "vocab_size": VOCAB}
+    config = families()[family].config(shape | options, jnp.float32)
+    return random_model(lambda: Encoder(config, rngs=nnx.Rngs(0)), seed)
 
 
 def smollm2_config(depth: int = 30) -> DecoderConfig:

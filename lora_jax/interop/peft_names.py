@@ -146,9 +146,8 @@ class PeftNames:
             if not isinstance(variable, nnx.Param) or path[-1] not in _KINDS:
                 continue
             weight = self._weight(path)
-            stacked = "{i}" in weight.name
-            for layer in range(variable.shape[0]) if stacked else [None]:
-                name = self._root(weight.name.replace("{i}", str(layer)), path)
+            for layer in weight.layers(variable.shape[0]):
+                name = self._root(weight.of_layer(layer), path)
                 yield Parameter(name, logical_name(path[:-1]), variable, layer, weight.transpose)
 
     def _weight(self, path: Path) -> Weight:

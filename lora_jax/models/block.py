@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import take_positions
@@ -40,12 +41,14 @@ class Block(nnx.Module):
         if cfg.norm_at == "residual":
             x = self.attn_norm(add(kept, attend(x), 1))
             return self.mlp_norm(add(x, self.mlp(x), 2))
-        attended = add(kept, self._branch("attn", attend, x), 1)
-        return add(attended, self._branch("mlp", self.mlp, kept if cfg.parallel else attended), 2)
+        attended = add(kept, self._branch("attn", attend, x, layer), 1)
+        return add(attended, self._branch("mlp", self.mlp, kept if cfg.parallel else attended, layer), 2)
 
-    def _branch(self, name: str, run: Callable[[Array], Array], x: Array) -> Array:
+    def _branch(self, name: str, run: Callable[[Array], Array], x: Array, layer: Array | int) -> Array:
         """`run` with the norms on its input and output that there are."""
         if self.config.norm_at != "output":
-            x = getattr(self, f"{name}_norm")(x)
+            normed = getattr(self, f"{name}_norm")(x)
+            # All layers of a stack are one program: the layer without a norm computes it like the others and leaves it.
+            x = normed if self.config.first_norm or name != "attn" else jnp.where(jnp.equal(layer, 0), x, normed)
         y = run(x)
         return getattr(self, f"{name}_out_norm")(y) if self.config.norm_at in ("output", "both") else y

@@ -1,4 +1,4 @@
-"""The one bidirectional encoder (BERT family): embeddings, a stack of blocks, an optional pooler."""
+"""The one bidirectional encoder: embeddings, a stack of blocks, where there is one a last norm and a pooler."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class EncoderConfig:
         token_types: rows of the table that tells two texts of a pair apart; 0 where there is none.
         pooler: BERT's tanh layer on the first token.
         padding_idx: where positions are counted from this number + 1 on and padding has this number (RoBERTa); None: from 0.
+        kinds: what each layer's attention sees; a single kind is that of all layers.
+        final_norm: whether a norm follows the last layer.
     """
 
     block: BlockConfig
@@ -33,6 +35,8 @@ class EncoderConfig:
     token_types: int
     pooler: bool
     padding_idx: int | None = None
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    final_norm: bool = False
 
     @property
     def longest(self) -> int | None:
@@ -63,6 +67,8 @@ class Encoder(nnx.Module):
             self.type_embed = embedding(config.token_types, block.width, "positions", dtype=block.dtype, rngs=rngs)
         self.embed_norm = norm_of(block, block.width, rngs=rngs)
         self.layers = Stack(lambda r: Block(block, rngs=r), config.depth, rngs=rngs)
+        if config.final_norm:
+            self.final_norm = norm_of(block, block.width, rngs=rngs)
         if config.pooler:
             self.pooler = linear(block.width, block.width, ("embed", "embed_out"), bias=True, dtype=block.dtype, rngs=rngs)
         self.config = nnx.static(config)
@@ -114,8 +120,9 @@ class Encoder(nnx.Module):
         if self.config.token_types:
             types = self.type_embed.embedding[...][0].astype(x.dtype) if token_types is None else self.type_embed(token_types)
             x += types
-        context = make_context((LayerKind(),), segment_ids, positions, causal=False, noise=noise, dropout=self.dropout)
-        return self.layers(context.drop(self.embed_norm(x), 0, 3), context, gather)
+        context = make_context(self.config.kinds, segment_ids, positions, causal=False, noise=noise, dropout=self.dropout)
+        x = self.layers(context.drop(self.embed_norm(x), 0, 3), context, gather)
+        return self.final_norm(x) if self.config.final_norm else x
 
     def pool(self, first: Array) -> Array:
         """BERT's pooled output of the first tokens' hidden states, (n, width) -> (n, width); as they are without a pooler."""

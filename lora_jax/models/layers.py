@@ -37,6 +37,7 @@ class BlockConfig:
         norm_offset: an RMS norm multiplies by its weight plus this (Gemma: 1).
         norm_at: on the `input` of attention and MLP (Llama), their `output` (OLMo 2), on `both` (Gemma 2), or on the `residual` sum
             after them (BERT).
+        first_norm: whether attention's input has a norm in layer 0 too; where it has none (ModernBERT), that layer's norm is not used.
         parallel: attention and MLP both see the layer's input (GPT-NeoX); else the MLP sees attention's sum.
         qkv_bias, out_bias, mlp_bias: whether the projections to queries, keys and values, attention's output projection, and the MLP's
             have biases.
@@ -62,6 +63,7 @@ class BlockConfig:
     norm_bias: bool = True
     norm_offset: float = 0.0
     norm_at: str = "input"
+    first_norm: bool = True
     parallel: bool = False
     qkv_bias: bool = False
     out_bias: bool = False

@@ -137,20 +137,22 @@ class BaseFiles:
     def _read(self, weight: Weight, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
         """One parameter. Host memory holds the part of it that lies on this process's devices, and one tensor of it more."""
         stacked = "{i}" in weight.name
-        for i in range(shape[0] if stacked else 1):
-            name, wanted = weight.name.replace("{i}", str(i)), shape[1:] if stacked else shape
+        for layer in weight.layers(shape[0]):
+            name, wanted = weight.of_layer(layer), shape[1:] if stacked else shape
             stored = self._checkpoint.shape(name)
             found = stored[::-1] if weight.transpose else stored
             if found != wanted:
                 raise InputError(f"{self._where}: '{name}' has shape {found}, the config asks for {wanted}.")
         box = [(0, size) for size in shape] if sharding is None else _own_part(sharding, shape)
         part = np.empty([stop - start for start, stop in box], dtype)
+        if weight.first:
+            part[...] = 1
         inner = [slice(*bounds) for bounds in (box[1:] if stacked else box)]
-        layers = range(*box[0]) if stacked else [None]
-        for n, layer in enumerate(layers):
-            name = weight.name if layer is None else weight.name.replace("{i}", str(layer))
-            array = self._checkpoint.read_slice(name, inner[::-1] if weight.transpose else inner)
-            part[n if stacked else ...] = array.T if weight.transpose else array
+        start, stop = box[0]
+        for layer in weight.layers(stop):
+            if layer is None or layer >= start:
+                array = self._checkpoint.read_slice(weight.of_layer(layer), inner[::-1] if weight.transpose else inner)
+                part[... if layer is None else layer - start] = array.T if weight.transpose else array
         if sharding is None:
             return jax.block_until_ready(jnp.asarray(part))
 
@@ -226,7 +228,7 @@ def _prefix(family: Family, names: set[str]) -> str:
 
 
 def _check_names(table: dict[str, Weight], depth: int, names: set[str], where: str) -> None:
-    wanted = {w.name.replace("{i}", str(i)) for w in table.values() for i in range(depth if "{i}" in w.name else 1)}
+    wanted = {w.of_layer(layer) for w in table.values() for layer in w.layers(depth)}
     missing = sorted(wanted - names)
     if missing:
         raise InputError(f"{where}: {len(missing)} tensors are missing, among them {', '.join(missing[:4])}.")

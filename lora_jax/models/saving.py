@@ -52,8 +52,8 @@ def base_tensors(base: Base) -> dict[str, Tensor]:
     tensors = {}
     for path, weight in families()[base.origin.model_type].weights(base.config).items():
         variable = _parameter(base, path)
-        for layer in range(base.config.depth) if "{i}" in weight.name else [None]:
-            tensors[weight.name if layer is None else weight.name.replace("{i}", str(layer))] = _tensor(variable, weight, layer)
+        for layer in weight.layers(base.config.depth):
+            tensors[weight.of_layer(layer)] = _tensor(variable, weight, layer)
     return tensors
 
 

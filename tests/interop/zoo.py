@@ -185,6 +185,22 @@ ZOO: dict[str, Entry] = {
     # DistilBERT.
     "distilbert": _encoder("distilbert", hidden_dim=48),
     "distilbert-relu": _encoder("distilbert", hidden_dim=64, activation="relu", n_layers=3),
+    # ModernBERT: a window of 4 to each side, one layer in three without; no biases; then all of them, another pattern, scaled positions.
+    "modernbert": _encoder("modernbert", num_hidden_layers=4, local_attention=8),
+    "modernbert-biases": _encoder(
+        "modernbert",
+        num_hidden_layers=3,
+        hidden_activation="relu",
+        attention_bias=True,
+        mlp_bias=True,
+        norm_bias=True,
+        local_attention=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
     # The same with heads.
     "bert-classes": _encoder("bert", head="AutoModelForSequenceClassification", num_labels=3),
     "bert-tags": _encoder("bert", head="AutoModelForTokenClassification", num_labels=5),
@@ -195,6 +211,17 @@ ZOO: dict[str, Entry] = {
     "distilbert-classes": _encoder("distilbert", head="AutoModelForSequenceClassification", hidden_dim=48, num_labels=2),
     "distilbert-tags": _encoder("distilbert", head="AutoModelForTokenClassification", hidden_dim=48, num_labels=3),
     "distilbert-answers": _encoder("distilbert", head="AutoModelForQuestionAnswering", hidden_dim=48),
+    "modernbert-classes": _encoder("modernbert", head="AutoModelForSequenceClassification", local_attention=8, num_labels=3),
+    "modernbert-means": _encoder(
+        "modernbert",
+        head="AutoModelForSequenceClassification",
+        classifier_pooling="mean",
+        classifier_bias=True,
+        norm_bias=True,
+        classifier_activation="silu",
+    ),
+    "modernbert-tags": _encoder("modernbert", head="AutoModelForTokenClassification", num_labels=5),
+    "modernbert-answers": _encoder("modernbert", head="AutoModelForQuestionAnswering", local_attention=8),
     "llama-classes": _decoder("llama", head="AutoModelForSequenceClassification", num_key_value_heads=2, num_labels=3),
     "llama-tags": _decoder("llama", head="AutoModelForTokenClassification", tie_word_embeddings=True, num_labels=5),
     "llama-answers": _decoder("llama", head="AutoModelForQuestionAnswering"),

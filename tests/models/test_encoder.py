@@ -10,6 +10,9 @@ from flax import nnx
 from lora_jax.models.encoder import Encoder
 from tests import tiny
 
+# Beside BERT's form the others: a window in all layers but the first, rotary positions, a norm at the end.
+ENCODERS = {"bert": tiny.encoder, "modernbert": lambda: tiny.encoder_of("modernbert", local_attention=4)}
+
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
@@ -31,9 +34,10 @@ def test_every_token_sees_every_other():
     assert (np.abs(np.asarray(changed - tiny.outputs(model, tokens))).max(-1) > 0).all()
 
 
+@pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_packed_rows_equal_separate_rows(rows):
-    model = tiny.encoder()
+def test_packed_rows_equal_separate_rows(rows, family):
+    model = ENCODERS[family]()
     a, b = _tokens(rows, 5, 1), _tokens(rows, 7, 2)
     packed = jnp.concatenate([a, b, jnp.zeros((rows, 2), jnp.int32)], axis=1)
     positions = jnp.array([[*range(5), *range(7), 0, 0]] * rows)
@@ -44,8 +48,9 @@ def test_packed_rows_equal_separate_rows(rows):
     assert np.isfinite(np.asarray(out)).all()
 
 
-def test_gather_equals_the_full_pass():
-    model, tokens = tiny.encoder(), _tokens(3, 8)
+@pytest.mark.parametrize("family", ENCODERS)
+def test_gather_equals_the_full_pass(family):
+    model, tokens = ENCODERS[family](), _tokens(3, 8)
     index = jnp.array([0, 8, 16, 23])
     np.testing.assert_allclose(
         tiny.outputs(model, tokens, gather=index, method="hidden"),
@@ -76,6 +81,26 @@ def test_bfloat16_weights_give_bfloat16_states_near_float32():
     tokens = _tokens(2, 8)
     assert tiny.outputs(half, tokens).dtype == jnp.bfloat16
     assert tiny.relative(tiny.outputs(half, tokens).astype(jnp.float32), tiny.outputs(full, tokens)) < 0.1
+
+
+def test_a_window_is_as_far_as_a_layer_sees():
+    """Half of `local_attention` to each side: 2 a layer, in 2 layers of 3; the first sees all, unless it has a window too."""
+    tokens = _tokens(1, 12)
+    changed = tokens.at[0, 0].set(1 + tokens[0, 0] % 60)
+    for types, reach in (("sliding_attention",) * 3, 6), (("sliding_attention", "full_attention", "sliding_attention"), 11):
+        model = tiny.encoder_of("modernbert", local_attention=4, layer_types=types)
+        moved = np.abs(tiny.outputs(model, tokens) - tiny.outputs(model, changed)).max(-1)[0] > 0
+        assert moved.tolist() == [True] * (reach + 1) + [False] * (11 - reach)
+
+
+def test_the_first_layers_norm_is_left_out():
+    model, tokens = tiny.encoder_of("modernbert"), _tokens(1, 6)
+    before = tiny.outputs(model, tokens)
+    scale = model.layers.segments[0].block.attn_norm.scale
+    scale[...] = scale[...].at[0].set(7.0)
+    assert np.array_equal(tiny.outputs(model, tokens), before)
+    scale[...] = scale[...].at[1].set(7.0)
+    assert not np.array_equal(tiny.outputs(model, tokens), before)
 
 
 def test_is_an_encoder():

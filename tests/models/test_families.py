@@ -62,6 +62,17 @@ LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         ),
         ("gemma3_text", {"sliding_window_pattern": 2}, {"layer_types": ["sliding_attention", "full_attention"]}),
         (
+            "modernbert",
+            {"global_rope_theta": 50.0, "local_rope_theta": 10.0, "global_attn_every_n_layers": 2},
+            {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 50.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+                },
+            },
+        ),
+        (
             "qwen2",
             {"use_sliding_window": True, "max_window_layers": 0},
             {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2},
@@ -99,6 +110,8 @@ def test_a_window_that_is_not_used_is_none():
         ("gpt2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
         ("gpt2", GPT2 | {"n_head": 5}, "n_head = 5 does not divide n_embd = 32"),
         ("gpt_neox", {"num_attention_heads": 5}, "num_attention_heads = 5 does not divide hidden_size = 32"),
+        ("modernbert", {"num_attention_heads": 5}, "num_attention_heads = 5 does not divide hidden_size = 32"),
+        ("modernbert", {"local_attention": 0}, "local_attention = 0 should be a whole number, 1 or more"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", **LONG, "long_factor": [2.0]}}, "should have 4 numbers each"),
     ],
 )

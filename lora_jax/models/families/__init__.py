@@ -15,11 +15,23 @@ from ..layers import BlockConfig
 class Weight:
     """Where a parameter comes from: a Hugging Face tensor name, `{i}` standing for the layer.
 
-    `transpose` turns PyTorch's (out, in) into our (in, out).
+    Attributes:
+        name: the tensor's.
+        transpose: turns PyTorch's (out, in) into our (in, out).
+        first: the first layer that has it. Ours below hold ones: a norm that is not used there (`BlockConfig.first_norm`).
     """
 
     name: str
     transpose: bool = False
+    first: int = 0
+
+    def layers(self, depth: int) -> list[int | None]:
+        """The layers that have such a tensor, of a model of `depth`; [None] of what is no layer's."""
+        return [*range(self.first, depth)] if "{i}" in self.name else [None]
+
+    def of_layer(self, layer: int | None) -> str:
+        """The tensor's name in one of `layers`."""
+        return self.name.replace("{i}", str(layer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +114,7 @@ class Family:
 
 def families() -> dict[str, Family]:
     """`model_type` -> family, of all that are known."""
-    from . import bert, distilbert, gemma, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi3, qwen, roberta, smollm3
+    from . import bert, distilbert, gemma, gpt2, gpt_neox, granite, llama, mistral, modernbert, olmo2, phi3, qwen, roberta, smollm3
 
     # XLM-RoBERTa and CamemBERT are RoBERTa with other vocabularies.
     robertas = dict.fromkeys(("roberta", "xlm-roberta", "camembert"), roberta.FAMILY)
@@ -110,6 +122,7 @@ def families() -> dict[str, Family]:
         "bert": bert.FAMILY,
         "distilbert": distilbert.FAMILY,
         **robertas,
+        "modernbert": modernbert.FAMILY,
         "llama": llama.FAMILY,
         "mistral": mistral.FAMILY,
         "qwen2": qwen.QWEN2,
@@ -199,10 +212,10 @@ def post_norm_block(width: int, heads: int, hidden: int, act: str, norm_eps: flo
     )
 
 
-def norms(names: Mapping[str, str]) -> dict[str, Weight]:
-    """Scale and bias of layer norms: our module path -> Hugging Face module path."""
-    table = {f"{ours}.scale": Weight(f"{theirs}.weight") for ours, theirs in names.items()}
-    return table | {f"{ours}.bias": Weight(f"{theirs}.bias") for ours, theirs in names.items()}
+def norms(names: Mapping[str, str], *, bias: bool = True, first: int = 0) -> dict[str, Weight]:
+    """Scale and bias of layer norms: our module path -> Hugging Face module path. `first` is that of `Weight`."""
+    table = {f"{ours}.scale": Weight(f"{theirs}.weight", first=first) for ours, theirs in names.items()}
+    return table | {f"{ours}.bias": Weight(f"{theirs}.bias", first=first) for ours, theirs in names.items() if bias}
 
 
 def embeddings(names: Mapping[str, str]) -> dict[str, Weight]:
