@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import take_positions
+from .cache import Cache, Memory
 from .layers import Array, BlockConfig, dropout, linear, norm_of
 from .rotary import Rotary, rotary_angles, rotate
 
@@ -36,7 +37,8 @@ class Context:
     """What all layers see alike.
 
     Attributes:
-        mask: (kinds, rows, 1, queries, keys) bool, which key each query sees in layers of each kind.
+        mask: (kinds, rows, 1, queries, keys) bool, which key each query sees in layers of each kind. The keys are the cache's, if there
+            is one, and then the batch's own.
         rotary: cos and sin, (kinds, rows, length, dims) each, or None.
         noise: a PRNG key for dropout, or None where nothing is dropped.
         kinds: for each layer the index of its kind; empty where there is one kind.
@@ -71,6 +73,7 @@ def make_context(
     causal: bool,
     noise: Array | None = None,
     dropout: float = 0.0,
+    cache: Cache | None = None,
 ) -> Context:
     """The context of a batch.
 
@@ -78,9 +81,13 @@ def make_context(
         layers: each layer's kind; a single one is that of all.
         segment_ids, positions: (rows, length) int32, as for `segment_mask` and `rotary_angles`.
         noise, dropout: as in `Context`.
+        cache: of the tokens before these, if there are any.
     """
     kinds = tuple(dict.fromkeys(layers))
     mask = jnp.stack([segment_mask(segment_ids, causal=causal, window=kind.window) for kind in kinds])
+    if cache is not None:
+        past = jnp.stack([cache.seen(segment_ids.shape[1], kind.window) for kind in kinds])
+        mask = jnp.concatenate([past, mask], axis=-1)
     index = tuple(kinds.index(kind) for kind in layers) if len(kinds) > 1 else ()
     return Context(mask, rotary_tables(kinds, positions), noise, index, dropout)
 
@@ -134,12 +141,14 @@ class Attention(nnx.Module):
             self.k_norm = norm_of(cfg, kv_inner if whole else cfg.head_dim, rngs=rngs)
         self.config = nnx.static(cfg)
 
-    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None) -> Array:
+    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None, memory: Memory | None = None) -> Array:
         mask, rotary = context.of_layer(layer)
         q, k, v = self.heads(x)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        mixed = self.mix(q, k, v, mask, context, layer)
+        if memory is not None:
+            memory.added = k, v
+        mixed = self.mix(q, k, v, mask, context, layer, memory)
         return self.o_proj(take_positions(mixed, gather))
 
     def heads(self, x: Array) -> tuple[Array, Array, Array]:
@@ -167,20 +176,29 @@ class Attention(nnx.Module):
             q, k, v = jnp.split(joined, (inner, inner + cfg.kv_heads * cfg.head_dim), axis=-1)
         return q, k, v
 
-    def mix(self, q: Array, k: Array, v: Array, mask: Array, context: Context, layer: Array | int) -> Array:
+    def mix(self, q: Array, k: Array, v: Array, mask: Array, context: Context, layer: Array | int, memory: Memory | None = None) -> Array:
         """softmax(scale * q k^T) v: the values each query asks for, (rows, queries, heads * head_dim).
 
         Args:
             q: (rows, queries, heads, head_dim).
             k, v: (rows, keys, kv_heads, head_dim).
-            mask: (rows, 1, queries, keys) bool.
+            mask: (rows, 1, queries, keys) bool, the keys of `memory` in front.
         """
         cfg = self.config
         rows, length, _, head_dim = q.shape
+        past = None if memory is None else memory.past
         grouped = q.reshape(rows, length, k.shape[2], -1, head_dim)  # query heads by the key head they share
-        scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, k, preferred_element_type=jnp.float32) * cfg.scale
+        scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, k, preferred_element_type=jnp.float32)
+        if past is not None:
+            before = jnp.einsum("rqkgd,rksd->rkgqs", grouped, past[0], preferred_element_type=jnp.float32)
+            scores = jnp.concatenate([before, scores], axis=-1)
+        scores = scores * cfg.scale
         if cfg.softcap is not None:
             scores = cfg.softcap * jnp.tanh(scores / cfg.softcap)
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
         shares = context.drop(jax.nn.softmax(scores, axis=-1).astype(q.dtype), layer, 0)
-        return jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)
+        if past is None:
+            return jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)
+        before, own = jnp.split(shares, [past[1].shape[2]], axis=-1)
+        mixed = jnp.einsum("rkgqs,rksd->rqkgd", before, past[1]) + jnp.einsum("rkgqs,rskd->rqkgd", own, v)
+        return mixed.reshape(rows, length, -1)

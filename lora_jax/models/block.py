@@ -9,6 +9,7 @@ from flax import nnx
 
 from ..parallel.constraints import take_positions
 from .attention import Attention, Context
+from .cache import Memory
 from .layers import MLP, Array, BlockConfig, norm_of
 
 
@@ -26,7 +27,7 @@ class Block(nnx.Module):
             self.mlp_out_norm = norm_of(cfg, cfg.width, rngs=rngs)
         self.config = nnx.static(cfg)
 
-    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None = None) -> Array:
+    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None = None, memory: Memory | None = None) -> Array:
         """(rows, length, width) -> the same, or (n, width) at the positions `gather` (see `Stack`)."""
         cfg = self.config
 
@@ -35,7 +36,7 @@ class Block(nnx.Module):
             return x + (change if cfg.residual_scale == 1.0 else change * cfg.residual_scale)
 
         def attend(x: Array) -> Array:
-            return self.attn(x, context, layer, gather)
+            return self.attn(x, context, layer, gather, memory)
 
         kept = take_positions(x, gather)
         if cfg.norm_at == "residual":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import gathered, take_positions
 from .attention import LayerKind, make_context
 from .block import Block
+from .cache import Cache, slots_for
 from .head_shape import HeadShape
 from .layers import Array, BlockConfig, embedding, linear, norm_of, row_layout
 from .origin import Origin
@@ -106,6 +108,36 @@ class Decoder(nnx.Module):
         early = gather is not None and 2 * gather.shape[0] <= tokens.size
         x = self.layers(context.drop(self.embedded(tokens, positions), 0, 3), context, gather if early else None)
         return self.final_norm(x if early else take_positions(x, gather))
+
+    def empty_cache(self, rows: int, length: int) -> Cache:
+        """Room for the keys and values of `rows` rows of up to `length` tokens, padding included; nothing is in it yet."""
+        block = self.config.block
+        slots, rolling = slots_for(self.config.kinds, length)
+        layers = [segment.stop - segment.start for segment in self.layers.segments]
+        return Cache.empty(layers, (rows, block.kv_heads, slots, block.head_dim), block.dtype, rolling=rolling)
+
+    def extend(self, cache: Cache, tokens: Array, attention_mask: Array | None = None, *, first: bool = False) -> tuple[Array, Cache]:
+        """Goes on after the tokens that a cache holds.
+
+        Each row's positions count its own real tokens, so that padding on the left changes nothing.
+
+        Args:
+            cache: of `empty_cache` or an earlier call.
+            tokens: (rows, length) int32, the tokens that come next.
+            attention_mask: (rows, length), 1 for real tokens; all are by default.
+            first: that the cache is empty, so that nothing of it need be read.
+
+        Returns:
+            the last hidden states after the final norm, (rows, length, width), and the cache with these tokens.
+        """
+        mask = jnp.ones_like(tokens) if attention_mask is None else attention_mask.astype(jnp.int32)
+        positions = cache.positions(mask)
+        context = make_context(self.config.kinds, mask, positions, causal=True, cache=None if first else cache)
+        past = None if first else list(zip(cache.keys, cache.values, strict=True))
+        x, added = self.layers.extend(self.embedded(tokens, positions), context, past)
+        # Every layer has read before anything is written.
+        x, added = jax.lax.optimization_barrier((x, added))
+        return self.final_norm(x), cache.added(added, mask)
 
     def embedded(self, tokens: Array, positions: Array) -> Array:
         """The input of layer 0, (batch, seq, width), of tokens at positions, (batch, seq) int32 each."""

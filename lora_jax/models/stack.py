@@ -11,13 +11,14 @@ then a computation of its own, with nothing in it that depends on what was chang
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
 from ..parallel.constraints import by_rows, gathered, take_positions, weights_cut
+from .cache import KeysValues, Memory
 from .positions import positions_of_targets
 from .prefix import common
 
@@ -113,22 +114,54 @@ class Stack(nnx.Module):
                 x = self._run(segment, x, context, stop, stop + 1, gather)
         return x
 
+    def extend(self, x: jax.Array, context: Any, past: Sequence[KeysValues] | None) -> tuple[jax.Array, list[KeysValues]]:
+        """Runs all layers on further tokens.
+
+        Args:
+            x, context: as for a call; the context's mask has the past keys in front.
+            past: each segment's keys and values of the tokens before, as in `Cache`; None where there are none.
+
+        Returns:
+            (rows, length, width), and each segment's keys and values of these tokens, (layers, rows, length, kv_heads, head_dim) each.
+        """
+        added = []
+        for i, segment in enumerate(self.segments):
+            x, new = self._layers(segment, x, context, segment.start, segment.stop, None, (None if past is None else past[i],))
+            added.append(new)
+        return x, added
+
     def _run(self, segment: Segment, x: jax.Array, context: Any, start: int, stop: int, gather: jax.Array | None) -> jax.Array:
+        return self._layers(segment, x, context, start, stop, gather, None)[0]
+
+    def _layers(
+        self,
+        segment: Segment,
+        x: jax.Array,
+        context: Any,
+        start: int,
+        stop: int,
+        gather: jax.Array | None,
+        memory: tuple[KeysValues | None] | None,
+    ) -> tuple[jax.Array, Any]:
+        """A segment's layers `start` to `stop`; with `memory` (the past, or that there is none) also what they add to it."""
         graphdef, own, shared = nnx.split(segment.block, lambda _, v: v.get_metadata().get(PER_SEGMENT, False), ..., graph=True)
         if (start, stop) != (segment.start, segment.stop):
             own = jax.tree.map(lambda a: a[start - segment.start : stop - segment.start], own)
 
-        def body(x: jax.Array, step: tuple[Any, Any]) -> tuple[jax.Array, None]:
-            index, own = step
+        def body(x: jax.Array, step: tuple[Any, Any, Any]) -> tuple[jax.Array, KeysValues | None]:
+            index, own, past = step
+            one = None if past is None else Memory(*past)
             layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), shared)
             block = nnx.merge(graphdef, *(_at_hand(part) for part in (own, layer)))
             with positions_of_targets(gather, x.shape[:2]):
-                return by_rows(block(by_rows(x), context, index, gather)), None
+                x = by_rows(block(by_rows(x), context, index, gather, *(() if one is None else (one,))))
+            return x, None if one is None else one.added
 
         body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         if stop - start == 1:
-            return body(x, (start, jax.tree.map(lambda a: a[0], own)))[0]
-        return jax.lax.scan(body, x, (jax.numpy.arange(start, stop), own))[0]
+            x, added = body(x, (start, *jax.tree.map(lambda a: a[0], (own, memory))))
+            return x, jax.tree.map(lambda a: a[None], added)
+        return jax.lax.scan(body, x, (jax.numpy.arange(start, stop), own, memory))
 
 
 def cut_of(model: nnx.Module) -> int:
