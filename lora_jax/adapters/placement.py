@@ -59,16 +59,16 @@ def member_shardings(part: Partition, mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def even_members(part: Partition, mesh: Mesh | None, tree: Any) -> Any:
-    """Inside a compiled program: stacked arrays with the last member repeated until the `sweep` axis divides the members.
+def even_members(part: Partition, mesh: Mesh | None, tree: Any, count: int) -> Any:
+    """Inside a compiled program: stacked arrays with the last member repeated until there are `count`.
 
     Each device then computes its share of them. Nobody outside the program knows of the repeated ones: it drops their results.
     """
-    missing = 0 if mesh is None else -len(jax.tree.leaves(tree)[0]) % mesh.shape["sweep"]
-    if mesh is None or not missing:
+    missing = count - len(jax.tree.leaves(tree)[0])
+    if not missing:
         return tree
     padded = jax.tree.map(lambda a: jnp.concatenate([a, *[a[-1:]] * missing]), tree)
-    return jax.lax.with_sharding_constraint(padded, member_shardings(part, mesh, padded))
+    return padded if mesh is None else jax.lax.with_sharding_constraint(padded, member_shardings(part, mesh, padded))
 
 
 def stack_members(part: Partition, mesh: Mesh | None, members: Sequence[Any]) -> Any:

@@ -27,6 +27,15 @@ class RunError(RuntimeError):
     """A failure at run time that is not the input's fault."""
 
 
+class OutOfMemory(RunError):
+    """A program that does not fit into the memory it may take."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a failure was for want of memory, found by us or by the device."""
+    return isinstance(error, (OutOfMemory, MemoryError)) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def nearest(word: str, choices: Iterable[str], *, count: int = 3) -> list[str]:
     """The up to `count` choices that look most like `word`, best first.
 

@@ -172,6 +172,14 @@ class TrainingConfig(Section):
     data_seed: NonNegativeInt = Field(
         default=0, description="Seed of the order of the training rows and of the base's dropout; the same for all members of a pack."
     )
+    pack: Literal["auto", "vmap", "scan", "chunk"] = Field(
+        default="auto",
+        description=(
+            "How one program runs the members of a pack: side by side (vmap), one after the other in the memory of one (scan), "
+            "or some at a time (chunk); auto measures on the device at hand."
+        ),
+    )
+    chunk: PositiveInt = Field(default=4, description="Members that run side by side in the mode chunk.")
     eval_every: NonNegativeInt = Field(default=0, description="Evaluate every this many steps (and always at the end); 0: only at the end.")
 
     extend_steps: NonNegativeInt = Field(

@@ -21,6 +21,7 @@ from ..training.repack import Source, repack
 from ..training.setup import Preparer
 from ..training.stopping import StopSignals
 from .members import Member
+from .pack_modes import PackModes
 from .pack_run import PackRun, Trained
 from .plan import PackPlan, plan_packs
 
@@ -93,7 +94,7 @@ class Halving:
 
     def train(self, run: RunDirectory) -> int:
         """Trains to the end, from wherever the run is; returns how many programs were compiled."""
-        self._run = run
+        self._run, self._modes = run, PackModes(run)
         done = self._decided()
         racing, before, programs = self._members, {}, 0
         for number, until in enumerate([*self._rungs, None]):
@@ -151,7 +152,7 @@ class Halving:
         return {m.name: sign * float(values[i]) if alive[i] else math.nan for i, m in enumerate(plan.members)}
 
     def _pack_run(self, plan: PackPlan, title: str) -> PackRun:
-        return PackRun(self._run, plan, self._setup, self._signals, self._progress, title)
+        return PackRun(self._run, plan, self._setup, self._signals, self._progress, title, self._modes)
 
     def _start(self, pack: Pack, plan: PackPlan, before: dict[str, tuple[PackPlan, int]]) -> Saved:
         """The members as their packs of the rung before left them."""

@@ -10,9 +10,12 @@ from ..tracking import Progress, RunDirectory
 from ..training.checkpoints import PackCheckpoints, Saved
 from ..training.loop import Outcome, train_pack
 from ..training.pack import Pack
+from ..training.pack_choice import check_fits, told_mode
+from ..training.pack_mode import VMAP
 from ..training.profile import StepTrace
 from ..training.setup import Setup
 from ..training.stopping import StopSignals
+from .pack_modes import PackModes
 from .plan import PackPlan
 from .record import Recorder
 
@@ -28,6 +31,7 @@ class PackRun:
         signals: tell it to stop.
         progress: the console.
         title: what the console calls it.
+        modes: how packs of the run are run.
     """
 
     run: RunDirectory
@@ -36,10 +40,12 @@ class PackRun:
     signals: StopSignals
     progress: Progress
     title: str
+    modes: PackModes
 
     def build(self) -> Pack:
         """The members at step 0."""
-        return Pack.build(self.setup.model, [m.config for m in self.plan.members], self.setup.steps, self.setup.mesh)
+        configs = [m.config for m in self.plan.members]
+        return Pack.build(self.setup.model, configs, self.setup.steps, self.setup.mesh, told_mode(configs[0]) or VMAP)
 
     def checkpoints(self) -> PackCheckpoints:
         """This pack's; to be closed."""
@@ -65,6 +71,9 @@ class PackRun:
         self.progress.print(f"{self.title}: {len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters; compiling")
         prefix = self.setup.prefix(pack.part, config.training.data_seed)
         before = prefix.compiled if prefix is not None else 0
+        if (said := self.modes.settle([m.name for m in members], pack, self.setup, prefix)) is not None:
+            self.progress.print(f"{self.title}: {said}")
+        check_fits(pack, self.setup, prefix)
         recorder = Recorder(self.run, members, counts, self.setup, self.progress, self.title)
         with recorder, contextlib.closing(self.checkpoints()) as checkpoints:
             self.signals.training = True

@@ -16,6 +16,7 @@ from ..training.setup import Preparer, Setup, check_adapters
 from ..training.stopping import StopSignals
 from .halving import Halving
 from .members import Member, members_of
+from .pack_modes import PackModes
 from .pack_run import PackRun
 from .plan import Part, plan_packs, plan_part
 from .remaining import plan_remaining, take_over_names
@@ -120,6 +121,7 @@ def _run(
         if run.resumed:
             progress.print(f"{run.path}: resumed, {len(ended)} of {len(names)} members are done.")
         compiled = 0
+        modes = PackModes(run)
         told: Setup | None = None
         if race is not None:
             progress.print(describe_setup(config, prepare(members[0].config)))
@@ -129,7 +131,7 @@ def _run(
             if setup is not told:
                 progress.print(describe_setup(pack_plan.members[0].config, setup))
                 told = setup
-            trained = PackRun(run, pack_plan, setup, signals, progress, f"pack {number}/{len(packs)}").train()
+            trained = PackRun(run, pack_plan, setup, signals, progress, f"pack {number}/{len(packs)}", modes).train()
             trained.recorder.finish(trained.pack, trained.outcome)
             compiled += trained.programs
         done = {r.name: r for r in writer_first(run.results)} if names else {}

@@ -30,7 +30,18 @@ from lora_jax.tracking.results import MemberResult, read_run, write_results_csv
 
 # Where the directory lies is no part of the experiment: a run stays resumable after its folder was moved.
 # Nor do devices and safety: it may go on elsewhere, with other checkpoints. And a sweep may grow: its members are told apart by name.
-IGNORED = frozenset({"tracking.dir", "tracking.checkpoint_every", "tracking.keep_checkpoints", "tracking.profile", "mesh", "sweep"})
+IGNORED = frozenset(
+    {
+        "tracking.dir",
+        "tracking.checkpoint_every",
+        "tracking.keep_checkpoints",
+        "tracking.profile",
+        "training.pack",
+        "training.chunk",
+        "mesh",
+        "sweep",
+    }
+)
 _EXTENSION = "training.extend_steps"
 _SHOWN = 8
 _ABSENT = object()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 import jax
 
@@ -20,6 +21,14 @@ def release_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def program_bytes(compiled: Any) -> int | None:
+    """What a compiled program takes on a device while it runs: arguments, results and temporaries; None where XLA does not say."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
 
 
 def memory_limit(config: Config) -> int | None:

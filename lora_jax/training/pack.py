@@ -18,7 +18,9 @@ from ..adapters.placement import member_shardings, stack_members
 from ..adapters.spec import MemberSpec, Structure, resolve, unite
 from ..config.schema import Config
 from ..parallel.mesh import to_host
+from .memory import memory_limit
 from .optimizer import hyper_of
+from .pack_mode import VMAP, PackMode
 from .step import MemberFixed, MemberState, PackPrograms, init_member
 
 # An index into one array of a member; None: it has no part of it.
@@ -47,7 +49,7 @@ class Pack:
     programs: PackPrograms
 
     @classmethod
-    def build(cls, model: nnx.Module, configs: Sequence[Config], steps: int, mesh: Mesh | None = None) -> Pack:
+    def build(cls, model: nnx.Module, configs: Sequence[Config], steps: int, mesh: Mesh | None = None, mode: PackMode = VMAP) -> Pack:
         """Puts the members on one base, each at its own step 0.
 
         Args:
@@ -55,6 +57,7 @@ class Pack:
             configs: one a member; alike in what is static (`static_key`).
             steps: optimizer steps each will take, for the schedules.
             mesh: where the base lies, and the members' arrays beside it (`adapters/placement.py`).
+            mode: how the compiled programs run the members.
         """
         specs = [resolve(model, c.adapter) for c in configs]
         structure = unite(model, specs)
@@ -70,7 +73,12 @@ class Pack:
         init = jax.vmap(lambda t, f: init_member(part, t, f))
         layouts = None if mesh is None else member_shardings(part, mesh, jax.eval_shape(init, trainable, fixed))
         state = jax.jit(init, out_shardings=layouts)(trainable, fixed)
-        return cls(configs, specs, structure, part, state, fixed, PackPrograms(part, configs[0].training.data_seed, mesh))
+        programs = PackPrograms(part, configs[0].training.data_seed, mesh, mode, memory_limit(configs[0]))
+        return cls(configs, specs, structure, part, state, fixed, programs)
+
+    def use_mode(self, mode: PackMode) -> None:
+        """Gives the pack other programs, yet to be compiled, that run its members in another way."""
+        self.programs = self.programs.in_mode(mode)
 
     def windows(self, model: nnx.Module, index: int) -> dict[str, Window]:
         """Where a member's own part lies in each trainable array, (members, ...) without the first axis; None where it has none.

@@ -82,7 +82,7 @@ class Setup:
 def setup_key(config: Config) -> tuple[str, ...]:
     """Configs with equal keys share a `Setup`."""
     parts = (config.model, config.task, config.training, config.mesh)
-    return tuple(p.model_dump_json(exclude={"seed", "eval_every"}) for p in parts)
+    return tuple(p.model_dump_json(exclude={"seed", "eval_every", "pack", "chunk"}) for p in parts)
 
 
 class Preparer:

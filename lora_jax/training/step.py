@@ -1,9 +1,8 @@
-"""The one train step, and its evaluation: pure functions of one member, vmapped over a pack, compiled once."""
+"""The one train step, and its evaluation: pure functions of one member, run over a pack (`pack_mode.py`), compiled once."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -13,16 +12,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
-from ..adapters.placement import even_members
-from ..config.errors import RunError
+from ..config.errors import OutOfMemory, RunError
+from ..config.sizes import size_text
 from ..models.heads import TaskModel
 from ..models.positions import positions_of_targets
 from ..models.prefix import starting_from
 from ..parallel.constraints import on_mesh
 from ..parallel.mesh import replicated
-from .memory import release_freed_memory
+from .memory import program_bytes, release_freed_memory
 from .objective import cross_entropy
 from .optimizer import Hyper, learning_rate, make_optimizer
+from .pack_mode import VMAP, PackMode
 from .targets import targets_by_rows
 
 Batch = dict[str, jax.Array]
@@ -144,6 +144,7 @@ class Program:
             comes back in the same layout, which the compiler would else choose anew on a mesh.
         mesh: what it runs on; all other results are then whole on each device. None: wherever its arguments are.
         results: where they lie on the mesh instead.
+        limit: bytes that it may take on a device, its arguments included; None: whatever there is.
     """
 
     def __init__(
@@ -154,12 +155,14 @@ class Program:
         carries: bool = False,
         mesh: Mesh | None = None,
         results: NamedSharding | None = None,
+        limit: int | None = None,
     ):
         self.traces = TraceCounter(function)
         self._name = name
         self._carries = carries
         self._mesh = mesh
         self._rest = results or (None if mesh is None else replicated(mesh))
+        self.limit = limit
         self._compiled: Any = None
 
     def lower(self, *args: Any) -> Any:
@@ -174,15 +177,29 @@ class Program:
         """The program as compiled, after its first call."""
         return self._compiled.as_text()
 
+    def prepare(self, *args: Any) -> None:
+        """Compiles it for such arguments, if it is not compiled yet.
+
+        Raises:
+            OutOfMemory: it would take more memory than `limit`.
+        """
+        if self._compiled is not None:
+            return
+        compiled = self.lower(*args).compile()
+        release_freed_memory()
+        needed = program_bytes(compiled)
+        if self.limit is not None and needed is not None and needed > self.limit:
+            raise OutOfMemory(f"the {self._name} program needs {size_text(needed)} on a device, of {size_text(self.limit)}")
+        self._compiled = compiled
+
     def __call__(self, *args: Any) -> Any:
         """Calls it.
 
         Raises:
+            OutOfMemory: it would take more memory than `limit`.
             RunError: some shape, dtype or sharding is not what it was compiled for.
         """
-        if self._compiled is None:
-            self._compiled = self.lower(*args).compile()
-            release_freed_memory()
+        self.prepare(*args)
         try:
             return self._compiled(*args)
         except (TypeError, ValueError) as error:
@@ -190,7 +207,7 @@ class Program:
 
 
 class PackPrograms:
-    """The compiled programs of a pack: `train` and `evaluate`, each vmapped over the members, each compiled once.
+    """The compiled programs of a pack: `train` and `evaluate`, each over all members, each compiled once.
 
     The base is an argument of both, never a constant, and is not returned. Member arrays are donated.
 
@@ -198,24 +215,23 @@ class PackPrograms:
         part: how the arrays make a model.
         data_seed: of the base's own dropout.
         mesh: where the arrays lie; None where that is one device.
+        mode: how the programs run the members.
+        limit: bytes that each may take on a device.
     """
 
-    def __init__(self, part: Partition, data_seed: int = 0, mesh: Mesh | None = None):
-        over_members = functools.partial(jax.vmap, spmd_axis_name=None if mesh is None else "sweep")
+    def __init__(self, part: Partition, data_seed: int = 0, mesh: Mesh | None = None, mode: PackMode = VMAP, limit: int | None = None):
+        self.mode = mode
+        self.in_mode = lambda other: PackPrograms(part, data_seed, mesh, other, limit)
 
         def train(state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
             noise = jax.random.fold_in(jax.random.key(data_seed), step)
-            even = even_members(part, mesh, (state, fixed))
-            new = over_members(lambda s, f: train_step(part, s, f, frozen, batch, step, noise))(*even)
-            return jax.tree.map(lambda a: a[: state.alive.size], new)
+            return mode.over_members(lambda s, f: train_step(part, s, f, frozen, batch, step, noise), part, mesh)(state, fixed)
 
         def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            even = even_members(part, mesh, (trainable, settings))
-            sums = over_members(lambda t, s: eval_step(part, t, s, frozen, batch))(*even)
-            return jax.tree.map(lambda a: a[: len(jax.tree.leaves(trainable)[0])], sums)
+            return mode.over_members(lambda t, s: eval_step(part, t, s, frozen, batch), part, mesh)(trainable, settings)
 
-        self.train = Program(train, "training", carries=True, mesh=mesh)
-        self.evaluate = Program(evaluate, "evaluation", mesh=mesh)
+        self.train = Program(train, "training", carries=True, mesh=mesh, limit=limit)
+        self.evaluate = Program(evaluate, "evaluation", mesh=mesh, limit=limit)
 
     def check(self) -> None:
         """`RunError` unless each program was compiled at most once."""

@@ -25,6 +25,8 @@ from lora_jax.sweeps.run import run_sweep
 from lora_jax.training.loop import train_pack
 from lora_jax.training.memory import memory_limit
 from lora_jax.training.pack import Pack, static_key
+from lora_jax.training.pack_choice import told_mode
+from lora_jax.training.pack_mode import PackMode
 from lora_jax.training.setup import set_up
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -88,7 +90,7 @@ SET_UP = {
 # Each in a test of its own below.
 OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
-    "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs",
+    "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs", "training.pack", "training.chunk",
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
     "sweep.where", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.memory_limit", "task.kind", "task.prompt", "task.response", "task.messages",
@@ -197,6 +199,11 @@ def test_sweep_keys(hub, tmp_path):
     config = hub.config(tmp_path, {"sweep": {"grid": {"training.seed": [0, 1, 2]}, "max_pack": 2}})
     assert [len(p.members) for p in plan_packs(members_of(config), largest=config.sweep.max_pack)] == [2, 1]
     assert memory_limit(config) is None and memory_limit(with_values(config, {"sweep.memory_limit": "3 MB"})) == 3_000_000
+
+
+def test_how_a_pack_is_run(hub, tmp_path):
+    modes = [told_mode(hub.config(tmp_path, {"training.pack": pack, "training.chunk": 3})) for pack in ("auto", "vmap", "scan", "chunk")]
+    assert modes == [None, PackMode(), PackMode(1), PackMode(3)]
 
 
 def test_tracking_keys(hub, tmp_path):

@@ -1,0 +1,151 @@
+"""`training.pack: auto`: which way of running a pack is fastest on the device at hand, found by running a few steps of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..config.errors import OutOfMemory, is_out_of_memory
+from ..config.schema import Config
+from ..parallel.batches import place_batch
+from ..parallel.processes import process_count
+from .pack import Pack
+from .pack_mode import SCAN, VMAP, PackMode
+from .prefix import Prefix
+from .setup import Setup
+
+# Runs of fewer steps are over before a measurement has paid for itself: it takes about ten steps, and compiles two more programs.
+WORTH_MEASURING = 200
+_TIMED_STEPS = 2
+# Another way must be faster than side by side by more than this share: a choice should not hang on what else the machine does.
+_MARGIN = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen, and why.
+
+    Attributes:
+        mode: how the pack will run.
+        why: in words.
+        seconds: name of each mode that was measured -> seconds a step; empty where nothing was.
+        device: it was measured on.
+    """
+
+    mode: PackMode
+    why: str
+    seconds: dict[str, float]
+    device: str
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"mode": self.mode.name, "width": self.mode.width, "why": self.why, "seconds_per_step": self.seconds, "device": self.device}
+
+    @classmethod
+    def load(cls, facts: dict[str, Any]) -> Choice:
+        """What `dump` gave."""
+        return cls(PackMode(facts["width"]), facts["why"], facts["seconds_per_step"], facts["device"])
+
+
+def told_mode(config: Config) -> PackMode | None:
+    """The mode that a config names; None for `auto`."""
+    training = config.training
+    return {"auto": None, "vmap": VMAP, "scan": SCAN, "chunk": PackMode(training.chunk)}[training.pack]
+
+
+def choose(pack: Pack, setup: Setup, prefix: Prefix | None) -> Choice:
+    """Chooses a mode for a pack that is about to train, and leaves it with that mode's programs, compiled if they were measured.
+
+    Each mode takes a few steps from copies of the pack's state on the first batch, as it will be in training; the state itself is
+    left alone. Modes that do not fit into memory are passed over. What the other modes compile is no part of the pack's own count.
+
+    Args:
+        pack: at whatever state.
+        setup: its data.
+        prefix: what its members have in common.
+    """
+    device = jax.devices()[0].device_kind
+    candidates = _candidates(pack, setup)
+    if len(candidates) == 1:
+        return Choice(VMAP, "there is one member on a device", {}, device)
+    if setup.steps < WORTH_MEASURING or process_count() > 1:
+        why = "several processes train together" if process_count() > 1 else f"a run of {setup.steps} steps is too short to measure"
+        return Choice(_first_that_fits(pack, setup, prefix, candidates), why, {}, device)
+    batch = first_batch(pack, setup, prefix)
+    seconds: dict[PackMode, float] = {}
+    programs = {}
+    for mode in candidates:
+        pack.use_mode(mode)
+        try:
+            seconds[mode] = _measure(pack, batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            continue
+        programs[mode] = pack.programs
+    if not seconds:
+        return Choice(SCAN, "no other way fits into memory", {}, device)  # nor does this, and training will say so
+    best = min(seconds, key=lambda mode: seconds[mode])
+    if VMAP in seconds and seconds[best] > (1 - _MARGIN) * seconds[VMAP]:
+        best = VMAP
+    pack.programs = programs[best]
+    return Choice(best, "measured", {mode.name: round(s, 6) for mode, s in seconds.items()}, device)
+
+
+def first_batch(pack: Pack, setup: Setup, prefix: Prefix | None) -> dict[str, jax.Array]:
+    """The first training batch as the pack's step takes it."""
+    placed = place_batch(setup.mesh, setup.plan.batch(0), row_axis=1)
+    return placed if prefix is None else placed | {"prefix": prefix.of_step(0, placed)}
+
+
+def _candidates(pack: Pack, setup: Setup) -> list[PackMode]:
+    """From most memory to least."""
+    own = -(-len(pack.configs) // setup.mesh.shape["sweep"])
+    chunk = pack.configs[0].training.chunk
+    return [VMAP] + [PackMode(width) for width in sorted({chunk, 1}, reverse=True) if width < own]
+
+
+def _first_that_fits(pack: Pack, setup: Setup, prefix: Prefix | None, candidates: list[PackMode]) -> PackMode:
+    if pack.programs.train.limit is None:
+        return candidates[0]
+    for mode in candidates:
+        pack.use_mode(mode)
+        try:
+            check_fits(pack, setup, prefix)
+        except OutOfMemory:
+            continue
+        return mode
+    return candidates[-1]
+
+
+def check_fits(pack: Pack, setup: Setup, prefix: Prefix | None) -> None:
+    """Compiles a pack's programs where there is a limit of memory, before anything is trained.
+
+    Raises:
+        OutOfMemory: one of them needs more.
+    """
+    programs = pack.programs
+    if programs.train.limit is None:
+        return
+    programs.train.prepare(pack.state, pack.fixed, pack.part.frozen, first_batch(pack, setup, prefix), np.int32(0))
+    held_out = place_batch(setup.mesh, next(iter(setup.plan.eval_batches())), row_axis=0)
+    if prefix is not None:
+        held_out["prefix"] = prefix.of_held_out(held_out)
+    programs.evaluate.prepare(pack.state.trainable, pack.fixed.settings, pack.part.frozen, held_out)
+
+
+def _measure(pack: Pack, batch: dict[str, jax.Array]) -> float:
+    """Seconds of a step, the fastest of a few; the first, which compiles, is not timed."""
+    state = jax.tree.map(jnp.copy, pack.state)
+    times = []
+    for step in range(1 + _TIMED_STEPS):
+        began = time.perf_counter()
+        state, metrics = pack.programs.train(state, pack.fixed, pack.part.frozen, batch, np.int32(step))
+        jax.block_until_ready((state, metrics))
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
