@@ -58,11 +58,11 @@ test: dev  ## The ordinary tests (minutes)
 test-slow: dev  ## The longer tests: real models, meshes, processes, kills
 	$(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "slow and not long and not interop and not slurm"
 
-test-long: dev  ## More of the longer tests: every mesh, with real models too (half an hour; not in CI)
-	$(RUN_PYTEST) -m "long and not interop and not slurm"
+test-long: dev .venv/.interop  ## More of the longer tests: every mesh, with real models too, every adapter (an hour; not in CI)
+	$(RUN_PYTEST) -m "long and not slurm"
 
 test-interop: dev .venv/.interop  ## Agreement with PyTorch and PEFT (installs both, CPU build)
-	$(RUN_PYTEST) -m interop tests/interop
+	$(RUN_PYTEST) -m "interop and not long" tests/interop
 
 test-slurm: dev  ## Tests on a real Slurm of their own (as root; installs Debian's slurm-wlm where it is missing)
 	@sh tests/slurm/install_slurm.sh

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .config.errors import RunError as RunError
     from .config.load import load_config as load_config
     from .config.schema import Config as Config
+    from .interop.hf_writing import save_pretrained as save_pretrained
     from .interop.peft_config import LoraConfig as LoraConfig
     from .interop.peft_loading import load_peft as load_peft
     from .interop.peft_writing import save_peft as save_peft
@@ -44,6 +45,7 @@ _NAMES = {
     "merge": "adapters.merge",
     "partition": "adapters.partition",
     "save_peft": "interop.peft_writing",
+    "save_pretrained": "interop.hf_writing",
     "sweep": "sweeps.api",
     "unmerge": "adapters.merge",
     "with_rows": "adapters.mixed",

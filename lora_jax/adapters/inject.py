@@ -14,7 +14,7 @@ from ..models.stack import AXES, PER_SEGMENT, Stack
 from .labels import FROZEN, label_of, label_table
 from .modules import SITE_MODULES, AdapterSetting, LoRAParam, LowRank
 from .record import remember
-from .sites import Path, logical_name
+from .sites import Path, logical_name, modules_named, names_of
 from .spec import SiteShape, Structure, resolve, unite
 
 LABEL = "label"
@@ -107,9 +107,10 @@ def _set(owner: Any, name: str | int, module: nnx.Module) -> None:
 
 
 def _check_saved(model: nnx.Module, structure: Structure) -> None:
-    names = {logical_name(path) for path, _ in nnx.iter_modules(model)} - {""}
+    modules = dict(nnx.iter_modules(model))
     for saved in structure.modules_to_save:
-        if not any(n == saved or n.endswith("." + saved) for n in names):
+        if not modules_named(model, saved):
+            names = {n for path in modules for n in names_of(modules, path, "{i}")} - {""}
             endings = sorted({n.rsplit(".", 1)[-1] for n in names})
             near = nearest(saved, endings) or endings[:20]
             raise InputError(f"adapter.modules_to_save: '{saved}' matches no module. Nearest names: {', '.join(near)}.")

@@ -124,6 +124,40 @@ def names_of(modules: dict[Path, nnx.Module], path: Path, layer: int | str | Non
     return tuple(found)
 
 
+# What transformers calls the last layer of a head.
+_HEAD_ALIASES = {"score": "classifier", "qa_outputs": "classifier"}
+
+
+def modules_named(model: nnx.Module, name: str) -> tuple[str, ...]:
+    """Our names, without layers, of the modules that a name means, as in a list of targets; Hugging Face's names do as well.
+
+    Args:
+        model: with or without adapters.
+        name: the end of a path, cut at a dot; layers left out, for a stack's layers train together.
+
+    Returns:
+        `name` itself where it is one of ours, `attn.q_proj` for BERT's `query`; nothing where no module is called so.
+    """
+    modules = dict(nnx.iter_modules(model))
+    found: dict[str, None] = {}
+    for path in modules:
+        own, *others = names_of(modules, path, "{i}")
+        if _ends(logical_name(path), name) or _ends(own, name):
+            return (name,)
+        for other in others:
+            parts = other.replace("{i}.", "").split(".")
+            # A name may mean a module around several of ours.
+            if any(_ends(".".join(parts[:i]), name) for i in range(1, len(parts) + 1)):
+                found[logical_name(path)] = None
+    if not found and _HEAD_ALIASES.get(name) in {logical_name(path) for path in modules}:
+        return (_HEAD_ALIASES[name],)
+    return tuple(found)
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
 def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) -> bool:
     """Whether targets (or exclude) name a site.
 
@@ -145,7 +179,7 @@ def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) ->
             return False
         pattern = list(PRESETS[pattern])
         site_names = site_names[:1]
-    return any(name == entry or name.endswith("." + entry) for name in site_names for entry in pattern)
+    return any(_ends(name, entry) for name in site_names for entry in pattern)
 
 
 def select(

@@ -17,7 +17,7 @@ from flax import nnx
 
 from ..config.errors import InputError
 from ..config.schema import AdapterConfig
-from .sites import Site, find_sites, select
+from .sites import Site, find_sites, modules_named, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Structure:
     Attributes:
         sites: the union of the members' sites.
         dropout: whether any member has dropout.
-        method, bias, modules_to_save: as in the config; the same for all members, since they decide what trains.
+        method, bias, modules_to_save: as in the config, the last by our own names; the same for all members, since they decide what
+            trains.
     """
 
     sites: tuple[SiteShape, ...]
@@ -113,7 +114,8 @@ def unite(model: nnx.Module, members: list[MemberSpec]) -> Structure:
         raise ValueError(f"members differ in method, bias or modules_to_save: {sorted(statics)}")
     needs = [{name: (int(np.flatnonzero(site.ranks)[0]), int(site.ranks.max())) for name, site in m.sites.items()} for m in members]
     method, bias, saved = statics.pop()
-    return Structure(hold(find_sites(model), needs), any(m.config.dropout > 0 for m in members), method, bias, saved)
+    own = tuple(dict.fromkeys(n for name in saved for n in modules_named(model, name) or (name,)))
+    return Structure(hold(find_sites(model), needs), any(m.config.dropout > 0 for m in members), method, bias, own)
 
 
 def hold(sites: list[Site], needs: Sequence[Mapping[str, tuple[int, int]]]) -> tuple[SiteShape, ...]:

@@ -260,6 +260,40 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN[/MEMBER]", help="A run directory, or a member's folder in it.", show_default=False)],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="FORMAT", help="hf: merged weights, config and tokenizer, for transformers. peft: the adapter alone."
+        ),
+    ] = "hf",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="A new folder; FORMAT in the member's own by default.", show_default=False)
+    ] = None,
+    member: Annotated[
+        str | None,
+        typer.Option("--member", metavar="NAME", help="Which member of a sweep; the best finished one by default.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="hf: float32, bfloat16 or float16; by default as the base's own files.", show_default=False
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="hf: most weights in one file.")] = "5GB",
+) -> None:
+    """Write a run's winner for others to use.
+
+    Takes the member's best adapter where it was kept, else the final one. Merging runs in float32 and is rounded once. A README.md
+    tells the run's facts. Nothing is overwritten.
+    """
+    from .export import export_command
+
+    export_command(run, form=form, out=out, member=member, dtype=dtype, largest=max_shard_size)
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="An experiment's YAML file, to be told what it will take.", show_default=False)

@@ -125,7 +125,9 @@ class AdapterConfig(Section):
         description="With one seed, a smaller rank starts as the leading part of a larger one; false: each rank draws its own.",
     )
     bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases of the base train too.")
-    modules_to_save: list[str] = Field(default_factory=list, description="Modules of the base trained in full (names as in targets).")
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="Modules of the base trained in full, in all layers (names as in a list of targets)."
+    )
 
     @field_validator("targets")
     @classmethod

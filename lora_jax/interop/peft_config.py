@@ -19,6 +19,7 @@ from ..config.errors import InputError
 from ..config.locations import resolve
 from ..config.schema import AdapterConfig
 from ..models.checkpoint import read_json
+from .patterns import Patterns
 from .peft_options import Reader, check_options
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class PeftConfig:
         rank_pattern, alpha_pattern: regular expression -> value; the first that matches the end of a path decides.
         dropout, bias: while training.
         saved: modules whose own weights are in the file.
+        expressions: matches its patterns.
     """
 
     raw: dict[str, Any]
@@ -59,6 +61,7 @@ class PeftConfig:
     dropout: float
     bias: str
     saved: tuple[str, ...]
+    expressions: Patterns = dataclasses.field(repr=False, compare=False)
 
     @classmethod
     def parse(cls, raw: dict[str, Any], where: str) -> PeftConfig:
@@ -76,7 +79,7 @@ class PeftConfig:
         pattern = raw.get("layers_pattern")
         patterns = (pattern,) if isinstance(pattern, str) and pattern else read.names("layers_pattern") or ()
         for one in patterns:
-            read.pattern("layers_pattern", one)
+            read.expressions.check("layers_pattern", one)
         targets = read.modules("target_modules")
         parameters = read.names("target_parameters") or ()
         if not targets and not parameters:
@@ -86,7 +89,7 @@ class PeftConfig:
             raise InputError(f"{where}: 'layers_to_transform' goes with a list of target_modules, not with a regular expression.")
         saved = read.names("modules_to_save") or ()
         for name in saved:
-            read.pattern("modules_to_save", name)  # PEFT matches it as one when it looks for targets
+            read.expressions.check("modules_to_save", name)  # PEFT matches it as one when it looks for targets
         return cls(
             raw=raw,
             rank=read.whole("r", 8),
@@ -102,6 +105,7 @@ class PeftConfig:
             dropout=read.number("lora_dropout", 0.0, lowest=0.0, below=1.0),
             bias=read.choice("bias", "none", ("none", "all", "lora_only")),
             saved=saved,
+            expressions=read.expressions,
         )
 
     def adapts(self, module: str, *, linear: bool = True) -> bool:
@@ -111,20 +115,22 @@ class PeftConfig:
             module: its path from the model's root.
             linear: whether it is a linear layer other than the output head: what `all-linear` means.
         """
-        if _named(self.exclude, module) or any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):
+        if self._named(self.exclude, module) or any(
+            self.expressions.match(rf"(^|.*\.){name}($|\..*)", module, whole=False) for name in self.saved
+        ):
             return False
         if isinstance(self.targets, str):
             if self.targets.lower() == "all-linear":
                 return linear
-            return re.fullmatch(self.targets, module) is not None
-        if self.targets is None or not _named(self.targets, module):
+            return self.expressions.match(self.targets, module) is not None
+        if self.targets is None or not self._named(self.targets, module):
             return False
         # A module that is named in full is adapted whatever the layers.
         return self.layers is None or module in self.targets or self._layer(module) in self.layers
 
     def _layer(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        found = next((m for p in patterns if (m := re.match(p, module))), None)
+        found = next((m for p in patterns if (m := self.expressions.match(p, module, whole=False))), None)
         return None if found is None else int(found["idx"])
 
     def saves(self, module: str) -> bool:
@@ -133,19 +139,17 @@ class PeftConfig:
 
     def size(self, module: str) -> tuple[int, float]:
         """Rank and scale of a module."""
-        rank = int(_value(self.rank_pattern, module, self.rank))
-        alpha = _value(self.alpha_pattern, module, self.alpha)
+        rank = int(self._value(self.rank_pattern, module, self.rank))
+        alpha = self._value(self.alpha_pattern, module, self.alpha)
         return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
+    def _named(self, names: str | tuple[str, ...] | None, module: str) -> bool:
+        if isinstance(names, str):
+            return bool(names) and self.expressions.match(names, module) is not None
+        return bool(names) and any(module == n or module.endswith(f".{n}") for n in names)
 
-def _named(names: str | tuple[str, ...] | None, module: str) -> bool:
-    if isinstance(names, str):
-        return bool(names) and re.fullmatch(names, module) is not None
-    return bool(names) and any(module == n or module.endswith(f".{n}") for n in names)
-
-
-def _value(patterns: dict[str, float], module: str, default: float) -> float:
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
+    def _value(self, patterns: dict[str, float], module: str, default: float) -> float:
+        return next((v for p, v in patterns.items() if self.expressions.match(rf"(.*\.)?({p})$", module, whole=False)), default)
 
 
 def adapter_folder(path: str | Path) -> Path:

@@ -25,7 +25,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.decoder import Decoder
 from ..models.safetensors_files import SafetensorsCheckpoint
 from .peft_config import WEIGHTS_NAME, LoraConfig, PeftConfig, adapter_folder, read_peft_config
-from .peft_names import ROOT, Module, Parameter, PeftNames
+from .peft_names import ROOT, Module, Parameter, PeftNames, projection_name
 
 _SHOWN = 6
 _READABLE = ("float32", "float16", "bfloat16", "float64")
@@ -130,7 +130,7 @@ def _names(base: nnx.Module, config: PeftConfig, file: Checkpoint) -> PeftNames:
     if decoder is None or not decoder.config.tied:
         return names
     embed = next(p.name for p in names.parameters.values() if p.variable is decoder.embed.embedding)
-    head = "lm_head"
+    head = projection_name(decoder)
     apart = config.saves(embed.removesuffix(".weight")) or config.saves(head) or config.adapts(head, linear=False)
     if apart or f"{ROOT}{head}.weight" in file:
         decoder.untie()

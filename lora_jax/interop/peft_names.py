@@ -162,6 +162,14 @@ class PeftNames:
         return Weight(f"{name}.{_KINDS[path[-1]]}", transpose=path[-1] == "kernel")
 
 
+def projection_name(decoder: Decoder) -> str:
+    """What a decoder's projection to its vocabulary is called in PyTorch, where it has weights of its own or might have."""
+    if decoder.origin is None:
+        return "lm_head"
+    untied = dataclasses.replace(decoder.config, tied=False)
+    return families()[decoder.origin.model_type].weights(untied)["lm_head.kernel"].name.removesuffix(".weight")
+
+
 def head_of(model: Classifier) -> Head | None:
     """The head as the base's family has it; None where the base was not loaded from a checkpoint."""
     origin, kind = model.base.origin, head_kind(model)

@@ -7,10 +7,10 @@ An option is one of three things: part of what the adapter computes (`PeftConfig
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 from ..config.errors import InputError, hint
+from .patterns import Patterns
 
 # Notes: who made the adapter, for what, and how its factors were drawn. Options of other options that are off are notes as well.
 NOTES = frozenset({
@@ -81,7 +81,7 @@ class Reader:
     """Takes typed values out of a JSON object, each `InputError` naming the file and the key."""
 
     def __init__(self, raw: dict[str, Any], where: str):
-        self.raw, self.where = raw, where
+        self.raw, self.where, self.expressions = raw, where, Patterns(where)
 
     def wrong(self, key: str, wanted: str) -> InputError:
         """The error for a value that is not what was wanted."""
@@ -130,17 +130,8 @@ class Reader:
         value = self.raw.get(key)
         if not isinstance(value, str):
             return self.names(key)
-        self.pattern(key, value)
+        self.expressions.check(key, value)
         return value
-
-    def pattern(self, key: str, text: str) -> None:
-        """`InputError` unless `text` is a regular expression that ends in a reasonable time on any name."""
-        try:
-            re.compile(text)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(f"{self.where}: '{key}' holds {text[:60]!r}, which is not a regular expression ({error}).") from None
-        if may_run_away(text):
-            raise InputError(f"{self.where}: '{key}' holds {text[:60]!r}, which may never end: it repeats what is repeated already.")
 
     def patterns(self, key: str, *, whole: bool) -> dict[str, float]:
         """Regular expression -> number above 0."""
@@ -150,7 +141,7 @@ class Reader:
         if not isinstance(value, dict):
             raise self.wrong(key, "an object of patterns and numbers")
         for pattern, number in value.items():
-            self.pattern(key, pattern)
+            self.expressions.check(key, pattern)
             good = type(number) is int if whole else isinstance(number, int | float) and not isinstance(number, bool)
             if not good or not _finite(number) or number <= 0:
                 raise InputError(f"{self.where}: '{key}' gives {pattern[:60]!r} the value {number!r}, which is not above 0.")
@@ -172,53 +163,3 @@ def _finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond every float
         return False
-
-
-_MOST_REPEATS = 6
-
-
-def may_run_away(pattern: str) -> bool:
-    r"""Whether matching a name may take forever: a repeat of something that repeats, or very many repeats in a row.
-
-    Adapter configs come from strangers, and Python's `re` cannot be told to stop.
-
-    >>> may_run_away(r".*layers\.[0-3]\.(q|v)_proj"), may_run_away(r"(\w+\.?)+!")
-    (False, True)
-    """
-    repeats = [0]  # of each open group
-    i = 0
-    while i < len(pattern):
-        letter = pattern[i]
-        if letter == "\\":
-            i += 2
-            continue
-        if letter == "[":
-            i = _class_end(pattern, i)
-            continue
-        if letter == "(":
-            repeats.append(0)
-        elif letter == ")" and len(repeats) > 1:
-            inner = repeats.pop()
-            if inner and re.match(r"[*+{]", pattern[i + 1 : i + 2]):
-                return True
-            repeats[-1] += inner
-        elif letter in "*+{":
-            repeats[-1] += 1
-        elif letter == "|":
-            pass  # branches are tried one after the other; counting them together errs on the safe side
-        i += 1
-    return sum(repeats) > _MOST_REPEATS and _in_a_row(pattern) > _MOST_REPEATS
-
-
-def _class_end(pattern: str, start: int) -> int:
-    """The index after the character class that opens at `start`."""
-    i = start + 2 if pattern[start + 1 : start + 2] == "^" else start + 1
-    i += pattern[i : i + 1] == "]"
-    while i < len(pattern) and pattern[i] != "]":
-        i += 2 if pattern[i] == "\\" else 1
-    return i + 1
-
-
-def _in_a_row(pattern: str) -> int:
-    """The most repeats in one branch of the pattern's alternatives."""
-    return max(len(re.findall(r"(?<!\\)[*+{]", branch)) for branch in pattern.split("|"))

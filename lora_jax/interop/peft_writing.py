@@ -32,7 +32,7 @@ from ..models.saving import Tensor
 from .folders import new_folder
 from .peft_config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, LoraConfig, PeftConfig, plain, to_json
 from .peft_loading import factor_keys, saved_with
-from .peft_names import ROOT, Module, Parameter, PeftNames, Renaming, head_kind
+from .peft_names import ROOT, Module, Parameter, PeftNames, Renaming, head_kind, projection_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Adapter:
         return [p for label in ("head", "saved", "full", "norm") for p in self.trained.get(label, [])]
 
 
-def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None) -> None:
+def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, card: str | None = None) -> None:
     """Writes an adapted model's adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`, float32.
 
     Ranks that were padded are trimmed. An adapter that came from `load_peft` keeps its config and the bits of its tensors.
@@ -87,6 +87,7 @@ def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None) -
         path: a folder that does not exist yet, or is empty.
         base: what the config calls the base (`base_model_name_or_path`); what it was called before by default, or where the base was
             loaded from.
+        card: text of a `README.md`.
 
     Raises:
         InputError: the model bears no LoRA, or something is at `path` already.
@@ -99,6 +100,8 @@ def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None) -
         (folder / CONFIG_NAME).write_text(to_json(config), encoding="utf-8")
         tensors = _tensors(adapter, PeftConfig.parse(config, CONFIG_NAME), ranks)
         write_safetensors(folder / WEIGHTS_NAME, dict(sorted(tensors.items())))
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def config_for_base(model: nnx.Module, config: AdapterConfig) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def _says(peft: PeftConfig, adapter: _Adapter) -> bool:
     saved = {p.name for p in adapter.saved}
     if any(saved_with(peft, n.rpartition(".")[0]) != (n in saved) for n in adapter.names.parameters):
         return False
-    return not (_shares_saved_embedding(adapter) and not peft.saves("lm_head"))
+    return not (_shares_saved_embedding(adapter) and not peft.saves(_projection(adapter)))
 
 
 def _as_loaded(adapter: _Adapter) -> dict[str, Any] | None:
@@ -265,7 +268,7 @@ def _saved_names(adapter: _Adapter) -> list[str]:
     head = _HEADS.get(_task(adapter) or "", [])
     names = {name for p in adapter.saved if not set(head) & set((name := p.name.rpartition(".")[0]).split("."))}
     if _shares_saved_embedding(adapter):
-        names.add("lm_head")
+        names.add(_projection(adapter))
     return (head if adapter.trained.get("head") else []) + sorted(names)
 
 
@@ -273,6 +276,10 @@ def _shares_saved_embedding(adapter: _Adapter) -> bool:
     """Whether the vocabulary projection shares a trained embedding's weights. To PEFT they are two modules, each with its own copy."""
     decoder = adapter.decoder
     return decoder is not None and decoder.config.tied and any(p.variable is decoder.embed.embedding for p in adapter.saved)
+
+
+def _projection(adapter: _Adapter) -> str:
+    return "lm_head" if adapter.decoder is None else projection_name(adapter.decoder)
 
 
 def _source(adapter: _Adapter) -> str | None:
@@ -303,7 +310,7 @@ def _tensors(adapter: _Adapter, config: PeftConfig, ranks: dict[str, int]) -> di
             found[inner] = _float32(parameter.read())
     if _shares_saved_embedding(adapter):
         assert adapter.decoder is not None
-        found[f"{ROOT}lm_head.weight"] = _float32(np.asarray(adapter.decoder.embed.embedding[...]))
+        found[f"{ROOT}{_projection(adapter)}.weight"] = _float32(np.asarray(adapter.decoder.embed.embedding[...]))
     for key, value in adapter.foreign.get("idle", {}).items():
         found[key] = _float32(np.asarray(value, np.float32))
         copy = key.replace(".original_module.", ".modules_to_save.")

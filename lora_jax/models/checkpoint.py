@@ -128,7 +128,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         InputError: it is missing, is not JSON, or is not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file ({what}).") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
@@ -136,6 +136,23 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: {what} should be a JSON object, not {type(value).__name__}.")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, but a key that stands twice in an object is an error: readers disagree about which of the two is meant.
+
+    Raises:
+        ValueError: it is not JSON, or a key stands twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return value
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def slice_bounds(shape: tuple[int, ...], index: Sequence[slice]) -> list[tuple[int, int]]:

@@ -99,6 +99,10 @@ class BaseFiles:
         """The `Encoder` or `Decoder` of it."""
         return self.model.base if isinstance(self.model, Classifier) else self.model
 
+    def stored_dtypes(self) -> dict[str, np.dtype]:
+        """Parameter path (`layers.attn.q_proj.kernel`) -> the dtype it has in the checkpoint; what is quantised there is float32."""
+        return {path: self._checkpoint.dtype(w.of_layer(w.first)) for path, w in self._table.items()}
+
     def _head(self, heads: dict[str, Head], kind: str, names: set[str]) -> Head:
         """A kind of head as this checkpoint has it; `InputError` where it has none."""
         check_head(kind)

@@ -6,7 +6,6 @@ safetensors package's NumPy side knows no bfloat16, and every offset is checked 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from ..config.errors import InputError
-from .checkpoint import Checkpoint, read_json, slice_bounds
+from .checkpoint import Checkpoint, parse_json, read_json, slice_bounds
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -106,7 +105,7 @@ def _read_index(path: Path) -> dict[str, TensorEntry]:
     entries = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _stays_inside(shard):
-            raise InputError(f"{path}: '{name}' is said to lie in {shard!r}, which is not a file inside this folder.")
+            raise InputError(f"{path}: '{name}' is said to lie in {repr(shard)[:80]}, which is not a file inside this folder.")
         if shard not in shards:
             if not (path.parent / shard).is_file():
                 raise InputError(f"{path}: the shard '{shard}' is missing from the folder.")
@@ -120,7 +119,9 @@ def _read_index(path: Path) -> dict[str, TensorEntry]:
 def _stays_inside(shard: str) -> bool:
     # By its words alone, not by resolving: in the hub's cache every file is a link out of the folder.
     parts = PurePosixPath(shard)
-    return bool(shard) and shard.isprintable() and not set(shard) & set("\\:") and not parts.is_absolute() and ".." not in parts.parts
+    return (
+        0 < len(shard) < 256 and shard.isprintable() and not set(shard) & set("\\:") and not parts.is_absolute() and ".." not in parts.parts
+    )
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -137,7 +138,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise InputError(f"{path}: cut short or not a safetensors file (a header of {length} bytes, a file of {size}).")
             if length > _LONGEST_HEADER:
                 raise InputError(f"{path}: a header of {length} bytes is absurd; this is not a safetensors file.")
-            header = json.loads(file.read(length).decode("utf-8"))
+            header = parse_json(file.read(length).decode("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     except InputError:
@@ -148,9 +149,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise InputError(f"{path}: its header is not a JSON object; this is not a safetensors file.")
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
-    used = sum(math.prod(e.shape) * e.dtype.itemsize for e in entries.values())
-    if used != size - 8 - length:
-        raise InputError(f"{path}: its tensors take {used} bytes, but the file holds {size - 8 - length}.")
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
+        if entry.offset != end:
+            raise InputError(f"{path}: '{name}' starts at byte {entry.offset}, and what stands before it ends at {end}.")
+        end += math.prod(entry.shape) * entry.dtype.itemsize
+    if end != size:
+        raise InputError(f"{path}: its tensors end at byte {end}, the file at {size}.")
     return entries
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,14 @@ class Tensor:
         return self if dtype == self.dtype else Tensor(self.shape, dtype, lambda: self.read().astype(dtype))
 
 
-def base_tensors(base: Base) -> dict[str, Tensor]:
+def base_tensors(base: Base, dtypes: Mapping[str, np.dtype] | None = None) -> dict[str, Tensor]:
     """Every parameter of a plain base under its Hugging Face name and in its layout, without any prefix.
 
     What `load_model` reads and this writes back has the same bits, as far as the model's dtype holds them.
 
     Args:
         base: from `load_model`, or one merged from it (`adapters.merge.merged_base`).
+        dtypes: our parameter path -> the dtype it is written in (`BaseFiles.stored_dtypes`); the model's own by default.
 
     Raises:
         ValueError: the model was not loaded from a checkpoint: nothing says what its parameters are called.
@@ -52,8 +53,9 @@ def base_tensors(base: Base) -> dict[str, Tensor]:
     tensors = {}
     for path, weight in families()[base.origin.model_type].weights(base.config).items():
         variable = _parameter(base, path)
+        dtype = (dtypes or {}).get(path, np.dtype(variable.dtype))
         for layer in weight.layers(base.config.depth):
-            tensors[weight.of_layer(layer)] = _tensor(variable, weight, layer)
+            tensors[weight.of_layer(layer)] = _tensor(variable, weight, layer).cast(dtype)
     return tensors
 
 

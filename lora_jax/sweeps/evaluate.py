@@ -7,13 +7,12 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from ..config.errors import InputError, hint
-from ..config.load import load_config
-from ..tracking import Progress, member_folder
+from ..tracking import Progress
 from ..training.adapter_files import load_adapter
 from ..training.loop import evaluate_pack
 from ..training.pack import Pack
 from ..training.setup import Preparer
-from .members import members_of
+from .restore import adapter_folder_of, named_member, run_members
 
 SPLITS = ("eval", "train")
 
@@ -35,19 +34,13 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
     """
     if split not in SPLITS:
         raise InputError(f"--split: '{split}'. {hint(split, SPLITS)}")
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: not a run directory (it holds no config.yaml).")
-    members = members_of(load_config(run / "config.yaml"), many=True)  # asked about when they were trained
-    if member is not None and member not in [m.name for m in members]:
-        raise InputError(f"--member: no member '{member}'. {hint(member, [m.name for m in members])}")
+    members = run_members(run)
+    chosen = members if member is None else [named_member(members, member, "--member")]
     results: dict[str, dict[str, float]] = {}
     prepare = Preparer()
-    chosen = [m for m in members if member in (None, m.name)]
     with progress.track(len(chosen), "evaluating") as track:
         for number, one in enumerate(chosen, 1):
-            folder = next((f for f in (run / member_folder(one.name) / k for k in ("best", "final")) if f.is_dir()), None)
-            if folder is None:
-                raise InputError(f"{run}: member '{one.name}' has no saved adapter (not finished, or tracking.save: none).")
+            folder = adapter_folder_of(run, one)
             setup = prepare(one.config)
             pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh)
             arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))

@@ -104,7 +104,7 @@ class Recorder:
                 if save in (kind, "both"):
                     own = pack.member_arrays(self.setup.model, i, arrays)  # in every process: all may hold a part of them
                     if is_writer():
-                        save_adapter(folder / kind, own)
+                        save_adapter(folder / kind, own, self.setup.data.classes)
             self.writers[i].close(status)
             result = MemberResult(
                 name=member.name,

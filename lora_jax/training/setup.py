@@ -14,7 +14,7 @@ from ..adapters.inject import inject_structure
 from ..adapters.partition import Partition
 from ..adapters.spec import resolve, unite
 from ..config.errors import InputError
-from ..config.schema import Config
+from ..config.schema import Config, TaskConfig
 from ..data.batching import BatchPlan
 from ..data.tasks import TaskData, prepare
 from ..models.decoder import Decoder
@@ -168,11 +168,16 @@ def place_model(model: nnx.Module, mesh: Mesh) -> None:
 
 def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Module:
     """The base with what turns its hidden states into the task's logits."""
-    if isinstance(base, Encoder):
-        assert data.classes is not None
-        return SequenceClassifier(base, len(data.classes), config.task.pooling, rngs=nnx.Rngs(0))
     if data.class_token_ids is not None:
         return LabelWordClassifier(base, tuple(int(i) for i in data.class_token_ids))
+    return task_model(base, config.task, data.classes)
+
+
+def task_model(base: Encoder | Decoder, task: TaskConfig, classes: Sequence[str] | None) -> SequenceClassifier | LanguageModel:
+    """The same parameters without any data: a decoder that answers in words is a language model like any other."""
+    if isinstance(base, Encoder):
+        assert classes is not None
+        return SequenceClassifier(base, len(classes), task.pooling, rngs=nnx.Rngs(0))
     return LanguageModel(base)
 
 

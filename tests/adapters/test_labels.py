@@ -70,6 +70,20 @@ def test_modules_to_save():
         _labels(tiny.encoder(2), modules_to_save=["poler"])
 
 
+def test_modules_to_save_take_the_names_of_hugging_face():
+    """By the end of a path, of one module or of one around several; our own names come first."""
+    assert saved(["self_attn"]) == {f"base.layers.attn.{x}_proj.kernel" for x in "q"}  # all that these models have names for
+    assert saved(["model.embed_tokens"]) == saved(["embed"]) == {"base.embed.embedding"}
+    assert saved(["q_proj"]) == {"base.layers.attn.q_proj.kernel"}
+    with pytest.raises(InputError, match=r"modules_to_save: 'embed_token' matches no module. Nearest names: embed_tokens"):
+        saved(["embed_token"])
+
+
+def saved(names):
+    labels = _labels(tiny.language_model(2), modules_to_save=names, targets=["o_proj"])
+    return {n for n, label in labels.items() if label == "saved"}
+
+
 def test_a_model_without_a_head_has_none_to_train():
     with pytest.raises(InputError, match=r"adapter\.method: head"):
         _labels(tiny.language_model(2), method="head")

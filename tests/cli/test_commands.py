@@ -1,4 +1,4 @@
-"""A sweep from the command line, from its first call to its evaluation: what is written, resumed, refused and reproduced."""
+"""A sweep from the command line, from its first call to its export: what is written, resumed, refused, reproduced and taken away."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lora_jax import load_model, load_peft
+from lora_jax.adapters.partition import partition
 from lora_jax.config.load import load_config
+from lora_jax.models.heads import add_head
+from lora_jax.sweeps.restore import restore_member, run_members
+from tests import tiny
 from tests.tiny_hub import call
 
 GRID = {"adapter.rank": [2, 4], "adapter.targets": [["q_proj"], ["v_proj", "down_proj"]]}
@@ -174,3 +182,91 @@ def test_compare_shows_all_members(swept):
     result = call("compare", run)
     assert result.code == 0
     assert all(targets in result.out for targets in ("│ q ", "│ v+down "))
+
+
+def last(result):
+    """The lines of an error message, whole."""
+    assert result.code == 2 and result.err.startswith("error: ") and "Traceback" not in result.err and result.out == "", result
+    return result.err
+
+
+def test_the_winner_is_taken_away(copied, tmp_path):
+    """The best member, its adapter merged: loaded as any checkpoint, it computes what the member computed."""
+    _, run, _ = copied
+    result = call("export", run)
+    assert result.code == 0, result.err
+    outcomes = results(run)
+    best = max(NAMES, key=lambda name: outcomes[name]["best"]["accuracy"])  # the first of equals
+    folder = run / best / "hf"
+    assert result.out.startswith(f"{best} (best of 4 by accuracy (%): ") and f": {folder}\n" in result.out
+    assert {p.name for p in folder.iterdir()} == {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"] and config["id2label"] == {"0": "neg", "1": "pos"}
+    member = next(m for m in run_members(run) if m.name == best)
+    tokens = np.array([[2, 5, 20, 7, 3], [2, 9, 3, 0, 0]], np.int32)
+    with tiny.quick_compile():
+        trained = tiny.outputs(restore_member(run, member).model, tokens, tokens > 0)
+        merged = load_model(str(folder), head="classification")
+        assert merged.class_names == ("neg", "pos")
+        assert np.abs(tiny.outputs(merged, tokens, tokens > 0) - trained).max() < 1e-5
+    card = (folder / "README.md").read_text()
+    rank, targets = outcomes[best]["settings"]["adapter.rank"], outcomes[best]["settings"]["adapter.targets"]
+    for told in (f"| rank, alpha | {rank}, 16 |", f"`{json.dumps(targets)}`", "| classes | neg, pos |", "jax ", "| data | `reviews.csv` |"):
+        assert told in card
+    assert f"| accuracy | {outcomes[best]['best']['accuracy']:.4f} |" in card and str(tmp_path) not in card
+    assert "exists already; nothing is overwritten" in last(call("export", run))
+
+
+def test_an_adapter_is_taken_away_by_name(copied, tmp_path):
+    _, run, _ = copied
+    result = call("export", run / NAMES[3], "--format", "peft", "--out", tmp_path / "peft")
+    assert result.code == 0 and result.out.startswith(f"{NAMES[3]}, the best adapter: "), result
+    assert {p.name for p in (tmp_path / "peft").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    member = next(m for m in run_members(run) if m.name == NAMES[3])
+    restored = restore_member(run, member).model
+    base = add_head(load_model(member.config.model.source), "classification", rngs=nnx.Rngs(0))
+    again = load_peft(base, tmp_path / "peft")
+    assert tiny.arrays_equal(partition(again).trainable, partition(restored).trainable)
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_what_cannot_be_taken_away_is_told(copied, tmp_path):
+    path, run, _ = copied
+    before = set(tmp_path.rglob("*"))
+    out = tmp_path / "out"
+    assert "--format: 'hg'. Did you mean 'hf'?" in last(call("export", run, "--format", "hg"))
+    assert "not a run directory" in last(call("export", tmp_path, "--out", out))
+    assert f"no member 'rank=3'. Valid choices: {', '.join(NAMES)}." in last(call("export", run / "rank=3"))
+    assert "--member: no member 'nobody'" in last(call("export", run, "--member", "nobody"))
+    assert "--max-shard-size: must be bytes or a size such as 8GB" in last(call("export", run, "--max-shard-size", "much"))
+    assert "--dtype: 'int8'." in last(call("export", run, "--dtype", "int8"))
+    assert "exists already" in last(call("export", run, "--out", run))
+    # The same run, had it been trained otherwise.
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("pooling: cls", "pooling: mean"))
+    assert "the head reads the mean of the tokens" in last(call("export", run, "--out", out))
+    bare = tmp_path / "bare"
+    shutil.copytree(load_config(path).model.source, bare)
+    tensors = load_file(bare / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "pooler" not in k}, bare / "model.safetensors")
+    (run / "config.yaml").write_text(text.replace(load_config(path).model.source, str(bare)))
+    assert "was saved without a pooler" in last(call("export", run, "--out", out))
+    (run / "config.yaml").write_text(text.replace("method: lora", "method: full"))
+    assert "trained 'full', no adapter. Take --format hf" in last(call("export", run, "--format", "peft", "--out", out))
+    (run / "config.yaml").write_text(text)
+    shutil.rmtree(bare)
+    (run / NAMES[0] / "best" / "adapter.json").write_text("{")
+    assert "adapter.json: damaged" in last(call("export", run, "--member", NAMES[0], "--out", out))
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_no_half_of_an_export(copied, tmp_path, monkeypatch):
+    _, run, _ = copied
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_jax.interop.hf_writing.shutil.copyfile", full)
+    result = call("export", run, "--out", tmp_path / "out")
+    assert result.code == 1 and "out: cannot be written (No space left on device)" in result.err
+    assert not list(tmp_path.glob("*out*"))

@@ -1,0 +1,99 @@
+"""A run's members and their saved adapters, found again and put back on the base: no data is needed for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from flax import nnx
+
+from ..adapters.inject import inject_structure
+from ..adapters.members import fill_member
+from ..adapters.partition import partition
+from ..adapters.record import remember
+from ..adapters.spec import resolve, unite
+from ..config.errors import InputError, hint
+from ..config.load import load_config
+from ..models.loading import load_model
+from ..tracking import member_folder
+from ..training.adapter_files import load_adapter, saved_classes
+from ..training.setup import task_model
+from .members import Member, members_of
+
+
+def run_members(run: Path) -> list[Member]:
+    """The members of a run directory.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: not a run directory (it holds no config.yaml).")
+    return members_of(load_config(run / "config.yaml"), many=True)  # asked about when they were trained
+
+
+def named_member(members: list[Member], name: str, key: str) -> Member:
+    """The member of this name, or whose folder is called so.
+
+    Args:
+        members: of a run.
+        name: what it is called.
+        key: where the name came from, for the message.
+
+    Raises:
+        InputError: there is none.
+    """
+    for member in members:
+        if name in (member.name, member_folder(member.name)):
+            return member
+    raise InputError(f"{key}: no member '{name}'. {hint(name, [m.name for m in members])}".rstrip())
+
+
+def adapter_folder_of(run: Path, member: Member) -> Path:
+    """Where a member's adapter was saved: the best one where that was kept, else the final one.
+
+    Raises:
+        InputError: none was.
+    """
+    folder = next((f for f in (run / member_folder(member.name) / kind for kind in ("best", "final")) if f.is_dir()), None)
+    if folder is None:
+        raise InputError(f"{run}: member '{member.name}' has no saved adapter (not finished, or tracking.save: none).")
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A member as it was trained.
+
+    Attributes:
+        model: the base in float32, with the task's head and the adapter.
+        classes: names of the classes, in the order of the logits; None where there are none.
+        folder: the saved adapter's.
+    """
+
+    model: nnx.Module
+    classes: tuple[str, ...] | None
+    folder: Path
+
+
+def restore_member(run: Path, member: Member) -> Restored:
+    """A member's saved adapter on its base.
+
+    The base is float32 whatever it was while training: what is made of the two is then rounded once.
+
+    Raises:
+        InputError: the base is not where it was, no adapter was saved, or it is damaged or fits another model.
+    """
+    folder, config = adapter_folder_of(run, member), member.config
+    classes = saved_classes(folder) or (tuple(config.task.labels) if config.task.labels else None)
+    base = load_model(config.model.source)
+    if config.task.kind == "classification" and classes is None and not base.is_decoder:
+        raise InputError(f"{folder}: does not say what its classes are; name them, in order, as task.labels in {run / 'config.yaml'}.")
+    model = task_model(base, config.task, classes)
+    spec = resolve(model, config.adapter)
+    adapted = inject_structure(model, unite(model, [spec]))
+    fill_member(adapted, spec, config.training.seed)  # the scales; the factors are drawn and then replaced
+    part = partition(adapted)
+    filled = part.merge(load_adapter(folder, part.trainable), part.settings, part.frozen, training=False)
+    remember(filled, config.adapter)
+    return Restored(filled, classes, folder)
