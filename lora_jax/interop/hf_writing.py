@@ -137,9 +137,9 @@ def architecture(model_type: str, head: str | None = None) -> str:
     >>> architecture("bert", "classification"), architecture("gpt2")
     ('BertForSequenceClassification', 'GPT2LMHeadModel')
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # takes a second, and little of the library needs it
+    from transformers import CONFIG_MAPPING  # takes a second, and little of the library needs it
 
-    name = CONFIG_MAPPING_NAMES[model_type].removesuffix("Config") + _ENDINGS[head or families()[model_type].kind]
+    name = CONFIG_MAPPING[model_type].__name__.removesuffix("Config") + _ENDINGS[head or families()[model_type].kind]
     return _OTHER_NAMES.get(name, name)
 
 

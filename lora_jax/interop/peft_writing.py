@@ -94,8 +94,10 @@ def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, c
     """
     adapter = _Adapter(model)
     config, ranks = _config(adapter)
-    if base is not None or config.get("base_model_name_or_path") is None:
-        config = config | {"base_model_name_or_path": base or _source(adapter)}
+    if base is not None:
+        config = config | {"base_model_name_or_path": base}
+    elif config.get("base_model_name_or_path") is None:
+        config = config | _source(adapter)
     with new_folder(Path(path)) as folder:
         (folder / CONFIG_NAME).write_text(to_json(config), encoding="utf-8")
         tensors = _tensors(adapter, PeftConfig.parse(config, CONFIG_NAME), ranks)
@@ -282,11 +284,13 @@ def _projection(adapter: _Adapter) -> str:
     return "lm_head" if adapter.decoder is None else projection_name(adapter.decoder)
 
 
-def _source(adapter: _Adapter) -> str | None:
-    base = next((m for _, m in nnx.iter_modules(adapter.model) if getattr(m, "origin", None) is not None), None)
+def _source(adapter: _Adapter) -> dict[str, Any]:
+    """Where the base came from, as PEFT says it."""
+    base: Any = next((m for _, m in nnx.iter_modules(adapter.model) if getattr(m, "origin", None) is not None), None)
     if base is None:
-        return None
-    return base.origin.source.removeprefix("hf://").partition("@")[0]  # pyright: ignore[reportAttributeAccessIssue]
+        return {"base_model_name_or_path": None}
+    name, _, revision = base.origin.source.removeprefix("hf://").partition("@" if base.origin.source.startswith("hf://") else "\0")
+    return {"base_model_name_or_path": name} | ({"revision": revision} if revision else {})
 
 
 # The tensors

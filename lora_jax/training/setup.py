@@ -168,7 +168,7 @@ def place_model(model: nnx.Module, mesh: Mesh) -> None:
 
 def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Module:
     """The base with what turns its hidden states into the task's logits."""
-    if data.class_token_ids is not None:
+    if isinstance(base, Decoder) and data.class_token_ids is not None:
         return LabelWordClassifier(base, tuple(int(i) for i in data.class_token_ids))
     return task_model(base, config.task, data.classes)
 
