@@ -35,6 +35,11 @@ class MemberSpec:
     config: AdapterConfig
     sites: dict[str, MemberSite]
 
+    @property
+    def needs(self) -> dict[str, tuple[int, int]]:
+        """Site name -> (lowest adapted layer, largest rank): what a structure must hold."""
+        return {name: (int(np.flatnonzero(site.ranks)[0]), int(site.ranks.max())) for name, site in self.sites.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteShape:
@@ -112,10 +117,9 @@ def unite(model: nnx.Module, members: list[MemberSpec]) -> Structure:
     statics = {(m.config.method, m.config.bias, tuple(m.config.modules_to_save)) for m in members}
     if len(statics) != 1:
         raise ValueError(f"members differ in method, bias or modules_to_save: {sorted(statics)}")
-    needs = [{name: (int(np.flatnonzero(site.ranks)[0]), int(site.ranks.max())) for name, site in m.sites.items()} for m in members]
     method, bias, saved = statics.pop()
     own = tuple(dict.fromkeys(n for name in saved for n in modules_named(model, name) or (name,)))
-    return Structure(hold(find_sites(model), needs), any(m.config.dropout > 0 for m in members), method, bias, own)
+    return Structure(hold(find_sites(model), [m.needs for m in members]), any(m.config.dropout > 0 for m in members), method, bias, own)
 
 
 def hold(sites: list[Site], needs: Sequence[Mapping[str, tuple[int, int]]]) -> tuple[SiteShape, ...]:

@@ -136,6 +136,9 @@ def sweep(
             show_default=False,
         ),
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show packs, members, memory, FLOPs and expected time; train nothing and write nothing.")
+    ] = False,
     coordinator: Coordinator = None,
     process_id: ProcessId = None,
     process_count: ProcessCount = None,
@@ -149,7 +152,7 @@ def sweep(
     from .sweep import sweep_command
 
     joining = processes.Joining(coordinator, process_id, process_count, start_timeout)
-    sweep_command(config, _with_extension(overrides, extend_steps), solo=solo, fresh=fresh, many=yes, part=part, joining=joining)
+    sweep_command(config, _with_extension(overrides, extend_steps), solo=solo, fresh=fresh, many=yes, part=part, plan=plan, joining=joining)
 
 
 @app.command()

@@ -16,8 +16,10 @@ from ..sweeps.space import MANY, points
 from .console import results_console
 
 
-def sweep_command(config: Path, overrides: list[str], *, solo: bool, fresh: bool, many: bool, part: str | None, joining: Joining) -> None:
-    """Trains a config's sweep, or a part of it, and shows what it came to."""
+def sweep_command(
+    config: Path, overrides: list[str], *, solo: bool, fresh: bool, many: bool, part: str | None, plan: bool, joining: Joining
+) -> None:
+    """Trains a config's sweep, or a part of it, and shows what it came to; with `plan` shows what that would take and trains nothing."""
     loaded = load_config(config, overrides)
     if loaded.sweep is None:
         raise InputError(f"{config}: has no 'sweep'. Add sweep.grid or another way to name members, or run: lora-jax train {config}")
@@ -25,6 +27,12 @@ def sweep_command(config: Path, overrides: list[str], *, solo: bool, fresh: bool
         raise InputError("--fresh: not with --part, whose run others share. Give another 'name=', or let `lora-jax launch --fresh` do it.")
     if not many and sys.stdin.isatty() and sum(1 for _ in itertools.islice(points(loaded), MANY + 1)) > MANY:
         many = typer.confirm(f"{config} names more than {MANY:,} members. Train them all?")
+    if plan:
+        from ..sweeps.plan import Part
+        from .plan import plan_command
+
+        plan_command(loaded, solo=solo, fresh=fresh, many=many, part=Part.parse(part) if part is not None else None)
+        return
     run_and_report(loaded, solo=solo, fresh=fresh, many=many, part=part, joining=joining)
 
 

@@ -283,6 +283,13 @@ class SweepConfig(Section):
     )
     halving: HalvingConfig | None = Field(default=None, description="Successive halving: the losers of each rung stop.")
     max_pack: PositiveInt = Field(default=16, description="Most members trained inside one compiled step.")
+    max_padding: Fraction = Field(
+        default=0.25,
+        description=(
+            "Most of a pack's time, compiling included, that may go to what a member has not: ranks above its own, sites it does not "
+            "adapt, layers below its lowest. Members further apart train in packs of their own."
+        ),
+    )
     memory_limit: Bytes | None = Field(
         default=None,
         description="Memory a pack may take on a device: bytes or a size such as 8GB; the device's own by default, none on a CPU.",

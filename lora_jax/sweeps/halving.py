@@ -23,7 +23,8 @@ from ..training.stopping import StopSignals
 from .members import Member
 from .pack_modes import PackModes
 from .pack_run import PackRun, Trained
-from .plan import PackPlan, plan_packs
+from .plan import PackPlan, Planner
+from .plan_record import keep_plan, packs_of_names, planned_packs
 
 _FILE = "halving.json"
 
@@ -69,7 +70,7 @@ class Halving:
         prepare: makes set-ups.
         signals: tell it to stop.
         progress: the console.
-        largest: most members in a pack.
+        planner: cuts those that are left after each rung.
 
     Raises:
         InputError: members that cannot be compared, or rungs that do not rise to below the last step.
@@ -82,10 +83,9 @@ class Halving:
         prepare: Preparer,
         signals: StopSignals,
         progress: Progress,
-        *,
-        largest: int,
+        planner: Planner,
     ):
-        self._members, self._halving, self._largest = list(members), halving, largest
+        self._members, self._halving, self._planner = list(members), halving, planner
         self._signals, self._progress = signals, progress
         self._setup = prepare(members[0].config)
         if any(prepare(m.config) is not self._setup for m in members):
@@ -98,7 +98,7 @@ class Halving:
         done = self._decided()
         racing, before, programs = self._members, {}, 0
         for number, until in enumerate([*self._rungs, None]):
-            packs = plan_packs(racing, largest=self._largest)
+            packs = self._packs(racing, number)
             if number < len(done):
                 kept = done[number]
             else:
@@ -112,6 +112,14 @@ class Halving:
             before = {member.name: (pack, place) for pack in packs for place, member in enumerate(pack.members)}
             racing = [m for m in racing if m.name in set(kept)]
         return programs
+
+    def _packs(self, racing: list[Member], stage: int) -> list[PackPlan]:
+        """The packs of a stage: those it had before, or new ones, which are written down."""
+        by_name = {m.name: m for m in racing}
+        planned = planned_packs(self._run, stage)
+        if sorted(name for pack in planned for name in pack) == sorted(by_name):
+            return packs_of_names(planned, by_name)
+        return keep_plan(self._run, self._planner.packs(racing), stage)
 
     def _decided(self) -> list[list[str]]:
         """Who went on after each rung so far."""

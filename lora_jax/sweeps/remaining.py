@@ -10,7 +10,8 @@ from ..config.load import with_values
 from ..config.schema import Config
 from ..tracking import RunDirectory
 from .members import Member
-from .plan import PackPlan, plan_packs
+from .plan import PackPlan, Planner
+from .plan_record import packs_of_names, planned_packs
 
 
 def take_over_names(run: RunDirectory, config: Config, members: Sequence[Member]) -> None:
@@ -38,23 +39,27 @@ def take_over_names(run: RunDirectory, config: Config, members: Sequence[Member]
             del waiting[new.name]
 
 
-def plan_remaining(members: list[Member], run: RunDirectory, *, largest: int) -> list[PackPlan]:
+def plan_remaining(members: list[Member], run: RunDirectory, planner: Planner) -> list[PackPlan]:
     """Packs of the members that have not ended.
 
-    A pack that has a checkpoint goes on as it was, with members of it that ended meanwhile; all others are planned anew.
+    A pack that has a checkpoint goes on as it was, with members of it that ended meanwhile. One that was planned and has none yet is
+    as it was planned, without those that ended. Who is in neither is planned anew.
 
     Args:
         members: of the whole sweep, in its order.
         run: what there is.
-        largest: most members in a pack.
+        planner: cuts the rest.
     """
     by_name = {m.name: m for m in members}
-    packs = []
-    taken: set[str] = set()
-    for names in run.started_packs():
-        going_on = all(n in by_name for n in names) and len(names) <= largest and not taken & set(names)
-        if going_on and any(n not in run.statuses for n in names):
-            packs.append(PackPlan(tuple(by_name[n] for n in names)))
-            taken |= set(names)
-    rest = [m for m in members if m.name not in run.statuses and m.name not in taken]
-    return packs + plan_packs(rest, largest=largest)
+    waiting = {name for name in by_name if name not in run.statuses}
+    packs: list[list[str]] = []
+    started = run.started_packs()
+    for names in [*started, *planned_packs(run)]:
+        whole = set(names) <= by_name.keys() and len(names) <= planner.largest and bool(waiting & set(names))
+        if whole and names not in started:
+            names = [n for n in names if n in waiting]
+        if whole and not any(set(names) & set(pack) for pack in packs):
+            packs.append(names)
+    taken = {name for names in packs for name in names}
+    rest = planner.packs([m for m in members if m.name in waiting and m.name not in taken])
+    return packs_of_names(packs, by_name) + rest

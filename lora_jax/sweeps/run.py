@@ -18,7 +18,8 @@ from .halving import Halving
 from .members import Member, members_of
 from .pack_modes import PackModes
 from .pack_run import PackRun
-from .plan import Part, plan_packs, plan_part
+from .plan import Part, Planner, plan_part
+from .plan_record import keep_plan
 from .remaining import plan_remaining, take_over_names
 
 
@@ -91,10 +92,11 @@ def _run(
 ) -> SweepOutcome:
     began = time.perf_counter()
     largest = 1 if solo or config.sweep is None else config.sweep.max_pack
-    packs = plan_packs(members, largest=largest) if part is None else plan_part(members, part, largest=largest)
-    names = {m.name for p in packs for m in p.members}
-    numbers = None if part is None else [i for i, m in enumerate(members) if m.name in names]
     prepare = Preparer()
+    planner = Planner(config, prepare, largest=largest, say=progress.print)
+    packs = [] if part is None else plan_part(members, part, largest=largest, cut=planner.packs)
+    names = {m.name for m in members} if part is None else {m.name for p in packs for m in p.members}
+    numbers = None if part is None else [i for i, m in enumerate(members) if m.name in names]
     halving = config.sweep.halving if config.sweep is not None else None
     if halving is not None and (part is not None or solo):
         raise InputError(f"sweep.halving: not with {'--solo' if solo else '--part'}; its members race each other.")
@@ -110,14 +112,18 @@ def _run(
         if run is not None and part is None and halving is None:
             held = run
             writer_first(lambda: take_over_names(held, config, members) if is_writer() else held.refresh())
-            packs = plan_remaining(members, run, largest=largest)
+            packs = plan_remaining(members, run, planner)
         ended = {n: s for n, s in run.statuses.items() if n in names} if run is not None else {}
+        if part is None and (run is None or halving is not None):
+            packs = planner.packs(members) if len(ended) < len(members) else []
         packs = [p for p in packs if any(m.name not in ended for m in p.members)]
-        for pack_plan in reversed(packs):  # the first last, so that its setup is at hand for training
+        for pack_plan in reversed(packs if run is not None else []):  # those planned now are checked; the first last, as it is trained next
             configs = [m.config for m in pack_plan.members]
             check_adapters(prepare(configs[0]), configs)
-        race = Halving(members, halving, prepare, signals, progress, largest=largest) if halving is not None and packs else None
+        race = Halving(members, halving, prepare, signals, progress, planner) if halving is not None and packs else None
         run = run or open_run()
+        if part is None and race is None and packs:
+            packs = keep_plan(run, packs)
         if run.resumed:
             progress.print(f"{run.path}: resumed, {len(ended)} of {len(names)} members are done.")
         compiled = 0

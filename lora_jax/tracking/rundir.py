@@ -2,6 +2,7 @@
 
 runs/<name>/config.yaml          the resolved config
             environment.json     what it ran on (and, where it was resumed, what it ran on then)
+            plan.json            which members train together
             summary.json         figures of the run as a whole
             results.csv          a row a member
             report.html
@@ -107,6 +108,15 @@ class RunDirectory:
                 run._open(config_yaml, fresh, devices, members)
         return run
 
+    @classmethod
+    def look(cls, path: Path, config_yaml: str) -> RunDirectory:
+        """A run that is there, to read: nothing is written, and another process may be writing.
+
+        Raises:
+            InputError: it is of another config.
+        """
+        return cls(path, resumed=True, statuses={} if _extended(path, config_yaml) else _statuses(path))
+
     def _open(self, config_yaml: str, fresh: bool, devices: Sequence[Any] | None, members: Sequence[int] | None) -> None:
         path = self.path
         if holds_run(path):
@@ -129,20 +139,8 @@ class RunDirectory:
         if fresh:
             self.replaced = set_aside(self.path)
             return
-        try:
-            old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{self.path / 'config.yaml'}: cannot be read ({error}). Give another 'name=', or --fresh.") from None
-        changes = differences(old, yaml.safe_load(config_yaml) or {})
-        was, now = changes.get(_EXTENSION, (0, 0))
-        if set(changes) == {_EXTENSION} and isinstance(was, int) and isinstance(now, int) and was < now:
+        if _extended(self.path, config_yaml):
             self._reopen_members()
-            changes = {}
-        if changes:
-            shown = [f"  {key}: {_text(was)} -> {_text(now)}" for key, (was, now) in list(changes.items())[:_SHOWN]]
-            more = [f"  ... and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
-            advice = "Give this run another 'name=', or --fresh to start it anew (the old one is kept aside)."
-            raise InputError("\n".join([f"{self.path} holds a run with another config (old -> new):", *shown, *more, advice]))
         self.resumed, self.statuses = True, _statuses(self.path)
 
     def _reopen_members(self) -> None:
@@ -202,6 +200,28 @@ class RunDirectory:
         lock.release(self.path)
 
 
+def _extended(path: Path, config_yaml: str) -> bool:
+    """Whether a run's config differs from its own in more steps alone.
+
+    Raises:
+        InputError: it differs in anything else that matters.
+    """
+    try:
+        old = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path / 'config.yaml'}: cannot be read ({error}). Give another 'name=', or --fresh.") from None
+    changes = differences(old, yaml.safe_load(config_yaml) or {})
+    was, now = changes.get(_EXTENSION, (0, 0))
+    if set(changes) == {_EXTENSION} and isinstance(was, int) and isinstance(now, int) and was < now:
+        return True
+    if changes:
+        shown = [f"  {key}: {_text(was)} -> {_text(now)}" for key, (was, now) in list(changes.items())[:_SHOWN]]
+        more = [f"  ... and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
+        advice = "Give this run another 'name=', or --fresh to start it anew (the old one is kept aside)."
+        raise InputError("\n".join([f"{path} holds a run with another config (old -> new):", *shown, *more, advice]))
+    return False
+
+
 def holds_run(path: Path) -> bool:
     """Whether a run is there (True), or nothing, an empty folder, or the logs of one that did not begin (False).
 
@@ -247,7 +267,8 @@ def member_folder(name: str) -> str:
     'targets=.._x-bb55ab00'
     """
     clean = re.sub(r"[^A-Za-z0-9._=,+-]", "_", name)[:100].lstrip(".") or "member"
-    reserved = clean in ("config.yaml", "environment.json", "summary.json", "results.csv", "report.html", "checkpoints", "logs")
+    files = ("config.yaml", "environment.json", "plan.json", "halving.json", "summary.json", "results.csv", "report.html")
+    reserved = clean in (*files, "checkpoints", "logs")
     # A trailing dot is dropped by Windows; a changed name might meet another member's.
     if clean == name and not reserved and not clean.endswith("."):
         return clean

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
@@ -37,10 +38,15 @@ def prefix_depth(part: Partition, micro: Mapping[str, Any]) -> int:
     depth = cut_of(part.merge(part.trainable, part.settings, part.frozen, training=True))
     if not depth:
         return 0
-    own = (part.trainable, part.settings)
-    jaxpr = jax.make_jaxpr(lambda own, micro: _run(part, own, part.frozen, micro, None))(own, micro)
+    jaxpr = trace_prefix(part, micro)
     _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
-    return 0 if any(used[: len(jax.tree.leaves(own))]) else depth
+    return 0 if any(used[: len(jax.tree.leaves((part.trainable, part.settings)))]) else depth
+
+
+def trace_prefix(part: Partition, micro: Mapping[str, Any]) -> ClosedJaxpr:
+    """What enters the lowest cut of a pack's model, as JAX traces it: of the members' arrays, then one micro-batch."""
+    own = (part.trainable, part.settings)
+    return jax.make_jaxpr(lambda own, micro: _run(part, own, part.frozen, micro, None))(own, micro)
 
 
 class Prefix:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -270,3 +271,19 @@ def test_a_full_disk_leaves_no_half_of_an_export(copied, tmp_path, monkeypatch):
     result = call("export", run, "--out", tmp_path / "out")
     assert result.code == 1 and "out: cannot be written (No space left on device)" in result.err
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_sweep_of_very_many_members_is_asked_about(hub, tmp_path, monkeypatch, answer):
+    """On a terminal; elsewhere it takes --yes, which asks nothing."""
+    from lora_jax.cli import sweep
+
+    asked, run = [], []
+    monkeypatch.setattr(sweep.typer, "confirm", lambda text: asked.append(text) or answer)
+    monkeypatch.setattr(sweep, "run_and_report", lambda config, *, many, **_: run.append(many))
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: True))
+    config = hub.write(tmp_path, {"sweep": {"grid": {"adapter.rank": list(range(1, 102)), "training.seed": list(range(100))}}})
+    assert call("sweep", config).code == 0
+    assert run == [answer] and len(asked) == 1 and "more than 10,000 members" in asked[0]
+    assert call("sweep", config, "--yes").code == 0 and call("sweep", config, "sweep.where=rank < 3").code == 0
+    assert run[1:] == [True, False] and len(asked) == 1

@@ -76,13 +76,17 @@ def test_the_traceback_can_be_asked_for(command, monkeypatch):
         cli.main()
 
 
+SWEPT = {"solo": False, "fresh": False, "many": False, "part": None, "plan": False}
+
+
 @pytest.mark.parametrize(
     ("arguments", "args", "kwargs"),
     [
         (["train", "a.yaml"], ("a.yaml", []), {"fresh": False}),
         (["train", "a.yaml", "adapter.rank=4", "name=b", "--fresh"], ("a.yaml", ["adapter.rank=4", "name=b"]), {"fresh": True}),
-        (["sweep", "a.yaml", "--solo", "x=[1, 2]"], ("a.yaml", ["x=[1, 2]"]), {"solo": True, "fresh": False, "many": False, "part": None}),
-        (["sweep", "a.yaml", "--yes", "--part", "1/2"], ("a.yaml", []), {"solo": False, "fresh": False, "many": True, "part": "1/2"}),
+        (["sweep", "a.yaml", "--solo", "x=[1, 2]"], ("a.yaml", ["x=[1, 2]"]), SWEPT | {"solo": True}),
+        (["sweep", "a.yaml", "--yes", "--part", "1/2"], ("a.yaml", []), SWEPT | {"many": True, "part": "1/2"}),
+        (["sweep", "a.yaml", "--plan"], ("a.yaml", []), SWEPT | {"plan": True}),
         (["train", "a.yaml", "--extend-steps", "9"], ("a.yaml", ["training.extend_steps=9"]), {"fresh": False}),
         (["compare", "runs/a", "runs/b"], (["runs/a", "runs/b"],), {}),
         (["evaluate", "runs/a"], ("runs/a",), {"member": None, "split": "eval"}),

@@ -20,14 +20,14 @@ from lora_jax.adapters.spec import resolve, unite
 from lora_jax.config.keys import valid_keys
 from lora_jax.config.load import with_values
 from lora_jax.sweeps.members import members_of
-from lora_jax.sweeps.plan import plan_packs
+from lora_jax.sweeps.plan import Planner, plan_packs
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.training.loop import train_pack
 from lora_jax.training.memory import memory_limit
 from lora_jax.training.pack import Pack, static_key
 from lora_jax.training.pack_choice import told_mode
 from lora_jax.training.pack_mode import PackMode
-from lora_jax.training.setup import set_up
+from lora_jax.training.setup import Preparer, set_up
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -93,7 +93,7 @@ OTHERS = {
     "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs", "training.pack", "training.chunk",
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
     "sweep.where", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
-    "sweep.max_pack", "sweep.memory_limit", "task.kind", "task.prompt", "task.response", "task.messages",
+    "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.prompt", "task.response", "task.messages",
 }  # fmt: skip
 
 
@@ -199,6 +199,10 @@ def test_sweep_keys(hub, tmp_path):
     config = hub.config(tmp_path, {"sweep": {"grid": {"training.seed": [0, 1, 2]}, "max_pack": 2}})
     assert [len(p.members) for p in plan_packs(members_of(config), largest=config.sweep.max_pack)] == [2, 1]
     assert memory_limit(config) is None and memory_limit(with_values(config, {"sweep.memory_limit": "3 MB"})) == 3_000_000
+    ranks = hub.config(tmp_path, {"sweep": {"grid": {"adapter.rank": [1, 64]}}, "training.steps": 10**7})
+    for share, packs in ((0.0, 2), (0.9, 1)):
+        planner = Planner(with_values(ranks, {"sweep.max_padding": share}), Preparer(), largest=16)
+        assert len(planner.packs(members_of(ranks))) == packs
 
 
 def test_how_a_pack_is_run(hub, tmp_path):

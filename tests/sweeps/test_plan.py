@@ -4,9 +4,16 @@ import pytest
 
 from lora_jax.config.errors import InputError
 from lora_jax.config.load import with_values
-from lora_jax.sweeps.members import Member
-from lora_jax.sweeps.plan import Part, plan_packs, plan_part
-from tests.tiny import config
+from lora_jax.sweeps.members import Member, members_of
+from lora_jax.sweeps.plan import PackPlan, Part, Planner, plan_packs, plan_part
+from lora_jax.sweeps.plan_record import keep_plan, planned_packs
+from lora_jax.sweeps.remaining import plan_remaining
+from lora_jax.tracking import RunDirectory
+from lora_jax.training.pack_shapes import PackShapes
+from lora_jax.training.setup import Preparer, set_up
+from tests.tiny import config, quick_compile
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 def members(*settings):
@@ -102,3 +109,64 @@ def test_what_is_no_part(text):
 
 def test_a_part_reads_as_it_is_written():
     assert Part.parse("2/4") == Part(2, 4) and str(Part(2, 4)) == "2/4"
+
+
+@pytest.fixture(scope="module")
+def quick():
+    with quick_compile():
+        yield
+
+
+def test_packs_are_as_large_as_memory_allows(hub, tmp_path, quick, monkeypatch):
+    """What is planned fits, as far as compiled programs say, and one member more would not."""
+    grid = {"sweep": {"grid": {"adapter.rank": [2, 3, 4], "training.seed": [0, 1, 2]}}}
+    free = hub.config(tmp_path, grid)
+    setup, chosen = set_up(free), members_of(free)
+    shapes = PackShapes(setup, [m.config for m in chosen])
+    line = shapes.memory_line(9)
+    monkeypatch.setattr(PackShapes, "memory_line", lambda self, most: line)  # compiled once
+    limit = line.at(5).total
+    said = []
+
+    def plan(size):
+        limited = with_values(free, {"sweep.memory_limit": size})
+        return Planner(limited, lambda config: setup, largest=16, say=said.append).packs(members_of(limited))
+
+    assert names(plan("100GB")) == [[m.name for m in chosen]] and not said
+    packs = plan(limit)
+    assert [len(p.members) for p in packs] == [4, 5] or [len(p.members) for p in packs] == [5, 4]
+    assert "at most 5 in a pack" in said[0]
+    assert sorted(m.name for p in packs for m in p.members) == sorted(m.name for m in chosen)
+    assert [len(p.members) for p in plan(1000)] == [1] * 9 and "one is too much already" in said[1]
+
+
+def test_padding_decides_who_trains_together(hub, tmp_path):
+    """Over many steps layers that only some adapt are not worth a common program; over few they are."""
+    grid = {"sweep": {"grid": {"adapter.layers": ["last:1", None], "adapter.rank": [2, 64]}}, "training.steps": 20}
+    config = hub.config(tmp_path, grid)
+    assert [len(p.members) for p in Planner(config, Preparer(), largest=16).packs(members_of(config))] == [4]
+    long = hub.config(tmp_path, grid | {"training.steps": 1_000_000})
+    packs = Planner(long, Preparer(), largest=16).packs(members_of(long))
+    assert names(packs) == [["layers=last:1,rank=2"], ["layers=last:1,rank=64"], ["layers=None,rank=2", "layers=None,rank=64"]]
+    free = with_values(long, {"sweep.max_padding": 0.9})
+    assert len(Planner(free, Preparer(), largest=16).packs(members_of(free))) == 1
+
+
+def test_a_plan_is_kept(hub, tmp_path):
+    """Whatever a planner would say now: members of `plan.json` train with whom they were planned; new ones by themselves."""
+    config = hub.config(tmp_path, {"sweep": {"grid": {"adapter.rank": [1, 2, 3, 4, 5]}}})
+    chosen = members_of(config)
+    run = RunDirectory(tmp_path)
+    kept = keep_plan(run, [PackPlan((chosen[0], chosen[3])), PackPlan((chosen[1],))])
+    assert names(kept) == [["rank=1", "rank=4"], ["rank=2"]]
+    planner = Planner(config, Preparer(), largest=16)
+    assert names(plan_remaining(chosen, run, planner)) == [["rank=1", "rank=4"], ["rank=2"], ["rank=3", "rank=5"]]
+    run.statuses["rank=4"] = "finished"
+    assert names(plan_remaining(chosen, run, planner)) == [["rank=1"], ["rank=2"], ["rank=3", "rank=5"]]
+    assert names(plan_remaining(chosen, run, Planner(config, Preparer(), largest=1))) == [["rank=2"], ["rank=1"], ["rank=3"], ["rank=5"]]
+    keep_plan(run, [PackPlan((chosen[2], chosen[4]))])
+    assert planned_packs(run) == [["rank=1", "rank=4"], ["rank=2"], ["rank=3", "rank=5"]]
+    keep_plan(run, [PackPlan((chosen[0],))], stage=1)
+    assert planned_packs(run, 1) == [["rank=1"]] and len(planned_packs(run)) == 3
+    (tmp_path / "plan.json").write_text("{")
+    assert planned_packs(run) == []

@@ -7,9 +7,11 @@ import pytest
 from lora_jax.config.errors import Stopped
 from lora_jax.sweeps.members import members_of
 from lora_jax.sweeps.pack_run import PackRun
+from lora_jax.sweeps.plan import Planner
 from lora_jax.sweeps.remaining import plan_remaining
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import RunDirectory
+from lora_jax.training.setup import Preparer
 from lora_jax.training.stopping import StopSignals
 from tests import tiny
 
@@ -83,11 +85,12 @@ def test_a_pack_under_way_goes_on_as_it_was_when_the_sweep_grows(hub, tmp_path, 
 
 def test_what_is_planned(hub, tmp_path):
     members = members_of(hub.config(tmp_path, grid(adapter__rank=[1, 2, 3, 4, 5])))
+    prepare = Preparer()
 
     def plan(ended, started, largest=4):
         run = RunDirectory(tmp_path, statuses=dict.fromkeys(ended, "finished"))
         run.started_packs = lambda: [[f"rank={r}" for r in names] for names in started]
-        return [[m.name[-1] for m in p.members] for p in plan_remaining(members, run, largest=largest)]
+        return [[m.name[-1] for m in p.members] for p in plan_remaining(members, run, Planner(members[0].config, prepare, largest=largest))]
 
     assert plan([], []) == [["1", "2"], ["3", "4", "5"]]
     assert plan(["rank=1", "rank=4"], []) == [["2", "3", "5"]]

@@ -1,0 +1,93 @@
+"""`lora-jax sweep CONFIG --plan`: packs, memory, arithmetic and time, told before anything is trained; nothing is written."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from ..config.schema import Config
+from ..config.sizes import size_text
+from ..sweeps.outlook import Outlook, PackOutlook, look_ahead
+from ..sweeps.plan import Part
+from .console import results_console
+
+_NAMES = 20
+
+
+def plan_command(config: Config, *, solo: bool, fresh: bool, many: bool, part: Part | None) -> None:
+    """Prints what `lora-jax sweep` with the same arguments would do."""
+    told = look_ahead(config, solo=solo, fresh=fresh, many=many, part=part)
+    console = results_console()
+    for line in _heading(config, told):
+        console.print(line, markup=False)
+    if not told.packs:
+        return
+    console.print(_packs(told))
+    for number, pack in enumerate(told.packs, 1):
+        names = [m.name for m in pack.plan.members]
+        more = [f"and {len(names) - _NAMES} more"] if len(names) > _NAMES else []
+        console.print(f"pack {number}: " + "  ".join(names[:_NAMES] + more), markup=False, soft_wrap=True)
+    console.print(_memory(max(told.packs, key=lambda p: p.memory.total), told))
+    for line in _estimate(told):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _heading(config: Config, told: Outlook) -> list[str]:
+    lines = [f"{config.name}: {told.members} members, {told.ended} of them done; packs to train: {len(told.packs)}"]
+    if told.share < 1:
+        lines.append(f"successive halving: {100 * told.share:.0f} % of all members' steps; the packs are those up to the first rung")
+    return lines
+
+
+def _packs(told: Outlook) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("pack", "members", "steps", "padding", "memory", "FLOPs a step", "FLOPs", "time"):
+        table.add_column(name, justify="right")
+    for number, pack in enumerate(told.packs, 1):
+        over = told.limit is not None and pack.memory.total > told.limit
+        memory = size_text(pack.memory.total) + (" over the limit" if over else "")
+        counts = [str(number), str(len(pack.plan.members)), str(pack.steps), f"{100 * pack.padding:.0f} %"]
+        table.add_row(*counts, memory, _number(pack.step_flops), _number(told.share * pack.flops), _time(_seconds(told, pack)))
+    return table
+
+
+def _seconds(told: Outlook, pack: PackOutlook) -> float:
+    return pack.compiling + told.share * pack.training
+
+
+def _memory(pack: PackOutlook, told: Outlook) -> Table:
+    count, memory = len(pack.plan.members), pack.memory
+    table = Table(title="memory of a device, largest pack", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    table.add_row("base, once", size_text(memory.base))
+    table.add_row("batch, and what is computed of it once", size_text(memory.shared))
+    table.add_row(f"trained state, {count} x {size_text(memory.state // count)}", size_text(memory.state))
+    table.add_row(f"activations, {count} x {size_text(memory.activations // count)}", size_text(memory.activations))
+    table.add_row("together", size_text(memory.total), style="bold")
+    table.add_row("limit", "none (sweep.memory_limit sets one)" if told.limit is None else size_text(told.limit))
+    return table
+
+
+def _estimate(told: Outlook) -> list[str]:
+    rows, width, hidden = told.product
+    compiling = sum(p.compiling for p in told.packs)
+    many = f", x {told.devices} devices" if told.devices > 1 else ""
+    return [
+        f"together: {_number(told.flops)} FLOPs (matrix products of training and evaluation, counted), about {_time(told.seconds)}",
+        f"The time is an estimate: {_time(compiling)} of compiling, as just now, and the FLOPs at {_number(told.rate)}FLOP/s{many}, which "
+        f"products of {rows} x {width} by {width} x {hidden} matrices reached just now; what else a step does is not in it.",
+    ]
+
+
+def _number(value: float) -> str:
+    for scale, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g} "
+
+
+def _time(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

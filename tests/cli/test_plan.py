@@ -1,0 +1,81 @@
+"""`lora-jax sweep CONFIG --plan`: what a sweep would take; nothing is trained, nothing written."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lora_jax.sweeps.outlook import halving_share, look_ahead
+from lora_jax.sweeps.pack_run import PackRun
+from lora_jax.sweeps.run import run_sweep
+from lora_jax.training.pack import Pack
+from lora_jax.training.pack_shapes import PackMemory, PackShapes
+from tests import tiny
+from tests.tiny_hub import call
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+SWEEP = {"sweep": {"grid": {"adapter.rank": [2, 4], "adapter.bias": ["none", "all"]}}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick_compile():
+        yield
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Fails where anything is trained, or a pack's arrays are made."""
+    monkeypatch.setattr(PackRun, "train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(Pack, "build", lambda *_, **__: pytest.fail("a pack was built"))
+
+
+def test_it_tells_packs_members_memory_flops_and_time(hub, tmp_path, untrained):
+    config = hub.write(tmp_path, SWEEP)
+    before = sorted(tmp_path.rglob("*"))
+    told = call("sweep", config, "sweep.memory_limit=1GB", "--plan")
+    assert told.code == 0, told.err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "4 members, 0 of them done; packs to train: 2" in told.out
+    for name in ("rank=2,bias=none", "rank=4,bias=none", "rank=2,bias=all", "rank=4,bias=all"):
+        assert name in told.out
+    assert "pack 1: rank=2,bias=none  rank=4,bias=none" in told.out
+    assert re.search(r"trained state, 2 x [\d.]+ [KM]B", told.out) and re.search(r"activations, 2 x [\d.]+ [KM]B", told.out)
+    assert re.search(r"limit +1 GB", told.out)
+    assert "The time is an estimate" in told.out and re.search(r"about \d+ s", told.out)
+    assert re.search(r"[\d.]+ [MG] FLOPs \(matrix products", told.out)
+
+
+def test_bad_input_is_told_as_ever(hub, tmp_path, untrained):
+    for change, said in (
+        ("adapter.rank=0", "adapter.rank"),
+        ("adapter.targets=[nowhere]", "nowhere"),
+        ("sweep.max_padding=2", "max_padding"),
+    ):
+        told = call("sweep", hub.write(tmp_path, SWEEP), change, "--plan")
+        assert told.code == 2 and said in told.err and "Traceback" not in told.err and not told.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_done_is_not_planned_again(hub, tmp_path, monkeypatch):
+    """Of a run that is there: what is left, and other configs are refused."""
+    monkeypatch.setattr(PackShapes, "memory", lambda self, members: PackMemory(1, 1, 1, 1))  # nothing to compile for
+    grid = {"sweep": {"grid": {"adapter.rank": [2, 3]}}, "training.steps": 2, "training.eval_every": 0}
+    run_sweep(hub.config(tmp_path, grid))
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
+    done = call("sweep", hub.write(tmp_path, grid), "--plan")
+    assert done.code == 0 and "2 members, 2 of them done; packs to train: 0" in done.out
+    grown = look_ahead(hub.config(tmp_path, grid | {"sweep": {"grid": {"adapter.rank": [2, 3, 4]}}}))
+    assert [[m.name for m in p.plan.members] for p in grown.packs] == [["rank=4"]] and grown.ended == 2
+    fresh = look_ahead(hub.config(tmp_path, grid), fresh=True)
+    assert [len(p.plan.members) for p in fresh.packs] == [2] and fresh.ended == 0
+    refused = call("sweep", hub.write(tmp_path, grid | {"adapter.alpha": 3.0}), "--plan")
+    assert refused.code == 2 and "adapter.alpha" in refused.err
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")} == written
+
+
+def test_halving_trains_less():
+    assert halving_share(32, 2, [1, 2, 4], 8) == 0.3125
+    assert halving_share(6, 2, [2, 4], 8) == pytest.approx((6 * 2 + 3 * 2 + 2 * 4) / 48)
