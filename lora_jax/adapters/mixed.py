@@ -58,8 +58,10 @@ class MixedLinear(MixedSite):
     """A linear site."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.base(x)
-        rows = _rows_of(self.rows[...], x)
+        y, rows = self.base(x), self.rows[...]
+        if x.ndim > 2 and x.shape[0] == 1:  # what all rows share (relative positions): from here on each has its own
+            x, y = (jnp.broadcast_to(a, (rows.shape[0], *a.shape[1:])) for a in (x, y))
+        rows = _rows_of(rows, x)
         return self.add(y, jnp.einsum("n...i,nir->n...r", x.astype(y.dtype), self.lora_a[...][rows].astype(y.dtype)), rows)
 
 

@@ -7,6 +7,7 @@ holds a mask and a table of angles for each kind of layer, and a layer takes its
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import nnx
 from ..parallel.constraints import take_positions
 from .cache import Cache, Memory
 from .layers import Array, BlockConfig, dropout, linear, norm_of
+from .relative import of_pairs
 from .rotary import Rotary, rotary_angles, rotate
 
 
@@ -41,6 +43,7 @@ class Context:
             is one, and then the batch's own.
         rotary: cos and sin, (kinds, rows, length, dims) each, or None.
         noise: a PRNG key for dropout, or None where nothing is dropped.
+        relative: (1, 2 * span, width), the vectors of relative positions, or None.
         kinds: for each layer the index of its kind; empty where there is one kind.
         dropout: share of the values that are dropped; static.
     """
@@ -48,6 +51,7 @@ class Context:
     mask: Array
     rotary: tuple[Array, Array] | None
     noise: Array | None = None
+    relative: Array | None = None
     kinds: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
@@ -74,13 +78,14 @@ def make_context(
     noise: Array | None = None,
     dropout: float = 0.0,
     cache: Cache | None = None,
+    relative: Array | None = None,
 ) -> Context:
     """The context of a batch.
 
     Args:
         layers: each layer's kind; a single one is that of all.
         segment_ids, positions: (rows, length) int32, as for `segment_mask` and `rotary_angles`.
-        noise, dropout: as in `Context`.
+        noise, dropout, relative: as in `Context`.
         cache: of the tokens before these, if there are any.
     """
     kinds = tuple(dict.fromkeys(layers))
@@ -89,7 +94,7 @@ def make_context(
         past = jnp.stack([cache.seen(segment_ids.shape[1], kind.window) for kind in kinds])
         mask = jnp.concatenate([past, mask], axis=-1)
     index = tuple(kinds.index(kind) for kind in layers) if len(kinds) > 1 else ()
-    return Context(mask, rotary_tables(kinds, positions), noise, index, dropout)
+    return Context(mask, rotary_tables(kinds, positions), noise, relative, index, dropout)
 
 
 def rotary_tables(kinds: tuple[LayerKind, ...], positions: Array) -> tuple[Array, Array] | None:
@@ -135,6 +140,11 @@ class Attention(nnx.Module):
         else:
             self.qkv_proj = linear(cfg.width, inner + 2 * kv_inner, ("embed", "heads"), **shared)
         self.o_proj = linear(inner, cfg.width, ("heads", "embed"), bias=cfg.out_bias, dtype=cfg.dtype, rngs=rngs)
+        if cfg.relative is not None and not cfg.relative.shared:
+            if cfg.relative.c2p:
+                self.pos_k_proj = linear(cfg.width, inner, ("embed", "heads"), **shared)
+            if cfg.relative.p2c:
+                self.pos_q_proj = linear(cfg.width, inner, ("embed", "heads"), **shared)
         if cfg.qk_norm is not None:
             whole = cfg.qk_norm == "whole"
             self.q_norm = norm_of(cfg, inner if whole else cfg.head_dim, rngs=rngs)
@@ -176,8 +186,33 @@ class Attention(nnx.Module):
             q, k, v = jnp.split(joined, (inner, inner + cfg.kv_heads * cfg.head_dim), axis=-1)
         return q, k, v
 
+    def relative(self, q: Array, k: Array, context: Context, layer: Array | int) -> Array:
+        """Scores from relative positions, (rows, heads, queries, keys) float32: arXiv:2006.03654, eq. 4, without the scale.
+
+        Args:
+            q, k: (rows, length, heads, head_dim).
+        """
+        cfg = self.config
+        of = cfg.relative
+        assert of is not None and context.relative is not None
+        table = context.drop(context.relative, layer, 4)
+        rows = of.rows(q.shape[1])
+
+        def scores(tokens: Array, project: Callable[[Array], Array], keys_first: bool) -> Array:
+            # (1, distances, heads, head_dim); as many as there are rows where each row of the batch has its own adapter
+            positions = project(table)[:, rows].reshape(-1, len(rows), cfg.heads, cfg.head_dim)
+            met = jnp.matmul(tokens.transpose(0, 2, 1, 3), positions.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+            return of_pairs(met, keys_first=keys_first)
+
+        found = []
+        if of.c2p:
+            found.append(scores(q, self.k_proj if of.shared else self.pos_k_proj, False))
+        if of.p2c:
+            found.append(scores(k, self.q_proj if of.shared else self.pos_q_proj, True))
+        return sum(found[1:], found[0])
+
     def mix(self, q: Array, k: Array, v: Array, mask: Array, context: Context, layer: Array | int, memory: Memory | None = None) -> Array:
-        """softmax(scale * q k^T) v: the values each query asks for, (rows, queries, heads * head_dim).
+        """softmax(scale * (q k^T + relative)) v: the values each query asks for, (rows, queries, heads * head_dim).
 
         Args:
             q: (rows, queries, heads, head_dim).
@@ -192,6 +227,8 @@ class Attention(nnx.Module):
         if past is not None:
             before = jnp.einsum("rqkgd,rksd->rkgqs", grouped, past[0], preferred_element_type=jnp.float32)
             scores = jnp.concatenate([before, scores], axis=-1)
+        if context.relative is not None:
+            scores = scores + self.relative(q, k, context, layer).reshape(scores.shape)
         scores = scores * cfg.scale
         if cfg.softcap is not None:
             scores = cfg.softcap * jnp.tanh(scores / cfg.softcap)

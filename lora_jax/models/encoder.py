@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .attention import LayerKind, make_context
+from ..parallel.constraints import gathered
+from .attention import Context, LayerKind, make_context
 from .block import Block
+from .convolution import TokenConvolution
 from .head_shape import HeadShape
-from .layers import Array, BlockConfig, embedding, linear, norm_of, row_layout
+from .layers import Array, BlockConfig, activation, embedding, linear, norm_of, row_layout
 from .origin import Origin
-from .stack import Stack
+from .stack import AXES, Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,10 @@ class EncoderConfig:
         padding_idx: where positions are counted from this number + 1 on and padding has this number (RoBERTa); None: from 0.
         kinds: what each layer's attention sees; a single kind is that of all layers.
         final_norm: whether a norm follows the last layer.
+        relative_norm: whether the vectors of relative positions (`BlockConfig.relative`) are normed.
+        convolution: tokens that a convolution of the embeddings sees, whose activation is added to the output of layer 0 and normed
+            with it (DeBERTa-v2-xlarge); 0 where there is none.
+        convolution_activation: `gelu`, `tanh`, ...
     """
 
     block: BlockConfig
@@ -37,6 +45,9 @@ class EncoderConfig:
     padding_idx: int | None = None
     kinds: tuple[LayerKind, ...] = (LayerKind(),)
     final_norm: bool = False
+    relative_norm: bool = False
+    convolution: int = 0
+    convolution_activation: str = "tanh"
 
     @property
     def longest(self) -> int | None:
@@ -67,6 +78,16 @@ class Encoder(nnx.Module):
             self.type_embed = embedding(config.token_types, block.width, "positions", dtype=block.dtype, rngs=rngs)
         self.embed_norm = norm_of(block, block.width, rngs=rngs)
         self.layers = Stack(lambda r: Block(block, rngs=r), config.depth, rngs=rngs)
+        if block.relative is not None:
+            # No module with an adapter's site: PyTorch's goes by the weights alone, and one there would do nothing.
+            vectors = 0.02 * jax.random.normal(rngs.params(), (2 * block.relative.span, block.width), block.dtype)
+            self.relative_embed = nnx.Param(vectors)
+            self.relative_embed.set_metadata(AXES, ("positions", "embed"))
+        if config.relative_norm:
+            self.relative_norm = norm_of(block, block.width, rngs=rngs)
+        if config.convolution:
+            self.convolution = TokenConvolution(block.width, config.convolution, dtype=block.dtype, rngs=rngs)
+            self.convolution_norm = norm_of(block, block.width, rngs=rngs)
         if config.final_norm:
             self.final_norm = norm_of(block, block.width, rngs=rngs)
         if config.pooler:
@@ -120,9 +141,27 @@ class Encoder(nnx.Module):
         if self.config.token_types:
             types = self.type_embed.embedding[...][0].astype(x.dtype) if token_types is None else self.type_embed(token_types)
             x += types
-        context = make_context(self.config.kinds, segment_ids, positions, causal=False, noise=noise, dropout=self.dropout)
-        x = self.layers(context.drop(self.embed_norm(x), 0, 3), context, gather)
+        shared = {"noise": noise, "dropout": self.dropout, "relative": self._relative()}
+        context = make_context(self.config.kinds, segment_ids, positions, causal=False, **shared)
+        x = context.drop(self.embed_norm(x), 0, 3)
+        x = self.layers(x, context, gather, self._convolved(x, segment_ids, context) if self.config.convolution else None)
         return self.final_norm(x) if self.config.final_norm else x
+
+    def _relative(self) -> Array | None:
+        """The vectors of relative positions, (1, 2 * span, width), if there are any."""
+        if self.config.block.relative is None:
+            return None
+        table = gathered(self.relative_embed[...], self.relative_embed.get_metadata().get(AXES))[None]
+        return self.relative_norm(table) if self.config.relative_norm else table
+
+    def _convolved(self, embedded: Array, segment_ids: Array, context: Context) -> Callable[[Array], Array]:
+        """What makes layer 1's input of layer 0's output."""
+
+        def add(x: Array) -> Array:
+            near = context.drop(self.convolution(embedded, segment_ids), 0, 5)
+            return self.convolution_norm(x + activation(self.config.convolution_activation, near))
+
+        return add
 
     def pool(self, first: Array) -> Array:
         """BERT's pooled output of the first tokens' hidden states, (n, width) -> (n, width); as they are without a pooler."""

@@ -16,6 +16,7 @@ from flax import nnx
 
 from ..parallel.constraints import look_up
 from .noise import uniform
+from .relative import Relative
 from .stack import AXES
 
 Array = jax.Array
@@ -46,6 +47,7 @@ class BlockConfig:
         joined_gate: gate and up in one projection, gate first.
         qk_norm: norm of queries and keys: over each `head`, over the `whole` projection, or None.
         attention_scale: what scores are multiplied by; None for head_dim^-0.5.
+        relative: scores that follow from relative positions, beside those of queries and keys; None for none.
         softcap: scores s become softcap * tanh(s / softcap); None for s.
         residual_scale: what attention's and the MLP's outputs are multiplied by before they are added.
         dtype: of the weights and matmuls; norms and softmax are computed in float32.
@@ -72,6 +74,7 @@ class BlockConfig:
     joined_gate: bool = False
     qk_norm: str | None = None
     attention_scale: float | None = None
+    relative: Relative | None = None
     softcap: float | None = None
     residual_scale: float = 1.0
     dtype: Any = jnp.float32

@@ -86,7 +86,9 @@ class Stack(nnx.Module):
                 return upper
         raise ValueError(f"layer {layer} is outside 0..{self.depth - 1}")
 
-    def __call__(self, x: jax.Array, context: Any, gather: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: Any, gather: jax.Array | None = None, after_first: Callable[[jax.Array], jax.Array] | None = None
+    ) -> jax.Array:
         """Runs all layers.
 
         Args:
@@ -95,23 +97,24 @@ class Stack(nnx.Module):
             gather: (n,) int32, positions of the flattened (rows * length) that are needed at the end. The top layer then
                 does everything after its attention for these alone. (Not where weights are gathered layer by layer: a layer
                 outside of the scan could be gathered early and kept to the end.)
+            after_first: what the output of layer 0 goes through before layer 1; that layer is then run by itself.
 
         Returns:
             (rows, length, width), or (n, width) with `gather`.
         """
         if weights_cut() and gather is not None:
-            return take_positions(self(x, context), gather)
+            return take_positions(self(x, context, None, after_first), gather)
         lowest, *above = self.segments
         if above:
             start = x
-            x = common(lambda: self._run(lowest, start, context, 0, lowest.stop, None))
+            x = common(lambda: self._run(lowest, start, context, 0, lowest.stop, None, after_first))
         for segment in above or [lowest]:
             top = segment.stop == self.depth and gather is not None
             stop = segment.stop - 1 if top else segment.stop
             if stop > segment.start:
-                x = self._run(segment, x, context, segment.start, stop, None)
+                x = self._run(segment, x, context, segment.start, stop, None, after_first)
             if top:
-                x = self._run(segment, x, context, stop, stop + 1, gather)
+                x = self._run(segment, x, context, stop, stop + 1, gather, after_first)
         return x
 
     def extend(self, x: jax.Array, context: Any, past: Sequence[KeysValues] | None) -> tuple[jax.Array, list[KeysValues]]:
@@ -130,7 +133,20 @@ class Stack(nnx.Module):
             added.append(new)
         return x, added
 
-    def _run(self, segment: Segment, x: jax.Array, context: Any, start: int, stop: int, gather: jax.Array | None) -> jax.Array:
+    def _run(
+        self,
+        segment: Segment,
+        x: jax.Array,
+        context: Any,
+        start: int,
+        stop: int,
+        gather: jax.Array | None,
+        after_first: Callable[[jax.Array], jax.Array] | None,
+    ) -> jax.Array:
+        if start == 0 and after_first is not None:
+            x, start = after_first(self._layers(segment, x, context, 0, 1, None, None)[0]), 1
+            if stop == 1:
+                return take_positions(x, gather)
         return self._layers(segment, x, context, start, stop, gather, None)[0]
 
     def _layers(

@@ -123,6 +123,21 @@ def test_gathering_as_many_positions_as_rows_mixes_none_up():
         assert tiny.relative(got[i], tiny.outputs(bank.use(name), tokens, gather=index, method="hidden")[i]) < 1e-5
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_rows_share_becomes_each_rows_own(shared):
+    """DeBERTa's vectors of relative positions, projected at an adapter's site."""
+    options = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": shared}
+    bank = AdapterBank(tiny.encoder_of("deberta-v2", **options))
+    for seed, name in enumerate(["keys", "queries"]):
+        own = f"{name[0]}_proj" if shared else f"pos_{name[0]}_proj"
+        bank.add(name, tiny.trained(bank.base, seed, targets=[own]))
+    tokens, rows = _tokens(3), ["queries", None, "keys"]
+    got = tiny.outputs(bank.mixed(rows), tokens)
+    for i, name in enumerate(rows):
+        assert tiny.relative(got[i], tiny.outputs(bank.use(name), tokens)[i]) < 1e-5
+    assert tiny.relative(got[0], tiny.outputs(bank.base, tokens)[0]) > 1e-3
+
+
 def test_rows_may_be_traced():
     bank = _bank("decoder")
     tokens = _tokens(2)

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from lora_jax.config.errors import InputError  # noqa: E402
 from lora_jax.models.loading import load_model  # noqa: E402
+from lora_jax.models.relative import Relative  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.interop.zoo import VOCAB, ZOO  # noqa: E402
 
@@ -96,6 +97,15 @@ def test_heads_equal_transformers(zoo, name):
         ours, reference = ours[mask == 1], reference[mask == 1]
     check(ours, reference)
     assert model.class_names == tuple(zoo.model(name).config.id2label.values()) and not model.new
+
+
+@pytest.mark.parametrize(("buckets", "longest"), [(256, 512), (8, 16), (32, 100), (6, 1000)])
+def test_buckets_of_distances_equal_transformers(buckets, longest):
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+    distances = torch.arange(-1499, 1500)
+    theirs = make_log_bucket_position(distances, buckets, longest).long().clamp(-buckets, buckets - 1)
+    assert Relative(longest, buckets).rows(1500).tolist() == (theirs + buckets).tolist()
 
 
 def test_a_missing_head_is_told(zoo):

@@ -43,6 +43,14 @@ def _rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
 
 
+# Positions in 8 buckets to each side, none added to the embedding.
+_DEBERTA_V3: dict[str, Any] = {
+    "relative_attention": True,
+    "position_buckets": 8,
+    "max_relative_positions": 16,
+    "position_biased_input": False,
+}
+
 ZOO: dict[str, Entry] = {
     # Llama: multi-head and tied; grouped with biases; every way to stretch rotary positions, beyond the trained context too.
     "llama-mha-tied": _decoder("llama", tie_word_embeddings=True, num_key_value_heads=4),
@@ -201,6 +209,20 @@ ZOO: dict[str, Entry] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+    # DeBERTa-v3: shared projections, buckets, a normed table; v2: own projections, a convolution; one kind of scores; none at all.
+    "deberta-v3": _encoder("deberta-v2", **_DEBERTA_V3, pos_att_type="p2c|c2p", share_att_key=True, norm_rel_ebd="layer_norm"),
+    "deberta-v2": _encoder(
+        "deberta-v2",
+        **_DEBERTA_V3,
+        pos_att_type=["c2p", "p2c"],
+        norm_rel_ebd="none",
+        type_vocab_size=2,
+        conv_kernel_size=3,
+        conv_act="gelu",
+    ),
+    "deberta-c2p": _encoder("deberta-v2", relative_attention=True, pos_att_type=["c2p"], max_relative_positions=5),
+    "deberta-p2c": _encoder("deberta-v2", relative_attention=True, pos_att_type=["p2c"], share_att_key=True, hidden_act="relu"),
+    "deberta-absolute": _encoder("deberta-v2", pos_att_type=["c2p"], type_vocab_size=3),
     # The same with heads.
     "bert-classes": _encoder("bert", head="AutoModelForSequenceClassification", num_labels=3),
     "bert-tags": _encoder("bert", head="AutoModelForTokenClassification", num_labels=5),
@@ -222,6 +244,11 @@ ZOO: dict[str, Entry] = {
     ),
     "modernbert-tags": _encoder("modernbert", head="AutoModelForTokenClassification", num_labels=5),
     "modernbert-answers": _encoder("modernbert", head="AutoModelForQuestionAnswering", local_attention=8),
+    "deberta-classes": _encoder(
+        "deberta-v2", head="AutoModelForSequenceClassification", **_DEBERTA_V3, pos_att_type="p2c|c2p", share_att_key=True, num_labels=3
+    ),
+    "deberta-tags": _encoder("deberta-v2", head="AutoModelForTokenClassification", pooler_hidden_act="tanh", num_labels=4),
+    "deberta-answers": _encoder("deberta-v2", head="AutoModelForQuestionAnswering", **_DEBERTA_V3, pos_att_type=["p2c"]),
     "llama-classes": _decoder("llama", head="AutoModelForSequenceClassification", num_key_value_heads=2, num_labels=3),
     "llama-tags": _decoder("llama", head="AutoModelForTokenClassification", tie_word_embeddings=True, num_labels=5),
     "llama-answers": _decoder("llama", head="AutoModelForQuestionAnswering"),

@@ -10,8 +10,13 @@ from flax import nnx
 from lora_jax.models.encoder import Encoder
 from tests import tiny
 
-# Beside BERT's form the others: a window in all layers but the first, rotary positions, a norm at the end.
-ENCODERS = {"bert": tiny.encoder, "modernbert": lambda: tiny.encoder_of("modernbert", local_attention=4)}
+# Beside BERT's form the others: a window in all layers but the first, rotary positions, a norm at the end; scores by distance.
+RELATIVE = {"relative_attention": True, "position_biased_input": False, "pos_att_type": "c2p|p2c", "norm_rel_ebd": "layer_norm"}
+ENCODERS = {
+    "bert": tiny.encoder,
+    "modernbert": lambda: tiny.encoder_of("modernbert", local_attention=4),
+    "deberta-v2": lambda: tiny.encoder_of("deberta-v2", **RELATIVE, position_buckets=4, max_relative_positions=8, conv_kernel_size=3),
+}
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 

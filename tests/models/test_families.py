@@ -28,6 +28,7 @@ def config_of(family: str, **options: Any) -> Any:
 
 
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
+BOTH = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
@@ -111,6 +112,16 @@ def test_a_window_that_is_not_used_is_none():
         ("gpt2", GPT2 | {"n_head": 5}, "n_head = 5 does not divide n_embd = 32"),
         ("gpt_neox", {"num_attention_heads": 5}, "num_attention_heads = 5 does not divide hidden_size = 32"),
         ("modernbert", {"num_attention_heads": 5}, "num_attention_heads = 5 does not divide hidden_size = 32"),
+        ("deberta-v2", {"conv_kernel_size": 4}, "conv_kernel_size = 4 is not supported (only odd numbers, and 0)"),
+        ("deberta-v2", {"conv_groups": 2}, "conv_groups = 2 is not supported"),
+        ("deberta-v2", {"embedding_size": 16}, "embedding_size = 16 is not supported (only 32)"),
+        (
+            "deberta-v2",
+            {"relative_attention": True, "pos_att_type": "c2p|p2p"},
+            "pos_att_type = 'p2p' is not supported (only 'c2p', 'p2c')",
+        ),
+        ("deberta-v2", {"relative_attention": True}, "pos_att_type names neither c2p nor p2c"),
+        ("deberta-v2", BOTH | {"position_buckets": 126}, "position_buckets = 126 does not fit max_relative_positions = 64"),
         ("modernbert", {"local_attention": 0}, "local_attention = 0 should be a whole number, 1 or more"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", **LONG, "long_factor": [2.0]}}, "should have 4 numbers each"),
     ],

@@ -114,7 +114,7 @@ class Family:
 
 def families() -> dict[str, Family]:
     """`model_type` -> family, of all that are known."""
-    from . import bert, distilbert, gemma, gpt2, gpt_neox, granite, llama, mistral, modernbert, olmo2, phi3, qwen, roberta, smollm3
+    from . import bert, deberta, distilbert, gemma, gpt2, gpt_neox, granite, llama, mistral, modernbert, olmo2, phi3, qwen, roberta, smollm3
 
     # XLM-RoBERTa and CamemBERT are RoBERTa with other vocabularies.
     robertas = dict.fromkeys(("roberta", "xlm-roberta", "camembert"), roberta.FAMILY)
@@ -122,6 +122,7 @@ def families() -> dict[str, Family]:
         "bert": bert.FAMILY,
         "distilbert": distilbert.FAMILY,
         **robertas,
+        "deberta-v2": deberta.FAMILY,  # v3 is saved as this too
         "modernbert": modernbert.FAMILY,
         "llama": llama.FAMILY,
         "mistral": mistral.FAMILY,
@@ -173,6 +174,7 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
+    "tanh": "tanh",
 }
 
 
