@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     from .models.tokenizer import load_tokenizer as load_tokenizer
     from .sweeps.api import fit as fit
     from .sweeps.api import sweep as sweep
+    from .training.generate import Generator as Generator
+    from .training.generate import generate as generate
 
 _NAMES = {
     "AdapterBank": "adapters.bank",
     "Config": "config.schema",
+    "Generator": "training.generate",
     "InputError": "config.errors",
     "LoraConfig": "interop.peft_config",
     "RunError": "config.errors",
     "describe": "adapters.describe",
     "fit": "sweeps.api",
+    "generate": "training.generate",
     "inject": "adapters.inject",
     "load_config": "config.load",
     "load_model": "models.loading",

@@ -14,10 +14,8 @@ import argparse
 import datetime
 import json
 import multiprocessing
-import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from _sides import Side, cpu_name, warn_if_busy
 from _vs_peft_cases import CASES, prepare
 
 HERE = Path(__file__).resolve().parent
@@ -35,73 +34,30 @@ SIDES = ("lora-jax", "peft")
 TARGETS = {"minilm": {"speed": 1.5, "memory": 0.75}, "smollm2": {"speed": 1.2, "memory": 0.75}}
 
 
-class Worker:
-    """A side's process, spoken to in lines."""
-
-    def __init__(self, side: str, case: str, folder: str, steps: int):
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # on a GPU: leave room for the other side, and count what is used
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "PYTHONWARNINGS": "ignore",
-        }
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a first run compiles
-        self.side, self.last_end = side, 0.0
-        arguments = [side, case, folder, str(steps), str(time.time())]
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "_vs_peft_worker.py"), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.start = self._answer()
-
-    def ask(self, command: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the {self.side} side ended (exit code {self.process.wait()}); its message is above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 def race(name: str, steps: int, rounds: int) -> dict[str, Any]:
     """Runs one case; returns all its figures."""
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if load > 0.5 * cores:
-        print(f"warning: the machine is busy (load {load:.1f} on {cores} cores); PyTorch's threads wait for each other and lose most")
+    load = warn_if_busy()
     with tempfile.TemporaryDirectory(prefix="vs_peft-") as folder:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             pool.submit(prepare, name, folder).result()
-        workers: list[Worker] = []
+        workers: list[Side] = []
         try:
             for side in SIDES:  # one after the other, so that neither start disturbs the other's
-                workers.append(Worker(side, name, folder, steps * (rounds + 1) + 1))
+                arguments = [side, name, folder, str(steps * (rounds + 1) + 1), str(time.time())]
+                workers.append(Side(side, [str(HERE / "_vs_peft_worker.py"), *arguments]))
             for worker in workers:
                 worker.ask(f"train {steps}")  # a warm-up: PyTorch meets most of its batch shapes
             results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
             for number in range(rounds):
                 for worker in workers if number % 2 == 0 else reversed(workers):
-                    results[worker.side].append(worker.ask(f"train {steps}"))
+                    results[worker.name].append(worker.ask(f"train {steps}"))
                 rates = {side: results[side][-1]["tokens"] / results[side][-1]["seconds"] for side in SIDES}
                 print(f"{name} round {number + 1}/{rounds}: " + ", ".join(f"{s} {r:,.0f} tokens/s" for s, r in rates.items()), flush=True)
-            facts = {worker.side: worker.ask("finish") for worker in workers}
+            facts = {worker.name: worker.ask("finish") for worker in workers}
         finally:
             for worker in workers:
                 worker.close()
-    sides = {worker.side: figures(worker.start, results[worker.side], facts[worker.side]) for worker in workers}
+    sides = {worker.name: figures(worker.ready, results[worker.name], facts[worker.name]) for worker in workers}
     return {
         "config": CASES[name].config,
         "load_average": round(load, 2),
@@ -149,12 +105,7 @@ def ratios(rounds: dict[str, list[dict[str, Any]]], sides: dict[str, dict[str, A
 def device_name(cases: dict[str, dict[str, Any]]) -> str:
     """The GPU that PyTorch used, else the CPU's model."""
     kind = next(iter(cases.values()))["peft"]["device"]
-    if kind != "cpu":
-        return kind
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    return cpu_name() if kind == "cpu" else kind
 
 
 def show(name: str, result: dict[str, Any]) -> None:

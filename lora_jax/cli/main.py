@@ -263,6 +263,62 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CONFIG|MODEL",
+            help="A run directory or a member's folder in it; a config: its run, or its base where it was not trained yet; or a model: "
+            "a folder, a .safetensors or .gguf file, hf://org/name, package://import_name/path.",
+            show_default=False,
+        ),
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on from; repeatable.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", metavar="FILE", help="Prompts, one a line, as one batch.", show_default=False)
+    ] = None,
+    member: Annotated[
+        str | None,
+        typer.Option("--member", metavar="NAME", help="Which member of a sweep; the best finished one by default.", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="MODEL only: a PEFT adapter to put on it.", show_default=False)
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Prompts are what a user says. Without any it is a conversation, in the terminal or a line a turn from stdin."
+        ),
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="--chat: the system message it begins with.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="How many tokens may follow.")] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", help="Draw tokens at this temperature; 0 takes the likeliest each time.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="K", help="Draw from the K likeliest tokens alone.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", metavar="P", help="Draw from the likeliest that together have probability P alone.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the draws; prompt i has seed N + i.")] = 0,
+) -> None:
+    """Go on from prompts, or hold a conversation.
+
+    With what a run trained, or with any model. The text comes as it is made; of several prompts each in turn, when all are done.
+    """
+    from .generate import Asked, generate_command
+
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    generate_command(Asked(source, member, adapter, tuple(prompt or ()), file, chat, system, options))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN[/MEMBER]", help="A run directory, or a member's folder in it.", show_default=False)],
     form: Annotated[

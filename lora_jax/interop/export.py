@@ -63,7 +63,7 @@ def export_run(
         raise InputError(f"--format: '{form}'. {hint(form, FORMATS)}")
     if dtype is not None and (form == "peft" or dtype not in WRITTEN_DTYPES):
         raise InputError(f"--dtype: '{dtype}'. " + ("PEFT's files are float32." if form == "peft" else hint(dtype, WRITTEN_DTYPES)))
-    run, chosen, reason = _choose(path, member)
+    run, chosen, reason = choose_member(path, member)
     if form == "peft" and chosen.config.adapter.method != "lora":
         raise InputError(f"--format peft: member '{chosen.name}' trained '{chosen.config.adapter.method}', no adapter. Take --format hf.")
     adapter = adapter_folder_of(run, chosen).name
@@ -90,8 +90,16 @@ def export_run(
     return Export(folder, chosen.name, adapter, reason)
 
 
-def _choose(path: Path, name: str | None) -> tuple[Path, Member, str]:
-    """The run directory, the member, and why it is this one."""
+def choose_member(path: Path, name: str | None) -> tuple[Path, Member, str]:
+    """The run directory, the member, and why it is this one.
+
+    Args:
+        path: a run directory, or a member's folder in it.
+        name: the member's; by default the run's best finished one.
+
+    Raises:
+        InputError: no such run or member, or none has finished.
+    """
     run = path
     if not (path / "config.yaml").is_file() and (path.parent / "config.yaml").is_file():
         if name is not None:

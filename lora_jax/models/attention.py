@@ -39,8 +39,7 @@ class Context:
     """What all layers see alike.
 
     Attributes:
-        mask: (kinds, rows, 1, queries, keys) bool, which key each query sees in layers of each kind. The keys are the cache's, if there
-            is one, and then the batch's own.
+        mask: (kinds, rows, 1, queries, keys) bool, which key each query sees in layers of each kind.
         rotary: cos and sin, (kinds, rows, length, dims) each, or None.
         noise: a PRNG key for dropout, or None where nothing is dropped.
         relative: (1, 2 * span, width), the vectors of relative positions, or None.
@@ -86,13 +85,13 @@ def make_context(
         layers: each layer's kind; a single one is that of all.
         segment_ids, positions: (rows, length) int32, as for `segment_mask` and `rotary_angles`.
         noise, dropout, relative: as in `Context`.
-        cache: of the tokens before these, if there are any.
+        cache: that the keys are read from, these tokens' among them; None: they are the tokens' own alone.
     """
     kinds = tuple(dict.fromkeys(layers))
-    mask = jnp.stack([segment_mask(segment_ids, causal=causal, window=kind.window) for kind in kinds])
-    if cache is not None:
-        past = jnp.stack([cache.seen(segment_ids.shape[1], kind.window) for kind in kinds])
-        mask = jnp.concatenate([past, mask], axis=-1)
+    if cache is None:
+        mask = jnp.stack([segment_mask(segment_ids, causal=causal, window=kind.window) for kind in kinds])
+    else:
+        mask = jnp.stack([cache.seen(segment_ids.shape[1], kind.window) for kind in kinds])
     index = tuple(kinds.index(kind) for kind in layers) if len(kinds) > 1 else ()
     return Context(mask, rotary_tables(kinds, positions), noise, relative, index, dropout)
 
@@ -157,8 +156,8 @@ class Attention(nnx.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if memory is not None:
-            memory.added = k, v
-        mixed = self.mix(q, k, v, mask, context, layer, memory)
+            k, v = memory.add(k, v)
+        mixed = self.mix(q, k, v, mask, context, layer)
         return self.o_proj(take_positions(mixed, gather))
 
     def heads(self, x: Array) -> tuple[Array, Array, Array]:
@@ -211,22 +210,18 @@ class Attention(nnx.Module):
             found.append(scores(k, self.q_proj if of.shared else self.pos_q_proj, True))
         return sum(found[1:], found[0])
 
-    def mix(self, q: Array, k: Array, v: Array, mask: Array, context: Context, layer: Array | int, memory: Memory | None = None) -> Array:
+    def mix(self, q: Array, k: Array, v: Array, mask: Array, context: Context, layer: Array | int) -> Array:
         """softmax(scale * (q k^T + relative)) v: the values each query asks for, (rows, queries, heads * head_dim).
 
         Args:
             q: (rows, queries, heads, head_dim).
             k, v: (rows, keys, kv_heads, head_dim).
-            mask: (rows, 1, queries, keys) bool, the keys of `memory` in front.
+            mask: (rows, 1, queries, keys) bool.
         """
         cfg = self.config
         rows, length, _, head_dim = q.shape
-        past = None if memory is None else memory.past
         grouped = q.reshape(rows, length, k.shape[2], -1, head_dim)  # query heads by the key head they share
         scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, k, preferred_element_type=jnp.float32)
-        if past is not None:
-            before = jnp.einsum("rqkgd,rksd->rkgqs", grouped, past[0], preferred_element_type=jnp.float32)
-            scores = jnp.concatenate([before, scores], axis=-1)
         if context.relative is not None:
             scores = scores + self.relative(q, k, context, layer).reshape(scores.shape)
         scores = scores * cfg.scale
@@ -234,8 +229,4 @@ class Attention(nnx.Module):
             scores = cfg.softcap * jnp.tanh(scores / cfg.softcap)
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
         shares = context.drop(jax.nn.softmax(scores, axis=-1).astype(q.dtype), layer, 0)
-        if past is None:
-            return jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)
-        before, own = jnp.split(shares, [past[1].shape[2]], axis=-1)
-        mixed = jnp.einsum("rkgqs,rksd->rqkgd", before, past[1]) + jnp.einsum("rkgqs,rskd->rqkgd", own, v)
-        return mixed.reshape(rows, length, -1)
+        return jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)

@@ -1,7 +1,7 @@
 """What a decoder keeps of the tokens before: their keys and values, layer by layer, in arrays of a fixed size.
 
-A pass over further tokens reads the cache and hands back the keys and values of its own tokens; only when all layers have read
-are these written, one update an array. So XLA writes them into the arrays that are there, in a loop's carry or a donated argument.
+A layer writes the keys and values of its new tokens into the cache and then reads all from there, in this order: so that XLA
+writes them into the arrays that are there, in a loop's carry or a donated argument, and copies nothing.
 """
 
 from __future__ import annotations
@@ -22,15 +22,45 @@ KeysValues = tuple[Array, Array]
 
 @dataclasses.dataclass
 class Memory:
-    """One layer's part of a pass: what it finds, and what it leaves.
+    """One layer's part of a cache, while a pass over new tokens runs.
 
     Attributes:
-        past: keys and values of the tokens before, (rows, kv_heads, slots, head_dim) each; None where there are none.
-        added: the layer's attention leaves here those of the tokens it was given, (rows, length, kv_heads, head_dim) each.
+        keys, values: (rows, kv_heads, slots, head_dim), or with the layers of a segment in front; the layer puts here what it adds.
+        layer: which of them is its own; None where there is one.
+        slots: (length,) int32, where the new tokens go: one after the other, and round the end where the cache is rolling.
+        first: whether these are the first tokens, so that nothing need be read.
+        rolling: whether old tokens may have to make room.
     """
 
-    past: KeysValues | None
-    added: KeysValues | None = None
+    keys: Array
+    values: Array
+    layer: Array | int | None
+    slots: Array
+    first: bool
+    rolling: bool
+
+    def add(self, k: Array, v: Array) -> KeysValues:
+        """Keeps the new tokens' keys and values; returns those that they may see, (rows, keys, kv_heads, head_dim) each.
+
+        Args:
+            k, v: (rows, length, kv_heads, head_dim).
+        """
+        self.keys, self.values = (self._write(old, new.swapaxes(1, 2)) for old, new in ((self.keys, k), (self.values, v)))
+        return (k, v) if self.first else (self._own(self.keys).swapaxes(1, 2), self._own(self.values).swapaxes(1, 2))
+
+    def _own(self, array: Array) -> Array:
+        return array if self.layer is None else jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
+
+    def _write(self, old: Array, new: Array) -> Array:
+        new = new.astype(old.dtype)
+        if self.rolling and self.slots.shape[0] > 1:
+            kept = min(self.slots.shape[0], old.shape[-2])
+            layer = self._own(old).at[:, :, self.slots[-kept:]].set(new[:, :, -kept:], unique_indices=True)
+            return layer if self.layer is None else jax.lax.dynamic_update_index_in_dim(old, layer, self.layer, 0)
+        where = (0, 0, self.slots[0], 0)
+        if self.layer is None:
+            return jax.lax.dynamic_update_slice(old, new, where)
+        return jax.lax.dynamic_update_slice(old, new[None], (self.layer, *where))
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +72,9 @@ class Cache:
     the oldest are written over: all layers then have windows, and none is wider than the slots.
 
     Attributes:
-        keys, values: one array a segment of the model's stack, (layers, rows, kv_heads, slots, head_dim).
+        keys, values: one array a segment of the model's stack: (layers, rows, kv_heads, slots, head_dim), and where a segment is one
+            layer without the first. (An axis of 1 between the array that is written to and what reads it costs XLA's CPU compiler
+            two copies of the whole.)
         real: (rows, slots) bool, where a token is, and not padding or nothing yet.
         length: () int32, tokens of a row so far with its padding: the place of the next one.
         counts: (rows,) int32, tokens of each row so far without it: the position of the next one.
@@ -66,7 +98,7 @@ class Cache:
             rolling: see `Cache`.
         """
         rows, _, slots, _ = shape
-        keys, values = (tuple(jnp.zeros((n, *shape), dtype) for n in layers) for _ in range(2))
+        keys, values = (tuple(jnp.zeros(shape if n == 1 else (n, *shape), dtype) for n in layers) for _ in range(2))
         return cls(keys, values, jnp.zeros((rows, slots), bool), jnp.int32(0), jnp.zeros(rows, jnp.int32), rolling)
 
     @property
@@ -82,55 +114,42 @@ class Cache:
         """
         return jnp.maximum(self.counts[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
-    def seen(self, queries: int, window: int | None) -> Array:
-        """(rows, 1, queries, slots) bool: which slots each of the next tokens sees."""
-        places = self._newest()
-        mask = self.real[:, None, :] & (places >= 0)
-        if window is not None:
-            distance = (self.length + jnp.arange(queries))[:, None] - places
-            mask = mask & (distance < window)
-        return jnp.broadcast_to(mask, (mask.shape[0], queries, self.slots))[:, None]
-
-    def _newest(self) -> Array:
-        """(slots,) int32: the place of the newest token that a slot can hold; negative where there was none yet."""
-        last = self.length - 1
-        return last - (last - jnp.arange(self.slots)) % self.slots
-
-    def added(self, new: Sequence[KeysValues], mask: Array) -> Cache:
-        """The cache with further tokens.
+    def grown(self, mask: Array) -> Cache:
+        """The cache with room taken for further tokens, whose keys and values the layers have yet to write.
 
         Args:
-            new: keys and values of each segment, (layers, rows, length, kv_heads, head_dim) each.
             mask: (rows, length), 1 for real tokens.
         """
         length = mask.shape[1]
         kept = min(length, self.slots)
-        start = self.length + (length - kept)
-
-        def write(old: Array, new: Array) -> Array:
-            """`new`, (..., length, depth), into `old`, (..., slots, depth)."""
-            new = new[..., length - kept :, :].astype(old.dtype)
-            if self.rolling and kept > 1:
-                return old.at[..., (start + jnp.arange(kept)) % self.slots, :].set(new, unique_indices=True)
-            return jax.lax.dynamic_update_slice_in_dim(old, new, start % self.slots if self.rolling else start, old.ndim - 2)
-
-        keys, values = (
-            tuple(write(old, each[i].swapaxes(2, 3)) for old, each in zip(arrays, new, strict=True))
-            for i, arrays in enumerate((self.keys, self.values))
-        )
-        real = write(self.real[..., None], mask[..., None])[..., 0]
+        real = self.real.at[:, self.places(length)[-kept:]].set(mask[:, -kept:] > 0, unique_indices=True)
         counts = self.counts + jnp.sum(mask, axis=1, dtype=jnp.int32)
-        return dataclasses.replace(self, keys=keys, values=values, real=real, length=self.length + length, counts=counts)
+        return dataclasses.replace(self, real=real, length=self.length + length, counts=counts)
+
+    def places(self, length: int) -> Array:
+        """(length,) int32: the slots of the next tokens."""
+        return (self.length + jnp.arange(length, dtype=jnp.int32)) % self.slots
+
+    def seen(self, queries: int, window: int | None) -> Array:
+        """(rows, 1, queries, slots) bool: which slots the newest tokens see, themselves among them."""
+        last = self.length - 1
+        newest = last - (last - jnp.arange(self.slots)) % self.slots  # the place of each slot's token; negative where there is none yet
+        distance = (self.length - queries + jnp.arange(queries))[:, None] - newest
+        mask = (newest >= 0) & (distance >= 0)
+        if window is not None:
+            mask &= distance < window
+        return (self.real[:, None, :] & mask)[:, None]
 
     def regrouped(self, layers: Sequence[int]) -> Cache:
         """The same cache for a stack in other segments, of so many layers each."""
 
         def regroup(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-            if [a.shape[0] for a in arrays] == list(layers):
-                return arrays
-            whole, ends = jnp.concatenate(arrays), [sum(layers[: i + 1]) for i in range(len(layers))]
-            return tuple(whole[stop - n : stop] for n, stop in zip(layers, ends, strict=True))
+            each = [a for array in arrays for a in ([array] if array.ndim == 4 else array)]
+            ends = [sum(layers[: i + 1]) for i in range(len(layers))]
+            return tuple(each[stop - 1] if n == 1 else jnp.stack(each[stop - n : stop]) for n, stop in zip(layers, ends, strict=True))
 
+        if [1 if a.ndim == 4 else a.shape[0] for a in self.keys] == list(layers):
+            return self
         return dataclasses.replace(self, keys=regroup(self.keys), values=regroup(self.values))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -129,15 +128,19 @@ class Decoder(nnx.Module):
 
         Returns:
             the last hidden states after the final norm, (rows, length, width), and the cache with these tokens.
+
+        Raises:
+            ValueError: several tokens for a rolling cache that is not empty: the first ones' keys would be written over too early.
         """
+        length = tokens.shape[1]
+        if cache.rolling and length > 1 and not first:
+            raise ValueError("a rolling cache takes one token at a time after its first ones")
         mask = jnp.ones_like(tokens) if attention_mask is None else attention_mask.astype(jnp.int32)
-        positions = cache.positions(mask)
-        context = make_context(self.config.kinds, mask, positions, causal=True, cache=None if first else cache)
-        past = None if first else list(zip(cache.keys, cache.values, strict=True))
-        x, added = self.layers.extend(self.embedded(tokens, positions), context, past)
-        # Every layer has read before anything is written.
-        x, added = jax.lax.optimization_barrier((x, added))
-        return self.final_norm(x), cache.added(added, mask)
+        positions, grown = cache.positions(mask), cache.grown(mask)
+        context = make_context(self.config.kinds, mask, positions, causal=True, cache=None if first else grown)
+        x, memories = self.layers.extend(self.embedded(tokens, positions), context, cache, first=first)
+        keys, values = zip(*memories, strict=True)
+        return self.final_norm(x), dataclasses.replace(grown, keys=keys, values=values)
 
     def embedded(self, tokens: Array, positions: Array) -> Array:
         """The input of layer 0, (batch, seq, width), of tokens at positions, (batch, seq) int32 each."""

@@ -11,14 +11,14 @@ then a computation of its own, with nothing in it that depends on what was chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
 from ..parallel.constraints import by_rows, gathered, take_positions, weights_cut
-from .cache import KeysValues, Memory
+from .cache import Cache, KeysValues, Memory
 from .positions import positions_of_targets
 from .prefix import common
 
@@ -117,21 +117,27 @@ class Stack(nnx.Module):
                 x = self._run(segment, x, context, stop, stop + 1, gather, after_first)
         return x
 
-    def extend(self, x: jax.Array, context: Any, past: Sequence[KeysValues] | None) -> tuple[jax.Array, list[KeysValues]]:
+    def extend(self, x: jax.Array, context: Any, cache: Cache, *, first: bool) -> tuple[jax.Array, list[KeysValues]]:
         """Runs all layers on further tokens.
 
         Args:
-            x, context: as for a call; the context's mask has the past keys in front.
-            past: each segment's keys and values of the tokens before, as in `Cache`; None where there are none.
+            x, context: as for a call.
+            cache: of the tokens before.
+            first: that there are none.
 
         Returns:
-            (rows, length, width), and each segment's keys and values of these tokens, (layers, rows, length, kv_heads, head_dim) each.
+            (rows, length, width), and each segment's keys and values as the cache has them, with those of the new tokens.
         """
-        added = []
-        for i, segment in enumerate(self.segments):
-            x, new = self._layers(segment, x, context, segment.start, segment.stop, None, (None if past is None else past[i],))
-            added.append(new)
-        return x, added
+        kept, places = [], cache.places(x.shape[1])
+        for segment, keys, values in zip(self.segments, cache.keys, cache.values, strict=True):
+
+            def remember(both: KeysValues, layer: Any, of: Segment = segment) -> Memory:
+                own = None if of.stop - of.start == 1 else layer - of.start
+                return Memory(*both, own, places, first, cache.rolling)
+
+            x, both = self._layers(segment, x, context, segment.start, segment.stop, None, (keys, values), remember)
+            kept.append(both)
+        return x, kept
 
     def _run(
         self,
@@ -144,10 +150,10 @@ class Stack(nnx.Module):
         after_first: Callable[[jax.Array], jax.Array] | None,
     ) -> jax.Array:
         if start == 0 and after_first is not None:
-            x, start = after_first(self._layers(segment, x, context, 0, 1, None, None)[0]), 1
+            x, start = after_first(self._layers(segment, x, context, 0, 1, None)[0]), 1
             if stop == 1:
                 return take_positions(x, gather)
-        return self._layers(segment, x, context, start, stop, gather, None)[0]
+        return self._layers(segment, x, context, start, stop, gather)[0]
 
     def _layers(
         self,
@@ -157,27 +163,32 @@ class Stack(nnx.Module):
         start: int,
         stop: int,
         gather: jax.Array | None,
-        memory: tuple[KeysValues | None] | None,
-    ) -> tuple[jax.Array, Any]:
-        """A segment's layers `start` to `stop`; with `memory` (the past, or that there is none) also what they add to it."""
+        kept: KeysValues | None = None,
+        remember: Callable[[KeysValues, Any], Memory] | None = None,
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """A segment's layers `start` to `stop`.
+
+        Args:
+            kept: the segment's keys and values of the tokens before; handed from layer to layer and returned with what each adds.
+            remember: from them and a layer's index to that layer's memory.
+        """
         graphdef, own, shared = nnx.split(segment.block, lambda _, v: v.get_metadata().get(PER_SEGMENT, False), ..., graph=True)
         if (start, stop) != (segment.start, segment.stop):
             own = jax.tree.map(lambda a: a[start - segment.start : stop - segment.start], own)
 
-        def body(x: jax.Array, step: tuple[Any, Any, Any]) -> tuple[jax.Array, KeysValues | None]:
-            index, own, past = step
-            one = None if past is None else Memory(*past)
+        def body(carry: tuple[jax.Array, KeysValues | None], step: tuple[Any, Any]) -> tuple[tuple[jax.Array, KeysValues | None], None]:
+            (x, kept), (index, own) = carry, step
             layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), shared)
             block = nnx.merge(graphdef, *(_at_hand(part) for part in (own, layer)))
+            memory = None if kept is None or remember is None else remember(kept, index)
             with positions_of_targets(gather, x.shape[:2]):
-                x = by_rows(block(by_rows(x), context, index, gather, *(() if one is None else (one,))))
-            return x, None if one is None else one.added
+                x = by_rows(block(by_rows(x), context, index, gather, *(() if memory is None else (memory,))))
+            return (x, None if memory is None else (memory.keys, memory.values)), None
 
         body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         if stop - start == 1:
-            x, added = body(x, (start, *jax.tree.map(lambda a: a[0], (own, memory))))
-            return x, jax.tree.map(lambda a: a[None], added)
-        return jax.lax.scan(body, x, (jax.numpy.arange(start, stop), own, memory))
+            return body((x, kept), (start, jax.tree.map(lambda a: a[0], own)))[0]
+        return jax.lax.scan(body, (x, kept), (jax.numpy.arange(start, stop), own))[0]
 
 
 def cut_of(model: nnx.Module) -> int:

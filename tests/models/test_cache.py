@@ -58,10 +58,14 @@ def test_piece_by_piece_equals_whole_rows(kinds, cut):
     model = _decoder(kinds, cut=cut)
     tokens, mask, positions = _rows()
     whole = tiny.outputs(model, tokens, mask, positions)
-    got, cache = _piecewise(model, tokens, mask, (PROMPT, PROMPT + 1, PROMPT + 2, LENGTH - 3))
+    rolling = kinds == (LOCAL,)
+    got, cache = _piecewise(model, tokens, mask, range(PROMPT, LENGTH) if rolling else (PROMPT, PROMPT + 1, PROMPT + 2, LENGTH - 3))
     np.testing.assert_allclose(np.asarray(got)[mask == 1], whole[mask == 1], atol=1e-4 * np.abs(whole).max())
     assert int(cache.length) == LENGTH and cache.counts.tolist() == mask.sum(1).tolist()
-    assert cache.slots == (5 if kinds == (LOCAL,) else LENGTH)
+    assert cache.slots == (5 if rolling else LENGTH)
+    if rolling:
+        with pytest.raises(ValueError, match="one token at a time"):
+            model.extend(cache, tokens[:, :2])
 
 
 def test_slots():

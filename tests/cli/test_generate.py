@@ -1,0 +1,153 @@
+"""`lora-jax generate`: a bare model, a PEFT adapter, a run's member, a config, a conversation; and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from unittest import mock
+
+import pytest
+from flax import nnx
+
+import lora_jax
+from lora_jax.sweeps.restore import restore_member, run_members
+from tests import tiny
+from tests.tiny_hub import call
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+PROMPT = "What is the red blue"
+
+
+@pytest.fixture(autouse=True)
+def quickly():
+    """Nearly all of the time here is compiling."""
+    with tiny.quick_compile():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(hub):
+    return lora_jax.load_model(str(hub.llama))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(hub):
+    return lora_jax.load_tokenizer(str(hub.llama))
+
+
+@pytest.fixture(scope="module")
+def run(hub, tmp_path_factory, compile_cache):
+    """The run directory of a small sweep, and its config."""
+    folder = tmp_path_factory.mktemp("generated")
+    changes = {"sweep": {"grid": {"adapter.rank": [2, 4]}}, "optimizer.learning_rate": 0.3}
+    path = hub.write(folder, changes, causal=True)
+    result = call("sweep", path)
+    assert result.code == 0, result.err
+    return folder / "runs" / "tiny", path
+
+
+def text(model, tokenizer, prompts, **options):
+    return [o.text for o in lora_jax.generate(model, prompts, tokenizer, **{"max_new_tokens": 8} | options)]
+
+
+def test_a_bare_model_streams_what_generate_returns(hub, model, tokenizer):
+    result = call("generate", hub.llama, "--prompt", PROMPT, "--max-new-tokens", 8)
+    assert (result.code, result.out) == (0, text(model, tokenizer, [PROMPT])[0] + "\n")
+    assert len(result.out.split()) >= 3
+    drawn = call(
+        "generate", hub.llama, "-p", PROMPT, "--max-new-tokens", 8, "--temperature", 1.5, "--top-k", 9, "--top-p", 0.9, "--seed", 4
+    )
+    options = {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "seed": 4}
+    assert drawn.out == text(model, tokenizer, [PROMPT], **options)[0] + "\n" != result.out
+
+
+def test_a_file_of_prompts_is_one_batch(hub, model, tokenizer, tmp_path):
+    prompts = [PROMPT, "red", "the blue is red"]
+    (tmp_path / "prompts.txt").write_text("\n".join([prompts[0], "", *prompts[1:]]) + "\n")
+    result = call("generate", hub.llama, "--file", tmp_path / "prompts.txt", "--max-new-tokens", 8)
+    answers = text(model, tokenizer, prompts)
+    assert result.out == "".join(f"[{i}] {p}\n{a}\n\n" for i, (p, a) in enumerate(zip(prompts, answers, strict=True)))
+
+
+def test_with_a_peft_adapter(hub, model, tokenizer, tmp_path):
+    adapted = tiny.trained(model, 3, targets=["q_proj", "down_proj"])
+    lora_jax.save_peft(adapted, tmp_path / "adapter")
+    result = call("generate", hub.llama, "--adapter", tmp_path / "adapter", "--prompt", PROMPT, "--max-new-tokens", 8)
+    assert result.out == text(adapted, tokenizer, [PROMPT])[0] + "\n" != text(model, tokenizer, [PROMPT])[0] + "\n"
+
+
+@pytest.mark.slow
+def test_what_a_run_trained(run, model, tokenizer):
+    path, config = run
+    for member in run_members(path):
+        expected = text(restore_member(path, member).model, tokenizer, [PROMPT])[0] + "\n"
+        result = call("generate", path, "--member", member.name, "--prompt", PROMPT, "--max-new-tokens", 8)
+        assert (result.out, result.err) == (expected, f"member {member.name}\n")
+    best = call("generate", config, "--prompt", PROMPT, "--max-new-tokens", 8)
+    assert best.code == 0 and "best of 2 by" in best.err
+    assert best.out != text(model, tokenizer, [PROMPT])[0] + "\n"
+
+
+def test_a_config_that_was_not_trained_yet_is_its_base(hub, model, tokenizer, tmp_path):
+    result = call("generate", hub.write(tmp_path, causal=True), "--prompt", PROMPT, "--max-new-tokens", 8)
+    assert result.out == text(model, tokenizer, [PROMPT])[0] + "\n" and "not trained yet" in result.err
+
+
+def test_a_conversation_keeps_what_was_said(hub, model, tokenizer):
+    with mock.patch("sys.stdin", io.StringIO("red is\n\nblue is\n")):
+        result = call("generate", hub.llama, "--chat", "--max-new-tokens", 8)
+    first = [{"role": "user", "content": "red is"}]
+    said = text(model, tokenizer, [first])[0]
+    second = text(model, tokenizer, [[*first, {"role": "assistant", "content": said}, {"role": "user", "content": "blue is"}]])[0]
+    assert (result.code, result.out) == (0, f"{said}\n{second}\n")
+    once = call("generate", hub.llama, "--chat", "--prompt", "red is", "--max-new-tokens", 8)
+    assert once.out == said + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], ["no prompt", "--prompt"]),
+        (["--prompt", "a", "--file", "x"], ["--prompt and --file"]),
+        (["--file", "nowhere.txt"], ["--file", "nowhere.txt"]),
+        (["--system", "s", "--prompt", "a"], ["--system", "--chat"]),
+        (["--prompt", "a", "--member", "m"], ["--member", "no run"]),
+        (["--prompt", "a", "--adapter", "nowhere"], ["nowhere"]),
+        (["--prompt", "a", "--temperature", "-1"], ["temperature", "-1"]),
+        (["--prompt", "a", "--top-p", "0"], ["top_p"]),
+        (["--prompt", "a", "--top-k", "0"], ["top_k"]),
+    ],
+)
+def test_what_is_refused(hub, arguments, told):
+    result = call("generate", hub.llama, *arguments)
+    assert result.code == 2 and result.out == "" and "Traceback" not in result.err
+    assert all(t in result.err for t in told), result.err
+
+
+@pytest.mark.slow
+def test_other_sources_that_are_refused(hub, run, tmp_path):
+    path, _ = run
+    for arguments, told in (
+        ([path, "--prompt", "a", "--member", "rank=3"], ["--member", "rank=2"]),
+        ([path, "--prompt", "a", "--adapter", tmp_path], ["--adapter"]),
+        ([hub.bert, "--prompt", "a"], ["only decoders"]),
+        ([tmp_path / "nothing", "--prompt", "a"], ["nothing"]),
+    ):
+        result = call("generate", *arguments)
+        assert result.code == 2 and result.out == "" and all(t in result.err for t in told), (arguments, result)
+
+
+def test_damaged_generation_config_is_passed_over(hub, tokenizer, tmp_path):
+    """What the checkpoint says ends a text, wherever it says it."""
+    from lora_jax.training.generate import stop_tokens
+
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    for file in hub.llama.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    model = lora_jax.load_model(str(folder))
+    assert isinstance(model, nnx.Module) and stop_tokens(model, tokenizer) == [tokenizer.eos_token_id]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 3]}))
+    assert stop_tokens(model) == [3, 5]
+    (folder / "generation_config.json").write_text("{")
+    assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id]
