@@ -19,6 +19,7 @@ from lora_jax.models.encoder import Encoder, EncoderConfig
 from lora_jax.models.families import families
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
 from lora_jax.models.layers import BlockConfig
+from lora_jax.models.loading import aliases
 from lora_jax.models.rotary import Rotary
 
 VOCAB, WIDTH, CLASSES = 64, 32, 3
@@ -65,9 +66,23 @@ def encoder(
 
 def encoder_of(family: str, *, seed: int = 0, **options: Any) -> Encoder:
     """A family's encoder: three layers of 4 heads; `options` are of its Hugging Face config."""
-    shape = {"hidden_size": WIDTH, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 2 * WIDTH, "vocab_size": VOCAB}
-    config = families()[family].config(shape | options, jnp.float32)
+    config = _config_of(family, options)
     return random_model(lambda: Encoder(config, rngs=nnx.Rngs(0)), seed)
+
+
+def decoder_of(family: str, *, seed: int = 0, **options: Any) -> Decoder:
+    """A family's decoder, likewise, with two key/value heads where the family has them and four experts where it has those."""
+    config = _config_of(family, options)
+    model = random_model(lambda: Decoder(config, rngs=nnx.Rngs(0)), seed)
+    model.site_aliases = nnx.static(aliases(families()[family].weights(config)))
+    return model
+
+
+def _config_of(family: str, options: dict[str, Any]) -> Any:
+    shape = {"hidden_size": WIDTH, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 2 * WIDTH, "vocab_size": VOCAB}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    shape |= {"n_embd": WIDTH, "n_head": 4, "n_layer": 3, "n_positions": 64}  # GPT-2's words
+    return families()[family].config(shape | options, jnp.float32)
 
 
 def smollm2_config(depth: int = 30) -> DecoderConfig:

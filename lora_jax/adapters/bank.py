@@ -264,7 +264,9 @@ def _mixed_model(base: nnx.Module, sites: list[Site], adapters: list[dict[str, F
 
     def make(shape: SiteShape, module: nnx.Module) -> nnx.Module:
         site = shape.site
-        none = Factors(np.zeros((1, site.inputs, 0), np.float32), np.zeros((1, 0, site.outputs), np.float32), np.zeros(1, np.float32))
+        lead = (1,) if site.experts is None else (1, site.experts)
+        a, b = np.zeros((*lead, site.inputs, 0), np.float32), np.zeros((*lead, 0, site.outputs), np.float32)
+        none = Factors(a, b, np.zeros(1, np.float32))
         each = [adapter.get(site.name, none).fitted(shape) for adapter in adapters]
         a, b, scale = (np.stack(column, 1) for column in zip(*((f.a, f.b, f.scale) for f in each), strict=True))
         arrays = [jnp.asarray(x if site.depth is not None else x[0]) for x in (a, b, scale)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from flax import nnx
 from rich.table import Table
@@ -19,7 +20,7 @@ class TrainableRow:
         name: of the site or parameter.
         label: its optimizer group (`lora` for a site's two factors).
         layers: how many layers it is adapted in, or None where it is not stacked.
-        shape: of one layer: `(in, rank, out)` of a site, else the parameter's own.
+        shape: of one layer: `(in, rank, out)` of a site, with the experts in front where it has them, else the parameter's own.
         count: trained numbers.
     """
 
@@ -66,7 +67,9 @@ def describe(model: nnx.Module) -> Trainable:
     for name, factors in factors_of(part).items():
         ranks, inputs, outputs = factors.ranks, factors.a.shape[-2], factors.b.shape[-1]
         layers = int((ranks > 0).sum()) if part.settings[f"{name}.scale"].ndim else None
-        rows.append(TrainableRow(name, "lora", layers, (inputs, int(ranks.max()), outputs), int(ranks.sum()) * (inputs + outputs)))
+        experts = factors.a.shape[1:-2]
+        count = math.prod(experts) * int(ranks.sum()) * (inputs + outputs)
+        rows.append(TrainableRow(name, "lora", layers, (*experts, inputs, int(ranks.max()), outputs), count))
     for name, label in part.labels.items():
         if not is_factor(name):
             array = part.trainable[name]

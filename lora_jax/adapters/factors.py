@@ -19,6 +19,7 @@ class Factors:
 
     Attributes:
         a, b: (layers, inputs, rank) and (layers, rank, outputs) of the site's topmost layers; one layer where it is a single weight.
+            At an expert site (layers, experts, inputs, rank) and (layers, experts, rank, outputs).
         scale: (layers,).
     """
 
@@ -30,6 +31,7 @@ class Factors:
     def ranks(self) -> np.ndarray:
         """(layers,) columns of A and rows of B that are not padding; 0 where the scale is."""
         used = np.abs(self.a).sum(-2) + np.abs(self.b).sum(-1) > 0
+        used = used if used.ndim == 2 else used.any(1)
         return used.sum(-1) * (self.scale != 0)
 
     def fitted(self, shape: SiteShape) -> Factors:

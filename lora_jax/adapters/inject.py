@@ -53,9 +53,8 @@ def inject_structure(model: nnx.Module, structure: Structure) -> nnx.Module:
 
     def make(shape: SiteShape, base: nnx.Module) -> nnx.Module:
         site = shape.site
-        return SITE_MODULES[site.kind](
-            base, layers=shape.layers, inputs=site.inputs, outputs=site.outputs, rank=shape.rank, dropout=structure.dropout
-        )
+        sizes = {"layers": shape.layers, "experts": site.experts, "inputs": site.inputs, "outputs": site.outputs, "rank": shape.rank}
+        return SITE_MODULES[site.kind](base, **sizes, dropout=structure.dropout and site.kind != "expert")
 
     adapted = replace_sites(model, structure.sites, make)
     if structure.method == "head":

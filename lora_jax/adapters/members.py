@@ -25,7 +25,7 @@ def fill_member(model: nnx.Module, spec: MemberSpec, seed: int) -> None:
     """Sets the adapters of a model made by `inject_structure` to one member at step 0, in place.
 
     The default init is PEFT's: at a linear site A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0 (kaiming_uniform with a = sqrt 5); at an
-    embedding A = 0 and B ~ N(0, 1).
+    embedding A = 0 and B ~ N(0, 1). Each expert draws its own.
     """
     for name, module in site_modules(model).items():
         _fill_site(module, name, spec.sites.get(name), spec.config, seed)
@@ -47,9 +47,9 @@ def random_of(seed: int, name: str, layer: int, *more: int) -> np.random.Generat
 
 
 def _fill_site(module: LowRank, name: str, member: MemberSite | None, config: AdapterConfig, seed: int) -> None:
-    stacked = module.lora_a.ndim == 3
+    stacked = module.scale.ndim == 1
     a, b = (np.zeros(f.shape if stacked else (1, *f.shape), np.float32) for f in (module.lora_a, module.lora_b))
-    scale = np.zeros(len(a), np.float32)
+    scale, experts = np.zeros(len(a), np.float32), a.shape[1:-2]
     if member is not None:
         first = len(member.ranks) - len(a)
         for i, (rank, layer_scale) in enumerate(zip(member.ranks[first:], member.scales[first:], strict=True)):
@@ -58,8 +58,9 @@ def _fill_site(module: LowRank, name: str, member: MemberSite | None, config: Ad
             if isinstance(module, LoRAEmbed):
                 b[i, :rank] = generator.standard_normal((rank, b.shape[2]), np.float32)
             else:
-                bound = np.float32(1 / np.sqrt(a.shape[1]))
-                a[i, :, :rank] = (2 * generator.random((rank, a.shape[1]), np.float32).T - 1) * bound
+                bound = np.float32(1 / np.sqrt(a.shape[-2]))
+                drawn = 2 * generator.random((rank, *experts, a.shape[-2]), np.float32) - 1
+                a[i, ..., :rank] = np.moveaxis(drawn, 0, -1) * bound
     for variable, value in ((module.lora_a, a), (module.lora_b, b), (module.scale, scale)):
         variable.set_value(jnp.asarray(value if stacked else value[0]))
     if hasattr(module, "dropout_rate"):

@@ -20,8 +20,8 @@ class Merged(nnx.Module):
         self.merged = merged
         self.original: Any = original
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.merged(x)
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        return self.merged(*inputs)
 
     def attend(self, query: jax.Array) -> jax.Array:
         """The output projection with the base's weight, as unmerged."""
@@ -75,7 +75,7 @@ def _folded(module: LowRank) -> nnx.Module:
     weight = folded.kernel if hasattr(folded, "kernel") else folded.embedding
     update = module.update()
     full = weight[...]
-    if update.ndim == full.ndim and update.shape[0] != full.shape[0] and full.ndim == 3:
+    if module.scale.ndim and update.shape[0] != full.shape[0]:
         update = jnp.concatenate([jnp.zeros((full.shape[0] - update.shape[0], *full.shape[1:]), update.dtype), update])
     weight[...] = (full.astype(jnp.float32) + update).astype(full.dtype)
     return folded

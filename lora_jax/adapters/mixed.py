@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from ..models.grouped import grouped_matmul
 from ..models.positions import targets_of
 from ..models.stack import PER_SEGMENT
 from ..parallel.constraints import take_positions
@@ -28,7 +29,7 @@ class MixedSite(nnx.Module):
     Args:
         base: the module that stood there.
         a, b, scale: (..., adapters, inputs, rank), (..., adapters, rank, outputs) and (..., adapters) float32; the layers of a
-            stacked site in front.
+            stacked site in front, the experts of an expert site after the adapters.
         stacked: whether they are.
     """
 
@@ -83,7 +84,23 @@ class MixedEmbed(MixedSite):
         return self.base.embedding
 
 
-MIXED_MODULES: dict[str, type[MixedSite]] = {"linear": MixedLinear, "embedding": MixedEmbed}
+class MixedExperts(MixedSite):
+    """An expert site, (tokens * used, inputs): each row with its expert's factors out of its token's adapter's."""
+
+    def __call__(self, x: jax.Array, expert: jax.Array) -> jax.Array:
+        y = self.base(x, expert)
+        used = self.base.used
+        rows = jnp.repeat(_rows_of(self.rows[...], x[::used]), used)
+        a, b = (f[...].astype(y.dtype) for f in (self.lora_a, self.lora_b))
+        adapters, experts = a.shape[:2]
+        which = jnp.clip(rows, 0, adapters - 1) * experts + expert
+        low = grouped_matmul(x.astype(y.dtype), a.reshape(-1, *a.shape[2:]), which)
+        scale = _along(self.scale[...][rows], y).astype(y.dtype)
+        updated = y + grouped_matmul(low * scale, b.reshape(-1, *b.shape[2:]), which)
+        return jnp.where(_along(rows, y) < 0, y, updated)
+
+
+MIXED_MODULES: dict[str, type[MixedSite]] = {"linear": MixedLinear, "embedding": MixedEmbed, "expert": MixedExperts}
 
 
 def with_rows(model: nnx.Module, rows: ArrayLike | Sequence[int]) -> nnx.Module:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..models.grouped import grouped_matmul
 from ..models.noise import uniform
 from ..models.stack import AXES, PER_SEGMENT
 
@@ -30,18 +31,21 @@ class LowRank(nnx.Module):
     Args:
         base: the module that stood at the site.
         layers: layers of the segment, or None where the weight is not stacked.
+        experts: at an expert site, of how many each has factors of its own.
         inputs, outputs, rank: shape of the factors, (inputs, rank) and (rank, outputs).
         dropout: whether any member drops inputs; without it there is no random number in the program.
     """
 
     weight = "kernel"
 
-    def __init__(self, base: nnx.Module, *, layers: int | None, inputs: int, outputs: int, rank: int, dropout: bool):
-        lead = () if layers is None else (layers,)
+    def __init__(
+        self, base: nnx.Module, *, layers: int | None, inputs: int, outputs: int, rank: int, dropout: bool, experts: int | None = None
+    ):
+        lead, own = () if layers is None else (layers,), () if experts is None else (experts,)
         stacked: dict[str, Any] = {PER_SEGMENT: True} if layers is not None else {}
         self.base: Any = base
-        self.lora_a = LoRAParam(jnp.zeros((*lead, inputs, rank)), **stacked)
-        self.lora_b = LoRAParam(jnp.zeros((*lead, rank, outputs)), **stacked)
+        self.lora_a = LoRAParam(jnp.zeros((*lead, *own, inputs, rank)), **stacked)
+        self.lora_b = LoRAParam(jnp.zeros((*lead, *own, rank, outputs)), **stacked)
         weight: nnx.Param = getattr(base, self.weight)
         if axes := weight.get_metadata().get(AXES):
             # A's input axis is the weight's, B's output axis too; the rank has no name and lies whole everywhere.
@@ -67,8 +71,9 @@ class LowRank(nnx.Module):
         return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
 
     def update(self) -> jax.Array:
-        """scale * A B, the change of the weight: (..., inputs, outputs) float32."""
-        scale = self.scale[...][..., None, None]
+        """scale * A B, the change of the weight, of its shape: (..., inputs, outputs) float32."""
+        scale = self.scale[...]
+        scale = scale.reshape(*scale.shape, *[1] * (self.lora_a.ndim - scale.ndim))
         return scale * jnp.matmul(self.lora_a[...], self.lora_b[...], precision=jax.lax.Precision.HIGHEST)
 
 
@@ -102,4 +107,14 @@ class LoRAEmbed(LowRank):
         return self.base.embedding
 
 
-SITE_MODULES: dict[str, type[LowRank]] = {"linear": LoRALinear, "embedding": LoRAEmbed}
+class LoRAExperts(LowRank):
+    """An expert site: `base(x, expert) + scale * (x A[expert]) B[expert]`, row by row. Nothing is dropped there, as in PEFT."""
+
+    def __call__(self, x: jax.Array, expert: jax.Array) -> jax.Array:
+        y = self.base(x, expert)
+        a, b = (f[...].astype(y.dtype) for f in (self.lora_a, self.lora_b))
+        low = grouped_matmul(x.astype(y.dtype), a, expert)
+        return y + grouped_matmul(low * self.scale[...].astype(y.dtype), b, expert)
+
+
+SITE_MODULES: dict[str, type[LowRank]] = {"linear": LoRALinear, "embedding": LoRAEmbed, "expert": LoRAExperts}

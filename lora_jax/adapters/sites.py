@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ..config.errors import InputError, nearest
+from ..models.experts import ExpertLinear
 from ..models.head_shape import HEAD_MODULES
 from ..models.stack import Stack
 from .mixed import MixedSite
@@ -20,8 +21,11 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "query", "key", "value", "out"),
     "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1", "fc2"),
 }
-# The output heads, which PEFT's `all-linear` leaves out as well.
-HEADS = (*HEAD_MODULES, "lm_head", "score")
+# Words for all sites of a kind.
+KINDS = {"all-linear": "linear", "embedding": "embedding", "experts": "expert"}
+
+# Linear layers that PEFT's `all-linear` leaves out as well: the output heads, and a mixture's router.
+HEADS = (*HEAD_MODULES, "lm_head", "score", "router")
 
 Path = tuple[Any, ...]
 
@@ -32,11 +36,12 @@ class Site:
 
     Attributes:
         path: where its module stands in the model.
-        kind: `linear` or `embedding`.
+        kind: `linear`, `embedding` or `expert` (a linear layer for each expert of a mixture).
         name: the path as people write it, without the layer: `layers.attn.q_proj`.
         names: for each layer (one entry where it is not stacked) all names that targets are matched against, our own first:
             `("layers.0.attn.q_proj", "model.layers.0.self_attn.q_proj")`.
         depth: how many layers are stacked in it; None where it is a single weight.
+        experts: how many there are, at a site of that kind.
         inputs, outputs: features in and out (of an embedding: rows, width).
         stack: path of the `Stack` that runs it, if one does.
         biased: whether its module has a bias.
@@ -47,6 +52,7 @@ class Site:
     name: str
     names: tuple[tuple[str, ...], ...]
     depth: int | None
+    experts: int | None
     inputs: int
     outputs: int
     stack: Path | None
@@ -74,7 +80,7 @@ def logical_name(path: Iterable[Any], layer: int | str | None = None) -> str:
 
 
 def find_sites(model: nnx.Module) -> list[Site]:
-    """All linear and embedding weights of a model, in the model's order.
+    """All linear, embedding and expert weights of a model, in the model's order.
 
     Raises:
         InputError: the model bears adapters already.
@@ -89,23 +95,30 @@ def find_sites(model: nnx.Module) -> list[Site]:
             continue
         kind, leading, inputs, outputs = shape
         stack = next((path[:i] for i in range(len(path)) if isinstance(modules.get(path[:i]), Stack)), None)
+        experts = leading.pop() if kind == "expert" else None
         depth = leading[0] if leading else None
         layers: list[int | None] = [None] if depth is None else list(range(depth))
         names = tuple(names_of(modules, path, i) for i in layers)
         biased = getattr(module, "bias", None) is not None
-        sites.append(Site(path, kind, logical_name(path), names, depth, inputs, outputs, stack, biased))
+        sites.append(Site(path, kind, logical_name(path), names, depth, experts, inputs, outputs, stack, biased))
     return sorted(sites, key=lambda s: [(isinstance(p, str), str(p).zfill(6)) for p in s.path])
 
 
-def _weight_shape(module: nnx.Module) -> tuple[str, tuple[int, ...], int, int] | None:
+def _weight_shape(module: nnx.Module) -> tuple[str, list[int], int, int] | None:
     """(kind, leading axes, inputs, outputs) of a module that can be a site, else None."""
-    if isinstance(module, nnx.Linear):
-        *leading, inputs, outputs = module.kernel.shape
-        return ("linear", tuple(leading), inputs, outputs) if len(leading) <= 1 else None
-    if isinstance(module, nnx.Embed):
-        *leading, rows, width = module.embedding.shape
-        return ("embedding", tuple(leading), rows, width) if len(leading) <= 1 else None
+    for kind, type_, weight, axes in _SITE_TYPES:
+        if isinstance(module, type_):
+            *leading, inputs, outputs = getattr(module, weight).shape
+            return (kind, leading, inputs, outputs) if len(leading) in axes else None
     return None
+
+
+# Kind, module, its weight, and how many axes the weight may have before its inputs and outputs.
+_SITE_TYPES: tuple[tuple[str, type[nnx.Module], str, tuple[int, int]], ...] = (
+    ("linear", nnx.Linear, "kernel", (0, 1)),
+    ("embedding", nnx.Embed, "embedding", (0, 1)),
+    ("expert", ExpertLinear, "kernel", (1, 2)),
+)
 
 
 def names_of(modules: dict[Path, nnx.Module], path: Path, layer: int | str | None) -> tuple[str, ...]:
@@ -169,10 +182,9 @@ def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) ->
     """
     own = site_names[0].rsplit(".", 1)[-1]
     if isinstance(pattern, str):
-        if pattern == "all-linear":
-            return kind == "linear" and own not in HEADS
-        if pattern == "embedding":
-            return kind == "embedding" and own in ("embed", "embedding", "embed_tokens", "wte")
+        if pattern in KINDS:
+            named = own in ("embed", "embedding", "embed_tokens", "wte") if pattern == "embedding" else own not in HEADS
+            return kind == KINDS[pattern] and named
         if pattern not in PRESETS:
             return any(re.fullmatch(pattern, name) for name in site_names)
         if kind != "linear":
@@ -208,7 +220,7 @@ def select(
 
 
 def _check_patterns(sites: list[Site], key: str, pattern: str | list[str] | None) -> None:
-    if isinstance(pattern, str) and pattern not in (*PRESETS, "all-linear", "embedding"):
+    if isinstance(pattern, str) and pattern not in (*PRESETS, *KINDS):
         try:
             re.compile(pattern)
         except re.error as error:
@@ -225,7 +237,7 @@ def _suggest(word: str, sites: list[Site], is_string: bool) -> str:
     if is_string and word in endings:
         return f"A string is a preset or a regex for the whole path; for the name alone write [{word}]."
     last = re.split(r"[.\\*]", word)[-1] or word
-    near = nearest(last, [*endings, *PRESETS, "all-linear", "embedding"])
+    near = nearest(last, [*endings, *PRESETS, *KINDS])
     full = [s.names[0][0] for s in sites][:4]
     return (
         f"Nearest names: {', '.join(near)}. " if near else f"Names: {', '.join(endings[:20])}. "

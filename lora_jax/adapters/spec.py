@@ -87,6 +87,9 @@ def resolve(model: nnx.Module, config: AdapterConfig) -> MemberSpec:
     sites = {s.name: s for s in find_sites(model)}
     chosen = select(list(sites.values()), config.targets, config.exclude, config.layers)
     members = {}
+    expert = next((name for name in chosen if sites[name].kind == "expert"), None)
+    if config.dropout > 0 and expert is not None:
+        raise InputError(f"adapter.dropout: there is none on experts ({expert}), here as in PEFT.")
     unused = {("rank_pattern", p) for p in config.rank_pattern} | {("alpha_pattern", p) for p in config.alpha_pattern}
     for name, wanted in chosen.items():
         ranks, scales = np.zeros(len(wanted), int), np.zeros(len(wanted), np.float32)

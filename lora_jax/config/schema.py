@@ -106,7 +106,7 @@ class AdapterConfig(Section):
     targets: str | list[str] = Field(
         default="attention",
         description=(
-            "A preset (attention, mlp, all-linear, embedding), a list of names (a name matches a module whose path ends with it), "
+            "A preset (attention, mlp, all-linear, embedding, experts), a list of names (a name matches a module whose path ends with it), "
             "or a regex matched against the full path."
         ),
     )

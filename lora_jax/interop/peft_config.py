@@ -263,7 +263,7 @@ def _ours(peft: PeftConfig) -> dict[str, Any]:
     }
 
 
-_PRESETS = ("attention", "mlp", "embedding", "all-linear")
+_PRESETS = ("attention", "mlp", "embedding", "experts", "all-linear")
 
 
 def _as_regex(text: str) -> str:

@@ -68,16 +68,16 @@ class Parameter:
     def shape(self) -> tuple[int, ...]:
         """PyTorch's."""
         shape = tuple(self.variable.shape if self.layer is None else self.variable.shape[1:])
-        return shape[::-1] if self.transpose else shape
+        return (*shape[:-2], *shape[:-3:-1]) if self.transpose else shape
 
     def read(self) -> np.ndarray:
         """Its value, in PyTorch's axes."""
         array = np.asarray(self.variable[...] if self.layer is None else self.variable[...][self.layer])
-        return array.T if self.transpose else array
+        return array.swapaxes(-1, -2) if self.transpose else array
 
     def write(self, value: np.ndarray) -> None:
         """Sets it to a value in PyTorch's axes, rounded to the weight's dtype."""
-        value = value.T if self.transpose else value
+        value = value.swapaxes(-1, -2) if self.transpose else value
         array = np.array(self.variable[...])
         array[... if self.layer is None else self.layer] = value
         self.variable.set_value(jnp.asarray(array))
@@ -110,7 +110,9 @@ class PeftNames:
     def __init__(self, model: nnx.Module, found: Iterable[str] = (), renaming: Renaming | None = None):
         self._modules = dict(nnx.iter_modules(model))
         self._tables: dict[Path, dict[str, Weight]] = {}
-        own = {name: (site, i) for site in find_sites(model) for i, name in enumerate(self._site_names(site))}
+        # Experts' weights are parameters there, not modules.
+        sites = [s for s in find_sites(model) if s.kind != "expert"]
+        own = {name: (site, i) for site in sites for i, name in enumerate(self._site_names(site))}
         self.renaming = renaming or _renaming(model, list(own), list(found))
         self.modules: dict[str, Module] = {}
         for name, (site, layer) in own.items():
@@ -119,8 +121,8 @@ class PeftNames:
         self.parameters = {p.name: p for p in self._parameters(model)}
 
     def _site_names(self, site: Site) -> list[str]:
-        kind = "kernel" if site.kind == "linear" else "embedding"
-        name = self._weight((*site.path, kind)).name.removesuffix(".weight")
+        kind = "embedding" if site.kind == "embedding" else "kernel"
+        name = self._weight((*site.path, kind)).parameter.removesuffix(".weight")
         return [name.replace("{i}", str(i)) for i in range(len(site.names))]
 
     def _root(self, name: str, path: Path) -> str:
@@ -167,7 +169,7 @@ def projection_name(decoder: Decoder) -> str:
     if decoder.origin is None:
         return "lm_head"
     untied = dataclasses.replace(decoder.config, tied=False)
-    return families()[decoder.origin.model_type].weights(untied)["lm_head.kernel"].name.removesuffix(".weight")
+    return families()[decoder.origin.model_type].weights(untied)["lm_head.kernel"].parameter.removesuffix(".weight")
 
 
 def head_of(model: Classifier) -> Head | None:

@@ -115,6 +115,8 @@ def _sites(model: nnx.Module, names: PeftNames) -> list[_Site]:
     by_place = {(m.site.name, m.layer): m for m in names.modules.values()}
     found = []
     for name, module in site_modules(model).items():
+        if (name, 0) not in by_place:
+            raise InputError(f"PEFT adapters on experts ({name}) cannot be written yet.")
         a, b, scale = (np.asarray(jax.device_get(v[...])) for v in (module.lora_a, module.lora_b, module.scale))
         if a.ndim == 2:
             a, b, scale = a[None], b[None], scale[None]

@@ -10,6 +10,7 @@ from flax import nnx
 from ..parallel.constraints import take_positions
 from .attention import Attention, Context
 from .cache import Memory
+from .experts import MixtureOfExperts
 from .layers import MLP, Array, BlockConfig, norm_of
 
 
@@ -18,7 +19,7 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
         self.attn = Attention(cfg, rngs=rngs)
-        self.mlp = MLP(cfg, rngs=rngs)
+        self.mlp = MLP(cfg, rngs=rngs) if cfg.experts is None else MixtureOfExperts(cfg, rngs=rngs)
         if cfg.norm_at != "output":
             self.attn_norm = norm_of(cfg, cfg.width, rngs=rngs)
             self.mlp_norm = norm_of(cfg, cfg.width, rngs=rngs)

@@ -2,7 +2,7 @@
 
 Every parameter carries logical axis names in its metadata (`axes`); `parallel/` turns them into shardings. A stacked parameter
 has the axis `layers` in front. Names: `vocab`, `embed` (the residual width), `heads` and `kv_heads` (heads * head width),
-`mlp` (hidden units), `positions`, `norm`, `classes`.
+`mlp` (hidden units), `experts`, `positions`, `norm`, `classes`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ class BlockConfig:
         qkv: queries, keys and values by `separate` projections; `joined` in one (all queries, all keys, all values); or joined
             `per_head` (the first head's query, key and value, the second's, ...).
         joined_gate: gate and up in one projection, gate first.
+        experts: as many gated MLPs stand in the MLP's place, and a router sends each token through `experts_used` of them; None for
+            the one MLP.
+        experts_normed: whether the shares of the experts that a token goes through are scaled to add up to 1.
         qk_norm: norm of queries and keys: over each `head`, over the `whole` projection, or None.
         attention_scale: what scores are multiplied by; None for head_dim^-0.5.
         relative: scores that follow from relative positions, beside those of queries and keys; None for none.
@@ -72,6 +75,9 @@ class BlockConfig:
     mlp_bias: bool = False
     qkv: str = "separate"
     joined_gate: bool = False
+    experts: int | None = None
+    experts_used: int = 1
+    experts_normed: bool = True
     qk_norm: str | None = None
     attention_scale: float | None = None
     relative: Relative | None = None
@@ -153,6 +159,11 @@ def activation(name: str, x: Array) -> Array:
     return {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}[name](x)
 
 
+def gated(name: str, gate: Array, up: Array) -> Array:
+    """The hidden units of a gated MLP."""
+    return activation(name, gate) * up
+
+
 def row_layout(tokens: Array, mask: Array | None, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
     """Segment ids and positions, (batch, seq) int32 each, with their defaults filled in from the attention mask and the shape."""
     if segment_ids is None:
@@ -180,8 +191,7 @@ class MLP(nnx.Module):
         """(..., width) -> the same."""
         name = self.config.activation
         if self.config.joined_gate:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-            return self.down_proj(activation(name, gate) * up)
+            return self.down_proj(gated(name, *jnp.split(self.gate_up_proj(x), 2, axis=-1)))
         if self.config.gated:
-            return self.down_proj(activation(name, self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(gated(name, self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(activation(name, self.up_proj(x)))

@@ -72,7 +72,7 @@ class BaseFiles:
             config = dataclasses.replace(config, tied=True)  # it projects to no vocabulary, and was saved without what would
         # A decoder that was saved by itself, as its output heads' base, lacks what stands before its names beside them.
         root = family.root if own is None and not any(n.startswith(family.root) for n in names) else ""
-        table = {path: dataclasses.replace(w, name=prefix + w.name.removeprefix(root)) for path, w in family.weights(config).items()}
+        table = {path: w.under(lambda n: prefix + n.removeprefix(root)) for path, w in family.weights(config).items()}
         make = Encoder if family.kind == "encoder" else Decoder
         shapes: tuple[tuple[str, HeadShape], ...] = tuple((kind, h.shape) for kind, h in heads.items())
 
@@ -87,11 +87,11 @@ class BaseFiles:
         if isinstance(self.model, Classifier) and own is not None:
             self.model.new, self.model.class_names = nnx.static(()), nnx.static(class_names(hf))
             table = {f"base.{path}": _renamed(w, own) for path, w in table.items()} | own.weights()
-        self._table = table
-        _check_names(self._table, config.depth, names, self._where)
+        self._table = {path: weight.found(names) for path, weight in table.items()}
+        self._check_names(names)
         base = self.base
         base.layers.remat, base.dropout = remat, dropout
-        base.site_aliases = nnx.static(_aliases(family.weights(config)))
+        base.site_aliases = nnx.static(aliases(family.weights(config)))
         base.origin = nnx.static(Origin.of(source, hf, prefix))
 
     @property
@@ -129,34 +129,43 @@ class BaseFiles:
         graphdef, state = nnx.split(self.model)
         filled = []
         for path, variable in nnx.to_flat_state(state):
-            weight = self._table[".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")]
-            sharding = (
-                None
-                if mesh is None
-                else parameter_sharding(mesh, variable.shape, variable.get_metadata().get(AXES, (None,) * len(variable.shape)))
-            )
-            filled.append((path, variable.replace(self._read(weight, variable.shape, variable.dtype, sharding))))
+            axes = variable.get_metadata().get(AXES, (None,) * len(variable.shape))
+            sharding = None if mesh is None else parameter_sharding(mesh, variable.shape, axes)
+            filled.append((path, variable.replace(self._read(self._weight(path), variable.shape, variable.dtype, sharding))))
         return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+    def _weight(self, path: tuple[Any, ...]) -> Weight:
+        return self._table[".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")]
+
+    def _check_names(self, names: set[str]) -> None:
+        parameters = [(self._weight(path), v.shape) for path, v in nnx.to_flat_state(nnx.state(self.model))]
+        missing = sorted({name for weight, shape in parameters for _, _, name in weight.tensors(shape)} - names)
+        if missing:
+            raise InputError(f"{self._where}: {len(missing)} tensors are missing, among them {', '.join(missing[:4])}.")
 
     def _read(self, weight: Weight, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
         """One parameter. Host memory holds the part of it that lies on this process's devices, and one tensor of it more."""
-        stacked = "{i}" in weight.name
-        for layer in weight.layers(shape[0]):
-            name, wanted = weight.of_layer(layer), shape[1:] if stacked else shape
-            stored = self._checkpoint.shape(name)
-            found = stored[::-1] if weight.transpose else stored
+        lead, pieces = weight.leading, 1 + len(weight.joined)
+        wanted = (*shape[lead:-1], shape[-1] // pieces)  # of each tensor
+        for _, _, name in weight.tensors(shape):
+            found = weight.oriented(self._checkpoint.shape(name))
             if found != wanted:
                 raise InputError(f"{self._where}: '{name}' has shape {found}, the config asks for {wanted}.")
         box = [(0, size) for size in shape] if sharding is None else _own_part(sharding, shape)
         part = np.empty([stop - start for start, stop in box], dtype)
         if weight.first:
             part[...] = 1
-        inner = [slice(*bounds) for bounds in (box[1:] if stacked else box)]
-        start, stop = box[0]
-        for layer in weight.layers(stop):
-            if layer is None or layer >= start:
-                array = self._checkpoint.read_slice(weight.of_layer(layer), inner[::-1] if weight.transpose else inner)
-                part[... if layer is None else layer - start] = array.T if weight.transpose else array
+        first, last = box[-1]
+        for at, piece, name in weight.tensors(shape):
+            # What of this piece's outputs is in the box.
+            start, stop = (min(max(edge - piece * wanted[-1], 0), wanted[-1]) for edge in (first, last))
+            if start == stop or any(not lo <= i < hi for i, (lo, hi) in zip(at, box, strict=False)):
+                continue
+            inner = (*(slice(*bounds) for bounds in box[lead:-1]), slice(start, stop))
+            array = self._checkpoint.read_slice(name, weight.oriented(inner))
+            place = piece * wanted[-1] + start - first
+            index = (*(i - lo for i, (lo, _) in zip(at, box, strict=False)), ..., slice(place, place + stop - start))
+            part[index] = array.swapaxes(-1, -2) if weight.transpose else array
         if sharding is None:
             return jax.block_until_ready(jnp.asarray(part))
 
@@ -217,7 +226,7 @@ def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:
 def _renamed(weight: Weight, head: Head) -> Weight:
     """Where a parameter of the base comes from in a checkpoint that was saved with a head."""
     old, new = head.renamed or ("", "")
-    return dataclasses.replace(weight, name=new + weight.name.removeprefix(old)) if weight.name.startswith(old) else weight
+    return weight.under(lambda name: new + name.removeprefix(old) if name.startswith(old) else name)
 
 
 def _own_part(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -231,14 +240,7 @@ def _prefix(family: Family, names: set[str]) -> str:
     return next((p for p in family.prefixes if p and any(n.startswith(p) for n in names)), "")
 
 
-def _check_names(table: dict[str, Weight], depth: int, names: set[str], where: str) -> None:
-    wanted = {w.of_layer(layer) for w in table.values() for layer in w.layers(depth)}
-    missing = sorted(wanted - names)
-    if missing:
-        raise InputError(f"{where}: {len(missing)} tensors are missing, among them {', '.join(missing[:4])}.")
-
-
-def _aliases(table: dict[str, Weight]) -> tuple[tuple[str, str], ...]:
+def aliases(table: dict[str, Weight]) -> tuple[tuple[str, str], ...]:
     """Module path -> Hugging Face module path, from the parameters' names."""
-    pairs = {path.rsplit(".", 1)[0]: w.name.removesuffix(".weight") for path, w in table.items() if w.name.endswith(".weight")}
+    pairs = {path.rpartition(".")[0]: w.parameter.removesuffix(".weight") for path, w in table.items() if not path.endswith(".bias")}
     return tuple(sorted(pairs.items()))

@@ -54,8 +54,8 @@ def base_tensors(base: Base, dtypes: Mapping[str, np.dtype] | None = None) -> di
     for path, weight in families()[base.origin.model_type].weights(base.config).items():
         variable = _parameter(base, path)
         dtype = (dtypes or {}).get(path, np.dtype(variable.dtype))
-        for layer in weight.layers(base.config.depth):
-            tensors[weight.of_layer(layer)] = _tensor(variable, weight, layer).cast(dtype)
+        for at, piece, name in weight.tensors(variable.shape):
+            tensors[name] = _tensor(variable, weight, at, piece).cast(dtype)
     return tensors
 
 
@@ -68,10 +68,13 @@ def _parameter(base: nnx.Module, path: str) -> nnx.Variable:
     return found
 
 
-def _tensor(variable: nnx.Variable, weight: Weight, layer: int | None) -> Tensor:
-    def read() -> np.ndarray:
-        array = np.asarray(variable[...] if layer is None else variable[layer])
-        return np.ascontiguousarray(array.T) if weight.transpose else array
+def _tensor(variable: nnx.Variable, weight: Weight, at: tuple[int, ...], piece: int) -> Tensor:
+    inner, pieces = tuple(variable.shape[len(at) :]), 1 + len(weight.joined)
+    shape = (*inner[:-1], inner[-1] // pieces)
 
-    shape = tuple(variable.shape if layer is None else variable.shape[1:])
-    return Tensor(shape[::-1] if weight.transpose else shape, np.dtype(variable.dtype), read)
+    def read() -> np.ndarray:
+        array = np.asarray(variable[at] if at else variable[...])
+        array = np.split(array, pieces, axis=-1)[piece] if pieces > 1 else array
+        return np.ascontiguousarray(array.swapaxes(-1, -2)) if weight.transpose else array
+
+    return Tensor(weight.oriented(shape), np.dtype(variable.dtype), read)

@@ -33,6 +33,7 @@ RULES: dict[str, str | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": None,
     "embed": "fsdp",
     "embed_out": None,
     "positions": None,

@@ -165,11 +165,12 @@ def _activations(base: Encoder | Decoder, config: Config, structure: Structure, 
 def layer_floats(block: BlockConfig, tokens: int, length: int) -> int:
     """Numbers that one layer computes on the way: norms, residuals, projections, attention's scores and shares, hidden units."""
     inner, kv = block.heads * block.head_dim, block.kv_heads * block.head_dim
-    hidden = (3 if block.gated else 2) * block.hidden
-    return tokens * (6 * block.width + 2 * inner + 4 * kv + 3 * block.heads * length + hidden)
+    hidden = (3 if block.gated else 2) * block.hidden + (0 if block.experts is None else 3 * block.width)
+    return tokens * (6 * block.width + 2 * inner + 4 * kv + 3 * block.heads * length + block.experts_used * hidden)
 
 
 def _dot_floats(block: BlockConfig, tokens: int, length: int) -> int:
-    """Numbers that come out of a layer's matrix products."""
+    """Numbers that come out of a layer's matrix products; of experts', which are computed anew, none are kept."""
     inner, kv = block.heads * block.head_dim, block.kv_heads * block.head_dim
-    return tokens * (2 * inner + 2 * kv + 2 * block.width + block.heads * length + (2 if block.gated else 1) * block.hidden)
+    hidden = 0 if block.experts is not None else (2 if block.gated else 1) * block.hidden
+    return tokens * (2 * inner + 2 * kv + 2 * block.width + block.heads * length + hidden)

@@ -97,7 +97,7 @@ class Pack:
             else:
                 layers = () if own[site].layers is None else (slice(own[site].first - shared[site].first, None),)
                 rank = slice(own[site].rank)
-                found[name] = (*layers, slice(None), rank) if factor == "lora_a" else (*layers, rank, slice(None))
+                found[name] = (*layers, ..., rank) if factor == "lora_a" else (*layers, ..., rank, slice(None))
         return found
 
     def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> dict[str, Any]:
@@ -111,9 +111,11 @@ class Pack:
 
 
 def trainable_count(part: Partition, spec: MemberSpec, structure: Structure) -> int:
-    """Trained numbers of a member: rank * (in + out) for each adapted layer of a site, and all of the rest that trains."""
+    """Trained numbers of a member: rank * (in + out) for each adapted layer (and expert) of a site, and all of the rest that trains."""
     total = sum(
-        int(spec.sites[s.site.name].ranks.sum()) * (s.site.inputs + s.site.outputs) for s in structure.sites if s.site.name in spec.sites
+        int(spec.sites[s.site.name].ranks.sum()) * (s.site.experts or 1) * (s.site.inputs + s.site.outputs)
+        for s in structure.sites
+        if s.site.name in spec.sites
     )
     mask = update_mask(part, spec, structure) or {}
     for name, array in part.trainable.items():

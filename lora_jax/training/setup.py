@@ -182,7 +182,7 @@ def task_model(base: Encoder | Decoder, task: TaskConfig, classes: Sequence[str]
 
 
 def _check_length(base: Encoder | Decoder, data: TaskData) -> None:
-    most = base.config.longest if isinstance(base, Encoder) else None
+    most = base.config.longest if isinstance(base, Encoder) else base.config.positions
     longest = int(max(data.train.lengths.max(), data.held_out.lengths.max()))
     if most is not None and longest > most:
         raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")

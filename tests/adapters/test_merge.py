@@ -29,6 +29,7 @@ CASES = {
         X,
         {"targets": "all-linear"},
     ),
+    "experts": (lambda: tiny.decoder_of("mixtral"), TOKENS, {"targets": ["experts.gate_up_proj", "down_proj", "gate"], "layers": "last:2"}),
     "under a head": (lambda: tiny.classifier(2).base, TOKENS, {"targets": ["pooler", "v_proj"]}),
 }
 

@@ -11,7 +11,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
+from lora_jax.config.schema import MeshConfig  # noqa: E402
 from lora_jax.models.loading import load_model  # noqa: E402
+from lora_jax.parallel.mesh import make_mesh  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.interop.zoo import VOCAB, ZOO, Zoo  # noqa: E402
 
@@ -59,6 +63,20 @@ def test_logits_equal_transformers(zoo: Zoo, name: str):
     print(f"{name}: {np.abs(ours - expected).max():.1e} of {np.abs(expected).max():.1f}")
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_load_from_one_tensor_each_or_one_for_all_and_onto_a_mesh(zoo: Zoo, name: str, tmp_path: Path):
+    """transformers' module has the experts in one tensor, the files it writes have one an expert: both are read alike."""
+    state = {key: tensor.numpy() for key, tensor in zoo.model(name).state_dict().items()}
+    fused = "model.layers.1.mlp.experts.gate_up_proj"
+    assert fused in state and fused not in load_file(zoo.source(name) / "model.safetensors")
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((zoo.source(name) / "config.json").read_text())
+    wanted = tiny.base_arrays(load_model(str(zoo.source(name))))
+    assert tiny.arrays_equal(tiny.base_arrays(load_model(str(tmp_path))), wanted)
+    for mesh in (MeshConfig(fsdp=2, tensor=4), MeshConfig(fsdp=8)):  # gate and up are joined on the axis that `tensor` cuts
+        assert tiny.arrays_equal(tiny.base_arrays(load_model(str(zoo.source(name)), mesh=make_mesh(mesh))), wanted)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-bias", "gpt2", "gpt_neox-serial"])

@@ -184,6 +184,24 @@ ZOO: dict[str, Entry] = {
         tie_word_embeddings=True,
         **_rope("linear", factor=2.0, partial_rotary_factor=0.5),
     ),
+    # Mixtures of experts.
+    "mixtral": _decoder("mixtral", num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral-window": _decoder(
+        "mixtral", num_local_experts=3, num_experts_per_tok=1, sliding_window=5, head_dim=12, tie_word_embeddings=True
+    ),
+    "qwen3_moe": _decoder("qwen3_moe", num_key_value_heads=2, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=16),
+    "qwen3_moe-normed": _decoder(
+        "qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        head_dim=8,
+        norm_topk_prob=True,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=5,
+    ),
     # BERT.
     "bert": _encoder("bert"),
     "bert-gelu-new": _encoder("bert", hidden_act="gelu_new", type_vocab_size=3),

@@ -124,6 +124,8 @@ def test_a_window_that_is_not_used_is_none():
         ("deberta-v2", BOTH | {"position_buckets": 126}, "position_buckets = 126 does not fit max_relative_positions = 64"),
         ("modernbert", {"local_attention": 0}, "local_attention = 0 should be a whole number, 1 or more"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", **LONG, "long_factor": [2.0]}}, "should have 4 numbers each"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported"),
+        ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok = 3, and there are 2 experts"),
     ],
 )
 def test_what_is_not_supported_is_named(family: str, options: dict[str, Any], message: str):

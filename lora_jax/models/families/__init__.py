@@ -9,57 +9,7 @@ from typing import Any
 from ...config.errors import InputError, hint
 from ..head_shape import HeadShape
 from ..layers import BlockConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """Where a parameter comes from: a Hugging Face tensor name, `{i}` standing for the layer.
-
-    Attributes:
-        name: the tensor's.
-        transpose: turns PyTorch's (out, in) into our (in, out).
-        first: the first layer that has it. Ours below hold ones: a norm that is not used there (`BlockConfig.first_norm`).
-    """
-
-    name: str
-    transpose: bool = False
-    first: int = 0
-
-    def layers(self, depth: int) -> list[int | None]:
-        """The layers that have such a tensor, of a model of `depth`; [None] of what is no layer's."""
-        return [*range(self.first, depth)] if "{i}" in self.name else [None]
-
-    def of_layer(self, layer: int | None) -> str:
-        """The tensor's name in one of `layers`."""
-        return self.name.replace("{i}", str(layer))
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """A head as a family's checkpoints hold it (`BertForTokenClassification` and its like).
-
-    Attributes:
-        shape: of the head.
-        modules: our module path (`classifier`, `pre_classifier`, `classifier_norm`) -> Hugging Face module path.
-        renamed: what the base's tensors are called under this head: (start of the name, what stands there instead).
-    """
-
-    shape: HeadShape
-    modules: dict[str, str]
-    renamed: tuple[str, str] | None = None
-
-    def weights(self) -> dict[str, Weight]:
-        """Parameter path -> Weight, of the head alone."""
-        linears = {ours: theirs for ours, theirs in self.modules.items() if ours != "classifier_norm"}
-        table = {f"{ours}.kernel": Weight(f"{theirs}.weight", transpose=True) for ours, theirs in linears.items()}
-        biased = {"classifier": self.shape.bias, "pre_classifier": self.shape.dense_bias}
-        table |= {f"{ours}.bias": Weight(f"{theirs}.bias") for ours, theirs in linears.items() if biased[ours]}
-        if self.shape.norm:
-            name = self.modules["classifier_norm"]
-            table["classifier_norm.scale"] = Weight(f"{name}.weight")
-            if self.shape.norm_bias:
-                table["classifier_norm.bias"] = Weight(f"{name}.bias")
-        return table
+from .weight import Head, Weight
 
 
 def decoder_heads(*, tokens: str = "score", renamed: tuple[str, str] | None = None) -> Callable[[Mapping[str, Any]], dict[str, Head]]:
@@ -99,7 +49,6 @@ class Family:
         weights: our config -> {parameter path: Weight}. In a path `layers.` stands for the stack.
         prefixes: what may stand before the names in a checkpoint (`bert.` where it was saved with a head).
         root: what all names but those of output heads start with, unless a checkpoint was saved without any head (`model.`).
-        ignored: endings of tensor names that a checkpoint may hold and we have no use for.
         heads: Hugging Face config -> {kind of head: Head}.
     """
 
@@ -108,26 +57,42 @@ class Family:
     weights: Callable[[Any], dict[str, Weight]]
     prefixes: tuple[str, ...] = ("",)
     root: str = ""
-    ignored: tuple[str, ...] = ()
     heads: Callable[[Mapping[str, Any]], dict[str, Head]] = _DECODER_HEADS
 
 
 def families() -> dict[str, Family]:
     """`model_type` -> family, of all that are known."""
-    from . import bert, deberta, distilbert, gemma, gpt2, gpt_neox, granite, llama, mistral, modernbert, olmo2, phi3, qwen, roberta, smollm3
+    from . import (
+        bert,
+        deberta,
+        distilbert,
+        gemma,
+        gpt2,
+        gpt_neox,
+        granite,
+        llama,
+        mistral,
+        mixtral,
+        modernbert,
+        olmo2,
+        phi3,
+        qwen,
+        roberta,
+        smollm3,
+    )  # fmt: skip
 
-    # XLM-RoBERTa and CamemBERT are RoBERTa with other vocabularies.
-    robertas = dict.fromkeys(("roberta", "xlm-roberta", "camembert"), roberta.FAMILY)
     return {
         "bert": bert.FAMILY,
         "distilbert": distilbert.FAMILY,
-        **robertas,
+        **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), roberta.FAMILY),  # with vocabularies of their own
         "deberta-v2": deberta.FAMILY,  # v3 is saved as this too
         "modernbert": modernbert.FAMILY,
         "llama": llama.FAMILY,
         "mistral": mistral.FAMILY,
+        "mixtral": mixtral.FAMILY,
         "qwen2": qwen.QWEN2,
         "qwen3": qwen.QWEN3,
+        "qwen3_moe": qwen.QWEN3_MOE,
         "smollm3": smollm3.FAMILY,
         "granite": granite.FAMILY,
         "gemma": gemma.GEMMA,

@@ -63,6 +63,5 @@ FAMILY = Family(
     config_of,
     weights_of,
     prefixes=("", "bert."),
-    ignored=("position_ids", "cls.", "classifier."),
     heads=lambda _: encoder_heads(Head(HeadShape(pooler=True), {"classifier": "classifier"})),
 )

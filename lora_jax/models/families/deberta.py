@@ -107,6 +107,5 @@ FAMILY = Family(
     _config,
     _weights,
     prefixes=("", "deberta."),
-    ignored=("position_ids", "cls.", "lm_predictions.", "mask_predictions.", "pooler.", "classifier.", "qa_outputs."),
     heads=_heads,
 )

@@ -51,6 +51,5 @@ FAMILY = Family(
     _config,
     _weights,
     prefixes=("", "distilbert."),
-    ignored=("vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "classifier.", "qa_outputs."),
     heads=_heads,
 )

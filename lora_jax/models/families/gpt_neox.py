@@ -52,7 +52,7 @@ def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
 def _weights(config: DecoderConfig) -> dict[str, Weight]:
     table = projections(_ATTENTION, bias=config.block.qkv_bias) | projections(_MLP, bias=True)
     table |= norms(_NORMS) | embeddings({"embed": "gpt_neox.embed_in"})
-    return table if config.tied else table | projections({"lm_head": "embed_out"}, bias=False)
+    return table if config.tied else table | {"lm_head.kernel": Weight("embed_out.weight", True, called="lm_head.weight")}
 
 
 FAMILY = Family("decoder", _config, _weights, root="gpt_neox.", heads=decoder_heads(tokens="classifier"))

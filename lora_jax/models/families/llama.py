@@ -97,10 +97,10 @@ def weights(config: DecoderConfig) -> dict[str, Weight]:
     """The names that follow from a decoder's options."""
     cfg = config.block
     attention = ("q", "k", "v") if cfg.qkv == "separate" else ("qkv",)
-    mlp = ("gate_up",) if cfg.joined_gate else ("gate", "up")
+    mlp = () if cfg.experts is not None else ("gate_up", "down") if cfg.joined_gate else ("gate", "up", "down")
     table = projections({f"layers.attn.{p}_proj": f"{LAYER}self_attn.{p}_proj" for p in attention}, bias=cfg.qkv_bias)
     table |= projections({"layers.attn.o_proj": f"{LAYER}self_attn.o_proj"}, bias=cfg.out_bias)
-    table |= projections({f"layers.mlp.{p}_proj": f"{LAYER}mlp.{p}_proj" for p in (*mlp, "down")}, bias=cfg.mlp_bias)
+    table |= projections({f"layers.mlp.{p}_proj": f"{LAYER}mlp.{p}_proj" for p in mlp}, bias=cfg.mlp_bias)
     table |= {f"layers.{ours}.scale": Weight(f"{LAYER}{theirs}.weight") for ours, theirs in _NORMS[cfg.norm_at].items()}
     if cfg.qk_norm is not None:
         table |= {f"layers.attn.{p}_norm.scale": Weight(f"{LAYER}self_attn.{p}_norm.weight") for p in "qk"}

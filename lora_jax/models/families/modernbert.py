@@ -90,4 +90,4 @@ def _heads(hf: Mapping[str, Any]) -> dict[str, Head]:
     return {"classification": Head(of_text, modules), "token_classification": each, "question_answering": each}
 
 
-FAMILY = Family("encoder", _config, _weights, prefixes=("", "model."), ignored=("head.", "decoder.", "classifier."), heads=_heads)
+FAMILY = Family("encoder", _config, _weights, prefixes=("", "model."), heads=_heads)

@@ -1,4 +1,7 @@
-"""Qwen 2, 2.5 (arXiv:2407.10671): Llama with biases on queries, keys and values. Qwen 3 (arXiv:2505.09388): with norms in their place."""
+"""Qwen 2, 2.5 (arXiv:2407.10671): Llama with biases on queries, keys and values. Qwen 3 (arXiv:2505.09388): with norms in their place.
+
+Qwen 3 also comes as a mixture of experts.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any
 from ..attention import LayerKind
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig
-from . import Family, decoder_heads, size
+from . import Family, Weight, decoder_heads, only, size
 from .llama import ROOT, block, decoder, full_rotary, layer_kinds, weights, window
+from .mixtral import expert_weights, experts
 
 
 def windowed(hf: Mapping[str, Any]) -> int | None:
@@ -36,5 +40,19 @@ def _qwen3(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
     return _decoder(hf, block(hf, dtype, head_dim=size(hf, "head_dim", 128), qk_norm="head", mlp_bias=False))
 
 
+def _qwen3_moe(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+    only(hf, "decoder_sparse_step", 1)  # every layer has experts: the layers of a stack are of one shape
+    only(hf, "mlp_only_layers", None, [])
+    chosen = experts(hf, "num_experts", usual=128, used=8, hidden=size(hf, "moe_intermediate_size", 768))
+    normed = hf.get("norm_topk_prob", False)
+    layer = block(hf, dtype, head_dim=size(hf, "head_dim", 128), qk_norm="head", mlp_bias=False, experts_normed=normed, **chosen)
+    return decoder(hf, layer, [LayerKind(windowed(hf), full_rotary(hf, layer))])
+
+
+def _moe_weights(config: DecoderConfig) -> dict[str, Weight]:
+    return weights(config) | expert_weights("mlp", ("gate_proj", "up_proj", "down_proj"))
+
+
 QWEN2 = Family("decoder", _qwen2, weights, root=ROOT, heads=decoder_heads(renamed=(ROOT, "transformer.")))
 QWEN3 = Family("decoder", _qwen3, weights, root=ROOT, heads=decoder_heads(renamed=(ROOT, "transformer.")))
+QWEN3_MOE = Family("decoder", _qwen3_moe, _moe_weights, root=ROOT, heads=decoder_heads(renamed=(ROOT, "transformer.")))

@@ -22,6 +22,4 @@ def _heads(_: Mapping[str, Any]) -> dict[str, Head]:
     return encoder_heads(Head(HeadShape(activation="tanh"), modules))
 
 
-FAMILY = Family(
-    "encoder", _config, weights_of, prefixes=("", "roberta."), ignored=("position_ids", "lm_head.", "classifier."), heads=_heads
-)
+FAMILY = Family("encoder", _config, weights_of, prefixes=("", "roberta."), heads=_heads)
