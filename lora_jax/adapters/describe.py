@@ -8,8 +8,11 @@ import math
 from flax import nnx
 from rich.table import Table
 
+from ..config.schema import AdapterConfig
 from .factors import factors_of, is_factor
 from .partition import partition
+from .sites import find_sites
+from .spec import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +79,23 @@ def describe(model: nnx.Module) -> Trainable:
             rows.append(TrainableRow(name, label, None, tuple(array.shape), array.size))
     frozen = sum(a.size for a in part.frozen.values())
     return Trainable(tuple(rows), frozen + sum(r.count for r in rows))
+
+
+def rank_for(model: nnx.Module, config: AdapterConfig, parameters: int) -> int:
+    """The rank at which a config's factors have as nearly as possible this many parameters, for comparisons at equal size.
+
+    A rank-1 update of a matrix (in, out) has in + out of them, so attention and MLP of one size have different ranks. Ranks that a
+    `rank_pattern` fixes are left out of account.
+
+    Args:
+        model: a base, or one with a task's head, without adapters.
+        config: targets and layers; its rank is not looked at.
+        parameters: wanted in all factors together.
+
+    Raises:
+        InputError: a target or layer matches nothing.
+    """
+    spec = resolve(model, config.model_copy(update={"rank": 1, "rank_pattern": {}}))
+    sizes = {site.name: site.inputs + site.outputs for site in find_sites(model)}
+    each = sum(int(member.ranks.sum()) * sizes[name] for name, member in spec.sites.items())
+    return max(1, round(parameters / each))

@@ -6,8 +6,8 @@ Tables for the terminal and for the report are two views of these rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,12 @@ class Row:
         members: Its members, one a seed.
         final: The metric at the end, over those members that finished.
         best: The metric at its best step, over the same.
-        difference: `final` minus the best row's, paired by seed; None for the best row itself and without common seeds.
+        difference: `final` minus that of the row it is compared with, paired by seed; None for that row itself, and where nothing can
+            be paired: no common seed, or other data or steps.
         is_best: Whether it is the best of all rows in `final`.
+        is_reference: Whether it is a row that others are compared with.
         run: The run it comes from, when several are compared.
+        data: Dotted key -> value of what decides its data and steps (`data_of`), as far as that is known to differ between rows.
     """
 
     settings: dict[str, Any]
@@ -61,7 +64,9 @@ class Row:
     best: Estimate
     difference: Estimate | None = None
     is_best: bool = False
+    is_reference: bool = False
     run: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -77,48 +82,121 @@ class Row:
                 parts.append(status if count == len(self.members) == 1 else f"{count} of {len(self.members)} {status}")
         return ", ".join(parts)
 
+    def values(self, metric: Metric, which: str = "final") -> dict[str, float]:
+        """Seed -> value, of those that finished with a value. Without evaluations in between, the best is the final one."""
+        found = {}
+        for m in self.members:
+            value = (getattr(m, which) or m.final).get(metric.name, math.nan)
+            if m.status == "finished" and not math.isnan(value):
+                found[identity(m.settings.get(SEED, 0))] = value
+        return found
 
-def rows_of(results: Sequence[MemberResult], metric: Metric, *, run: str = "") -> list[Row]:
-    """One row for every setting but the seed, in the order of `results`; none is marked best yet."""
+
+def rows_of(results: Sequence[MemberResult], metric: Metric, *, run: str = "", config: Mapping[str, Any] | None = None) -> list[Row]:
+    """One row for every setting but the seed, in the order of `results`; none is marked best yet.
+
+    Args:
+        results: The members of one run.
+        metric: What to compare by.
+        run: The run's name, where several are compared.
+        config: The run's config as dotted keys, where rows of several runs are compared.
+    """
     groups: dict[str, list[MemberResult]] = {}
     for r in results:
-        groups.setdefault(identity({k: identity(v) for k, v in r.settings.items() if k != SEED}), []).append(r)
+        groups.setdefault(_key(r.settings), []).append(r)
     rows = []
     for members in groups.values():
         settings = {k: v for k, v in members[0].settings.items() if k != SEED}
-        final, best = (Estimate.of(list(_by_seed(members, metric, which).values())) for which in ("final", "best"))
-        rows.append(Row(settings, tuple(members), final, best, run=run))
+        data = data_of({**(config or {}), **settings})
+        row = Row(settings, tuple(members), Estimate.of([]), Estimate.of([]), run=run, data=data)
+        final, best = (Estimate.of(list(row.values(metric, which).values())) for which in ("final", "best"))
+        rows.append(replace(row, final=final, best=best))
     return rows
 
 
-def mark_best(rows: Sequence[Row], metric: Metric) -> list[Row]:
-    """Marks the best row, and gives the others their difference to it.
+def mark_best(rows: Sequence[Row], metric: Metric, reference: Mapping[str, Any] | None = None) -> list[Row]:
+    """Marks the best row, and gives rows their difference to it, or to the reference.
 
     A row of which some seed did not finish cannot be best: the mean over the seeds that survived flatters it.
+
+    Args:
+        rows: From `rows_of`.
+        metric: What to compare by.
+        reference: Swept key -> value. A row is compared with the row that has these values and its own for all other keys (of its
+            own run, where that has one). Where learning rates were chosen for each (`best_rates`), theirs may differ.
     """
-    able = [row for row in rows if not row.unfinished and not math.isnan(row.final.mean)]
-    if not able:
-        return list(rows)
-    best = able[0]
-    for row in able[1:]:
-        if metric.better(row.final.mean, best.final.mean):
+    best = _best(rows, metric)
+    if reference:
+        others = [_counterpart(row, rows, reference) for row in rows]
+    else:
+        others = [best] * len(rows)
+    marked = []
+    for row, other in zip(rows, others, strict=True):
+        difference = None if other is None or row is other else _difference(row, other, metric)
+        marked.append(replace(row, is_best=row is best, is_reference=any(row is o for o in others), difference=difference))
+    return marked
+
+
+def best_rates(rows: Sequence[Row], metric: Metric) -> list[Row]:
+    """Of the rows that differ in the learning rate alone, the best one: each setting as good as its tuning makes it.
+
+    Those of which no seed finished are left out. In the order of `rows`.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.run, _key(row.settings, LEARNING_RATE)), []).append(row)
+    chosen = [_best(group, metric) for group in groups.values()]
+    return [row for row in chosen if row is not None]
+
+
+def rates_of(rows: Sequence[Row]) -> list[float]:
+    """The learning rates of the rows, rising; empty where it was not swept."""
+    return sorted({float(row.settings[LEARNING_RATE]) for row in rows if LEARNING_RATE in row.settings})
+
+
+def _best(rows: Sequence[Row], metric: Metric) -> Row | None:
+    best: Row | None = None
+    for row in rows:
+        if not row.unfinished and not math.isnan(row.final.mean) and (best is None or metric.better(row.final.mean, best.final.mean)):
             best = row
-    return [replace(row, is_best=True) if row is best else replace(row, difference=_difference(row, best, metric)) for row in rows]
+    return best
 
 
-def _by_seed(members: Sequence[MemberResult], metric: Metric, which: str = "final") -> dict[str, float]:
-    """Seed -> value, of those that finished with a value. Without evaluations in between, the best is the final one."""
-    found = {}
-    for m in members:
-        value = (getattr(m, which) or m.final).get(metric.name, math.nan)
-        if m.status == "finished" and not math.isnan(value):
-            found[identity(m.settings.get(SEED, 0))] = value
-    return found
+def _key(settings: Mapping[str, Any], *without: str) -> str:
+    return identity({k: identity(v) for k, v in settings.items() if k not in (SEED, *without)})
 
 
-def _difference(row: Row, best: Row, metric: Metric) -> Estimate | None:
-    # Members of one seed see the same data in the same order, so most of the noise cancels in their difference.
-    mine, others = _by_seed(row.members, metric), _by_seed(best.members, metric)
+def _counterpart(row: Row, rows: Sequence[Row], reference: Mapping[str, Any]) -> Row | None:
+    wanted = {**row.settings, **reference}
+    for ignored in ((), () if LEARNING_RATE in reference else (LEARNING_RATE,)):
+        found = [other for other in rows if _key(other.settings, *ignored) == _key(wanted, *ignored)]
+        found.sort(key=lambda other: other.run != row.run)
+        # With rates left out, the row must be the only one: else it is not known which of them is meant.
+        if found and (not ignored or sum(other.run == found[0].run for other in found) == 1):
+            return found[0]
+    return None
+
+
+def data_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a member's settings that decide what it trains on, in which order, and how long.
+
+    Members of one seed are paired where these are equal: they saw the same batches, so most of the noise cancels in their difference.
+
+    >>> data_of({"adapter.rank": 4, "training.steps": 100, "training.seed": 1})
+    {'training.steps': 100}
+    """
+    return {k: v for k, v in settings.items() if k.startswith("task.") or k in ("model.source", *_LENGTH_AND_ORDER)}
+
+
+_LENGTH_AND_ORDER = tuple(
+    f"training.{key}" for key in ("steps", "epochs", "extend_steps", "batch_size", "accumulate", "batching", "data_seed")
+)
+
+
+def _difference(row: Row, other: Row, metric: Metric) -> Estimate | None:
+    if _key(row.data) != _key(other.data):
+        return None
+    mine, others = row.values(metric), other.values(metric)
     common = [seed for seed in mine if seed in others]
     return Estimate.of([mine[seed] - others[seed] for seed in common]) if common else None
 
@@ -137,9 +215,32 @@ def footnotes(results: Sequence[MemberResult], rows: Sequence[Row]) -> list[str]
         )
     elif len(rows) > 1:
         more = f"{SEED} was swept, but no setting finished with two seeds" if SEED in keys else f"One seed: sweep {SEED}"
-        notes.append(f"{more} to see which differences are more than chance.")
+        notes.append(f"{more} to see which differences are more than chance; of a single seed there is no interval.")
     if any(row.unfinished for row in rows):
         notes.append(
             "Settings of which a seed diverged, failed or was stopped by halving cannot be best; figures are over the other seeds."
         )
+    if any(row.is_reference for row in rows):
+        unlike = {key for row in rows for key in row.data if len({identity(r.data.get(key)) for r in rows}) > 1}
+        if unlike:
+            notes.append(f"No difference is given between members that differ in {', '.join(sorted(unlike))}: they cannot be paired.")
+        elif any(row.final.count and not row.is_best and not row.is_reference and row.difference is None for row in rows):
+            notes.append("Where no difference is given, no seed is common with what is compared with.")
+    return notes
+
+
+def rate_notes(chosen: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """What a reader has to know of settings at their best learning rates.
+
+    Args:
+        chosen: From `best_rates`.
+        rows: All of them.
+    """
+    notes = ["The rate was chosen by the same held-out rows, which flatters all settings a little."]
+    rates = rates_of(rows)
+    ends = [f"the {word} swept ({end:g})" for word, end in (("smallest", rates[0]), ("largest", rates[-1]))]
+    at = [sum(row.settings.get(LEARNING_RATE) == end for row in chosen) for end in (rates[0], rates[-1])]
+    if any(at):
+        where = " and ".join(f"{count} of {len(chosen)} at {end}" for count, end in zip(at, ends, strict=True) if count)
+        notes.append(f"The best rate lies at an end of what was swept, {where}: a rate beyond it may be better yet.")
     return notes

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from lora_jax.analysis.compare import Row, footnotes, mark_best, rows_of
+from lora_jax.analysis.compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
 from lora_jax.analysis.heatmap import heatmap_png
 from lora_jax.analysis.metrics import Metric, primary_metric, short_value
-from lora_jax.analysis.table import best_step_text, columns, estimate_text
+from lora_jax.analysis.table import best_step_text, columns, difference_heading, difference_text, estimate_text, read_config
 from lora_jax.config.errors import InputError
 from lora_jax.tracking.files import read_json, write_atomic
 from lora_jax.tracking.progress import clock_time
@@ -48,6 +48,7 @@ def write_report(
     environment: Mapping[str, Any] | None = None,
     summary: Mapping[str, Any] | None = None,
     metric: Metric | None = None,
+    reference: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the page.
 
@@ -59,12 +60,13 @@ def write_report(
         environment: What `describe_environment` gave.
         summary: Figures of the whole run: `compiled_programs`, `seconds`; unknown ones are left out.
         metric: What to compare by; `primary_metric` by default.
+        reference: Swept key -> value of what members are compared with, as in `mark_best`; the best setting by default.
 
     Raises:
         InputError: The members have no metric in common.
     """
     metric = metric or primary_metric(results)
-    rows = mark_best(rows_of(results, metric), metric)
+    rows = mark_best(rows_of(results, metric), metric, reference)
     about = _about(config_yaml)
     png = heatmap_png(results, metric=metric)  # the page itself says what run this is
     parts = [f"<h1>{escape(name)}</h1>", f'<p class="about">{escape(about)}</p>', _figures(results, rows, metric, summary or {})]
@@ -74,8 +76,10 @@ def write_report(
         source = base64.b64encode(png).decode()
         alt = f"Heat map of {metric.name} over the swept settings; the table below has the same figures"
         parts.append(f'<img width="{width}" alt="{escape(alt)}" src="data:image/png;base64,{source}">')
-    parts += ["<h2>Members</h2>", f'<div class="wide">{_table(rows, metric)}</div>']
-    parts.append('<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in footnotes(results, rows)) + "</ul>")
+    tuned = mark_best(best_rates(rows, metric), metric, reference)
+    if len(rates_of(rows)) > 1 and len(tuned) > 1:
+        parts += ["<h2>Each at its best learning rate</h2>", _table(tuned, metric, reference), _notes(rate_notes(tuned, rows))]
+    parts += ["<h2>Members</h2>", _table(rows, metric, reference), _notes(footnotes(results, rows))]
     if environment:
         parts += ["<h2>Environment</h2>", _environment(environment)]
     if config_yaml:
@@ -99,9 +103,17 @@ def report_run(run_dir: Path | str) -> Path:
     run_dir = Path(run_dir)
     results = read_run(run_dir)
     environment, summary = ({} if not (run_dir / f).exists() else read_json(run_dir / f) for f in ("environment.json", "summary.json"))
-    config = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    name = run_dir.resolve().name
-    return write_report(run_dir / "report.html", results, name=name, config_yaml=config, environment=environment, summary=summary)
+    text = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    config = read_config(run_dir)
+    return write_report(
+        run_dir / "report.html",
+        results,
+        name=run_dir.resolve().name,
+        config_yaml=text,
+        environment=environment,
+        summary=summary,
+        reference=(config.get("sweep") or {}).get("reference"),
+    )
 
 
 def _about(config_yaml: str) -> str:
@@ -134,11 +146,16 @@ def _figures(results: Sequence[MemberResult], rows: Sequence[Row], metric: Metri
     return '<div class="figures">' + "".join(f"<div><b>{escape(v)}</b><span>{escape(k)}</span></div>" for v, k in figures) + "</div>"
 
 
-def _table(rows: Sequence[Row], metric: Metric) -> str:
+def _notes(notes: Sequence[str]) -> str:
+    return '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+
+
+def _table(rows: Sequence[Row], metric: Metric, reference: Mapping[str, Any] | None) -> str:
     keys = columns(rows)
     numeric = {key: all(isinstance(row.settings.get(key), (int, float)) for row in rows) for key in keys}
     head = [(h, numeric[k], k) for k, h in keys.items()] if keys else [("member", False, "")]
-    figures = ["seeds", "parameters", f"final {metric.heading}", f"best {metric.heading}", "at step", "to best", "tokens/s", "padding (%)"]
+    figures = ["seeds", "parameters", f"final {metric.heading}", f"best {metric.heading}", "at step", difference_heading(reference)]
+    figures += ["tokens/s", "padding (%)"]
     lines = ["<tr>" + "".join(_cell("th", h, n, k) for h, n, k in head) + "".join(_cell("th", f, True) for f in figures) + "</tr>"]
     for row in rows:
         cells = [_cell("td", short_value(row.settings.get(k)), numeric[k], str(row.settings.get(k))) for k in keys]
@@ -149,11 +166,11 @@ def _table(rows: Sequence[Row], metric: Metric) -> str:
         speed, padding = (sum(getattr(m, k) for m in row.members) / len(row.members) for k in ("tokens_per_second", "padding_share"))
         cells += [_cell("td", str(len(row.members)), True), _cell("td", f"{row.parameters:,}", True), f'<td class="n">{bad}{final}</td>']
         cells += [_cell("td", estimate_text(row.best, metric) if known else "", True), _cell("td", best_step_text(row), True)]
-        cells += [_cell("td", estimate_text(row.difference, metric, signed=True) if row.difference else "", True)]
+        cells += [_cell("td", difference_text(row, metric), True)]
         cells += [_cell("td", "" if math.isnan(speed) else f"{speed:,.0f}", True)]
         cells += [_cell("td", "" if math.isnan(padding) else f"{100 * padding:.1f}", True)]
         lines.append(('<tr class="best">' if row.is_best else "<tr>") + "".join(cells) + "</tr>")
-    return "<table>" + "\n".join(lines) + "</table>"
+    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
 
 def _cell(tag: str, text: str, number: bool, hover: str = "") -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,58 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from lora_jax.analysis.compare import Estimate, Row, footnotes, mark_best, rows_of
-from lora_jax.analysis.metrics import Metric, find_metric, primary_metric, short_names, short_value
+from lora_jax.analysis.compare import Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
+from lora_jax.analysis.metrics import SEED, Metric, find_metric, identity, primary_metric, short_names, short_value
 from lora_jax.config.errors import InputError
 from lora_jax.tracking.results import MemberResult, read_run, union
 from lora_jax.tracking.rundir import differences
 
 
-def results_table(results: Sequence[MemberResult], metric: Metric | str | None = None, *, title: str | None = None) -> Table:
+def results_table(
+    results: Sequence[MemberResult],
+    metric: Metric | str | None = None,
+    *,
+    title: str | None = None,
+    reference: Mapping[str, Any] | None = None,
+) -> Table:
     """One row a setting (seeds averaged): swept keys, trainable parameters, final and best metric, difference to the best.
 
     Args:
         results: The members of one run.
         metric: What to compare by; accuracy, perplexity or loss by default, whichever comes first in `results`.
         title: Shown above.
+        reference: Swept key -> value: differences are to the members with these values; see `mark_best`. To the best by default.
     """
     metric = find_metric(metric, results) if isinstance(metric, str) else metric or primary_metric(results)
-    rows = mark_best(rows_of(results, metric), metric)
-    return _table(rows, metric, title, footnotes(results, rows))
+    rows = mark_best(rows_of(results, metric), metric, reference)
+    return _table(rows, metric, title, footnotes(results, rows), reference)
 
 
-def compare_runs(dirs: Sequence[Path | str], metric: str | None = None) -> Table:
-    """The members of several run directories in one table, with every key that any of them swept.
+def rates_table(
+    results: Sequence[MemberResult], metric: Metric | str | None = None, *, reference: Mapping[str, Any] | None = None
+) -> Table | None:
+    """The same of each setting at its best learning rate; None where fewer than two rates, or nothing else, were swept."""
+    metric = find_metric(metric, results) if isinstance(metric, str) else metric or primary_metric(results)
+    rows = rows_of(results, metric)
+    chosen = mark_best(best_rates(rows, metric), metric, reference)
+    if len(rates_of(rows)) < 2 or len(chosen) < 2:
+        return None
+    return _table(chosen, metric, "each at its best learning rate", rate_notes(chosen, rows), reference)
 
-    A run that did not sweep a key shows the one value its config has for it.
+
+def compare_runs(dirs: Sequence[Path | str], metric: str | None = None, reference: Mapping[str, Any] | None = None) -> list[Table]:
+    """The members of several run directories in one table, with every key that any of them swept; and each at its best learning rate.
+
+    A run that did not sweep a key shows the one value its config has for it. Members of different runs are paired by seed where both
+    trained on the same data, in the same order, for as many steps; elsewhere no difference is given.
 
     Args:
         dirs: Run directories.
         metric: As in `results_table`; it has to be common to all runs.
+        reference: As in `results_table`.
 
     Raises:
-        InputError: A directory is missing or damaged, or the runs have no metric in common.
+        InputError: A directory is missing or damaged, or the runs have no metric in common; or nobody has the reference's values.
     """
     paths = [Path(d) for d in dirs]
     if not paths:
@@ -49,21 +71,28 @@ def compare_runs(dirs: Sequence[Path | str], metric: str | None = None) -> Table
     every = {path: read_run(path) for path in paths}
     results = [r for some in every.values() for r in some]
     chosen = find_metric(metric, results) if metric else primary_metric(results)
-    keys = union(r.settings for r in results)
-    configs = {path: _read_config(path) for path in paths}
+    configs = {path: read_config(path) for path in paths}
+    keys = union([*(r.settings for r in results), *([reference] if reference else [])])
     repeated = len({p.resolve().name for p in paths}) < len(every)
     rows: list[Row] = []
     for path, some in every.items():
         run = "/".join(path.resolve().parts[-2:]) if repeated else path.resolve().name
-        for row in rows_of(some, chosen, run=run):
-            row.settings.update({k: _look_up(configs[path], k) for k in keys if k != "training.seed" and k not in row.settings})
-            rows.append(row)
-    rows = mark_best(rows, chosen)
-    notes = footnotes([MemberResult(r.run, r.settings, 0, "finished", {}) for r in rows], rows)
-    return _table(rows, chosen, None, notes + _unlike(configs, keys))
+        config = flat(configs[path])
+        own = {k: config.get(k) for k in (*keys, SEED)}
+        rows += rows_of([replace(r, settings={**own, **r.settings}) for r in some], chosen, run=run, config=config)
+    if reference and not any(all(identity(row.settings[k]) == identity(v) for k, v in reference.items()) for row in rows):
+        raise InputError(f"--reference: no member has {_words(reference)}.")
+    marked = mark_best(rows, chosen, reference)
+    notes = footnotes([MemberResult(r.run, r.settings, 0, "finished", {}) for r in marked], marked)
+    tables = [_table(marked, chosen, None, notes + _unlike(configs, keys), reference)]
+    best = mark_best(best_rates(rows, chosen), chosen, reference)
+    if 1 < len(best) < len(rows) and len(rates_of(rows)) > 1:
+        tables.append(_table(best, chosen, "each at its best learning rate", rate_notes(best, rows), reference))
+    return tables
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of a run directory, as plain values; `InputError` where it is damaged."""
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -71,10 +100,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _look_up(config: Any, key: str) -> Any:
-    for word in key.split("."):
-        config = config.get(word) if isinstance(config, dict) else None
-    return config
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys.
+
+    >>> flat({"adapter": {"rank": 4}, "name": "a"})
+    {'adapter.rank': 4, 'name': 'a'}
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
 
 
 def _unlike(configs: dict[Path, dict[str, Any]], swept: Sequence[str]) -> list[str]:
@@ -103,7 +138,23 @@ def best_step_text(row: Row) -> str:
     return "" if not steps else f"{steps[0]}" if len(set(steps)) == 1 else f"{min(steps)}-{max(steps)}"
 
 
-def _table(rows: Sequence[Row], metric: Metric, title: str | None, notes: Sequence[str]) -> Table:
+def difference_heading(reference: Mapping[str, Any] | None) -> str:
+    """`to best`, or `to rank=1`."""
+    return f"to {_words(reference)}" if reference else "to best"
+
+
+def difference_text(row: Row, metric: Metric) -> str:
+    """The difference with its interval; a dash for what others are compared with."""
+    return estimate_text(row.difference, metric, signed=True) if row.difference else "–" if row.is_reference else ""
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={short_value(settings[key])}" for key, name in short_names(settings).items())
+
+
+def _table(
+    rows: Sequence[Row], metric: Metric, title: str | None, notes: Sequence[str], reference: Mapping[str, Any] | None = None
+) -> Table:
     has_run, has_seeds = any(row.run for row in rows), any(len(row.members) > 1 for row in rows)
     has_steps, has_difference = any(best_step_text(row) for row in rows), any(row.difference for row in rows)
     caption = "\n".join(["* best", *notes] if any(row.is_best for row in rows) else notes)
@@ -123,14 +174,14 @@ def _table(rows: Sequence[Row], metric: Metric, title: str | None, notes: Sequen
     if has_steps:
         table.add_column("at step", justify="right")
     if has_difference:
-        table.add_column("to best", justify="right")
+        table.add_column(difference_heading(reference), justify="right")
     for row in rows:
         cells: list[str | Text] = [row.run] if has_run else []
         cells += [short_value(row.settings.get(key)) for key in keys] if keys or has_run else [row.members[0].name]
         cells += [str(len(row.members))] if has_seeds else []
         cells += [f"{row.parameters:,}", _final(row, metric), "" if row.final.count == 0 else estimate_text(row.best, metric)]
         cells += [best_step_text(row)] if has_steps else []
-        cells += [estimate_text(row.difference, metric, signed=True) if row.difference else ""] if has_difference else []
+        cells += [difference_text(row, metric)] if has_difference else []
         table.add_row(*cells, style="bold green" if row.is_best else None)
     return table
 

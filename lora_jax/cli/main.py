@@ -238,14 +238,20 @@ def launch(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, such as runs/quickstart.", show_default=False)],
+    metric: Annotated[str | None, typer.Option("--metric", metavar="NAME", help="What to compare by, such as loss.")] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option("--reference", metavar="KEY=VALUE", help="Differences to members with this value; repeatable. The best by default."),
+    ] = None,
 ) -> None:
-    """Compare finished runs, best members first.
+    """Compare finished runs.
 
-    One table of all members, with intervals over seeds where a setting was run with several.
+    One table of all members, with intervals over seeds where a setting was run with several, and differences paired by seed where
+    members trained on the same data for as many steps; then one of each setting at its best learning rate.
     """
     from .compare import compare_command
 
-    compare_command(runs)
+    compare_command(runs, metric, reference or [])
 
 
 @app.command()

@@ -38,7 +38,7 @@ def sweep_command(
 
 def run_and_report(config: Config, *, solo: bool, fresh: bool, many: bool = False, part: str | None = None, joining: Joining) -> None:
     """Runs, then writes heat map and report, then prints the table and where things are: of several processes, the first does so."""
-    from ..analysis import report_run, results_table, write_heatmap
+    from ..analysis import rates_table, report_run, results_table, write_heatmap, write_summary_csv
     from ..sweeps.plan import Part
     from ..sweeps.run import run_sweep
     from ..tracking import Progress
@@ -54,7 +54,11 @@ def run_and_report(config: Config, *, solo: bool, fresh: bool, many: bool = Fals
         progress.print(f"part {share} is done; members of other parts yet to end: {left}. The last part writes the report.")
         return
     console = results_console()
-    console.print(results_table(outcome.results, title=config.name))
+    reference = config.sweep.reference if config.sweep else None
+    console.print(results_table(outcome.results, title=config.name, reference=reference))
+    if (tuned := rates_table(outcome.results, reference=reference)) is not None:
+        console.print(tuned)
+    write_summary_csv(outcome.path / "summary.csv", outcome.results, reference)
     subtitle = f"{config.task.kind} on {config.task.source.rsplit('/', 1)[-1]}, base {config.model.source.rsplit('://', 1)[-1]}"
     heatmap = write_heatmap(outcome.path / "heatmap.png", outcome.results, title=config.name, subtitle=subtitle)
     report = report_run(outcome.path)

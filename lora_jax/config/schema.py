@@ -281,6 +281,13 @@ class SweepConfig(Section):
     where: str | None = Field(
         default=None, description="Only members for which this holds, such as: rank <= 8 or targets != 'mlp'. Keys by their last part."
     )
+    reference: dict[str, Any] = Field(
+        default_factory=dict,
+        description=(
+            "Swept key -> value: tables compare each member with the one that has these values and is else the same; "
+            "by default with the best."
+        ),
+    )
     halving: HalvingConfig | None = Field(default=None, description="Successive halving: the losers of each rung stop.")
     max_pack: PositiveInt = Field(default=16, description="Most members trained inside one compiled step.")
     max_padding: Fraction = Field(

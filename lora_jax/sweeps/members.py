@@ -7,7 +7,7 @@ import itertools
 import json
 from typing import Any
 
-from ..config.errors import InputError
+from ..config.errors import InputError, hint
 from ..config.load import with_values
 from ..config.schema import Config
 from .space import MANY, points
@@ -52,7 +52,19 @@ def members_of(config: Config, *, many: bool = False) -> list[Member]:
         if name in members:
             raise InputError(f"sweep: '{name}' appears twice.")
         members[name] = Member(name, settings, with_values(config, settings, where="sweep"))
+    reference = config.sweep.reference
+    if reference and not any(all(k in s and _same(s[k], v) for k, v in reference.items()) for s in some):
+        unknown = next((key for key in reference if all(key not in s for s in some)), None)
+        if unknown is not None:
+            raise InputError(f"sweep.reference: '{unknown}' is not swept. {hint(unknown, short)}")
+        raise InputError(f"sweep.reference: no member has {', '.join(f'{k}={_short_value(v)}' for k, v in reference.items())}.")
+    if "training.seed" in reference:
+        raise InputError("sweep.reference: 'training.seed' cannot be compared with; seeds are paired.")
     return list(members.values())
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _short_keys(keys: list[str]) -> dict[str, str]:

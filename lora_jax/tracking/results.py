@@ -129,7 +129,7 @@ def write_results_csv(path: Path | str, results: Sequence[MemberResult]) -> Path
         row: dict[str, Any] = {"name": r.name} | {k: r.settings.get(k) for k in keys} | {"parameters": r.parameters, "status": r.status}
         row |= {f"final_{m}": r.final.get(m) for m in finals} | {f"best_{m}": r.best.get(m) for m in bests}
         row |= {k: getattr(r, k) for k in ("best_step", "steps", "tokens", "padding_share")}
-        rows.append({k: _cell(v) for k, v in row.items()})
+        rows.append({k: cell(v) for k, v in row.items()})
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["name"], lineterminator="\n")
     writer.writeheader()
@@ -137,7 +137,8 @@ def write_results_csv(path: Path | str, results: Sequence[MemberResult]) -> Path
     return write_atomic(path, text.getvalue())
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """A value as a CSV file has it: empty for None and NaN, lists and mappings as JSON."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return json.dumps(value) if isinstance(value, (list, dict, bool)) else value

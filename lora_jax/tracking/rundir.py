@@ -5,6 +5,7 @@ runs/<name>/config.yaml          the resolved config
             plan.json            which members train together
             summary.json         figures of the run as a whole
             results.csv          a row a member
+            summary.csv          a row a setting: means and intervals over its seeds
             report.html
             <member>/            TensorBoard events, results.json, adapters
             checkpoints/<pack>/  what an interrupted pack goes on from
@@ -267,7 +268,7 @@ def member_folder(name: str) -> str:
     'targets=.._x-bb55ab00'
     """
     clean = re.sub(r"[^A-Za-z0-9._=,+-]", "_", name)[:100].lstrip(".") or "member"
-    files = ("config.yaml", "environment.json", "plan.json", "halving.json", "summary.json", "results.csv", "report.html")
+    files = ("config.yaml", "environment.json", "plan.json", "halving.json", "summary.json", "results.csv", "summary.csv", "report.html")
     reserved = clean in (*files, "checkpoints", "logs")
     # A trailing dot is dropped by Windows; a changed name might meet another member's.
     if clean == name and not reserved and not clean.endswith("."):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from lora_jax.adapters.describe import describe
+from lora_jax.adapters.describe import describe, rank_for
 from lora_jax.adapters.inject import inject
 from lora_jax.config.schema import AdapterConfig
 from tests import tiny
@@ -67,3 +67,14 @@ def test_prints():
     console.print(_describe(tiny.encoder(2), targets=["q_proj"]))
     text = console.export_text()
     assert "layers.attn.q_proj" in text and "32 x 4 x 32" in text and "512 of" in text
+
+
+def test_ranks_of_equal_size():
+    # width 32, MLP 64: a rank costs 4 x 64 in a layer's attention, 2 x 96 in its MLP.
+    model = tiny.encoder(3)
+    attention, mlp = (AdapterConfig(targets=targets, layers="last:2") for targets in ("attention", "mlp"))
+    budget = _describe(model, targets="mlp", rank=8, layers="last:2").count
+    assert rank_for(model, attention, budget) == 6 and rank_for(model, mlp, budget) == 8
+    assert _describe(model, targets="attention", rank=6, layers="last:2").count == budget
+    assert rank_for(model, mlp, 1) == 1
+    assert rank_for(model, AdapterConfig(targets="mlp", layers=0, rank_pattern={"up_proj": 3}), 4 * 192) == 4

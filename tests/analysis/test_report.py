@@ -47,6 +47,24 @@ def test_the_page_says_what_happened(page):
     assert re.search(r'<tr class="best">.*?8,000.*?90\.0', page) and "nan" not in text
 
 
+def test_the_page_gives_intervals_and_differences_to_the_reference(tmp_path):
+    values = {(1, 1e-3): (0.7, 0.8), (1, 1e-2): (0.6, 0.6), (8, 1e-3): (0.6, 0.7), (8, 1e-2): (0.8, 0.9)}
+    for (rank, rate), pair in values.items():
+        for seed, value in enumerate(pair):
+            settings = {"adapter.rank": rank, "optimizer.learning_rate": rate, "training.seed": seed}
+            name = f"{rank}-{rate}-{seed}"
+            MemberResult(name, settings, 1000 * rank, "finished", {"accuracy": value}).write(tmp_path / name)
+    (tmp_path / "config.yaml").write_text("name: r\nsweep: {reference: {adapter.rank: 1}}\n")
+    text = " ".join(re.sub(r"<[^>]*>", " ", report_run(tmp_path).read_text()).split())
+    tuned, _, every = text.partition("Each at its best learning rate")[2].partition("Members")
+    assert (
+        "to rank=1" in tuned
+        and re.search(r"8 0\.01 2 8,000 85\.0 ± 63\.5 85\.0 ± 63\.5 \+10\.0 ± 0\.0", tuned)
+        and "1e-3 2 8,000" not in tuned
+    )
+    assert re.search(r"8 1e-3 2 8,000 65\.0 ± 63\.5 65\.0 ± 63\.5 -10\.0 ± 0\.0", every)
+
+
 def test_the_page_is_whole_escaped_and_loads_nothing(page):
     found = Tags(page)
     assert found.open == []

@@ -4,7 +4,7 @@ import math
 import pytest
 from rich.console import Console
 
-from lora_jax.analysis import compare_runs, results_table
+from lora_jax.analysis import compare_runs, rates_table, results_table
 from lora_jax.config.errors import InputError
 from lora_jax.tracking import MemberResult
 
@@ -59,9 +59,11 @@ def test_runs_beside_each_other_fill_in_what_they_did_not_sweep(tmp_path):
     one = write_run(tmp_path / "one", config.format("one", "m1"), [member(4, 0.8), member(8, 0.9)])
     swept = MemberResult("b", {"optimizer.learning_rate": 0.05}, 77, "finished", {"accuracy": 0.95})
     two = write_run(tmp_path / "two", config.format("two", "m2"), [swept])
-    table = compare_runs([one, two])
+    table, _ = compare_runs([one, two])
     assert "2e-3" in row(table, "one", "4,000") and "0.05" in row(table, "two") and " 8 " in row(table, "two") and "*" in row(table, "two")
     assert "also differ in: model.source" in text(table) and "name" not in text(table)
+    # Other bases have other tokens: nothing is paired, and the table says so.
+    assert "-" not in row(table, "one", "4,000").replace("2e-3", "") and "differ in model.source: they cannot be paired" in text(table)
 
 
 def test_runs_need_something_to_compare_by(tmp_path):
@@ -71,3 +73,48 @@ def test_runs_need_something_to_compare_by(tmp_path):
         compare_runs([one, two])
     with pytest.raises(InputError, match="no such run"):
         compare_runs([one, tmp_path / "three"])
+
+
+RATE, SEED = "optimizer.learning_rate", "training.seed"
+CONFIG = "name: x\ntask: {{source: a.csv}}\nadapter: {{rank: {0}}}\ntraining: {{steps: {1}, seed: {2}, eval_every: {1}}}\n"
+
+
+def test_runs_are_paired_by_seed_where_data_and_steps_are_the_same(tmp_path):
+    def run(name, rank, steps, values, first=0, swept=True):
+        results = [
+            MemberResult(f"{v}", {SEED: first + i} if swept else {}, 1000 * rank, "finished", {"accuracy": v}) for i, v in enumerate(values)
+        ]
+        return write_run(tmp_path / name, CONFIG.format(rank, steps, first), results)
+
+    low = run("low", 1, 50, [0.50, 0.60, 0.90])
+    high = run("high", 2, 50, [0.52, 0.62, 0.92])
+    (table,) = compare_runs([low, high])
+    assert "-2.0 ± 0.0" in row(table, "low") and "–" in row(table, "high") and "cannot be paired" not in text(table)
+    # One seed, from the config; of it there is no interval.
+    (table,) = compare_runs([run("other", 4, 50, [0.7], first=1, swept=False), high])
+    assert "+8.0" in row(table, "other") or "-8.0" in row(table, "high") or "+8.0" in row(table, "high")
+    (table,) = compare_runs([run("longer", 1, 100, [0.5, 0.6, 0.7]), high])
+    assert "-" not in row(table, "longer") and "differ in training.steps: they cannot be paired" in text(table)
+    (table,) = compare_runs([run("seeds", 1, 50, [0.5, 0.6], first=7), high])
+    assert "-" not in row(table, "seeds") and "no seed is common" in text(table)
+
+
+def test_runs_are_compared_with_a_reference(tmp_path):
+    runs = []
+    for rank in (1, 2, 3):
+        result = MemberResult("m", {}, 1000 * rank, "finished", {"accuracy": rank / 100})
+        runs.append(write_run(tmp_path / f"r{rank}", CONFIG.format(rank, 50, 0), [result]))
+    (table,) = compare_runs(runs, reference={"adapter.rank": 1})
+    assert "to rank=1" in text(table) and "–" in row(table, "r1") and "+2.0" in row(table, "r3")
+    with pytest.raises(InputError, match="no member has rank=9"):
+        compare_runs(runs, reference={"adapter.rank": 9})
+
+
+def test_each_at_its_best_learning_rate():
+    values = {(1, 1e-3): (0.7, 0.8), (1, 1e-2): (0.6, 0.6), (8, 1e-3): (0.6, 0.7), (8, 1e-2): (0.8, 0.9)}
+    results = [member(rank, v, **{RATE: rate, SEED: seed}) for (rank, rate), two in values.items() for seed, v in enumerate(two)]
+    table = rates_table(results, reference={"adapter.rank": 1})
+    assert "1e-3" in row(table, "1,000") and "75.0" in row(table, "1,000") and "0.01" in row(table, "8,000")
+    assert "+10.0 ± 0.0" in row(table, "8,000") and "to rank=1" in text(table)
+    assert "1 of 2 at the smallest swept (0.001) and 1 of 2 at the largest swept (0.01)" in text(table)
+    assert rates_table(results[:2]) is None and rates_table([member(1, 0.5), member(2, 0.6)]) is None

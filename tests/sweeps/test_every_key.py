@@ -92,7 +92,7 @@ OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
     "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs", "training.pack", "training.chunk",
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
-    "sweep.where", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
+    "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.prompt", "task.response", "task.messages",
 }  # fmt: skip
 
