@@ -45,7 +45,9 @@ class ModelConfig(Section):
 
 
 class TaskConfig(Section):
-    kind: Literal["classification", "causal_lm"] = Field(description="What is learned: a class for each text, or the next token.")
+    kind: Literal["classification", "causal_lm", "distillation"] = Field(
+        description="What is learned: a class for each text, the next token, or another model's hidden states."
+    )
     source: str = Field(
         description="A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision], or package://import_name/path."
     )
@@ -61,7 +63,14 @@ class TaskConfig(Section):
     split_seed: NonNegativeInt = Field(default=0, description="Seed of the train / held-out split.")
     max_length: PositiveInt = Field(default=128, description="Examples are cut to this many tokens.")
     drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to leave out: column -> values.")
-    text: str | None = Field(default=None, description="Text column (classification; plain-text causal_lm).")
+    text: str | None = Field(default=None, description="Text column (classification; plain-text causal_lm; distillation).")
+    teacher: str | None = Field(
+        default=None,
+        description=(
+            "Distillation: the model whose last hidden states are to be met at each token (forms as model.source); of the same "
+            "vocabulary and width. The loss is the mean squared error."
+        ),
+    )
     label: str | None = Field(default=None, description="Label column (classification).")
     labels: list[str] | None = Field(default=None, description="Class names in order; by default those found in the data, sorted.")
     label_words: list[str] | None = Field(
@@ -79,6 +88,8 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _columns(self) -> TaskConfig:
+        if (self.teacher is not None) != (self.kind == "distillation"):
+            raise ValueError("'teacher' and kind: distillation go together")
         if self.kind == "classification":
             if self.text is None or self.label is None:
                 raise ValueError("classification needs both 'text' and 'label' (column names)")
@@ -90,6 +101,8 @@ class TaskConfig(Section):
                 raise ValueError(f"'label_words' has {len(self.label_words)} entries, 'labels' has {len(self.labels)}")
             return self
         ways = [self.text is not None, self.prompt is not None or self.response is not None, self.messages is not None]
+        if self.kind == "distillation" and (self.text is None or sum(ways) != 1):
+            raise ValueError("distillation needs 'text' (a column name), and no other column")
         if sum(ways) != 1:
             raise ValueError("causal_lm needs exactly one of: 'text', 'prompt' with 'response', 'messages'")
         if (self.prompt is None) != (self.response is None):

@@ -169,6 +169,8 @@ Encoder = Callable[[dict[str, list[Any]], np.ndarray], list[tuple[np.ndarray, np
 def _encoder_of(task: TaskConfig, tokenizer: Any, classes: tuple[str, ...] | None, decoder: bool) -> Encoder:
     """What turns columns, and the rows' numbers, into (tokens, targets)."""
     start = _start(tokenizer) if decoder else []
+    if task.kind == "distillation":
+        return lambda columns, _: _every_token(columns, task, tokenizer, start, decoder)
     if classes is not None:
         return lambda columns, _: _classification(columns, task, tokenizer, classes, decoder)
     if task.text is not None:
@@ -199,10 +201,7 @@ def _classification(
             )
         encoded = [[*head, *ids[:room], *tail] for ids in _plain(tokenizer, texts)]
     else:
-        # Asked for no more than its special tokens, the tokenizer cuts nothing.
-        if task.max_length <= tokenizer.num_special_tokens_to_add():
-            raise InputError(f"task.max_length: {task.max_length} leaves no room for text beside the special tokens.")
-        encoded = tokenizer(texts, truncation=True, max_length=task.max_length, padding=False)["input_ids"]
+        encoded = _with_special(tokenizer, texts, task)
     made = []
     for ids, label in zip(encoded, labels, strict=True):
         targets = np.full(len(ids), NO_TARGET, np.int32)
@@ -210,6 +209,26 @@ def _classification(
             targets[-1 if decoder else 0] = classes.index(label)
         made.append((np.array(ids, np.int32), targets))
     return made
+
+
+def _every_token(
+    columns: dict[str, list[Any]], task: TaskConfig, tokenizer: Any, start: list[int], decoder: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A target at each token; what it is to be, the teacher knows, and the id (0) says nothing."""
+    texts = [str(t) for t in columns[str(task.text)]]
+    if decoder:
+        encoded = [[*start, *ids][: task.max_length] if ids else [] for ids in _plain(tokenizer, texts)]
+    else:
+        encoded = _with_special(tokenizer, texts, task)
+    return [(np.array(ids, np.int32), np.zeros(len(ids), np.int32)) for ids in encoded]
+
+
+def _with_special(tokenizer: Any, texts: list[str], task: TaskConfig) -> list[list[int]]:
+    """Token ids of an encoder's texts, cut to `max_length` with the special tokens."""
+    # Asked for no more than its special tokens, the tokenizer cuts nothing.
+    if task.max_length <= tokenizer.num_special_tokens_to_add():
+        raise InputError(f"task.max_length: {task.max_length} leaves no room for text beside the special tokens.")
+    return tokenizer(texts, truncation=True, max_length=task.max_length, padding=False)["input_ids"]
 
 
 def _plain(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:

@@ -222,6 +222,27 @@ class LanguageModel(nnx.Module):
         return None
 
 
+class HiddenStates(nnx.Module):
+    """A base whose last hidden states are themselves the answer: what a distillation compares with a teacher's."""
+
+    def __init__(self, base: Encoder | Decoder):
+        self.base = base
+
+    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """(n, width): the hidden state at each target position."""
+        return self.base.hidden(
+            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], gather=batch["target_index"], noise=noise
+        )
+
+    def readout(self) -> Callable[[Array], Array]:
+        """The features are the answer."""
+        return lambda features: features
+
+    def answers(self, features: Array) -> Array | None:
+        """None: the loss says all."""
+        return None
+
+
 class LabelWordClassifier(LanguageModel):
     """A decoder that classifies by which class's word comes next.
 

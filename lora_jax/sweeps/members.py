@@ -57,7 +57,7 @@ def members_of(config: Config, *, many: bool = False) -> list[Member]:
         unknown = next((key for key in reference if all(key not in s for s in some)), None)
         if unknown is not None:
             raise InputError(f"sweep.reference: '{unknown}' is not swept. {hint(unknown, short)}")
-        raise InputError(f"sweep.reference: no member has {', '.join(f'{k}={_short_value(v)}' for k, v in reference.items())}.")
+        raise InputError(f"sweep.reference: no member has {', '.join(f'{short[k]}={_short_value(v)}' for k, v in reference.items())}.")
     if "training.seed" in reference:
         raise InputError("sweep.reference: 'training.seed' cannot be compared with; seeds are paired.")
     return list(members.values())

@@ -19,7 +19,7 @@ from ..adapters.spec import Structure, resolve, unite
 from ..config.schema import Config
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
-from ..models.heads import LanguageModel, SequenceClassifier
+from ..models.heads import HiddenStates, LanguageModel, SequenceClassifier
 from ..models.layers import BlockConfig
 from ..models.loading import BaseFiles
 from ..parallel.mesh import AXES, mesh_sizes, parameter_sharding
@@ -99,9 +99,11 @@ def _parts(base: Encoder | Decoder, configs: Sequence[Config]) -> tuple[Partitio
     found: list[tuple[Partition, Structure]] = []
 
     def build(base: Encoder | Decoder) -> None:
-        if isinstance(base, Encoder):
+        if configs[0].task.kind == "distillation":
+            model: nnx.Module = HiddenStates(base)
+        elif isinstance(base, Encoder):
             classes = len(configs[0].task.labels or ("", ""))
-            model: nnx.Module = SequenceClassifier(base, classes, configs[0].task.pooling, rngs=nnx.Rngs(0))
+            model = SequenceClassifier(base, classes, configs[0].task.pooling, rngs=nnx.Rngs(0))
         else:
             model = LanguageModel(base)
         structure = unite(model, [resolve(model, c.adapter) for c in configs])
@@ -154,7 +156,9 @@ def _activations(base: Encoder | Decoder, config: Config, structure: Structure, 
     depth = base.config.depth - (min(stacked) if stacked else 0)
     kept = {"full": 0, "dots": _dot_floats(block, tokens, length) * width, "none": layer}[config.model.remat]
     classes = base.config.vocab if config.task.kind == "causal_lm" or isinstance(base, Decoder) else 2
-    targets = tokens if config.task.kind == "causal_lm" else members * rows
+    if config.task.kind == "distillation":
+        classes = block.width  # each target is a hidden state
+    targets = members * rows if config.task.kind == "classification" else tokens
     return {
         "layers' inputs and what is kept of them": depth * (tokens * block.width * width + kept),
         "one layer's activations": layer,

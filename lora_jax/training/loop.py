@@ -138,9 +138,12 @@ def train_pack(
         checkpoints.save(done, state, loop)
 
     for step, batch in enumerate(setup.plan.batches(first, last), first):
-        placed = place_batch(setup.mesh, batch, row_axis=1)
+        plain = place_batch(setup.mesh, batch, row_axis=1)
+        placed = dict(plain)
         if prefix is not None:
-            placed["prefix"] = prefix.of_step(step, placed)
+            placed["prefix"] = prefix.of_step(step, plain)
+        if setup.teacher is not None:
+            placed["target_values"] = setup.teacher.of_step(plain)
         state, metrics = pack.programs.train(state, fixed, frozen, placed, np.int32(step))
         fresh.append(metrics)
         done = step + 1
@@ -204,13 +207,18 @@ def evaluate_pack(
     sums: list[Any] = []
     weight = 0.0
     for batch in setup.plan.eval_batches() if batches is None else batches:
-        placed = place_batch(setup.mesh, batch, row_axis=0)
+        plain = place_batch(setup.mesh, batch, row_axis=0)
+        placed = dict(plain)
         if prefix is not None:
-            placed["prefix"] = prefix.of_held_out(placed)
+            placed["prefix"] = prefix.of_held_out(plain)
+        if setup.teacher is not None:
+            placed["target_values"] = setup.teacher.of_held_out(plain)
         sums.append(pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, placed))
         weight += float(batch["target_weights"].sum())
     loss, correct = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
     metrics = {"loss": loss, "accuracy": correct}
+    if setup.teacher is not None:
+        return {"loss": loss}
     if setup.metric == "loss":
         metrics = {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": correct}
     return metrics

@@ -20,13 +20,14 @@ from ..data.tasks import TaskData, prepare
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.fingerprint import fingerprint
-from ..models.heads import LabelWordClassifier, LanguageModel, SequenceClassifier
+from ..models.heads import HiddenStates, LabelWordClassifier, LanguageModel, SequenceClassifier
 from ..models.loading import load_model
 from ..models.stack import AXES
 from ..models.tokenizer import load_tokenizer
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from .memory import release_freed_memory
 from .prefix import Prefix, prefix_depth
+from .teacher import Teacher, check_teacher
 
 
 class Newest:
@@ -56,6 +57,7 @@ class Setup:
         steps: optimizer steps.
         metric: what members are compared by; larger is better unless it is `loss`.
         mesh: the devices; the model's weights lie on it already.
+        teacher: makes the targets of a distillation; None of other tasks.
         prefixes: of packs, the newest.
     """
 
@@ -66,6 +68,7 @@ class Setup:
     steps: int
     metric: str
     mesh: Mesh
+    teacher: Teacher | None = None
     prefixes: Newest = dataclasses.field(default_factory=Newest)
 
     def prefix(self, part: Partition, data_seed: int) -> Prefix | None:
@@ -89,19 +92,22 @@ class Preparer:
     """Makes setups. What a config has in common with the one before it (base, examples, all) is not loaded again."""
 
     def __init__(self) -> None:
-        self._base, self._data, self._setup = Newest(), Newest(), Newest()
+        self._base, self._data, self._setup, self._teacher = Newest(), Newest(), Newest(), Newest()
 
     def __call__(self, config: Config) -> Setup:
         """The setup of a config; see `set_up`."""
         base_key = (config.model.model_dump_json(), config.mesh.model_dump_json())
-        data_key = (config.model.source, config.task.model_dump_json())
+        data_key = (config.model.source, config.task.model_dump_json(exclude={"teacher"}))
 
         def make() -> Setup:
             mesh = make_mesh(config.mesh)
             base = self._base.get(base_key, lambda: _load_base(config, mesh))
             _check_kind(base, config)
             data = self._data.get(data_key, lambda: prepare(config.task, load_tokenizer(config.model.source), decoder=base.is_decoder))
-            return _assemble(config, mesh, base, data)
+            teacher = None
+            if config.task.teacher is not None:
+                teacher = self._teacher.get((config.task.teacher, base_key), lambda: _load_teacher(config, mesh, base))
+            return _assemble(config, mesh, base, data, teacher)
 
         return self._setup.get(setup_key(config), make)
 
@@ -130,12 +136,19 @@ def _load_base(config: Config, mesh: Mesh) -> Encoder | Decoder:
     return load_model(model.source, dtype=model.dtype, remat=model.remat, dropout=model.dropout, mesh=mesh)
 
 
+def _load_teacher(config: Config, mesh: Mesh, student: Encoder | Decoder) -> Teacher:
+    source = str(config.task.teacher)
+    base = load_model(source, dtype=config.model.dtype, mesh=mesh, key="task.teacher")
+    check_teacher(base, student, source)
+    return Teacher(HiddenStates(base), mesh)
+
+
 def _check_kind(base: Encoder | Decoder, config: Config) -> None:
-    if isinstance(base, Encoder) and config.task.kind != "classification":
+    if isinstance(base, Encoder) and config.task.kind == "causal_lm":
         raise InputError(f"task.kind: {config.task.kind} needs a decoder, and {config.model.source} is an encoder.")
 
 
-def _assemble(config: Config, mesh: Mesh, base: Encoder | Decoder, data: TaskData) -> Setup:
+def _assemble(config: Config, mesh: Mesh, base: Encoder | Decoder, data: TaskData, teacher: Teacher | None) -> Setup:
     _check_length(base, data)
     training = config.training
     plan = BatchPlan(
@@ -155,7 +168,7 @@ def _assemble(config: Config, mesh: Mesh, base: Encoder | Decoder, data: TaskDat
     model = with_head(base, config, data)
     place_model(model, mesh)
     release_freed_memory()
-    return Setup(model, base, data, plan, plan.steps, metric, mesh)
+    return Setup(model, base, data, plan, plan.steps, metric, mesh, teacher)
 
 
 def place_model(model: nnx.Module, mesh: Mesh) -> None:
@@ -173,8 +186,10 @@ def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Mo
     return task_model(base, config.task, data.classes)
 
 
-def task_model(base: Encoder | Decoder, task: TaskConfig, classes: Sequence[str] | None) -> SequenceClassifier | LanguageModel:
+def task_model(base: Encoder | Decoder, task: TaskConfig, classes: Sequence[str] | None) -> SequenceClassifier | LanguageModel | HiddenStates:
     """The same parameters without any data: a decoder that answers in words is a language model like any other."""
+    if task.kind == "distillation":
+        return HiddenStates(base)
     if isinstance(base, Encoder):
         assert classes is not None
         return SequenceClassifier(base, len(classes), task.pooling, rngs=nnx.Rngs(0))

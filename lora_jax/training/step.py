@@ -20,7 +20,7 @@ from ..models.prefix import starting_from
 from ..parallel.constraints import on_mesh
 from ..parallel.mesh import replicated
 from .memory import program_bytes, release_freed_memory
-from .objective import cross_entropy
+from .objective import cross_entropy, squared_error
 from .optimizer import Hyper, learning_rate, make_optimizer
 from .pack_mode import VMAP, PackMode
 from .targets import targets_by_rows
@@ -72,7 +72,7 @@ def train_step(
         fixed: what is this member's own.
         frozen: the base, the same for all members.
         batch: arrays with a leading micro-batch axis, the same for all members. Where it holds a `prefix` (`prefix.py`), the model
-            starts from that.
+            starts from that; `target_values` are a teacher's (`teacher.py`).
         step: int32 scalar, 0-based.
         noise: PRNG key of the base's own dropout in this step, the same for all members: what is common to them stays common.
     """
@@ -84,7 +84,7 @@ def train_step(
         model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
         with positions_of_targets(micro["target_index"], micro["tokens"].shape), starting_from(micro.get("prefix")):
             features = model.features(micro, jax.random.fold_in(noise, index))
-        loss, correct = cross_entropy(model.readout(), features, micro["target_ids"], micro["target_weights"])
+        loss, correct = loss_of_batch(model, features, micro)
         return loss / total, correct / total
 
     def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
@@ -114,6 +114,13 @@ def eval_step(part: Partition, trainable: Arrays, settings: Arrays, frozen: Arra
     model, batch = cast(TaskModel, part.merge(trainable, settings, frozen, training=False)), targets_by_rows(batch)
     with starting_from(batch.get("prefix")):
         features = model.features(batch)
+    return loss_of_batch(model, features, batch)
+
+
+def loss_of_batch(model: TaskModel, features: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Summed loss and right predictions: cross-entropy, or where a teacher said what is wanted (`target_values`), squared error."""
+    if "target_values" in batch:
+        return squared_error(model.readout()(features), batch["target_values"], batch["target_weights"])
     return cross_entropy(model.readout(), features, batch["target_ids"], batch["target_weights"])
 
 

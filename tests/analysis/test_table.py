@@ -15,6 +15,10 @@ def text(table):
     return console.file.getvalue()
 
 
+def said(table):
+    return " ".join(text(table).split())
+
+
 def row(table, *words):
     (line,) = [line for line in text(table).splitlines() if all(word in line for word in words) and "│" in line]
     return line
@@ -59,11 +63,11 @@ def test_runs_beside_each_other_fill_in_what_they_did_not_sweep(tmp_path):
     one = write_run(tmp_path / "one", config.format("one", "m1"), [member(4, 0.8), member(8, 0.9)])
     swept = MemberResult("b", {"optimizer.learning_rate": 0.05}, 77, "finished", {"accuracy": 0.95})
     two = write_run(tmp_path / "two", config.format("two", "m2"), [swept])
-    table, _ = compare_runs([one, two])
+    (table,) = compare_runs([one, two])
     assert "2e-3" in row(table, "one", "4,000") and "0.05" in row(table, "two") and " 8 " in row(table, "two") and "*" in row(table, "two")
     assert "also differ in: model.source" in text(table) and "name" not in text(table)
     # Other bases have other tokens: nothing is paired, and the table says so.
-    assert "-" not in row(table, "one", "4,000").replace("2e-3", "") and "differ in model.source: they cannot be paired" in text(table)
+    assert "-" not in row(table, "one", "4,000").replace("2e-3", "") and "differ in model.source: they cannot be paired" in said(table)
 
 
 def test_runs_need_something_to_compare_by(tmp_path):
@@ -92,11 +96,11 @@ def test_runs_are_paired_by_seed_where_data_and_steps_are_the_same(tmp_path):
     assert "-2.0 ± 0.0" in row(table, "low") and "–" in row(table, "high") and "cannot be paired" not in text(table)
     # One seed, from the config; of it there is no interval.
     (table,) = compare_runs([run("other", 4, 50, [0.7], first=1, swept=False), high])
-    assert "+8.0" in row(table, "other") or "-8.0" in row(table, "high") or "+8.0" in row(table, "high")
+    assert "-8.0 │" in row(table, "high")
     (table,) = compare_runs([run("longer", 1, 100, [0.5, 0.6, 0.7]), high])
-    assert "-" not in row(table, "longer") and "differ in training.steps: they cannot be paired" in text(table)
+    assert "-" not in row(table, "longer") and "differ in training.steps: they cannot be paired" in said(table)
     (table,) = compare_runs([run("seeds", 1, 50, [0.5, 0.6], first=7), high])
-    assert "-" not in row(table, "seeds") and "no seed is common" in text(table)
+    assert "-" not in row(table, "seeds") and "no seed is common" in said(table)
 
 
 def test_runs_are_compared_with_a_reference(tmp_path):
@@ -116,5 +120,5 @@ def test_each_at_its_best_learning_rate():
     table = rates_table(results, reference={"adapter.rank": 1})
     assert "1e-3" in row(table, "1,000") and "75.0" in row(table, "1,000") and "0.01" in row(table, "8,000")
     assert "+10.0 ± 0.0" in row(table, "8,000") and "to rank=1" in text(table)
-    assert "1 of 2 at the smallest swept (0.001) and 1 of 2 at the largest swept (0.01)" in text(table)
+    assert "1 of 2 at the smallest swept (0.001) and 1 of 2 at the largest swept (0.01)" in said(table)
     assert rates_table(results[:2]) is None and rates_table([member(1, 0.5), member(2, 0.6)]) is None

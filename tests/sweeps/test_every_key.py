@@ -87,13 +87,13 @@ SET_UP = {
     "mesh.tensor": (2, {}),
     "mesh.sweep": (2, {}),
 }
-# Each in a test of its own below.
+# Each in a test of its own below, or (`sweep.reference`, `task.teacher`) in test_space.py and test_teacher.py.
 OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
     "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs", "training.pack", "training.chunk",
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
-    "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.prompt", "task.response", "task.messages",
+    "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response", "task.messages",
 }  # fmt: skip
 
 

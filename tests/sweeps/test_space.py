@@ -117,3 +117,17 @@ def test_bad_spaces_are_told_with_their_key(tmp_path, lines, word):
     with pytest.raises(InputError) as error:
         load_config(file)
     assert word in str(error.value) and "sweep" in str(error.value) and str(file) in str(error.value)
+
+
+def test_a_reference_must_be_among_the_members():
+    def with_reference(reference):
+        return members_of(swept(grid={"adapter.rank": [2, 4]}, seeds=2, reference=reference))
+
+    assert len(with_reference({"adapter.rank": 4})) == 4
+    for reference, words in (
+        ({"adapter.rank": 8}, "no member has rank=8"),
+        ({"adapter.rnk": 4}, "'adapter.rnk' is not swept. Did you mean 'adapter.rank'"),
+        ({"training.seed": 0}, "seeds are paired"),
+    ):
+        with pytest.raises(InputError, match=words):
+            with_reference(reference)
