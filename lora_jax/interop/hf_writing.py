@@ -19,7 +19,7 @@ from ..models.checkpoint import HUB_FILES, weights_file
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.families import Head, families
-from ..models.heads import Classifier, LanguageModel
+from ..models.heads import Classifier, HiddenStates, LanguageModel
 from ..models.loading import Base, BaseFiles
 from ..models.origin import Origin
 from ..models.safetensors_files import DTYPES
@@ -144,7 +144,7 @@ def architecture(model_type: str, head: str | None = None) -> str:
 
 
 def _form_of(model: nnx.Module) -> _Form:
-    base = model.base if isinstance(model, Classifier | LanguageModel) else model
+    base = model.base if isinstance(model, Classifier | HiddenStates | LanguageModel) else model
     if not isinstance(base, Encoder | Decoder):
         raise InputError(f"a {type(model).__name__} has no counterpart in transformers: only what load_model gives has.")
     if base.origin is None:

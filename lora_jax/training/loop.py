@@ -13,7 +13,6 @@ import numpy as np
 
 from ..adapters.partition import Arrays
 from ..config.errors import Stopped
-from ..parallel.batches import place_batch
 from ..parallel.mesh import to_host
 from .checkpoints import PackCheckpoints, Saved
 from .pack import Pack
@@ -138,13 +137,7 @@ def train_pack(
         checkpoints.save(done, state, loop)
 
     for step, batch in enumerate(setup.plan.batches(first, last), first):
-        plain = place_batch(setup.mesh, batch, row_axis=1)
-        placed = dict(plain)
-        if prefix is not None:
-            placed["prefix"] = prefix.of_step(step, plain)
-        if setup.teacher is not None:
-            placed["target_values"] = setup.teacher.of_step(plain)
-        state, metrics = pack.programs.train(state, fixed, frozen, placed, np.int32(step))
+        state, metrics = pack.programs.train(state, fixed, frozen, setup.step_inputs(step, batch, prefix), np.int32(step))
         fresh.append(metrics)
         done = step + 1
         if trace is not None:
@@ -207,13 +200,7 @@ def evaluate_pack(
     sums: list[Any] = []
     weight = 0.0
     for batch in setup.plan.eval_batches() if batches is None else batches:
-        plain = place_batch(setup.mesh, batch, row_axis=0)
-        placed = dict(plain)
-        if prefix is not None:
-            placed["prefix"] = prefix.of_held_out(plain)
-        if setup.teacher is not None:
-            placed["target_values"] = setup.teacher.of_held_out(plain)
-        sums.append(pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, placed))
+        sums.append(pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, setup.held_out_inputs(batch, prefix)))
         weight += float(batch["target_weights"].sum())
     loss, correct = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
     metrics = {"loss": loss, "accuracy": correct}

@@ -12,7 +12,6 @@ import numpy as np
 
 from ..config.errors import OutOfMemory, is_out_of_memory
 from ..config.schema import Config
-from ..parallel.batches import place_batch
 from ..parallel.processes import process_count
 from .pack import Pack
 from .pack_mode import SCAN, VMAP, PackMode
@@ -99,8 +98,7 @@ def choose(pack: Pack, setup: Setup, prefix: Prefix | None) -> Choice:
 
 def first_batch(pack: Pack, setup: Setup, prefix: Prefix | None) -> dict[str, jax.Array]:
     """The first training batch as the pack's step takes it."""
-    placed = place_batch(setup.mesh, setup.plan.batch(0), row_axis=1)
-    return placed if prefix is None else placed | {"prefix": prefix.of_step(0, placed)}
+    return setup.step_inputs(0, setup.plan.batch(0), prefix)
 
 
 def _candidates(pack: Pack, setup: Setup) -> list[PackMode]:
@@ -133,9 +131,7 @@ def check_fits(pack: Pack, setup: Setup, prefix: Prefix | None) -> None:
     if programs.train.limit is None:
         return
     programs.train.prepare(pack.state, pack.fixed, pack.part.frozen, first_batch(pack, setup, prefix), np.int32(0))
-    held_out = place_batch(setup.mesh, next(iter(setup.plan.eval_batches())), row_axis=0)
-    if prefix is not None:
-        held_out["prefix"] = prefix.of_held_out(held_out)
+    held_out = setup.held_out_inputs(next(iter(setup.plan.eval_batches())), prefix)
     programs.evaluate.prepare(pack.state.trainable, pack.fixed.settings, pack.part.frozen, held_out)
 
 

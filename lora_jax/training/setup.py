@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -24,6 +26,7 @@ from ..models.heads import HiddenStates, LabelWordClassifier, LanguageModel, Seq
 from ..models.loading import load_model
 from ..models.stack import AXES
 from ..models.tokenizer import load_tokenizer
+from ..parallel.batches import place_batch
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from .memory import release_freed_memory
 from .prefix import Prefix, prefix_depth
@@ -75,6 +78,18 @@ class Setup:
         """What the members of a pack have in common; None where they have nothing. Successive packs of one depth have one."""
         depth = prefix_depth(part, {name: array[0] for name, array in self.plan.batch(0).items()})
         return self.prefixes.get((depth, data_seed), lambda: Prefix(part, depth, data_seed, self.mesh)) if depth else None
+
+    def step_inputs(self, step: int, batch: dict[str, np.ndarray], prefix: Prefix | None) -> dict[str, jax.Array]:
+        """A training batch on the mesh as a pack's step takes it, with what is computed once for all members."""
+        placed = place_batch(self.mesh, batch, row_axis=1)
+        common = {} if prefix is None else {"prefix": prefix.of_step(step, placed)}
+        return placed | common | ({} if self.teacher is None else {"target_values": self.teacher.of_step(placed)})
+
+    def held_out_inputs(self, batch: dict[str, np.ndarray], prefix: Prefix | None) -> dict[str, jax.Array]:
+        """The same of a batch to evaluate, which has no micro axis."""
+        placed = place_batch(self.mesh, batch, row_axis=0)
+        common = {} if prefix is None else {"prefix": prefix.of_held_out(placed)}
+        return placed | common | ({} if self.teacher is None else {"target_values": self.teacher.of_held_out(placed)})
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -186,7 +201,9 @@ def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Mo
     return task_model(base, config.task, data.classes)
 
 
-def task_model(base: Encoder | Decoder, task: TaskConfig, classes: Sequence[str] | None) -> SequenceClassifier | LanguageModel | HiddenStates:
+def task_model(
+    base: Encoder | Decoder, task: TaskConfig, classes: Sequence[str] | None
+) -> SequenceClassifier | LanguageModel | HiddenStates:
     """The same parameters without any data: a decoder that answers in words is a language model like any other."""
     if task.kind == "distillation":
         return HiddenStates(base)
