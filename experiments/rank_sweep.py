@@ -1,22 +1,48 @@
-"""Which rank, and is the difference real? MiniLM on film reviews, adapters on the last two layers.
+"""Which rank, and is the difference real? A MiniLM encoder on film reviews, adapters on the attention of its last two layers.
 
-    python experiments/rank_sweep.py
+    python experiments/rank_sweep.py [key=value ...]
 
-Ranks 1 to 32 x 2 learning rates x 3 seeds. Each rank is judged at its own best learning rate, by means and 95 % intervals over seeds, and
-by differences to rank 1 that are paired by seed: members of one seed see the same batches, and rank 2 starts as rank 1 does.
+Ranks 1 to 32, each at two learning rates and with 3 seeds: 24 members in two packs. Each rank is judged at its own best rate, by means
+and 95 % intervals over seeds, and by differences to rank 1 that are paired by seed: members of one seed see the same batches, and start
+alike (a smaller rank as the leading part of a larger one).
+
+Expect: 75.7 % accuracy at rank 1, and 0.4 to 0.8 points more at ranks 2 to 32, whose intervals (3 seeds, 64 steps) mostly exclude 0 for 2
+and 8: a rank of 8 is enough. The figures are in results/rank_sweep.csv. Time: 12 minutes on 2 cores that had other work too.
 """
 
 from __future__ import annotations
 
-import lora_jax
+import json
+import sys
+from pathlib import Path
 
-OVERRIDES = ["name=rank_sweep", "adapter.targets=attention", "adapter.layers=last:2", "training.steps=64", "training.eval_every=0"]
-GRID = {"adapter.rank": [1, 2, 8, 32], "optimizer.learning_rate": [2e-3, 8e-3], "training.seed": [0, 1, 2]}
+from rich.console import Console
+
+import lora_jax
+from lora_jax.analysis import rates_table, report_run, results_table, write_summary_csv
+
+REFERENCE = {"adapter.rank": 1}
+SWEEP = {
+    "grid": {"adapter.rank": [1, 2, 8, 32], "optimizer.learning_rate": [2e-3, 8e-3], "training.seed": [0, 1, 2]},
+    "reference": REFERENCE,
+}
+OVERRIDES = [
+    "name=rank_sweep",
+    "adapter.targets=attention",
+    "adapter.layers=last:2",
+    "training.steps=64",
+    "training.eval_every=0",
+    f"sweep={json.dumps(SWEEP)}",
+]
 
 
 def main() -> None:
-    outcome = lora_jax.sweep(lora_jax.load_config("configs/quickstart.yaml", OVERRIDES), GRID)
-    print(outcome.path)
+    outcome = lora_jax.sweep(lora_jax.load_config("configs/quickstart.yaml", [*OVERRIDES, *sys.argv[1:]]))
+    console = Console()
+    console.print(results_table(outcome.results, reference=REFERENCE))
+    console.print(rates_table(outcome.results, reference=REFERENCE))
+    write_summary_csv(Path(__file__).parent / "results" / "rank_sweep.csv", outcome.results, REFERENCE)
+    console.print(f"report: {report_run(outcome.path)}")
 
 
 if __name__ == "__main__":
