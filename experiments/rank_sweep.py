@@ -23,7 +23,7 @@ from lora_jax.analysis import rates_table, report_run, results_table, write_summ
 
 REFERENCE = {"adapter.rank": 1}
 SWEEP = {
-    "grid": {"adapter.rank": [1, 2, 8, 32], "optimizer.learning_rate": [2e-3, 8e-3], "training.seed": [0, 1, 2]},
+    "grid": {"adapter.rank": [1, 2, 8, 32], "optimizer.learning_rate": [5e-4, 2e-3, 8e-3], "training.seed": [0, 1, 2]},
     "reference": REFERENCE,
 }
 OVERRIDES = [
