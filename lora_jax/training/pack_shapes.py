@@ -174,6 +174,9 @@ class PackShapes:
             entering = self._prefix.out_avals[0]
             shape = (*batch["tokens"].shape[:row_axis], *entering.shape)
             placed["prefix"] = jax.ShapeDtypeStruct(shape, entering.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
+        if self._setup.teacher is not None:
+            wanted = self._setup.teacher.shape({name: placed[name] for name in batch}, micro=row_axis == 1)
+            placed["target_values"] = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
         return placed
 
 

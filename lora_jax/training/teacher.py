@@ -44,6 +44,10 @@ class Teacher:
         """(targets, width): the same of a batch without a micro axis."""
         return self._held_out(self._state, batch)
 
+    def shape(self, batch: Batch, *, micro: bool) -> jax.ShapeDtypeStruct:
+        """Of what `of_step` (`micro`) or `of_held_out` gives; nothing is computed."""
+        return (self._step if micro else self._held_out).lower(self._state, batch).out_info
+
 
 def check_teacher(teacher: Encoder | Decoder, student: Encoder | Decoder, source: str) -> None:
     """`InputError` unless the two have the same vocabulary and width, so that one's states can be compared with the other's."""

@@ -93,7 +93,8 @@ OTHERS = {
     "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs", "training.pack", "training.chunk",
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
-    "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response", "task.messages",
+    "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
+    "task.messages",
 }  # fmt: skip
 
 
