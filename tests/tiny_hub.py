@@ -39,12 +39,16 @@ class TinyHub:
         llama: a decoder of 3 layers with a tokenizer that has a chat template.
         reviews: a CSV with `text` and `label` (neg, pos), 120 rows; the label follows from a word of the text.
         questions: JSON lines with `prompt`, `response` and `messages`, 60 rows.
+        tags: JSON lines with `words` and `labels` (O, B-COLOR, I-COLOR), 60 rows; a label follows from its word.
+        facts: JSON lines as SQuAD has them (`context`, `question`, `answers`), 60 rows; the answer is the one word after "is".
     """
 
     bert: Path
     llama: Path
     reviews: Path
     questions: Path
+    tags: Path
+    facts: Path
 
     def values(self, name: str = "tiny", *, causal: bool = False) -> dict[str, Any]:
         """A config as plain values: 6 steps of 8 examples."""
@@ -60,6 +64,15 @@ class TinyHub:
             "training": {"steps": 6, "batch_size": 8, "eval_every": 3},
             "tracking": {"log_every": 2},
         }
+
+    def tagging(self) -> dict[str, Any]:
+        """A config's task section: classes of words."""
+        return {"kind": "token_classification", "source": str(self.tags), "text": "words", "label": "labels", "eval_size": 20}
+
+    def answering(self) -> dict[str, Any]:
+        """A config's task section: answers in texts, of which one in three takes two windows."""
+        columns = {"question": "question", "context": "context", "answers": "answers"}
+        return {"kind": "question_answering", "source": str(self.facts), **columns, "eval_size": 20, "max_length": 24, "stride": 4}
 
     def write(self, folder: Path, changes: dict[str, Any] | None = None, *, causal: bool = False, name: str = "tiny") -> Path:
         """A YAML file in `folder` with dotted keys changed (None removes one); its run directories go to `folder/runs`."""
@@ -109,7 +122,8 @@ def call(*arguments: Any) -> Called:
 
 def write_hub(folder: Path) -> TinyHub:
     """Writes everything below `folder`."""
-    hub = TinyHub(folder / "bert", folder / "llama", folder / "reviews.csv", folder / "questions.jsonl")
+    names = ("bert", "llama", "reviews.csv", "questions.jsonl", "tags.jsonl", "facts.jsonl")
+    hub = TinyHub(*(folder / name for name in names))
     _write_bert(hub.bert)
     _write_llama(hub.llama)
     rng = np.random.default_rng(0)
@@ -122,6 +136,8 @@ def write_hub(folder: Path) -> TinyHub:
             prompt, response = f"What is {_words(rng, 1 + i % 7)} :", f"{'red' if i % 2 else 'blue'} {_words(rng, 1 + i % 4)}"
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             file.write(json.dumps({"prompt": prompt, "response": response, "messages": messages}) + "\n")
+    hub.tags.write_text("".join(json.dumps(_tags(rng)) + "\n" for _ in range(60)))
+    hub.facts.write_text("".join(json.dumps(_fact(rng, i)) + "\n" for i in range(60)))
     return hub
 
 
@@ -132,6 +148,23 @@ def _words(rng: np.random.Generator, count: int) -> str:
 def _review(rng: np.random.Generator, number: int) -> tuple[str, str]:
     word, label = [("good", "pos"), ("bad", "neg"), ("fine", "pos"), ("poor", "neg")][number % 4]
     return f"{_words(rng, int(rng.integers(1, 9)))} {word} {_words(rng, int(rng.integers(1, 9)))}", label
+
+
+def _tags(rng: np.random.Generator) -> dict[str, list[str]]:
+    labels = {"red": "B-COLOR", "blue": "I-COLOR"}
+    words = [word for _ in range(3) for word in (*_words(rng, int(rng.integers(1, 4))).split(), "red", *["blue"] * int(rng.integers(0, 2)))]
+    return {"words": words, "labels": [labels.get(word, "O") for word in words]}
+
+
+def _fact(rng: np.random.Generator, number: int) -> dict[str, Any]:
+    answer = ("red", "blue", "good", "bad")[number % 4]
+    before, after = _words(rng, int(rng.integers(1, 5))), _words(rng, 20 if number % 3 == 0 else int(rng.integers(1, 5)))
+    start = len(f"{before} is ")
+    return {
+        "context": f"{before} is {answer} {after} {number}",
+        "question": "What is it",
+        "answers": {"text": [answer], "answer_start": [start]},
+    }
 
 
 def _tokenizer(folder: Path, first: tuple[str, ...], unknown: str, special: tuple[str, ...] = ()) -> Tokenizer:
@@ -146,7 +179,9 @@ def _write_bert(folder: Path) -> None:
     folder.mkdir(parents=True)
     first = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
     tokenizer = _tokenizer(folder, first, "[UNK]")
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     vocabulary = len(first) + len(WORDS)
     config = {

@@ -53,8 +53,10 @@ class Metric:
         return f"{value:{sign},.{decimals}f}"
 
 
-_SHARES = {"accuracy"}  # kept as 0 to 1, shown in percent
-_KNOWN = {m.name: m for m in (Metric("accuracy", True), Metric("perplexity", False), Metric("loss", False))}  # first is preferred
+_SHARES = {"accuracy", "f1", "exact_match", "precision", "recall"}  # kept as 0 to 1, shown in percent
+_KNOWN = {  # the first is preferred
+    m.name: m for m in (Metric("f1", True), Metric("accuracy", True), Metric("perplexity", False), Metric("loss", False))
+}
 
 
 def find_metric(name: str, results: Sequence[MemberResult]) -> Metric:
@@ -70,7 +72,7 @@ def find_metric(name: str, results: Sequence[MemberResult]) -> Metric:
 
 
 def primary_metric(results: Sequence[MemberResult]) -> Metric:
-    """Accuracy if any member has it, else perplexity, else loss: only one that all finished members have.
+    """F1 if any member has it, else accuracy, perplexity, or loss: only one that all finished members have.
 
     Raises:
         InputError: There is none.

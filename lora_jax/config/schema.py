@@ -44,9 +44,24 @@ class ModelConfig(Section):
     )
 
 
+# Which kinds of task have these keys.
+_COLUMNS_OF = {
+    "text": ("classification", "token_classification", "causal_lm", "distillation"),
+    "label": ("classification", "token_classification"),
+    "labels": ("classification", "token_classification"),
+    "label_words": ("classification",),
+    "prompt": ("causal_lm",),
+    "response": ("causal_lm",),
+    "messages": ("causal_lm",),
+    "question": ("question_answering",),
+    "context": ("question_answering",),
+    "answers": ("question_answering",),
+}
+
+
 class TaskConfig(Section):
-    kind: Literal["classification", "causal_lm", "distillation"] = Field(
-        description="What is learned: a class for each text, the next token, or another model's hidden states."
+    kind: Literal["classification", "token_classification", "question_answering", "causal_lm", "distillation"] = Field(
+        description="What is learned: a class for each text or word, where a text answers a question, the next token, or hidden states."
     )
     source: str = Field(
         description="A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision], or package://import_name/path."
@@ -63,7 +78,14 @@ class TaskConfig(Section):
     split_seed: NonNegativeInt = Field(default=0, description="Seed of the train / held-out split.")
     max_length: PositiveInt = Field(default=128, description="Examples are cut to this many tokens.")
     drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to leave out: column -> values.")
-    text: str | None = Field(default=None, description="Text column (classification; plain-text causal_lm; distillation).")
+    head: Literal["new", "loaded"] = Field(
+        default="new",
+        description="Of classes or answers: new, drawn by the member's seed; or the one that the model was saved with, classes and all.",
+    )
+    text: str | None = Field(
+        default=None,
+        description="Text column (classification; plain-text causal_lm; distillation), or words (token_classification): a list or a text.",
+    )
     teacher: str | None = Field(
         default=None,
         description=(
@@ -71,7 +93,7 @@ class TaskConfig(Section):
             "vocabulary and width. The loss is the mean squared error."
         ),
     )
-    label: str | None = Field(default=None, description="Label column (classification).")
+    label: str | None = Field(default=None, description="Label column (classification), or the words' labels (token_classification).")
     labels: list[str] | None = Field(default=None, description="Class names in order; by default those found in the data, sorted.")
     label_words: list[str] | None = Field(
         default=None, description="Decoder classification: the word that stands for each class; the class names by default."
@@ -82,6 +104,15 @@ class TaskConfig(Section):
     )
     prompt: str | None = Field(default=None, description="Prompt column (causal_lm); its tokens carry no loss.")
     response: str | None = Field(default=None, description="Response column (causal_lm); the loss is on its tokens.")
+    question: str | None = Field(default=None, description="Question column (question_answering).")
+    context: str | None = Field(default=None, description="Column of the texts that hold the answers (question_answering).")
+    answers: str | None = Field(
+        default=None, description="Answer column (question_answering): {text: [...], answer_start: [...]} as SQuAD has it, or a text."
+    )
+    stride: NonNegativeInt = Field(
+        default=32, description="question_answering: a context too long for max_length is read in windows that share so many tokens."
+    )
+    max_answer: PositiveInt = Field(default=30, description="question_answering: tokens of an answer at the most.")
     messages: str | None = Field(
         default=None, description="Chat-messages column (causal_lm): [{role, content}], through the chat template, loss on the assistant."
     )
@@ -90,11 +121,22 @@ class TaskConfig(Section):
     def _columns(self) -> TaskConfig:
         if (self.teacher is not None) != (self.kind == "distillation"):
             raise ValueError("'teacher' and kind: distillation go together")
+        for name, kinds in _COLUMNS_OF.items():
+            if getattr(self, name) is not None and self.kind not in kinds:
+                raise ValueError(f"'{name}' belongs to kind: {' or '.join(', '.join(kinds).rsplit(', ', 1))}")
+        if self.head == "loaded" and self.kind in ("causal_lm", "distillation"):
+            raise ValueError("'head: loaded' belongs to kind: classification, token_classification or question_answering")
+        if self.kind == "question_answering":
+            if self.question is None or self.context is None or self.answers is None:
+                raise ValueError("question_answering needs 'question', 'context' and 'answers' (column names)")
+            return self
+        if self.kind == "token_classification":
+            if self.text is None or self.label is None:
+                raise ValueError("token_classification needs both 'text' and 'label' (columns of words and of their labels)")
+            return self
         if self.kind == "classification":
             if self.text is None or self.label is None:
                 raise ValueError("classification needs both 'text' and 'label' (column names)")
-            if self.prompt or self.response or self.messages:
-                raise ValueError("'prompt', 'response' and 'messages' belong to kind: causal_lm")
             if "{text}" not in self.template:
                 raise ValueError("'template' must contain {text}")
             if self.label_words and self.labels and len(self.label_words) != len(self.labels):
@@ -107,8 +149,6 @@ class TaskConfig(Section):
             raise ValueError("causal_lm needs exactly one of: 'text', 'prompt' with 'response', 'messages'")
         if (self.prompt is None) != (self.response is None):
             raise ValueError("'prompt' and 'response' go together")
-        if self.label or self.labels or self.label_words:
-            raise ValueError("'label', 'labels' and 'label_words' belong to kind: classification")
         return self
 
 
@@ -266,7 +306,7 @@ class RandomConfig(Section):
 
 
 class HalvingConfig(Section):
-    metric: Literal["loss", "accuracy"] | None = Field(
+    metric: Literal["loss", "accuracy", "f1", "exact_match"] | None = Field(
         default=None, description="What members are ranked by at a rung, on the held-out rows; the task's own by default."
     )
     factor: Annotated[float, Field(gt=1)] = Field(default=2.0, description="At each rung one member in so many goes on.")

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..config.errors import InputError
 from .dealing import deal, epoch_order
+from .examples import NO_TARGET, Examples
 from .packing import best_fit, rows_needed
-from .tasks import NO_TARGET, Examples
 
 Batch = dict[str, np.ndarray]
 
@@ -91,7 +91,7 @@ class BatchPlan:
             `tokens`, `segment_ids` (0 is padding, then 1, 2, ... along a row), `positions`: (accumulate, rows, length) int32;
             `target_index` (into the flattened rows * length), `target_ids`: (accumulate, targets) int32; `target_weights`:
             (accumulate, targets) float32, 0 for filler; and `example_ids` (accumulate, rows, length) int32 where each example has
-            one target: whose example a token is, `targets` for padding.
+            one target: whose example a token is, `targets` for padding; `token_types` of the same shape where examples are pairs.
         """
         epoch, within = divmod(int(step), self.steps_per_epoch)
         groups = self._epoch(epoch)[within * self._accumulate : (within + 1) * self._accumulate]
@@ -100,7 +100,7 @@ class BatchPlan:
 
     def eval_batches(self, examples: Examples | None = None) -> list[Batch]:
         """Every held-out example (or those given) exactly once, in the shapes of a micro-batch, without the micro axis."""
-        return [self._assemble(examples or self._held_out, g) for g in self._eval_groups(examples or self._held_out)]
+        return [self._assemble(examples or self._held_out, g) for g in self.eval_groups(examples)]
 
     @functools.cached_property
     def summary(self) -> dict[str, float]:
@@ -150,8 +150,9 @@ class BatchPlan:
     def _rounded(self, rows: int) -> int:
         return -(-rows // self._row_multiple) * self._row_multiple
 
-    def _eval_groups(self, examples: Examples) -> list[np.ndarray]:
-        """Held-out examples cut into batches that fit the shape."""
+    def eval_groups(self, examples: Examples | None = None) -> list[np.ndarray]:
+        """Which examples are in each of `eval_batches`, cut so that they fit the shape; their targets stand there in this order."""
+        examples = examples or self._held_out
         lengths, targets = examples.lengths, examples.target_counts
         order = np.arange(len(lengths))
         count = -(-len(lengths) // self._micro)
@@ -174,7 +175,7 @@ class BatchPlan:
         lengths = np.array([len(examples.tokens[i]) for i in chosen])
         row_of = best_fit(lengths[None], self.length)[0] if self._packed else np.arange(len(chosen))
         shape = (self.rows, self.length)
-        tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+        tokens, segments, positions, types = (np.zeros(shape, np.int32) for _ in range(4))
         example_ids = np.full(shape, self.targets, np.int32)
         used, inside = np.zeros(self.rows, int), np.zeros(self.rows, int)
         index: list[np.ndarray] = []
@@ -185,6 +186,8 @@ class BatchPlan:
             inside[row] += 1
             tokens[row, span], segments[row, span], positions[row, span] = examples.tokens[i], inside[row], np.arange(size)
             example_ids[row, span] = n
+            if examples.types is not None:
+                types[row, span] = examples.types[i]
             wanted = np.flatnonzero(examples.targets[i] != NO_TARGET)
             index.append(row * self.length + at + wanted)
             ids.append(examples.targets[i][wanted])
@@ -199,4 +202,6 @@ class BatchPlan:
             "target_ids": np.pad(flat_ids, (0, filler)).astype(np.int32),
             "target_weights": np.pad(np.ones(len(flat_index), np.float32), (0, filler)),
         }
+        if examples.types is not None:
+            batch["token_types"] = types
         return batch | {"example_ids": example_ids} if self._per_example else batch

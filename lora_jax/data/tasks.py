@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,33 +11,12 @@ import numpy as np
 from ..config.errors import InputError, hint
 from ..config.schema import TaskConfig
 from .chat import encode_chat
+from .entities import has_entities
+from .examples import NO_TARGET, Example, Examples, Scorer
+from .questions import answer_scorer, encode_questions, question_of
 from .sources import HELD_OUT, ROW, TRAINING, load_rows
 from .split import sample_rows, split_rows
-
-NO_TARGET = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Tokenised examples.
-
-    Attributes:
-        tokens: a (length,) int32 array for each.
-        targets: a (length,) int32 array for each: the token or class to be predicted at that position, or -1.
-    """
-
-    tokens: list[np.ndarray]
-    targets: list[np.ndarray]
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """(n,) int64 tokens of each."""
-        return np.array([len(t) for t in self.tokens], np.int64)
-
-    @functools.cached_property
-    def target_counts(self) -> np.ndarray:
-        """(n,) int64 positions of each that have a target."""
-        return np.array([int((t != NO_TARGET).sum()) for t in self.targets], np.int64)
+from .words import encode_words, word_scorer, words_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +25,10 @@ class TaskData:
 
     Attributes:
         train, held_out: the examples.
-        classes: class names in order (classification), else None.
+        classes: class names in order (of texts or tokens), else None.
         class_token_ids: (classes,) int32, the token of each class's word (a decoder's classification), else None.
         per_example: whether each example has exactly one target (classification).
+        metric: what models are compared by; larger is better unless it is `loss`.
         dropped: rows left out because nothing is to be predicted within `max_length` tokens of them.
     """
 
@@ -58,6 +37,7 @@ class TaskData:
     classes: tuple[str, ...] | None
     class_token_ids: np.ndarray | None
     per_example: bool
+    metric: str = "loss"
     dropped: int = 0
 
 
@@ -76,13 +56,14 @@ class _Rows:
         return _Rows(self.source, {name: [values[i] for i in chosen] for name, values in self.columns.items()}, self.numbers[chosen])
 
 
-def prepare(task: TaskConfig, tokenizer: Any, *, decoder: bool) -> TaskData:
+def prepare(task: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[str, ...] = ()) -> TaskData:
     """Loads, splits and tokenises a task's data.
 
     Args:
         task: the config section.
         tokenizer: a transformers fast tokenizer.
         decoder: whether the base is a decoder (classifies by label words) or an encoder (by a head on the first token).
+        known: the classes of a head that was loaded, in order; none of a new one. `task.labels` calls them something else.
 
     Raises:
         InputError: the source, a column, a label or the tokenizer will not do; the message says which row.
@@ -95,54 +76,81 @@ def prepare(task: TaskConfig, tokenizer: Any, *, decoder: bool) -> TaskData:
         held_rows = _load(task, task.eval_source, "task.eval_source", HELD_OUT)
         train_at = sample_rows(len(rows), size=task.train_size, seed=task.split_seed)
         held_at = sample_rows(len(held_rows), size=task.eval_size, seed=task.split_seed)
-    classes = _classes(task, rows) if task.kind == "classification" else None
+    classes = _classes(task, rows, known) if task.label is not None else None
     if classes is not None and task.eval_source is not None:
         _check_labels(held_rows, str(task.label), classes)
-    words = _label_words(task, classes, tokenizer) if classes is not None and decoder else None
+    words = _label_words(task, classes, tokenizer) if classes is not None and task.kind == "classification" and decoder else None
     encode = _encoder_of(task, tokenizer, classes, decoder)
     dropped = 0
 
     def examples(chosen: _Rows, key: str) -> Examples:
         nonlocal dropped
-        made = encode(chosen.columns, chosen.numbers)
-        kept = [(t, y) for t, y in made if (y != NO_TARGET).any()]
+        made, scorer = encode(chosen)
+        kept = [e for e in made if (e.targets != NO_TARGET).any()]
         dropped += len(made) - len(kept)
         if not kept:
             raise InputError(f"{key}: no example has anything to predict within task.max_length = {task.max_length} tokens.")
-        return Examples([t for t, _ in kept], [y for _, y in kept])
+        types = [e.types for e in kept if e.types is not None]
+        return Examples([e.tokens for e in kept], [e.targets for e in kept], types or None, scorer and scorer(kept))
 
     train = examples(rows.take(train_at), "task.source")
     held_out = examples(held_rows.take(held_at), "task.eval_source" if task.eval_source else "task.source")
-    return TaskData(train, held_out, classes, words, task.kind == "classification", dropped)
+    return TaskData(train, held_out, classes, words, task.kind == "classification", _metric(task, classes), dropped)
+
+
+def _metric(task: TaskConfig, classes: tuple[str, ...] | None) -> str:
+    if classes is None:
+        return "f1" if task.kind == "question_answering" else "loss"
+    return "f1" if task.kind == "token_classification" and has_entities(classes) else "accuracy"
 
 
 def _load(task: TaskConfig, source: str, key: str, splits: tuple[str, ...]) -> _Rows:
     """Reads the task's columns; `InputError` for a row where one of them is missing or not text."""
-    names = [c for c in (task.text, task.label, task.prompt, task.response, task.messages) if c is not None]
+    named = (task.text, task.label, task.prompt, task.response, task.messages, task.question, task.context, task.answers)
+    names = [c for c in named if c is not None]
+    structured = (task.messages, task.answers, *((task.text, task.label) if task.kind == "token_classification" else ()))
     table = load_rows(source, key=key, columns=names, drop=task.drop, splits=splits)
     rows = _Rows(source, {name: list(table[name][:]) for name in names}, np.array(table[ROW][:]))
     for name in names:
         for number, value in zip(rows.numbers, rows.columns[name], strict=True):
             if value is None or (name == task.label and value == ""):
                 raise InputError(f"{key}: row {number} of {source} has no '{name}'.")
-            if isinstance(value, list | dict) and name != task.messages:
+            if isinstance(value, list | dict) and name not in structured:
                 raise InputError(f"{key}: row {number} of {source}: '{name}' is a {type(value).__name__}, not a text.")
+    return _read(task, rows, key)
+
+
+def _read(task: TaskConfig, rows: _Rows, key: str) -> _Rows:
+    """The rows with words and labels as lists, and answers as `Question`s; `InputError` for a row that will not do."""
+    where = [f"{key}: row {number} of {rows.source}" for number in rows.numbers]
+    columns = rows.columns
+    if task.kind == "token_classification":
+        text, label = str(task.text), str(task.label)
+        pairs = [words_of(*row) for row in zip(columns[text], columns[label], where, strict=True)]
+        return dataclasses.replace(rows, columns={text: [w for w, _ in pairs], label: [named for _, named in pairs]})
+    if task.kind == "question_answering":
+        question, context, answers = str(task.question), str(task.context), str(task.answers)
+        asked = [question_of(*row) for row in zip(columns[question], columns[context], columns[answers], where, strict=True)]
+        return dataclasses.replace(rows, columns=columns | {answers: asked})
     return rows
 
 
 def _inputs(task: TaskConfig, rows: _Rows) -> list[str]:
-    """What makes two rows the same: all but the label."""
-    return ["\x1f".join(map(str, values)) for values in zip(*(v for n, v in rows.columns.items() if n != task.label), strict=True)]
+    """What makes two rows the same: all but the label; of questions, the text they are about."""
+    inputs = [v for n, v in rows.columns.items() if n not in (task.label, task.question, task.answers)]
+    return ["\x1f".join(map(str, values)) for values in zip(*inputs, strict=True)]
 
 
-def _classes(task: TaskConfig, rows: _Rows) -> tuple[str, ...]:
+def _classes(task: TaskConfig, rows: _Rows, known: tuple[str, ...]) -> tuple[str, ...]:
     assert task.label is not None
-    if task.labels is None:
-        found = {str(v) for v in rows.columns[task.label]}
+    if task.labels is not None and known and len(known) != len(task.labels):
+        raise InputError(f"task.labels: {len(task.labels)} classes; the model's head has {len(known)}: {', '.join(known)}.")
+    if task.labels is None and not known:
+        found = {label for _, label in _labels(rows, task.label)}
         # Numbers in the order of numbers: 2 before 10.
         classes = tuple(sorted(found, key=int if all(f.isdecimal() for f in found) else None))
     else:
-        classes = tuple(task.labels)
+        classes = tuple(task.labels or known)
         if len(set(classes)) < len(classes):
             raise InputError("task.labels: a class is named twice.")
         _check_labels(rows, task.label, classes)
@@ -156,17 +164,49 @@ def _classes(task: TaskConfig, rows: _Rows) -> tuple[str, ...]:
 def _check_labels(rows: _Rows, column: str, classes: tuple[str, ...]) -> None:
     """`InputError` for a label that is no class."""
     known = set(classes)
-    for number, label in zip(rows.numbers, map(str, rows.columns[column]), strict=True):
+    for number, label in _labels(rows, column):
         if label not in known:
             raise InputError(
                 f"task.labels: row {number} of {rows.source} has the label '{label}'. {hint(label, classes)} Classes: {', '.join(classes)}."
             )
 
 
-Encoder = Callable[[dict[str, list[Any]], np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
+def _labels(rows: _Rows, column: str) -> list[tuple[int, str]]:
+    """Every label, with its row's number: one a row, or one a word."""
+    columns = zip(rows.numbers, rows.columns[column], strict=True)
+    return [(int(number), str(label)) for number, value in columns for label in (value if isinstance(value, list) else [value])]
+
+
+# Rows -> examples, and what makes a scorer of those that are kept.
+Encoder = Callable[[_Rows], tuple[list[Example], Callable[[list[Example]], Scorer] | None]]
 
 
 def _encoder_of(task: TaskConfig, tokenizer: Any, classes: tuple[str, ...] | None, decoder: bool) -> Encoder:
+    """What turns rows into examples."""
+    if task.kind == "token_classification":
+        assert classes is not None
+        return lambda rows: (
+            encode_words(
+                list(zip(rows.columns[str(task.text)], rows.columns[str(task.label)], strict=True)), tokenizer, classes, task.max_length
+            ),
+            lambda kept: word_scorer(kept, classes),
+        )
+    if task.kind == "question_answering":
+        return lambda rows: _questions(rows, task, tokenizer)
+    texts = _encoder_of_texts(task, tokenizer, classes, decoder)
+    return lambda rows: ([Example(tokens, targets) for tokens, targets in texts(rows.columns, rows.numbers)], None)
+
+
+def _questions(rows: _Rows, task: TaskConfig, tokenizer: Any) -> tuple[list[Example], Callable[[list[Example]], Scorer]]:
+    asked = rows.columns[str(task.answers)]
+    made, windows = encode_questions(asked, rows.numbers.tolist(), tokenizer, max_length=task.max_length, stride=task.stride)
+    return made, lambda _: answer_scorer(asked, windows, task.max_answer)
+
+
+TextEncoder = Callable[[dict[str, list[Any]], np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
+
+
+def _encoder_of_texts(task: TaskConfig, tokenizer: Any, classes: tuple[str, ...] | None, decoder: bool) -> TextEncoder:
     """What turns columns, and the rows' numbers, into (tokens, targets)."""
     start = _start(tokenizer) if decoder else []
     if task.kind == "distillation":

@@ -118,7 +118,8 @@ class Classifier(nnx.Module):
     def _hidden(self, batch: Mapping[str, Array], noise: Array | None, gather: Array | None = None) -> Array:
         rows = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
         if "token_types" in batch and isinstance(self.base, Encoder):
-            rows["token_types"] = batch["token_types"]
+            # Some models have fewer types than their tokenizers tell apart (RoBERTa's has one).
+            rows["token_types"] = jnp.minimum(batch["token_types"], max(self.base.config.token_types - 1, 0))
         return self.base.hidden(**rows, gather=gather, noise=noise)
 
     def _transform(self, x: Array) -> Array:

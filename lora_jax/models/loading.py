@@ -189,6 +189,12 @@ def load_model(
 ) -> Classifier: ...
 
 
+@overload
+def load_model(
+    source: str, *, dtype: str = ..., remat: str = ..., dropout: float = ..., key: str = ..., mesh: Mesh | None = ..., head: str | None
+) -> Base | Classifier: ...
+
+
 def load_model(
     source: str,
     *,

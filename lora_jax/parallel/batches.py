@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .mesh import ROWS, replicated
 
 # Arrays of rows; the targets, which index all rows, are whole everywhere.
-_OF_ROWS = frozenset({"tokens", "segment_ids", "positions", "example_ids"})
+_OF_ROWS = frozenset({"tokens", "segment_ids", "positions", "example_ids", "token_types"})
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], *, row_axis: int) -> dict[str, jax.Array]:

@@ -44,8 +44,8 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
             setup = prepare(one.config)
             pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh)
             arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))
-            batches = None if split == "eval" else setup.plan.eval_batches(setup.data.train)
-            metrics = evaluate_pack(pack, setup, {n: jnp.asarray(a)[None] for n, a in arrays.items()}, batches)
+            examples = setup.data.held_out if split == "eval" else setup.data.train
+            metrics = evaluate_pack(pack, setup, {n: jnp.asarray(a)[None] for n, a in arrays.items()}, examples)
             results[one.name] = {name: float(values[0]) for name, values in metrics.items()}
             track.update(number)
     return results

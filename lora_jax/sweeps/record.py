@@ -46,7 +46,7 @@ class Recorder:
         if step:
             self.progress.print(f"{self.title}: goes on after step {step}")
         config = self.members[0].config
-        shown = ("loss", "accuracy") if self.setup.metric == "accuracy" else ("loss",) if self.setup.teacher else ("loss", "perplexity")
+        shown = ("loss",) if self.setup.teacher else ("loss", "perplexity" if self.setup.metric == "loss" else self.setup.metric)
         tags = [f"eval/{name}" for name in shown]
         grid = {**config.sweep.grid, **config.sweep.zip} if config.sweep else {}
         for member in self.members:
@@ -66,7 +66,7 @@ class Recorder:
 
     def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
         """Scalars of the training steps."""
-        values = {n: v for n, v in metrics.items() if n != "accuracy" or self.setup.metric == "accuracy"}
+        values = {n: v for n, v in metrics.items() if n != "accuracy" or self.setup.metric != "loss"}
         if self.setup.metric == "loss" and self.setup.teacher is None:
             values["perplexity"] = perplexity(metrics["loss"])
         for i, writer in enumerate(self.writers):

@@ -87,7 +87,8 @@ def restore_member(run: Path, member: Member) -> Restored:
     folder, config = adapter_folder_of(run, member), member.config
     classes = saved_classes(folder) or (tuple(config.task.labels) if config.task.labels else None)
     base = load_model(config.model.source)
-    if config.task.kind == "classification" and classes is None and not base.is_decoder:
+    in_words = config.task.kind == "classification" and base.is_decoder
+    if config.task.label is not None and classes is None and not in_words:
         raise InputError(f"{folder}: does not say what its classes are; name them, in order, as task.labels in {run / 'config.yaml'}.")
     model = task_model(base, config.task, classes)
     spec = resolve(model, config.adapter)

@@ -19,11 +19,11 @@ from ..adapters.spec import Structure, resolve, unite
 from ..config.schema import Config
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
-from ..models.heads import HiddenStates, LanguageModel, SequenceClassifier
 from ..models.layers import BlockConfig
 from ..models.loading import BaseFiles
 from ..parallel.mesh import AXES, mesh_sizes, parameter_sharding
 from .objective import CHUNK_FLOATS
+from .setup import task_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,8 @@ def forecast(configs: Sequence[Config], devices: int) -> Forecast:
     """
     config = configs[0]
     mesh = AbstractMesh(mesh_sizes(config.mesh, devices), AXES)
-    base = BaseFiles(config.model.source, dtype=config.model.dtype).base
+    head = config.task.kind if config.task.head == "loaded" else None
+    base = BaseFiles(config.model.source, dtype=config.model.dtype, head=head).base
     part, structure = _parts(base, configs)
     sizes = dict(mesh.shape)
     members = -(-len(configs) // sizes["sweep"])
@@ -99,13 +100,8 @@ def _parts(base: Encoder | Decoder, configs: Sequence[Config]) -> tuple[Partitio
     found: list[tuple[Partition, Structure]] = []
 
     def build(base: Encoder | Decoder) -> None:
-        if configs[0].task.kind == "distillation":
-            model: nnx.Module = HiddenStates(base)
-        elif isinstance(base, Encoder):
-            classes = len(configs[0].task.labels or ("", ""))
-            model = SequenceClassifier(base, classes, configs[0].task.pooling, rngs=nnx.Rngs(0))
-        else:
-            model = LanguageModel(base)
+        task = configs[0].task
+        model = task_model(base, task, task.labels or ("", ""))
         structure = unite(model, [resolve(model, c.adapter) for c in configs])
         part = partition(inject_structure(model, structure))
         shapes = {f: jax.tree.map(_shape, getattr(part, f)) for f in ("trainable", "settings", "frozen")}
@@ -155,10 +151,10 @@ def _activations(base: Encoder | Decoder, config: Config, structure: Structure, 
     stacked = [s.first for s in structure.sites if s.site.stack is not None]
     depth = base.config.depth - (min(stacked) if stacked else 0)
     kept = {"full": 0, "dots": _dot_floats(block, tokens, length) * width, "none": layer}[config.model.remat]
-    classes = base.config.vocab if config.task.kind == "causal_lm" or isinstance(base, Decoder) else 2
-    if config.task.kind == "distillation":
-        classes = block.width  # each target is a hidden state
-    targets = members * rows if config.task.kind == "classification" else tokens
+    kind = config.task.kind
+    words = kind == "causal_lm" or (kind == "classification" and isinstance(base, Decoder))
+    classes = base.config.vocab if words else {"question_answering": length, "distillation": block.width}.get(kind, 2)
+    targets = members * rows if kind in ("classification", "question_answering") else tokens
     return {
         "layers' inputs and what is kept of them": depth * (tokens * block.width * width + kept),
         "one layer's activations": layer,

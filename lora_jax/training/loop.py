@@ -13,6 +13,7 @@ import numpy as np
 
 from ..adapters.partition import Arrays
 from ..config.errors import Stopped
+from ..data.examples import Examples
 from ..parallel.mesh import to_host
 from .checkpoints import PackCheckpoints, Saved
 from .pack import Pack
@@ -35,7 +36,7 @@ class Listener(Protocol):
         """Means of `loss` and `accuracy` since the last call, and `grad_norm` and `learning_rate`, after `step` steps."""
 
     def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        """`loss`, `accuracy` and, for language models, `perplexity` on the held-out examples."""
+        """`loss` and the task's metrics on the held-out examples, as `evaluate_pack` gives them."""
 
 
 @dataclasses.dataclass
@@ -192,23 +193,47 @@ def evaluate_pack(
     pack: Pack,
     setup: Setup,
     trainable: Arrays,
-    batches: Sequence[dict[str, np.ndarray]] | None = None,
+    examples: Examples | None = None,
     *,
     prefix: Prefix | None = None,
 ) -> dict[str, np.ndarray]:
-    """Mean loss, accuracy and, for language models, perplexity of every member over the held-out batches (or `batches`)."""
+    """Every member's mean loss and the task's metrics over the held-out examples (or those given); (members,) arrays.
+
+    These are the task's own where it has some, else the accuracy; of a language model perplexity and the share of right tokens.
+    """
+    examples = setup.data.held_out if examples is None else examples
     sums: list[Any] = []
+    answers: list[np.ndarray] = []
     weight = 0.0
-    for batch in setup.plan.eval_batches() if batches is None else batches:
-        sums.append(pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, setup.held_out_inputs(batch, prefix)))
+    for batch in setup.plan.eval_batches(examples):
+        inputs = setup.held_out_inputs(batch, prefix)
+        *scalars, answered = pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, inputs)
+        sums.append(scalars)
+        if examples.score is not None:
+            answers.append(to_host(answered))
         weight += float(batch["target_weights"].sum())
     loss, correct = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
+    if examples.score is not None:
+        return {"loss": loss} | _scores(setup.plan.eval_groups(examples), examples, answers)
     metrics = {"loss": loss, "accuracy": correct}
     if setup.teacher is not None:
         return {"loss": loss}
     if setup.metric == "loss":
         metrics = {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": correct}
     return metrics
+
+
+def _scores(groups: Sequence[np.ndarray], examples: Examples, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """The task's own metrics, (members,) each, of (members, targets, ...) answers a batch."""
+    assert examples.score is not None
+    scores = []
+    for member in range(len(answers[0])):
+        own: dict[int, np.ndarray] = {}
+        for group, batch in zip(groups, answers, strict=True):
+            ends = np.cumsum(examples.target_counts[group])
+            own |= dict(zip(group.tolist(), np.split(batch[member], ends)[:-1], strict=True))
+        scores.append(examples.score([own[i] for i in range(len(own))]))
+    return {name: np.array([s[name] for s in scores], np.float32) for name in scores[0]}
 
 
 def perplexity(loss: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from ..data.tasks import TaskData, prepare
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.fingerprint import fingerprint
-from ..models.heads import HiddenStates, LabelWordClassifier, LanguageModel, SequenceClassifier
+from ..models.heads import Classifier, HiddenStates, LabelWordClassifier, LanguageModel, add_head
 from ..models.loading import load_model
 from ..models.stack import AXES
 from ..models.tokenizer import load_tokenizer
@@ -111,18 +111,23 @@ class Preparer:
 
     def __call__(self, config: Config) -> Setup:
         """The setup of a config; see `set_up`."""
-        base_key = (config.model.model_dump_json(), config.mesh.model_dump_json())
+        head = config.task.kind if config.task.head == "loaded" else None
+        base_key = (config.model.model_dump_json(), config.mesh.model_dump_json(), head)
         data_key = (config.model.source, config.task.model_dump_json(exclude={"teacher"}))
 
         def make() -> Setup:
             mesh = make_mesh(config.mesh)
-            base = self._base.get(base_key, lambda: _load_base(config, mesh))
+            loaded = self._base.get(base_key, lambda: _load(config, mesh, head))
+            base, known = (loaded.base, loaded.class_names) if isinstance(loaded, Classifier) else (loaded, ())
             _check_kind(base, config)
-            data = self._data.get(data_key, lambda: prepare(config.task, load_tokenizer(config.model.source), decoder=base.is_decoder))
-            teacher = None
+
+            def read() -> TaskData:
+                return prepare(config.task, load_tokenizer(config.model.source), decoder=base.is_decoder, known=known)
+
+            data, teacher = self._data.get(data_key, read), None
             if config.task.teacher is not None:
                 teacher = self._teacher.get((config.task.teacher, base_key), lambda: _load_teacher(config, mesh, base))
-            return _assemble(config, mesh, base, data, teacher)
+            return _assemble(config, mesh, loaded, data, teacher)
 
         return self._setup.get(setup_key(config), make)
 
@@ -146,9 +151,9 @@ def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
     inject_structure(setup.model, unite(setup.model, [resolve(setup.model, c.adapter) for c in configs]))
 
 
-def _load_base(config: Config, mesh: Mesh) -> Encoder | Decoder:
+def _load(config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | Classifier:
     model = config.model
-    return load_model(model.source, dtype=model.dtype, remat=model.remat, dropout=model.dropout, mesh=mesh)
+    return load_model(model.source, dtype=model.dtype, remat=model.remat, dropout=model.dropout, mesh=mesh, head=head)
 
 
 def _load_teacher(config: Config, mesh: Mesh, student: Encoder | Decoder) -> Teacher:
@@ -161,9 +166,12 @@ def _load_teacher(config: Config, mesh: Mesh, student: Encoder | Decoder) -> Tea
 def _check_kind(base: Encoder | Decoder, config: Config) -> None:
     if isinstance(base, Encoder) and config.task.kind == "causal_lm":
         raise InputError(f"task.kind: {config.task.kind} needs a decoder, and {config.model.source} is an encoder.")
+    if isinstance(base, Decoder) and config.task.kind == "classification" and config.task.head == "loaded":
+        raise InputError("task.head: a decoder classifies by the words for its classes, without a head that could be loaded.")
 
 
-def _assemble(config: Config, mesh: Mesh, base: Encoder | Decoder, data: TaskData, teacher: Teacher | None) -> Setup:
+def _assemble(config: Config, mesh: Mesh, loaded: Encoder | Decoder | Classifier, data: TaskData, teacher: Teacher | None) -> Setup:
+    base = loaded.base if isinstance(loaded, Classifier) else loaded
     _check_length(base, data)
     training = config.training
     plan = BatchPlan(
@@ -179,11 +187,10 @@ def _assemble(config: Config, mesh: Mesh, base: Encoder | Decoder, data: TaskDat
         epochs=training.epochs,
         extra_steps=training.extend_steps,
     )
-    metric = "accuracy" if config.task.kind == "classification" else "loss"
-    model = with_head(base, config, data)
+    model = loaded if isinstance(loaded, Classifier) else with_head(loaded, config, data)
     place_model(model, mesh)
     release_freed_memory()
-    return Setup(model, base, data, plan, plan.steps, metric, mesh, teacher)
+    return Setup(model, base, data, plan, plan.steps, data.metric, mesh, teacher)
 
 
 def place_model(model: nnx.Module, mesh: Mesh) -> None:
@@ -201,15 +208,12 @@ def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Mo
     return task_model(base, config.task, data.classes)
 
 
-def task_model(
-    base: Encoder | Decoder, task: TaskConfig, classes: Sequence[str] | None
-) -> SequenceClassifier | LanguageModel | HiddenStates:
+def task_model(base: Encoder | Decoder, task: TaskConfig, classes: Sequence[str] | None) -> Classifier | LanguageModel | HiddenStates:
     """The same parameters without any data: a decoder that answers in words is a language model like any other."""
     if task.kind == "distillation":
         return HiddenStates(base)
-    if isinstance(base, Encoder):
-        assert classes is not None
-        return SequenceClassifier(base, len(classes), task.pooling, rngs=nnx.Rngs(0))
+    if task.kind in ("token_classification", "question_answering") or isinstance(base, Encoder):
+        return add_head(base, task.kind, len(classes or ()), pooling=task.pooling, rngs=nnx.Rngs(0))
     return LanguageModel(base)
 
 

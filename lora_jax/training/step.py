@@ -23,7 +23,7 @@ from .memory import program_bytes, release_freed_memory
 from .objective import cross_entropy, squared_error
 from .optimizer import Hyper, learning_rate, make_optimizer
 from .pack_mode import VMAP, PackMode
-from .targets import targets_by_rows
+from .targets import in_order, targets_by_rows
 
 Batch = dict[str, jax.Array]
 
@@ -109,12 +109,19 @@ def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
     return tree if mask is None else {name: a * mask[name] if name in mask else a for name, a in tree.items()}
 
 
-def eval_step(part: Partition, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Summed loss and right predictions of one member over one batch (without a micro axis), no dropout."""
+# Summed loss, summed right predictions, and what the task's own metrics are computed from: `TaskModel.answers`, in the batch's order.
+Evaluated = tuple[jax.Array, jax.Array, jax.Array | None]
+
+
+def eval_step(part: Partition, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
+    """What one member comes to over one batch (without a micro axis), no dropout."""
+    count = batch["target_index"].shape[0]
     model, batch = cast(TaskModel, part.merge(trainable, settings, frozen, training=False)), targets_by_rows(batch)
     with starting_from(batch.get("prefix")):
         features = model.features(batch)
-    return loss_of_batch(model, features, batch)
+    answers = model.answers(features)
+    answers = None if answers is None else in_order(batch, answers, count)
+    return *loss_of_batch(model, features, batch), answers
 
 
 def loss_of_batch(model: TaskModel, features: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -234,7 +241,7 @@ class PackPrograms:
             noise = jax.random.fold_in(jax.random.key(data_seed), step)
             return mode.over_members(lambda s, f: train_step(part, s, f, frozen, batch, step, noise), part, mesh)(state, fixed)
 
-        def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
             return mode.over_members(lambda t, s: eval_step(part, t, s, frozen, batch), part, mesh)(trainable, settings)
 
         self.train = Program(train, "training", carries=True, mesh=mesh, limit=limit)

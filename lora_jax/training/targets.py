@@ -21,7 +21,8 @@ def targets_by_rows(batch: Batch) -> Batch:
 
     Returns:
         `target_index`, `target_ids`, `target_weights` of shape (groups * room,), the first `room` of them of the first group, and so
-        on; `example_ids`, where there are any, renumbered to match.
+        on; `example_ids`, where there are any, renumbered to match; and `target_source`, which target each place holds, with their
+        number for filler.
     """
     groups = row_groups()
     if groups == 1:
@@ -37,8 +38,15 @@ def targets_by_rows(batch: Batch) -> Batch:
         "target_ids": batch["target_ids"].at[source].get(mode="fill", fill_value=0),
         "target_weights": batch["target_weights"].at[source].get(mode="fill", fill_value=0),
     }
-    out = batch | {name: by_rows(a) for name, a in moved.items()}
+    out = batch | {name: by_rows(a) for name, a in moved.items()} | {"target_source": source}
     if "example_ids" in batch:
         places = jnp.full(count + 1, groups * room, jnp.int32).at[source].set(jnp.arange(groups * room, dtype=jnp.int32))
         out["example_ids"] = by_rows(places.at[count].set(groups * room)[batch["example_ids"]])
     return out
+
+
+def in_order(batch: Batch, answers: jax.Array, count: int) -> jax.Array:
+    """Answers at the targets of `targets_by_rows`, (n, ...), to the `count` targets that the batch had before, in their order."""
+    if "target_source" not in batch:
+        return answers
+    return jnp.zeros((count, *answers.shape[1:]), answers.dtype).at[batch["target_source"]].set(answers, mode="drop")

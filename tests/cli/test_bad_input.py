@@ -53,6 +53,10 @@ def train(hub, tmp_path):
         ({"training.accumulate": 3}, ["'accumulate' (3) must divide 'batch_size' (8)"]),
         ({"optimizer.schedule": "linaer"}, ["optimizer.schedule", "Did you mean 'linear'?"]),
         ({"task.label": None}, ["classification needs both 'text' and 'label'"]),
+        ({"task.question": "text"}, ["'question' belongs to kind: question_answering"]),
+        ({"task.kind": "question_answering"}, ["'text' belongs to kind: classification, token_classification or causal_lm"]),
+        ({"task.kind": "token_classification", "task.label": None}, ["token_classification needs both 'text' and 'label'"]),
+        ({"task": {"kind": "question_answering", "source": "a.csv", "context": "c"}}, ["question_answering needs 'question', 'context'"]),
         ({"mesh": {"data": 0}}, ["mesh", "positive"]),
         ({"model.source": None}, ["model.source: missing"]),
     ],
@@ -260,6 +264,19 @@ def test_another_config_is_refused_before_the_model_is_loaded(hub, tmp_path):
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_config(hub.config(tmp_path)))
     refused(call("train", hub.write(tmp_path, {"model.source": "nowhere"})), "holds a run with another config", "model.source")
+
+
+def test_rows_of_words_and_questions(hub, train, tmp_path):
+    def with_row(task, row):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+        return {"task": task | {"source": str(tmp_path / "bad.jsonl")}}
+
+    words = with_row(hub.tagging(), {"words": ["a", "film"], "labels": ["O"]})
+    refused(train(words), "task.source: row 1 of", "bad.jsonl: 2 words and 1 labels")
+    row = {"context": "a film", "question": "What is it", "answers": {"text": ["film"], "answer_start": [3]}}
+    refused(train(with_row(hub.answering(), row)), "row 1 of", "the answer 'film' does not stand at character 3")
+    refused(train({"task": hub.answering() | {"stride": 20}}), "task.max_length: the question of row ", "has 3 tokens", "task.stride = 20")
+    refused(train({"task": hub.tagging() | {"head": "loaded"}}), "holds no trained head for token_classification")
 
 
 def test_evaluate_and_compare_on_what_is_no_run(hub, tmp_path):

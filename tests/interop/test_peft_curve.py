@@ -223,7 +223,7 @@ def test_padded_and_packed_rows_start_at_the_same_loss(classifier: nnx.Module, m
     for layout in (padded_places, packed_places):
         places, rows = layout(batch)
         rows = our_batch(batch, places, (rows, LENGTH), causal=False)
-        loss, _ = jax.jit(pack.programs.evaluate.traces.function)(pack.state.trainable, pack.fixed.settings, pack.part.frozen, rows)
+        loss, *_ = jax.jit(pack.programs.evaluate.traces.function)(pack.state.trainable, pack.fixed.settings, pack.part.frozen, rows)
         assert float(loss[0]) / BATCH == pytest.approx(reference, rel=1e-5)
 
 

@@ -87,7 +87,8 @@ SET_UP = {
     "mesh.tensor": (2, {}),
     "mesh.sweep": (2, {}),
 }
-# Each in a test of its own below, or (`sweep.reference`, `task.teacher`) in test_space.py and test_teacher.py.
+# Each in a test of its own below, or elsewhere: `sweep.reference` in test_space.py, `task.teacher` in test_teacher.py, `task.head` in
+# test_word_tasks.py.
 OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
     "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs", "training.pack", "training.chunk",
@@ -95,6 +96,7 @@ OTHERS = {
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
     "task.messages",
+    "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip
 
 
@@ -141,7 +143,7 @@ def fingerprint(config):
         str(base.embed.embedding.dtype),
         base.layers.remat,
         base.dropout,
-        getattr(setup.model, "shape", None),
+        str(getattr(setup.model, "shape", None)),
     )
     words = None if setup.data.class_token_ids is None else setup.data.class_token_ids.tolist()
     held_out = [digest(b) for b in plan.eval_batches()]
@@ -189,6 +191,22 @@ def test_the_ways_to_train_a_language_model(hub, tmp_path):
     ]
     prints = [json.dumps(fingerprint(hub.config(tmp_path, way, causal=True))) for way in ways]
     assert len(set(prints)) == len(ways)
+
+
+def test_the_ways_to_answer_questions(hub, tmp_path):
+    other = tmp_path / "other.jsonl"
+    rows = [json.loads(line) for line in hub.facts.read_text().splitlines()]
+    other.write_text("".join(json.dumps(row | {"asked": "What red", "text": row["context"] + " it", "first": "is"}) + "\n" for row in rows))
+    ways = [{}, {"question": "asked"}, {"context": "text"}, {"answers": "first"}, {"stride": 5}]
+    task = hub.answering() | {"source": str(other)}
+    assert len({json.dumps(fingerprint(hub.config(tmp_path, {"task": task | way}))) for way in ways}) == len(ways)
+    # How long an answer may be shows where the logits say a longer one: from the first of the context's tokens to its last.
+    spans = []
+    for most in (1, 30):
+        held_out = set_up(hub.config(tmp_path, {"task": task | {"max_answer": most}})).data.held_out
+        ends = [np.stack([-np.arange(n), np.arange(n)]).astype(np.float32) for n in held_out.lengths]
+        spans.append(held_out.score(ends))
+    assert spans[0] != spans[1]
 
 
 def test_epochs_are_passes_over_the_rows(hub, tmp_path):

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.config.schema import MeshConfig
-from lora_jax.parallel.mesh import make_mesh
+from lora_jax.data.examples import Examples
 from lora_jax.training.loop import _Best, _Clock, evaluate_pack, perplexity, train_pack
 from lora_jax.training.step import MemberState, Metrics
+
+DATA = types.SimpleNamespace(held_out=Examples([], []))
+OTHERS = Examples([], [])
 
 
 class Programs:
@@ -32,7 +34,7 @@ class Programs:
         # The first member is best at step 4, the second at the first evaluation.
         w = trainable["w"][:, 0]
         count = batch["target_weights"].sum()
-        return count * w, count * jnp.stack([-jnp.abs(w[0] - 4), -w[1]])
+        return count * w, count * jnp.stack([-jnp.abs(w[0] - 4), -w[1]]), None
 
     def check(self):
         self.checked = True
@@ -45,7 +47,9 @@ class Plan:
     def batches(self, start, stop):
         return iter([{"segment_ids": self.segments}] * (stop - start))
 
-    def eval_batches(self):
+    def eval_batches(self, examples):
+        if examples is OTHERS:
+            return [{"target_weights": np.array([0.0, 2.0])}]
         return [{"target_weights": np.ones(3)}, {"target_weights": np.array([1.0, 0.0, 0.0])}]
 
 
@@ -63,6 +67,11 @@ class Listener:
         self.eval[step] = metrics
 
 
+def setup_of(**values):
+    inputs = {"step_inputs": lambda step, batch, prefix: batch, "held_out_inputs": lambda batch, prefix: batch}
+    return types.SimpleNamespace(plan=Plan(), data=DATA, teacher=None, **inputs, **values)
+
+
 def run(steps, *, eval_every, log_every, metric="accuracy", dies=None):
     state = MemberState({"w": jnp.zeros((2, 3))}, None, jnp.array([True, True]))
     pack = types.SimpleNamespace(
@@ -72,7 +81,7 @@ def run(steps, *, eval_every, log_every, metric="accuracy", dies=None):
         configs=[0, 1],
         programs=Programs(dies),
     )
-    setup = types.SimpleNamespace(plan=Plan(), steps=steps, metric=metric, mesh=make_mesh(MeshConfig()))
+    setup = setup_of(steps=steps, metric=metric)
     listener = Listener()
     outcome = train_pack(pack, setup, eval_every=eval_every, log_every=log_every, listener=listener)
     assert pack.programs.checked and pack.programs.steps == list(range(steps))
@@ -129,10 +138,9 @@ def test_evaluation_weighs_labels_not_batches():
     pack = types.SimpleNamespace(
         programs=Programs(), fixed=types.SimpleNamespace(settings={}), part=types.SimpleNamespace(frozen={}), configs=[0, 1]
     )
-    setup = types.SimpleNamespace(plan=Plan(), metric="accuracy", mesh=make_mesh(MeshConfig()))
+    setup = setup_of(metric="accuracy")
     assert evaluate_pack(pack, setup, {"w": jnp.full((2, 3), 3.0)})["loss"].tolist() == [3.0, 3.0]
-    more = [{"target_weights": np.array([0.0, 2.0])}]
-    assert evaluate_pack(pack, setup, {"w": jnp.full((2, 3), 3.0)}, more)["accuracy"].tolist() == [-1.0, -3.0]
+    assert evaluate_pack(pack, setup, {"w": jnp.full((2, 3), 3.0)}, OTHERS)["accuracy"].tolist() == [-1.0, -3.0]
 
 
 def test_nan_is_never_best():
