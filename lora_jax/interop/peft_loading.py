@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..adapters.inject import inject_structure, site_modules
+from ..adapters.inject import LABEL, inject_structure, site_modules
+from ..adapters.labels import FROZEN
 from ..adapters.merge import copy_of
 from ..adapters.modules import LowRank
 from ..adapters.record import remember
+from ..adapters.sites import logical_name
 from ..adapters.spec import MemberSite, MemberSpec, unite
 from ..config.errors import InputError, nearest
 from ..models.checkpoint import Checkpoint
@@ -98,12 +100,20 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
     ours = LoraConfig.of_peft(config)
     spec = MemberSpec(ours.model_copy(update={"modules_to_save": saved}), _member_sites(plan.sites))
     adapted = inject_structure(base, unite(base, [spec]))
+    _freeze_unsaved(adapted, plan.saved)
     _fill(adapted, plan.sites, arrays, config.dropout)
     copies = sorted(key for key in plan.copies if key in arrays)
     idle = {key: _read(file, key).tolist() for key in sorted(plan.idle & set(file.names())) if ".original_module." in key}
     foreign = {"peft": config.raw, "renaming": dataclasses.astuple(names.renaming), "copies": copies, "idle": idle}
     remember(adapted, ours, json.dumps(foreign))
     return adapted
+
+
+def _freeze_unsaved(adapted: nnx.Module, saved: set[str]) -> None:
+    """Of a head, PEFT trains the modules that it saves; the others are as the base has them."""
+    for path, variable in nnx.iter_graph(adapted):
+        if isinstance(variable, nnx.Variable) and variable.get_metadata().get(LABEL) == "head" and logical_name(path[:-1]) not in saved:
+            variable.set_metadata(LABEL, FROZEN)
 
 
 def _open(folder: Path) -> Checkpoint:

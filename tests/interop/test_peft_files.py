@@ -66,7 +66,7 @@ def options_of(model: Any, task: str, case: str) -> dict[str, Any]:
     """Options of `peft.LoraConfig` for a model; between the cases every option that changes what an adapter computes."""
     linears = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and re.search(r"\.1\..*att", n)]
     layers = re.findall(r"([^.]+)\.1\.", linears[0])[0]
-    attention = sorted({n.split(f".{layers}.1.")[-1] for n in linears})
+    attention = sorted({re.split(rf"(?:^|\.){layers}\.1\.", n)[-1] for n in linears})
     first, second = attention[0], attention[-1]
     saved = [n for n, m in model.named_modules() if "norm" in n.lower() and f"{layers}." not in n and list(m.parameters())]
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
