@@ -143,8 +143,8 @@ class TaskConfig(Section):
                 raise ValueError(f"'label_words' has {len(self.label_words)} entries, 'labels' has {len(self.labels)}")
             return self
         ways = [self.text is not None, self.prompt is not None or self.response is not None, self.messages is not None]
-        if self.kind == "distillation" and (self.text is None or sum(ways) != 1):
-            raise ValueError("distillation needs 'text' (a column name), and no other column")
+        if self.kind == "distillation" and self.text is None:
+            raise ValueError("distillation needs 'text' (a column name)")
         if sum(ways) != 1:
             raise ValueError("causal_lm needs exactly one of: 'text', 'prompt' with 'response', 'messages'")
         if (self.prompt is None) != (self.response is None):

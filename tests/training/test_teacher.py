@@ -102,8 +102,9 @@ def test_what_cannot_teach_is_refused(hub, tmp_path, teachers):
         set_up(config(hub, tmp_path, tmp_path / "nothing"))
     bad = [
         ({"task.teacher": None}, "go together"),
-        ({"task.text": None, "task.prompt": "text"}, "needs 'text'"),
-        ({"task.label": "label"}, "belong to"),
+        ({"task.text": None}, "needs 'text'"),
+        ({"task.prompt": "text"}, "'prompt' belongs to"),
+        ({"task.label": "label"}, "'label' belongs to"),
     ]
     for change, words in bad:
         with pytest.raises(InputError, match=words):
