@@ -25,10 +25,10 @@ CHANGES = {
     "tracking.tensorboard": False,
     "adapter.dropout": 0.1,
 }
-# Three packs of two; then two members more, for whom there is no room in those.
-SWEEP = {"grid": {"adapter.rank": [2, 3], "training.seed": [0, 1, 2]}, "max_pack": 2}
-GROWN = {"grid": {"adapter.rank": [2, 3, 4], "training.seed": [0, 1, 2]}, "max_pack": 2}
-# Killed in the first pack, in the second before it has a checkpoint, and once some of its members are recorded.
+# Two packs of two; then two members more, for whom there is no room in those.
+SWEEP = {"grid": {"adapter.rank": [2, 3], "training.seed": [0, 1]}, "max_pack": 2}
+GROWN = {"grid": {"adapter.rank": [2, 3, 4], "training.seed": [0, 1]}, "max_pack": 2}
+# Killed in the first pack, when the first of its members is recorded, and in the second.
 KILLS = ("checkpoints/*/2", "*/results.json", "checkpoints/*/4")
 
 
@@ -78,12 +78,12 @@ def test_each_member_is_trained_to_its_end_once(hub, tmp_path):
         kills += killed_when(context, config, run, pattern)
         assert before.items() <= ended(run).items()  # who had ended is not trained again
         before = ended(run)
-    assert kills == 3 and len(before) < 6
+    assert kills == 3 and 2 <= len(before) < 4
     plan = (run / "plan.json").read_bytes()
     run_sweep(load_config(config))
     assert before.items() <= ended(run).items() and (run / "plan.json").read_bytes() == plan
     assert (run / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
-    assert {r["steps"] for r in results(run).values()} == {6} and len(results(run)) == 6
+    assert {r["steps"] for r in results(run).values()} == {6} and len(results(run)) == 4
     assert run_sweep(load_config(config)).compiled_programs == 0
 
     before = ended(run)
@@ -99,7 +99,7 @@ def test_each_member_is_trained_to_its_end_once(hub, tmp_path):
 def assert_same(run, other):
     """The same rows of `results.csv`, and the same figures to what other packs, and so other programs, make of them."""
     lines, expected = ((p / "results.csv").read_text().splitlines() for p in (run, other))
-    assert lines[0] == expected[0] and len(lines) == len(expected) == 10
+    assert lines[0] == expected[0] and len(lines) == len(expected) == 7
     mine, theirs = results(run), results(other)
     assert mine.keys() == theirs.keys()
     for name, result in mine.items():
