@@ -139,6 +139,15 @@ def sweep(
     plan: Annotated[
         bool, typer.Option("--plan", help="Show packs, members, memory, FLOPs and expected time; train nothing and write nothing.")
     ] = False,
+    retry: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--retry",
+            metavar="NAME",
+            help="Try a member that failed or diverged again: its name, or a pattern as 'rank=8,*'; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     coordinator: Coordinator = None,
     process_id: ProcessId = None,
     process_count: ProcessCount = None,
@@ -152,7 +161,17 @@ def sweep(
     from .sweep import sweep_command
 
     joining = processes.Joining(coordinator, process_id, process_count, start_timeout)
-    sweep_command(config, _with_extension(overrides, extend_steps), solo=solo, fresh=fresh, many=yes, part=part, plan=plan, joining=joining)
+    sweep_command(
+        config,
+        _with_extension(overrides, extend_steps),
+        solo=solo,
+        fresh=fresh,
+        many=yes,
+        part=part,
+        plan=plan,
+        retry=retry or [],
+        joining=joining,
+    )
 
 
 @app.command()

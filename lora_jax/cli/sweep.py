@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from ..config.errors import InputError
+from ..config.errors import InputError, RunError
 from ..config.load import load_config
 from ..config.schema import Config
 from ..parallel.processes import Joining, is_writer, join
 from ..sweeps.space import MANY, points
 from .console import results_console
 
+if TYPE_CHECKING:
+    from ..sweeps.plan import Part
+    from ..sweeps.run import SweepOutcome
+    from ..tracking import Progress
+
 
 def sweep_command(
-    config: Path, overrides: list[str], *, solo: bool, fresh: bool, many: bool, part: str | None, plan: bool, joining: Joining
+    config: Path,
+    overrides: list[str],
+    *,
+    solo: bool,
+    fresh: bool,
+    many: bool,
+    part: str | None,
+    plan: bool,
+    retry: list[str],
+    joining: Joining,
 ) -> None:
     """Trains a config's sweep, or a part of it, and shows what it came to; with `plan` shows what that would take and trains nothing."""
     loaded = load_config(config, overrides)
@@ -33,12 +49,18 @@ def sweep_command(
 
         plan_command(loaded, solo=solo, fresh=fresh, many=many, part=Part.parse(part) if part is not None else None)
         return
-    run_and_report(loaded, solo=solo, fresh=fresh, many=many, part=part, joining=joining)
+    run_and_report(loaded, solo=solo, fresh=fresh, many=many, part=part, retry=retry, joining=joining)
 
 
-def run_and_report(config: Config, *, solo: bool, fresh: bool, many: bool = False, part: str | None = None, joining: Joining) -> None:
-    """Runs, then writes heat map and report, then prints the table and where things are: of several processes, the first does so."""
-    from ..analysis import rates_table, report_run, results_table, write_heatmap, write_summary_csv
+def run_and_report(
+    config: Config, *, solo: bool, fresh: bool, many: bool = False, part: str | None = None, retry: Sequence[str] = (), joining: Joining
+) -> None:
+    """Runs, then writes heat map and report, then prints the table and where things are: of several processes, the first does so.
+
+    Raises:
+        RunError: members failed; all the rest is done.
+    """
+    from ..sweeps.failures import told_failures
     from ..sweeps.plan import Part
     from ..sweeps.run import run_sweep
     from ..tracking import Progress
@@ -46,9 +68,17 @@ def run_and_report(config: Config, *, solo: bool, fresh: bool, many: bool = Fals
     share = Part.parse(part) if part is not None else None
     join(joining)
     progress = Progress(enabled=is_writer())
-    outcome = run_sweep(config, solo=solo, fresh=fresh, many=many, part=share, progress=progress)
+    outcome = run_sweep(config, solo=solo, fresh=fresh, many=many, part=share, retry=retry, progress=progress)
     if not is_writer():
         return
+    _report(config, outcome, share, progress)
+    if (failures := told_failures(outcome.results)) is not None:
+        raise RunError(failures)
+
+
+def _report(config: Config, outcome: SweepOutcome, share: Part | None, progress: Progress) -> None:
+    from ..analysis import rates_table, report_run, results_table, write_heatmap, write_summary_csv
+
     if outcome.unfinished:
         left = outcome.unfinished
         progress.print(f"part {share} is done; members of other parts yet to end: {left}. The last part writes the report.")

@@ -6,7 +6,6 @@ pack with the losers. What was decided is in `halving.json`, so that a run goes 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,12 +16,16 @@ from ..parallel.processes import is_writer
 from ..tracking import Progress, RunDirectory, read_json, write_json
 from ..training.checkpoints import Saved
 from ..training.pack import Pack
+from ..training.pack_choice import told_mode
+from ..training.pack_mode import SCAN
 from ..training.repack import Source, repack
 from ..training.setup import Preparer
 from ..training.stopping import StopSignals
+from .failures import record_failure
 from .members import Member
 from .pack_modes import PackModes
 from .pack_run import PackRun, Trained
+from .pieces import Pieces, train_in_pieces
 from .plan import PackPlan, Planner
 from .plan_record import keep_plan, packs_of_names, planned_packs
 
@@ -91,10 +94,12 @@ class Halving:
         if any(prepare(m.config) is not self._setup for m in members):
             raise InputError("sweep.halving: the members must share model, task and training, for they are compared at equal steps.")
         self._rungs = rung_steps(halving, self._setup.steps)
+        # Scanned, survivors keep the programs of the whole race, and with them every bit, whoever leaves.
+        self._company = self._members if told_mode(members[0].config) == SCAN else []
 
     def train(self, run: RunDirectory) -> int:
         """Trains to the end, from wherever the run is; returns how many programs were compiled."""
-        self._run, self._modes = run, PackModes(run)
+        self._run, self._modes, self._pieces = run, PackModes(run), Pieces(run, self._members)
         done = self._decided()
         racing, before, programs = self._members, {}, 0
         for number, until in enumerate([*self._rungs, None]):
@@ -109,7 +114,8 @@ class Halving:
                     if is_writer():
                         facts = {"members": [m.name for m in self._members], "steps": self._rungs, "kept": done}
                         write_json(self._run.path / _FILE, facts)
-            before = {member.name: (pack, place) for pack in packs for place, member in enumerate(pack.members)}
+            ended_in = [piece for pack in packs for piece in self._pieces.cut(pack)]
+            before = {member.name: (pack, place) for pack in ended_in for place, member in enumerate(pack.members)}
             racing = [m for m in racing if m.name in set(kept)]
         return programs
 
@@ -138,11 +144,22 @@ class Halving:
         title = f"rung {number + 1}/{len(self._rungs)}" if until is not None else "last stretch"
         trained: list[Trained] = []
         for count, plan in enumerate(packs, 1):
-            one = self._pack_run(plan, f"{title}, pack {count}/{len(packs)}")
-            trained.append(one.train(until=until, start=(lambda pack, plan=plan: self._start(pack, plan, before)) if before else None))
+            if all(self._run.statuses.get(m.name) == "failed" for m in plan.members):
+                continue
+
+            def make(piece: PackPlan, name: str = f"{title}, pack {count}/{len(packs)}") -> PackRun:
+                return self._pack_run(piece, name)
+
+            def start(piece: PackPlan, pack: Pack) -> Saved:
+                return self._start(pack, piece, before)
+
+            def failed(piece: PackPlan, error: Exception) -> None:
+                record_failure(self._run, piece.members, error, self._progress)
+
+            trained += train_in_pieces(plan, make, self._pieces, until=until, start=start if before else None, failed=failed)
         scores: dict[str, float] = {}
-        for plan, one in zip(packs, trained, strict=True):
-            scores |= self._scores(plan, one)
+        for one in trained:
+            scores |= self._scores(one)
         kept = survivors(scores, self._halving.factor) if until is not None else list(scores)
         for one in trained:
             one.recorder.finish(one.pack, one.outcome, stopped=None if until is None else set(scores) - set(kept))
@@ -150,17 +167,17 @@ class Halving:
             self._progress.print(f"{title}: after {until} steps {len(kept)} of {len(scores)} members go on")
         return kept, sum(one.programs for one in trained)
 
-    def _scores(self, plan: PackPlan, trained: Trained) -> dict[str, float]:
+    def _scores(self, trained: Trained) -> dict[str, float]:
         metric = self._halving.metric or self._setup.metric
         values = trained.outcome.final.get(metric)
         if values is None:
             raise InputError(f"sweep.halving.metric: this task has no '{metric}'; it has {', '.join(trained.outcome.final)}.")
         sign = -1.0 if metric == "loss" else 1.0
         alive = trained.outcome.alive
-        return {m.name: sign * float(values[i]) if alive[i] else math.nan for i, m in enumerate(plan.members)}
+        return {m.name: sign * float(values[i]) if alive[i] else math.nan for i, m in enumerate(trained.recorder.members)}
 
     def _pack_run(self, plan: PackPlan, title: str) -> PackRun:
-        return PackRun(self._run, plan, self._setup, self._signals, self._progress, title, self._modes)
+        return PackRun(self._run, plan, self._setup, self._signals, self._progress, title, self._modes, self._company)
 
     def _start(self, pack: Pack, plan: PackPlan, before: dict[str, tuple[PackPlan, int]]) -> Saved:
         """The members as their packs of the rung before left them."""
@@ -169,15 +186,10 @@ class Halving:
         for member in plan.members:
             old, place = before[member.name]
             if id(old) not in restored:
-                restored[id(old)] = self._left(old)
+                left, saved = self._pack_run(old, "").left()
+                if saved is None:
+                    folder = self._run.checkpoints([m.name for m in old.members])
+                    raise RunError(f"{folder}: the checkpoint of a finished rung is missing or damaged. Start anew with --fresh.")
+                restored[id(old)] = left, saved
             sources.append((restored[id(old)][0], place, restored[id(old)][1]))
         return repack(self._setup.model, sources, pack)
-
-    def _left(self, plan: PackPlan) -> tuple[Pack, Saved]:
-        run = self._pack_run(plan, "")
-        pack = run.build()
-        with contextlib.closing(run.checkpoints()) as checkpoints:
-            saved = checkpoints.restore(pack.state)
-        if saved is None:
-            raise RunError(f"{checkpoints.folder}: the checkpoint of a finished rung is missing or damaged. Start anew with --fresh.")
-        return pack, saved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..tracking import Progress, RunDirectory
 from ..training.checkpoints import PackCheckpoints, Saved
@@ -15,6 +15,7 @@ from ..training.pack_mode import VMAP
 from ..training.profile import StepTrace
 from ..training.setup import Setup
 from ..training.stopping import StopSignals
+from .members import Member
 from .pack_modes import PackModes
 from .plan import PackPlan
 from .record import Recorder
@@ -32,6 +33,8 @@ class PackRun:
         progress: the console.
         title: what the console calls it.
         modes: how packs of the run are run.
+        company: members whose ranks, targets and layers the pack's arrays have room for beside its own, so that its programs (and
+            with them every bit, where members are scanned) are those of any other pack with this company.
     """
 
     run: RunDirectory
@@ -41,11 +44,12 @@ class PackRun:
     progress: Progress
     title: str
     modes: PackModes
+    company: Sequence[Member] = ()
 
     def build(self) -> Pack:
         """The members at step 0."""
-        configs = [m.config for m in self.plan.members]
-        return Pack.build(self.setup.model, configs, self.setup.steps, self.setup.mesh, told_mode(configs[0]) or VMAP)
+        configs, company = [m.config for m in self.plan.members], [m.config for m in self.company]
+        return Pack.build(self.setup.model, configs, self.setup.steps, self.setup.mesh, told_mode(configs[0]) or VMAP, company)
 
     def checkpoints(self) -> PackCheckpoints:
         """This pack's; to be closed."""
@@ -57,12 +61,18 @@ class PackRun:
 
         return PackCheckpoints(self.run.checkpoints(names), names, self.setup.fingerprint, keep=keep, warn=warn)
 
-    def train(self, *, until: int | None = None, start: Callable[[Pack], Saved] | None = None) -> Trained:
+    def left(self) -> tuple[Pack, Saved | None]:
+        """The pack freshly built, and its newest checkpoint; None where there is none."""
+        pack = self.build()
+        with contextlib.closing(self.checkpoints()) as checkpoints:
+            return pack, checkpoints.restore(pack.state)
+
+    def train(self, *, until: int | None = None, start: Callable[[Pack], Saved | None] | None = None) -> Trained:
         """Trains to the last step, or to step `until`, and records the members' curves.
 
         Args:
             until: as in `train_pack`.
-            start: where the pack, freshly built, begins where it has no checkpoint; step 0 by default.
+            start: where the pack, freshly built, begins where it has no checkpoint; step 0 by default, or where it gives None.
         """
         members = self.plan.members
         config = members[0].config

@@ -10,6 +10,7 @@ from ..config.load import with_values
 from ..config.schema import Config
 from ..tracking import RunDirectory
 from .members import Member
+from .pieces import Pieces
 from .plan import PackPlan, Planner
 from .plan_record import packs_of_names, planned_packs
 
@@ -42,8 +43,8 @@ def take_over_names(run: RunDirectory, config: Config, members: Sequence[Member]
 def plan_remaining(members: list[Member], run: RunDirectory, planner: Planner) -> list[PackPlan]:
     """Packs of the members that have not ended.
 
-    A pack that has a checkpoint goes on as it was, with members of it that ended meanwhile. One that was planned and has none yet is
-    as it was planned, without those that ended. Who is in neither is planned anew.
+    A pack that has a checkpoint goes on as it was, with members of it that ended meanwhile, or as the pieces it was cut into. One that
+    was planned and has no checkpoint yet is as it was planned, without those that ended. Who is in neither is planned anew.
 
     Args:
         members: of the whole sweep, in its order.
@@ -53,9 +54,10 @@ def plan_remaining(members: list[Member], run: RunDirectory, planner: Planner) -
     by_name = {m.name: m for m in members}
     waiting = {name for name in by_name if name not in run.statuses}
     packs: list[list[str]] = []
-    started = run.started_packs()
+    pieces = Pieces(run, members)
+    started = [*pieces.uncut(), *run.started_packs()]
     for names in [*started, *planned_packs(run)]:
-        whole = set(names) <= by_name.keys() and len(names) <= planner.largest and bool(waiting & set(names))
+        whole = set(names) <= by_name.keys() and len(names) <= planner.largest and bool(waiting & set(names)) and not pieces.is_cut(names)
         if whole and names not in started:
             names = [n for n in names if n in waiting]
         if whole and not any(set(names) & set(pack) for pack in packs):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.errors import InputError, RunError
@@ -12,13 +14,17 @@ from ..config.load import dump_config
 from ..config.schema import Config
 from ..parallel.processes import is_writer, writer_first, writer_says
 from ..tracking import MemberResult, Progress, RunDirectory, holds_run
+from ..training.pack_choice import told_mode
+from ..training.pack_mode import SCAN
 from ..training.setup import Preparer, Setup, check_adapters
 from ..training.stopping import StopSignals
+from .failures import record_failure, reopen
 from .halving import Halving
 from .members import Member, members_of
 from .pack_modes import PackModes
 from .pack_run import PackRun
-from .plan import Part, Planner, plan_part
+from .pieces import Pieces, train_in_pieces
+from .plan import PackPlan, Part, Planner, plan_packs, plan_part
 from .plan_record import keep_plan
 from .remaining import plan_remaining, take_over_names
 
@@ -47,6 +53,7 @@ def run_sweep(
     fresh: bool = False,
     many: bool = False,
     part: Part | None = None,
+    retry: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> SweepOutcome:
     """Trains every member of a config that has not finished yet.
@@ -60,6 +67,7 @@ def run_sweep(
         many: whether a sweep of more than 10,000 members is meant.
         part: train this share of the members alone, while others train the rest into the same directory; the last to end writes the
             results of all.
+        retry: names (or patterns, `*`) of members that failed or diverged, which are to be tried again.
         progress: the console; silent by default.
 
     Raises:
@@ -76,6 +84,7 @@ def run_sweep(
                 solo=solo,
                 fresh=fresh,
                 part=part,
+                retry=retry,
                 progress=progress or Progress(enabled=False),
             )
         except OSError as error:
@@ -88,7 +97,15 @@ def run_sweep(
 
 
 def _run(
-    config: Config, members: list[Member], signals: StopSignals, *, solo: bool, fresh: bool, part: Part | None, progress: Progress
+    config: Config,
+    members: list[Member],
+    signals: StopSignals,
+    *,
+    solo: bool,
+    fresh: bool,
+    part: Part | None,
+    retry: Sequence[str],
+    progress: Progress,
 ) -> SweepOutcome:
     began = time.perf_counter()
     largest = 1 if solo or config.sweep is None else config.sweep.max_pack
@@ -101,6 +118,9 @@ def _run(
     if halving is not None and (part is not None or solo):
         raise InputError(f"sweep.halving: not with {'--solo' if solo else '--part'}; its members race each other.")
 
+    if retry and (fresh or part is not None or halving is not None):
+        raise InputError("--retry: not with --fresh, --part or sweep.halving.")
+
     def open_run() -> RunDirectory:
         where, name, text = config.tracking.dir, config.name, dump_config(config)
         return writer_first(lambda: RunDirectory.open(where, name, text, fresh=fresh, write=is_writer(), members=numbers))
@@ -108,9 +128,13 @@ def _run(
     # An old run is resumed or refused before anything is loaded. A new directory is made only when every member is known to be
     # right: wrong input leaves nothing behind that would stand in the way of the mended config.
     run = open_run() if not fresh and writer_says(holds_run(Path(config.tracking.dir) / config.name)) else None
+    if retry and run is None:
+        raise InputError(f"--retry: {Path(config.tracking.dir) / config.name} holds no run yet.")
     try:
         if run is not None and part is None and halving is None:
             held = run
+            if retry:
+                writer_first(lambda: reopen(held, members, retry) if is_writer() else held.refresh())
             writer_first(lambda: take_over_names(held, config, members) if is_writer() else held.refresh())
             packs = plan_remaining(members, run, planner)
         ended = {n: s for n, s in run.statuses.items() if n in names} if run is not None else {}
@@ -127,7 +151,7 @@ def _run(
         if run.resumed:
             progress.print(f"{run.path}: resumed, {len(ended)} of {len(names)} members are done.")
         compiled = 0
-        modes = PackModes(run)
+        modes, pieces = PackModes(run), Pieces(run, members)
         told: Setup | None = None
         if race is not None:
             progress.print(describe_setup(config, prepare(members[0].config)))
@@ -137,9 +161,13 @@ def _run(
             if setup is not told:
                 progress.print(describe_setup(pack_plan.members[0].config, setup))
                 told = setup
-            trained = PackRun(run, pack_plan, setup, signals, progress, f"pack {number}/{len(packs)}", modes).train()
-            trained.recorder.finish(trained.pack, trained.outcome)
-            compiled += trained.programs
+            company = _company(pack_plan, members) if solo else ()
+            make = functools.partial(_pack_run, run, setup, signals, progress, f"pack {number}/{len(packs)}", modes, company)
+            failed = None if config.sweep is None else functools.partial(_record_failure, run, progress)
+            for piece in [p for p in pieces.cut(pack_plan) if any(m.name not in ended for m in p.members)]:
+                for trained in train_in_pieces(piece, make, pieces, failed=failed):
+                    trained.recorder.finish(trained.pack, trained.outcome)
+                    compiled += trained.programs
         done = {r.name: r for r in writer_first(run.results)} if names else {}
         results = [done[m.name] for m in members if m.name in done]
         if is_writer() and len(results) == len(members):
@@ -151,6 +179,31 @@ def _run(
         if run is not None:
             run.close()
     return outcome
+
+
+def _pack_run(
+    run: RunDirectory,
+    setup: Setup,
+    signals: StopSignals,
+    progress: Progress,
+    title: str,
+    modes: PackModes,
+    company: Sequence[Member],
+    plan: PackPlan,
+) -> PackRun:
+    return PackRun(run, plan, setup, signals, progress, title, modes, company)
+
+
+def _record_failure(run: RunDirectory, progress: Progress, plan: PackPlan, error: Exception) -> None:
+    record_failure(run, plan.members, error, progress)
+
+
+def _company(plan: PackPlan, members: Sequence[Member]) -> list[Member]:
+    """Whom a member that is scanned alone keeps the programs of: all that it could share a pack with."""
+    config = plan.members[0].config
+    if told_mode(config) != SCAN:
+        return []
+    return next(list(p.members) for p in plan_packs(list(members), largest=len(members)) if plan.members[0] in p.members)
 
 
 def describe_setup(config: Config, setup: Setup) -> str:

@@ -35,6 +35,7 @@ class MemberResult:
         tokens_per_second: Real tokens over training time.
         padding_share: Share of the positions computed on that were padding, 0 to 1.
         history: Optional rows of scalars by step, each with a `step`.
+        error: Why it failed; empty where it did not.
     """
 
     name: str
@@ -50,6 +51,7 @@ class MemberResult:
     tokens_per_second: float = 0.0
     padding_share: float = 0.0
     history: list[dict[str, float]] | None = None
+    error: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -102,6 +104,7 @@ _KINDS: dict[str, Any] = {
     "steps": int,
     "tokens": int,
     "history": (list, type(None)),
+    "error": str,
     **dict.fromkeys(sorted(_FLOATS), (int, float, type(None))),
 }
 

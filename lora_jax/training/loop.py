@@ -78,7 +78,7 @@ def train_pack(
     stop: Callable[[int], bool] = lambda step: False,
     trace: StepTrace | None = None,
     until: int | None = None,
-    start: Callable[[], Saved] | None = None,
+    start: Callable[[], Saved | None] | None = None,
     prefix: Prefix | None = None,
 ) -> Outcome:
     """Trains all members of a pack to the last step, from its newest checkpoint on if there is one.
@@ -94,7 +94,7 @@ def train_pack(
         stop: asked after each step (given the steps done) whether to stop there.
         trace: of a few steps, for the profiler.
         until: the step to end at; the setup's last by default.
-        start: where to begin without a checkpoint; step 0 by default.
+        start: where to begin without a checkpoint; step 0 by default, or where it gives None.
         prefix: what the members have in common, computed apart; without it the step computes that too.
 
     Raises:
@@ -113,7 +113,7 @@ def train_pack(
     saved = checkpoints.restore(state) if checkpoints is not None else None
     if saved is None and start is not None:
         saved = start()
-        if checkpoints is not None and saved.best is not None:
+        if saved is not None and checkpoints is not None and saved.best is not None:
             checkpoints.save_best(saved.step, saved.best)  # these checkpoints know nothing of it yet
     if saved is not None:
         first, state = saved.step, saved.state

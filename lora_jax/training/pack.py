@@ -49,7 +49,15 @@ class Pack:
     programs: PackPrograms
 
     @classmethod
-    def build(cls, model: nnx.Module, configs: Sequence[Config], steps: int, mesh: Mesh | None = None, mode: PackMode = VMAP) -> Pack:
+    def build(
+        cls,
+        model: nnx.Module,
+        configs: Sequence[Config],
+        steps: int,
+        mesh: Mesh | None = None,
+        mode: PackMode = VMAP,
+        company: Sequence[Config] = (),
+    ) -> Pack:
         """Puts the members on one base, each at its own step 0.
 
         Args:
@@ -58,9 +66,10 @@ class Pack:
             steps: optimizer steps each will take, for the schedules.
             mesh: where the base lies, and the members' arrays beside it (`adapters/placement.py`).
             mode: how the compiled programs run the members.
+            company: other members that the arrays are to have room for.
         """
         specs = [resolve(model, c.adapter) for c in configs]
-        structure = unite(model, specs)
+        structure = unite(model, specs + [resolve(model, c.adapter) for c in company])
         adapted = inject_structure(model, structure)
         part = partition(adapted)
         members = []

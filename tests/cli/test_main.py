@@ -76,7 +76,7 @@ def test_the_traceback_can_be_asked_for(command, monkeypatch):
         cli.main()
 
 
-SWEPT = {"solo": False, "fresh": False, "many": False, "part": None, "plan": False}
+SWEPT = {"solo": False, "fresh": False, "many": False, "part": None, "plan": False, "retry": []}
 
 
 @pytest.mark.parametrize(

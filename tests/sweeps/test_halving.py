@@ -108,6 +108,21 @@ def test_a_race_that_was_stopped_again_and_again_ends_the_same(hub, tmp_path, ra
     assert run_sweep(config).compiled_programs == 0
 
 
+@pytest.mark.slow
+def test_scanned_survivors_have_the_bits_of_their_solo_runs(hub, tmp_path):
+    """One after the other in a loop, each member is computed by itself, in the shapes of the whole race."""
+    scanned = SWEEP | {"training.pack": "scan", "tracking.tensorboard": False}
+    raced = run_sweep(hub.config(tmp_path, scanned))
+    solo = run_sweep(hub.config(tmp_path, scanned | {"sweep": {"zip": SWEEP["sweep"]["zip"]}}, name="solo"), solo=True)
+    alone = {r.name: r for r in solo.results}
+    survivors = [r for r in raced.results if r.status == "finished"]
+    assert len(survivors) == 2
+    for result in survivors:
+        assert result.final == alone[result.name].final
+        mine, theirs = (arrays_of(p / result.name / "final") for p in (raced.path, solo.path))
+        assert mine.keys() == theirs.keys() and all(np.array_equal(mine[n], theirs[n]) for n in mine)
+
+
 def test_what_cannot_race(hub, tmp_path):
     lengths = {"sweep": {"grid": {"training.batch_size": [4, 8]}, "halving": {"rungs": 1}}}
     with pytest.raises(InputError, match="must share model, task and training"):

@@ -129,6 +129,7 @@ class TestChoice:
         assert choice.seconds == {m.name: s for m, s in measured.items() if s is not None}
         assert Choice.load(choice.dump()) == choice
 
+    @pytest.mark.slow
     def test_measuring_leaves_the_state_alone_and_compiles_the_pack_once(self, setup):
         pack = self._pack(setup, count=2)
         before = jax.tree.map(np.asarray, pack.state)
