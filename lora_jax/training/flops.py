@@ -31,6 +31,12 @@ def _count(jaxpr: Any) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        elif name == "ragged_dot_general":  # each row with one group's weights, whatever the compiler makes of it
+            numbers = equation.params["ragged_dot_dimension_numbers"]
+            (_, contracted), (_, batched) = numbers.dot_dimension_numbers
+            rows, weights = (v.aval.shape for v in equation.invars[:2])
+            known = {*contracted, *batched, *numbers.rhs_group_dimensions}
+            total += 2 * math.prod(rows) * math.prod(size for i, size in enumerate(weights) if i not in known)
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             outputs = equation.params["dimension_numbers"].rhs_spec[0]

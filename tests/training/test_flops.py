@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lora_jax.models.grouped import grouped_matmul
 from lora_jax.training.flops import count_flops
 from lora_jax.training.optimizer import hyper_of
 from lora_jax.training.pack import Pack
@@ -25,6 +26,10 @@ def test_products_convolutions_and_loops():
     assert count_flops(loop) == 6 * 128
     both = jax.make_jaxpr(lambda p, x: jax.lax.cond(p, lambda x: x @ x, lambda x: x, x))(True, square)
     assert count_flops(both) == 128
+    x, weights, groups = jnp.ones((7, 3)), jnp.ones((2, 3, 5)), jnp.zeros(7, int)
+    assert count_flops(jax.make_jaxpr(grouped_matmul)(x, weights, groups)) == 2 * 7 * 3 * 5
+    slopes = jax.make_jaxpr(jax.grad(lambda *a: jnp.sum(grouped_matmul(*a, groups) ** 2), (0, 1)))(x, weights)
+    assert count_flops(slopes) == 3 * 2 * 7 * 3 * 5
     image, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
     conv = functools.partial(
         jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
