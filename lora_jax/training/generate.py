@@ -15,6 +15,7 @@ from ..config.locations import resolve
 from ..data.prompts import Prompt, TextStream, encode_prompt
 from ..models.checkpoint import HUB_FILES, read_json
 from ..models.decoder import Decoder
+from ..models.heads import LabelWordClassifier, LanguageModel
 from .decoding import Choice, Decoding, padded_length
 from .sampling import Sampling, row_seeds
 
@@ -214,9 +215,9 @@ class _Teller:
 
 
 def _decoder_of(model: nnx.Module) -> Decoder:
-    inner = model if isinstance(model, Decoder) else getattr(model, "base", None)
+    inner = model.base if isinstance(model, LanguageModel | LabelWordClassifier) else model
     if not isinstance(inner, Decoder):
-        raise InputError(f"only decoders generate text, and {type(inner or model).__name__} is none.")
+        raise InputError(f"only decoders generate text, and {type(model).__name__} is none.")
     return inner
 
 

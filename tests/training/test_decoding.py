@@ -15,6 +15,8 @@ import lora_jax
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.config.errors import InputError
 from lora_jax.models.attention import LayerKind
+from lora_jax.models.head_shape import HeadShape
+from lora_jax.models.heads import Classifier
 from lora_jax.models.rotary import Rotary
 from lora_jax.training import decoding
 from lora_jax.training.decoding import LENGTHS, Choice, padded_length
@@ -217,8 +219,9 @@ def test_bad_input(generator, prompts, options, message):
 
 
 def test_only_decoders_generate():
-    with pytest.raises(InputError, match="only decoders"):
-        Generator(tiny.encoder(1))
+    for model in (tiny.encoder(1), Classifier(tiny.decoder(1), HeadShape("last"), 3, rngs=nnx.Rngs(0))):
+        with pytest.raises(InputError, match="only decoders"):
+            Generator(model)
     learned = tiny.decoder(1)
     learned.config = nnx.static(dataclasses.replace(learned.config, positions=8))
     with pytest.raises(InputError, match="8 positions"):
