@@ -139,7 +139,8 @@ def generate(model: nnx.Module | Sequence[nnx.Module], prompts: Sequence[Prompt]
     """Goes on from prompts: all of them as one batch, each until a stop token or its `max_new_tokens`.
 
     Compiled once for each shape (prompts and what may follow are padded to a few lengths) and way of choosing, for all models of one
-    structure. Keep a `Generator` to save preparing the model as well.
+    structure. Keep a `Generator` to save preparing the model as well. Where a row grows past the context of `longrope` positions while
+    it is decoded, keys computed before keep the short factors (transformers computes them anew).
 
     Args:
         model: a decoder, with adapters or without; for a batch whose rows have adapters of their own, what `AdapterBank.mixed`

@@ -69,6 +69,7 @@ def test_a_file_of_prompts_is_one_batch(hub, model, tokenizer, tmp_path):
     assert result.out == "".join(f"[{i}] {p}\n{a}\n\n" for i, (p, a) in enumerate(zip(prompts, answers, strict=True)))
 
 
+@pytest.mark.slow
 def test_with_a_peft_adapter(hub, model, tokenizer, tmp_path):
     adapted = tiny.trained(model, 3, targets=["q_proj", "down_proj"])
     lora_jax.save_peft(adapted, tmp_path / "adapter")
@@ -93,6 +94,7 @@ def test_a_config_that_was_not_trained_yet_is_its_base(hub, model, tokenizer, tm
     assert result.out == text(model, tokenizer, [PROMPT])[0] + "\n" and "not trained yet" in result.err
 
 
+@pytest.mark.slow
 def test_a_conversation_keeps_what_was_said(hub, model, tokenizer):
     with mock.patch("sys.stdin", io.StringIO("red is\n\nblue is\n")):
         result = call("generate", hub.llama, "--chat", "--max-new-tokens", 8)

@@ -182,6 +182,7 @@ def test_layers_share_the_stacked_weights_memory(model):
     assert [s.unsafe_buffer_pointer() - start for s in slices] == [0, stacked.nbytes // 2]
 
 
+@pytest.mark.slow
 def test_where_layers_are_scanned_the_tokens_are_the_same(model, generator, monkeypatch):
     """What an accelerator runs: one scan over stacked weights and a stacked cache, here on a CPU."""
     monkeypatch.setattr(decoding, "on_one_cpu", lambda model: False)
