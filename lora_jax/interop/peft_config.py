@@ -108,13 +108,16 @@ class PeftConfig:
             expressions=read.expressions,
         )
 
-    def adapts(self, module: str, *, linear: bool = True) -> bool:
-        """Whether LoRA goes on a module.
+    def adapts(self, module: str, *, linear: bool = True, parameter: bool = False) -> bool:
+        """Whether LoRA goes on a module, or a parameter.
 
         Args:
             module: its path from the model's root.
             linear: whether it is a linear layer other than the output head: what `all-linear` means.
+            parameter: whether it is a parameter.
         """
+        if parameter:
+            return any(module == p or module.endswith(f".{p}") for p in self.parameters)
         if self._named(self.exclude, module) or any(
             self.expressions.match(rf"(^|.*\.){name}($|\..*)", module, whole=False) for name in self.saved
         ):
@@ -238,7 +241,9 @@ class LoraConfig(AdapterConfig):
 
 def _ours(peft: PeftConfig) -> dict[str, Any]:
     """The values of `AdapterConfig`."""
-    targets: Any = peft.targets if isinstance(peft.targets, str) else list(peft.targets or ()) + list(peft.parameters)
+    targets: Any = (
+        peft.targets if isinstance(peft.targets, str) else [*(peft.targets or ()), *(p.removesuffix(".weight") for p in peft.parameters)]
+    )
     layers: Any = None
     if isinstance(targets, str):
         targets = "all-linear" if targets.lower() == "all-linear" else _as_regex(targets)

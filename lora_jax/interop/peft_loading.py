@@ -22,12 +22,12 @@ from ..adapters.modules import LowRank
 from ..adapters.record import remember
 from ..adapters.sites import logical_name
 from ..adapters.spec import MemberSite, MemberSpec, unite
-from ..config.errors import InputError, nearest
+from ..config.errors import InputError, hint, nearest
 from ..models.checkpoint import Checkpoint
 from ..models.decoder import Decoder
 from ..models.safetensors_files import SafetensorsCheckpoint
 from .peft_config import WEIGHTS_NAME, LoraConfig, PeftConfig, adapter_folder, read_peft_config
-from .peft_names import ROOT, Module, Parameter, PeftNames, projection_name
+from .peft_names import PROJECTION, ROOT, Module, Parameter, PeftNames, factor_keys, from_file
 
 _SHOWN = 6
 _READABLE = ("float32", "float16", "bfloat16", "float64")
@@ -66,8 +66,9 @@ class _Plan:
         """Key -> shape of all that must be there."""
         shapes = {key: p.shape for key, p in self.values.items()}
         for site in self.sites:
-            shapes[site.a] = (site.rank, site.module.site.inputs)
-            shapes[site.b] = (site.module.site.outputs, site.rank)
+            total = site.rank * (site.module.site.experts or 1)
+            shapes[site.a] = (total, site.module.site.inputs)
+            shapes[site.b] = (site.module.site.outputs, total)
         return shapes
 
 
@@ -140,9 +141,8 @@ def _names(base: nnx.Module, config: PeftConfig, file: Checkpoint) -> PeftNames:
     if decoder is None or not decoder.config.tied:
         return names
     embed = next(p.name for p in names.parameters.values() if p.variable is decoder.embed.embedding)
-    head = projection_name(decoder)
-    apart = config.saves(embed.removesuffix(".weight")) or config.saves(head) or config.adapts(head, linear=False)
-    if apart or f"{ROOT}{head}.weight" in file:
+    apart = config.saves(embed.removesuffix(".weight")) or config.saves(PROJECTION) or config.adapts(PROJECTION, linear=False)
+    if apart or f"{ROOT}{PROJECTION}.weight" in file:
         decoder.untie()
         return PeftNames(base, stems)
     return names
@@ -158,13 +158,16 @@ def _module_in(key: str) -> str | None:
 
 def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
     plan = _Plan([], {}, {}, set(), set())
-    for module in names.modules.values():
-        if config.adapts(module.name, linear=module.linear):
-            rank, scale = config.size(module.name)
-            a, b = factor_keys(module)
-            plan.sites.append(_Site(module, rank, scale, a, b))
-    if config.parameters:
-        raise InputError(f"{file.path.parent}: 'target_parameters' names {config.parameters[0]!r}, and the model has no such parameter.")
+    chosen = {name: m for name, m in names.modules.items() if config.adapts(name, linear=m.linear, parameter=m.parameter)}
+    for module in chosen.values():
+        plan.sites.append(_Site(module, *config.size(module.name), *factor_keys(module, chosen)))
+    parameters = [m.name for m in names.modules.values() if m.parameter]
+    for wanted in config.parameters:
+        if not any(n == wanted or n.endswith(f".{wanted}") for n in parameters):
+            raise InputError(
+                f"{file.path.parent}: 'target_parameters' names {wanted!r}, and the model has no such parameter of experts or a router. "
+                f"{hint(wanted, sorted({n.rpartition('.')[2] for n in parameters}))}".rstrip()
+            )
     if not plan.sites:
         raise InputError(f"{file.path.parent}: 'target_modules' matches no module of the model. {_suggest(config, names)}")
     adapted = {s.module.name for s in plan.sites}
@@ -193,14 +196,6 @@ def _check_whole(plan: _Plan, names: PeftNames, file: Checkpoint) -> None:
                 f"{file.path.parent}: 'modules_to_save' saves {parameter.module} in some layers and not in {parameter.name}; "
                 "that is not supported."
             )
-
-
-def factor_keys(module: Module) -> tuple[str, str]:
-    """The names of a module's A and B in a file."""
-    stem = ROOT + module.name
-    if module.site.kind == "embedding":
-        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
-    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
 def saved_with(config: PeftConfig, module: str) -> bool:
@@ -260,9 +255,10 @@ def _fill(adapted: nnx.Module, sites: list[_Site], arrays: dict[str, np.ndarray]
         a, b, scale = (np.zeros(v.shape, np.float32) for v in (module.lora_a, module.lora_b, module.scale))
         for one in by_site[name]:
             # A segment holds its layers up to the top of the stack.
-            where: Any = ... if a.ndim == 2 else one.module.layer - (len(one.module.site.names) - len(a))
-            a[where][:, : one.rank] = arrays[one.a].T
-            b[where][: one.rank] = arrays[one.b].T
+            where: Any = ... if scale.ndim == 0 else one.module.layer - (len(one.module.site.names) - len(a))
+            filled_a, filled_b = from_file(arrays[one.a], arrays[one.b], one.module.site.experts)
+            a[where][..., : one.rank] = filled_a
+            b[where][..., : one.rank, :] = filled_b
             scale[where] = one.scale
         for variable, value in ((module.lora_a, a), (module.lora_b, b), (module.scale, scale)):
             variable.set_value(jnp.asarray(value))

@@ -7,7 +7,7 @@ head, without `bert.` where it does not. A stacked weight of ours is one of thei
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,16 +22,17 @@ from ..models.heads import Classifier, QuestionAnswerer, SequenceClassifier, Tok
 from ..models.stack import Stack
 
 ROOT = "base_model.model."  # what PEFT puts before every name
+PROJECTION = "lm_head"  # what transformers' modules call a decoder's projection to its vocabulary; GPT-NeoX's files say `embed_out`
 
 _KINDS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One of PEFT's modules that can bear LoRA.
+    """What can bear LoRA in PEFT: a module, or a parameter of a module of another kind (`target_parameters`).
 
     Attributes:
-        name: from the root of the PyTorch model.
+        name: from the root of the PyTorch model; a parameter's own name where it is one.
         site: the stacked weight of ours that it is a layer of.
         layer: which layer; 0 where it is not stacked.
     """
@@ -39,6 +40,11 @@ class Module:
     name: str
     site: Site
     layer: int
+
+    @property
+    def parameter(self) -> bool:
+        """Whether it is a parameter: a mixture's experts are 3-D ones, and its router is no `nn.Linear`."""
+        return self.site.kind == "expert" or self.site.name.rsplit(".", 1)[-1] == "router"
 
     @property
     def linear(self) -> bool:
@@ -110,14 +116,15 @@ class PeftNames:
     def __init__(self, model: nnx.Module, found: Iterable[str] = (), renaming: Renaming | None = None):
         self._modules = dict(nnx.iter_modules(model))
         self._tables: dict[Path, dict[str, Weight]] = {}
-        # Experts' weights are parameters there, not modules.
-        sites = [s for s in find_sites(model) if s.kind != "expert"]
-        own = {name: (site, i) for site in sites for i, name in enumerate(self._site_names(site))}
+        own = {name: (site, i) for site in find_sites(model) for i, name in enumerate(self._site_names(site))}
         self.renaming = renaming or _renaming(model, list(own), list(found))
         self.modules: dict[str, Module] = {}
         for name, (site, layer) in own.items():
             full = self._root(name, site.path)
-            self.modules[full] = Module(full, site, layer)
+            module = Module(full, site, layer)
+            if module.parameter and site.kind == "linear":
+                module = dataclasses.replace(module, name=f"{full}.weight")
+            self.modules[module.name] = module
         self.parameters = {p.name: p for p in self._parameters(model)}
 
     def _site_names(self, site: Site) -> list[str]:
@@ -140,7 +147,9 @@ class PeftNames:
                 head = head_of(module)
                 self._tables[path] = {} if head is None else head.weights()
             else:
-                self._tables[path] = {} if module.origin is None else families()[module.origin.model_type].weights(module.config)
+                table = {} if module.origin is None else families()[module.origin.model_type].weights(module.config)
+                projection = {k: dataclasses.replace(w, name=f"{PROJECTION}.weight") for k, w in table.items() if k == "lm_head.kernel"}
+                self._tables[path] = table | projection
         return self._tables[path]
 
     def _parameters(self, model: nnx.Module) -> Iterable[Parameter]:
@@ -164,12 +173,42 @@ class PeftNames:
         return Weight(f"{name}.{_KINDS[path[-1]]}", transpose=path[-1] == "kernel")
 
 
-def projection_name(decoder: Decoder) -> str:
-    """What a decoder's projection to its vocabulary is called in PyTorch, where it has weights of its own or might have."""
-    if decoder.origin is None:
-        return "lm_head"
-    untied = dataclasses.replace(decoder.config, tied=False)
-    return families()[decoder.origin.model_type].weights(untied)["lm_head.kernel"].parameter.removesuffix(".weight")
+# The parameters of a mixture's module, in its order.
+_EXPERTS = ("gate_up_proj", "down_proj")
+
+
+def factor_keys(module: Module, adapted: Collection[str]) -> tuple[str, str]:
+    """The names of a module's A and B in a file.
+
+    Args:
+        module: what bears them.
+        adapted: names of all that bear some: of two parameters in one module the later is wrapped around the earlier.
+    """
+    owner, _, own = module.name.rpartition(".")
+    stem = ROOT + (owner if module.parameter else module.name)
+    if module.site.kind == "expert":
+        stem += ".base_layer" * sum(f"{owner}.{later}" in adapted for later in _EXPERTS[_EXPERTS.index(own) + 1 :])
+    if module.site.kind == "embedding":
+        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def to_file(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Factors (..., inputs, rank) and (..., rank, outputs) as PEFT's files hold them: A (rank, inputs) and B (outputs, rank).
+
+    Of experts A is (experts * rank, inputs) with an expert's ranks together, and B (outputs, rank * experts) with a rank's experts
+    together.
+    """
+    if a.ndim == 2:
+        return a.T, b.T
+    return a.swapaxes(1, 2).reshape(-1, a.shape[1]), b.transpose(2, 1, 0).reshape(b.shape[2], -1)
+
+
+def from_file(a: np.ndarray, b: np.ndarray, experts: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """What `to_file` takes, of what it gives."""
+    if experts is None:
+        return a.T, b.T
+    return a.reshape(experts, -1, a.shape[1]).swapaxes(1, 2), b.reshape(len(b), -1, experts).transpose(2, 1, 0)
 
 
 def head_of(model: Classifier) -> Head | None:

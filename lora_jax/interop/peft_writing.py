@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from ..models.safetensors_writing import write_safetensors
 from ..models.saving import Tensor
 from .folders import new_folder
 from .peft_config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, LoraConfig, PeftConfig, plain, to_json
-from .peft_loading import factor_keys, saved_with
-from .peft_names import ROOT, Module, Parameter, PeftNames, Renaming, head_kind, projection_name
+from .peft_loading import saved_with
+from .peft_names import PROJECTION, ROOT, Module, Parameter, PeftNames, Renaming, factor_keys, head_kind, to_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Site:
     """What a model computes at one module.
 
     Attributes:
-        a, b: (inputs, rank) and (rank, outputs), padding and all.
+        a, b: (inputs, rank) and (rank, outputs), padding and all; of experts with an axis of them before.
         scale: float32.
         rank: the least that holds all numbers that are not 0.
     """
@@ -115,15 +115,13 @@ def _sites(model: nnx.Module, names: PeftNames) -> list[_Site]:
     by_place = {(m.site.name, m.layer): m for m in names.modules.values()}
     found = []
     for name, module in site_modules(model).items():
-        if (name, 0) not in by_place:
-            raise InputError(f"PEFT adapters on experts ({name}) cannot be written yet.")
         a, b, scale = (np.asarray(jax.device_get(v[...])) for v in (module.lora_a, module.lora_b, module.scale))
-        if a.ndim == 2:
+        if scale.ndim == 0:
             a, b, scale = a[None], b[None], scale[None]
         depth = len(by_place[name, 0].site.names)
         for i in range(len(a)):
             if scale[i] != 0:
-                used = np.abs(a[i]).sum(0) + np.abs(b[i]).sum(1) > 0
+                used = np.abs(a[i]).reshape(-1, a.shape[-1]).sum(0) + np.abs(b[i]).sum(-1).reshape(-1, b.shape[-2]).sum(0) > 0
                 rank = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 1
                 found.append(_Site(by_place[name, depth - len(a) + i], a[i], b[i], scale[i], rank))
     return sorted(found, key=lambda s: list(names.modules).index(s.module.name))
@@ -150,16 +148,16 @@ def _says(peft: PeftConfig, adapter: _Adapter) -> bool:
     sites = {s.module.name: s for s in adapter.sites}
     for name, module in adapter.names.modules.items():
         site = sites.get(name)
-        if peft.adapts(name, linear=module.linear) != (site is not None):
+        if peft.adapts(name, linear=module.linear, parameter=module.parameter) != (site is not None):
             return False
         if site is not None:
             rank, scale = peft.size(name)
-            if not site.rank <= rank <= site.a.shape[1] or np.float32(scale) != site.scale:
+            if not site.rank <= rank <= site.a.shape[-1] or np.float32(scale) != site.scale:
                 return False
     saved = {p.name for p in adapter.saved}
     if any(saved_with(peft, n.rpartition(".")[0]) != (n in saved) for n in adapter.names.parameters):
         return False
-    return not (_shares_saved_embedding(adapter) and not peft.saves(_projection(adapter)))
+    return not (_shares_saved_embedding(adapter) and not peft.saves(PROJECTION))
 
 
 def _as_loaded(adapter: _Adapter) -> dict[str, Any] | None:
@@ -184,12 +182,16 @@ def _outright(adapter: _Adapter) -> dict[str, Any]:
         ranks = _asked_ranks(adapter, ranks)
     alphas = {s.module.name: _alpha(s.scale, ranks[s.module.name], rslora=rslora) for s in adapter.sites}
     rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
-    targets = _shortest(list(ranks), adapter.names)
+    parameters = [s.module.name for s in adapter.sites if s.module.parameter]
+    # PEFT looks for parameters among all of them.
+    everything = adapter.names.parameters.keys() | adapter.names.modules.keys()
     return DEFAULTS | (adapter.foreign.get("peft") or {}) | {
         "r": rank,
         "lora_alpha": plain(alpha),
         "use_rslora": rslora,
-        "target_modules": targets,
+        "target_modules": _shortest([n for n in ranks if n not in parameters], adapter.names.modules.keys()),
+        "target_parameters": _shortest(parameters, everything) or None,
+        "lora_dropout": 0.0 if parameters or adapter.record is None else AdapterConfig.model_validate_json(adapter.record.config).dropout,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -208,7 +210,7 @@ def _asked_ranks(adapter: _Adapter, least: dict[str, int]) -> dict[str, int]:
         pattern = next((p for p in config.rank_pattern for n in names if re.fullmatch(rf"(.*\.)?({p})", n)), None)
         asked = config.rank if pattern is None else config.rank_pattern[pattern]
         name = site.module.name
-        found[name] = asked if least[name] <= asked <= site.a.shape[1] else least[name]
+        found[name] = asked if least[name] <= asked <= site.a.shape[-1] else least[name]
     return found
 
 
@@ -220,10 +222,10 @@ def _alpha(scale: np.float32, rank: int, *, rslora: bool) -> float:
     return next((a for a in rounded if np.float32(a / root) == scale), exact)
 
 
-def _shortest(wanted: list[str], names: PeftNames) -> list[str]:
-    """The fewest, shortest ends of paths that name these modules and no others."""
+def _shortest(wanted: list[str], names: Collection[str]) -> list[str]:
+    """The fewest, shortest ends of paths that mean these of the names and no others."""
     left, ends = set(wanted), []
-    others = set(names.modules) - left
+    others = set(names) - left
     for name in wanted:
         if name not in left:
             continue
@@ -272,7 +274,7 @@ def _saved_names(adapter: _Adapter) -> list[str]:
     head = _HEADS.get(_task(adapter) or "", [])
     names = {name for p in adapter.saved if not set(head) & set((name := p.name.rpartition(".")[0]).split("."))}
     if _shares_saved_embedding(adapter):
-        names.add(_projection(adapter))
+        names.add(PROJECTION)
     return (head if adapter.trained.get("head") else []) + sorted(names)
 
 
@@ -280,10 +282,6 @@ def _shares_saved_embedding(adapter: _Adapter) -> bool:
     """Whether the vocabulary projection shares a trained embedding's weights. To PEFT they are two modules, each with its own copy."""
     decoder = adapter.decoder
     return decoder is not None and decoder.config.tied and any(p.variable is decoder.embed.embedding for p in adapter.saved)
-
-
-def _projection(adapter: _Adapter) -> str:
-    return "lm_head" if adapter.decoder is None else projection_name(adapter.decoder)
 
 
 def _source(adapter: _Adapter) -> dict[str, Any]:
@@ -300,11 +298,11 @@ def _source(adapter: _Adapter) -> dict[str, Any]:
 
 def _tensors(adapter: _Adapter, config: PeftConfig, ranks: dict[str, int]) -> dict[str, Tensor]:
     found = {}
+    adapted = {s.module.name for s in adapter.sites}
     for site in adapter.sites:
         rank = ranks[site.module.name]
-        key_a, key_b = factor_keys(site.module)
-        found[key_a], found[key_b] = _float32(site.a[:, :rank].T), _float32(site.b[:rank].T)
-    adapted = {s.module.name for s in adapter.sites}
+        arrays = to_file(site.a[..., :rank], site.b[..., :rank, :])
+        found |= {key: _float32(array) for key, array in zip(factor_keys(site.module, adapted), arrays, strict=True)}
     saved = {p.name for p in adapter.saved}
     for parameter in adapter.names.parameters.values():
         module, _, kind = parameter.name.rpartition(".")
@@ -316,7 +314,7 @@ def _tensors(adapter: _Adapter, config: PeftConfig, ranks: dict[str, int]) -> di
             found[inner] = _float32(parameter.read())
     if _shares_saved_embedding(adapter):
         assert adapter.decoder is not None
-        found[f"{ROOT}{_projection(adapter)}.weight"] = _float32(np.asarray(adapter.decoder.embed.embedding[...]))
+        found[f"{ROOT}{PROJECTION}.weight"] = _float32(np.asarray(adapter.decoder.embed.embedding[...]))
     for key, value in adapter.foreign.get("idle", {}).items():
         found[key] = _float32(np.asarray(value, np.float32))
         copy = key.replace(".original_module.", ".modules_to_save.")

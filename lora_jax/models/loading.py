@@ -101,7 +101,8 @@ class BaseFiles:
 
     def stored_dtypes(self) -> dict[str, np.dtype]:
         """Parameter path (`layers.attn.q_proj.kernel`) -> the dtype it has in the checkpoint; what is quantised there is float32."""
-        return {path: self._checkpoint.dtype(w.of_layer(w.first)) for path, w in self._table.items()}
+        names = {path: w.name.replace("{i}", str(w.first)).replace("{e}", "0") for path, w in self._table.items()}
+        return {path: self._checkpoint.dtype(name) for path, name in names.items()}
 
     def _head(self, heads: dict[str, Head], kind: str, names: set[str]) -> Head:
         """A kind of head as this checkpoint has it; `InputError` where it has none."""

@@ -92,6 +92,12 @@ SWEPT = {"solo": False, "fresh": False, "many": False, "part": None, "plan": Fal
         (["compare", "runs/a", "--metric", "loss", "--reference", "a=1"], (["runs/a"], "loss", ["a=1"]), {}),
         (["evaluate", "runs/a"], ("runs/a",), {"member": None, "split": "eval"}),
         (["evaluate", "runs/a", "--member", "r4", "--split", "train"], ("runs/a",), {"member": "r4", "split": "train"}),
+        (["export", "runs/a"], ("runs/a",), {"form": "hf", "out": None, "member": None, "dtype": None, "largest": "5GB"}),
+        (
+            ["export", "runs/a", "--format", "peft", "--member", "r4", "--max-shard-size", "1MB"],
+            ("runs/a",),
+            {"form": "peft", "out": None, "member": "r4", "dtype": None, "largest": "1MB"},
+        ),
     ],
 )
 def test_what_each_command_is_called_with(call, command, arguments, args, kwargs):
@@ -122,7 +128,7 @@ def test_wrong_usage_exits_2(call, arguments, told):
 def test_help_is_complete(call):
     code, out, _ = call("--help")
     assert code == 0
-    for name in ("train", "sweep", "launch", "compare", "evaluate", "doctor", "schema"):
+    for name in ("train", "sweep", "launch", "compare", "evaluate", "export", "doctor", "schema"):
         assert f"\n  {name} " in out
         code, text, _ = call(name, "--help")
         assert code == 0

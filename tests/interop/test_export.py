@@ -182,6 +182,17 @@ def test_an_adapted_embedding_parts_the_tied_projection(zoo: Zoo, name: str, tmp
     assert np.abs(got - tiny.outputs(adapted, jnp.asarray(tokens))).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_adapted_experts_and_routers_are_merged(zoo: Zoo, name: str, tmp_path: Path):
+    adapted = tiny.trained(load_model(str(zoo.source(name))), targets=["gate_up_proj", "down_proj", "router"])
+    save_pretrained(adapted, tmp_path / "saved")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager")
+    tokens = np.random.default_rng(0).integers(3, 100, (2, 9)).astype(np.int32)
+    got, expected = theirs(model, tokens, np.ones_like(tokens)), tiny.outputs(adapted, jnp.asarray(tokens))
+    assert np.abs(expected - tiny.outputs(load_model(str(zoo.source(name))), jnp.asarray(tokens))).max() > 0.02
+    assert np.abs(got - expected).max() < TOLERANCE
+
+
 def test_the_gguf_base(smollm2_source: str, tmp_path: Path):
     """Quantised weights are written in float32, with the config and the tokenizer that the file's metadata amounts to."""
     from lora_jax import load_tokenizer

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file  # noqa: E402
 
 from lora_jax import LoraConfig, inject, load_model, load_peft, save_peft  # noqa: E402
 from lora_jax.adapters.sites import find_sites  # noqa: E402
+from tests.interop.drawing import drawn  # noqa: E402
 from tests.interop.zoo import VOCAB, ZOO, Zoo  # noqa: E402
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]  # PEFT warns of much that is meant
@@ -39,8 +40,10 @@ KINDS = {
 CASES = ("attention", "all_linear", "patterns", "rslora", "embedding", "layers")
 
 
-# Beside the first model of each family: what is different with a tied projection that is called otherwise.
-ALSO = (("gpt_neox-serial", "embedding"), ("gpt_neox-serial", "layers"))
+# Beside the first model of each family: what is different with a tied projection, and adapters on one that is not tied.
+ALSO = (("gpt_neox-serial", "embedding"), ("gpt_neox-serial", "layers"), ("gpt_neox", "projection"), ("gpt2-untied", "projection"))
+# Of mixtures of experts alone.
+MIXED = ("experts", "down", "router")
 
 
 def covering() -> list[Any]:
@@ -54,10 +57,12 @@ def covering() -> list[Any]:
         if entry.family not in firsts:
             firsts.append(entry.family)
             cases, often = CASES, False
+        if "num_experts_per_tok" in entry.options:
+            cases += MIXED
         for i, case in enumerate(cases):
             if case == "all_linear" and KINDS[entry.head][0] is not None:
                 continue  # PEFT itself puts LoRA on most heads and then saves them, and fails
-            quick = often or (name, case) in ALSO or (cases == CASES and (i - len(firsts)) % 3 == 0)
+            quick = often or (name, case) in ALSO or case in MIXED or (cases[: len(CASES)] == CASES and (i - len(firsts)) % 3 == 0)
             pairs.append(pytest.param(name, case, marks=[] if quick else [pytest.mark.long]))
     return pairs + [pytest.param(*pair) for pair in ALSO if pair not in [p.values for p in pairs]]
 
@@ -90,6 +95,20 @@ def options_of(model: Any, task: str, case: str) -> dict[str, Any]:
         },
         "embedding": {"r": 4, "lora_alpha": 8, "target_modules": [embedding.rsplit(".", 1)[-1], second], "modules_to_save": saved[-1:]},
         "layers": {"r": 4, "target_modules": attention, "layers_to_transform": [1], "layers_pattern": layers, "lora_dropout": 0.3},
+        "projection": {"r": 2, "target_modules": [second, "lm_head"]},
+    }
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options |= {
+        "experts": {
+            "r": 2,
+            "lora_alpha": 5,
+            "target_modules": attention,
+            "target_parameters": stacks,
+            "rank_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 3},
+            "alpha_pattern": {"gate_up_proj": 7},
+        },
+        "down": {"r": 3, "target_modules": [], "target_parameters": stacks[1:], "use_rslora": True},
+        "router": {"r": 3, "target_modules": [second], "target_parameters": ["gate.weight", "gate_up_proj"]},
     }
     return options[case] | {"task_type": task}
 
@@ -165,7 +184,13 @@ def ours_of(base: nnx.Module, case: str) -> LoraConfig:
         },
         "rslora": {"rank": 3, "alpha": 7, "targets": [first, "down_proj"], "exclude": r".*layers\.0\.attn.*", "rslora": True},
         "embedding": {"rank": 4, "targets": rf"(.*\.)?embed|.*{second}", "modules_to_save": [first], "dropout": 0.1},
-        "layers": {"rank": 4, "targets": "mlp", "modules_to_save": ["embed"]},
+        "layers": {"rank": 4, "targets": "attention" if "router" in names else "mlp", "modules_to_save": ["embed"]},
+        "projection": {"rank": 2, "targets": ["o_proj", "lm_head"], "modules_to_save": ["final_norm"]},
+    }
+    values |= {
+        "experts": {"rank": 2, "alpha": 5, "targets": "experts", "rank_pattern": {r"layers\.1\..*down_proj": 3}},
+        "down": {"rank": 3, "targets": ["down_proj", "o_proj"], "layers": "last:1"},
+        "router": {"rank": 3, "targets": ["router", "gate_up_proj"], "alpha_pattern": {"router": 2.5}},
     }
     return LoraConfig(**values[case])
 
@@ -181,23 +206,3 @@ def test_to_peft(name: str, case: str, zoo: Zoo, tmp_path: Path):
     assert as_sets(tmp_path / "ours")["task_type"] == KINDS[ZOO[name].head][1]
     save_peft(load_peft(base, tmp_path / "ours"), tmp_path / "again")
     assert_same_files(tmp_path / "ours", tmp_path / "again")
-
-
-def drawn(model: nnx.Module) -> nnx.Module:
-    """In place: every trained number moved, padding left at 0."""
-    rng = np.random.default_rng(3)
-    for path, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Variable) and variable.get_metadata().get("label", "frozen") != "frozen":
-            value = np.array(variable[...])
-            noise = 0.1 * rng.standard_normal(value.shape).astype(value.dtype)
-            if path[-1] == "lora_b":  # rows that A's padding does not reach stay 0
-                a = np.array(_owner(model, path).lora_a[...])
-                noise *= (np.abs(a).sum(-2) > 0)[..., None] if path[-2] != "embed" else 1
-            variable.set_value(jax.numpy.asarray(value + noise * (value != 0 if path[-1] == "lora_a" and path[-2] != "embed" else 1)))
-    return nnx.view(model, deterministic=True, raise_if_not_found=False)
-
-
-def _owner(model: Any, path: tuple[Any, ...]) -> Any:
-    for part in path[:-1]:
-        model = model[part] if isinstance(part, int) else getattr(model, part)
-    return model
