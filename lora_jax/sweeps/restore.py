@@ -14,6 +14,7 @@ from ..adapters.record import remember
 from ..adapters.spec import resolve, unite
 from ..config.errors import InputError, hint
 from ..config.load import load_config
+from ..models.heads import Classifier
 from ..models.loading import load_model
 from ..tracking import member_folder
 from ..training.adapter_files import load_adapter, saved_classes
@@ -86,11 +87,12 @@ def restore_member(run: Path, member: Member) -> Restored:
     """
     folder, config = adapter_folder_of(run, member), member.config
     classes = saved_classes(folder) or (tuple(config.task.labels) if config.task.labels else None)
-    base = load_model(config.model.source)
+    loaded = load_model(config.model.source, head=config.task.kind if config.task.head == "loaded" else None)
+    base = loaded.base if isinstance(loaded, Classifier) else loaded
     in_words = config.task.kind == "classification" and base.is_decoder
     if config.task.label is not None and classes is None and not in_words:
         raise InputError(f"{folder}: does not say what its classes are; name them, in order, as task.labels in {run / 'config.yaml'}.")
-    model = task_model(base, config.task, classes)
+    model = loaded if isinstance(loaded, Classifier) else task_model(base, config.task, classes)
     spec = resolve(model, config.adapter)
     adapted = inject_structure(model, unite(model, [spec]))
     fill_member(adapted, spec, config.training.seed)  # the scales; the factors are drawn and then replaced
