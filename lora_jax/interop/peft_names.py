@@ -18,6 +18,7 @@ from ..adapters.sites import HEADS, Path, Site, find_sites, logical_name, names_
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.families import Head, Weight, families
+from ..models.families.weight import oriented
 from ..models.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from ..models.stack import Stack
 
@@ -74,16 +75,16 @@ class Parameter:
     def shape(self) -> tuple[int, ...]:
         """PyTorch's."""
         shape = tuple(self.variable.shape if self.layer is None else self.variable.shape[1:])
-        return (*shape[:-2], *shape[:-3:-1]) if self.transpose else shape
+        return oriented(self.name, shape) if self.transpose else shape
 
     def read(self) -> np.ndarray:
         """Its value, in PyTorch's axes."""
         array = np.asarray(self.variable[...] if self.layer is None else self.variable[...][self.layer])
-        return array.swapaxes(-1, -2) if self.transpose else array
+        return array.transpose(oriented(self.name, range(array.ndim))) if self.transpose else array
 
     def write(self, value: np.ndarray) -> None:
         """Sets it to a value in PyTorch's axes, rounded to the weight's dtype."""
-        value = value.swapaxes(-1, -2) if self.transpose else value
+        value = value.transpose(oriented(self.name, range(value.ndim))) if self.transpose else value
         array = np.array(self.variable[...])
         array[... if self.layer is None else self.layer] = value
         self.variable.set_value(jnp.asarray(array))

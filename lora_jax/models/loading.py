@@ -166,7 +166,7 @@ class BaseFiles:
             array = self._checkpoint.read_slice(name, weight.oriented(inner))
             place = piece * wanted[-1] + start - first
             index = (*(i - lo for i, (lo, _) in zip(at, box, strict=False)), ..., slice(place, place + stop - start))
-            part[index] = array.swapaxes(-1, -2) if weight.transpose else array
+            part[index] = array.transpose(weight.oriented(range(array.ndim)))
         if sharding is None:
             return jax.block_until_ready(jnp.asarray(part))
 

@@ -75,6 +75,6 @@ def _tensor(variable: nnx.Variable, weight: Weight, at: tuple[int, ...], piece: 
     def read() -> np.ndarray:
         array = np.asarray(variable[at] if at else variable[...])
         array = np.split(array, pieces, axis=-1)[piece] if pieces > 1 else array
-        return np.ascontiguousarray(array.swapaxes(-1, -2)) if weight.transpose else array
+        return np.ascontiguousarray(array.transpose(weight.oriented(range(array.ndim))))
 
     return Tensor(weight.oriented(shape), np.dtype(variable.dtype), read)

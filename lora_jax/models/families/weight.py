@@ -10,6 +10,12 @@ from typing import Any
 from ..head_shape import HeadShape
 
 
+def oriented(name: str, axes: Sequence[Any]) -> tuple[Any, ...]:
+    """PyTorch's axes of a weight in our order, or ours in PyTorch's: reversed, but for the first of a stack of experts."""
+    kept = 1 if ".experts." in name and len(axes) == 3 else 0
+    return (*axes[:kept], *axes[kept:][::-1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """Where a parameter comes from.
@@ -70,7 +76,7 @@ class Weight:
 
     def oriented(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         """What is said of each axis (sizes, slices) in the file's layout in ours, or the other way round."""
-        return (*shape[:-2], shape[-1], shape[-2]) if self.transpose else tuple(shape)
+        return oriented(self.parameter, shape) if self.transpose else tuple(shape)
 
 
 @dataclasses.dataclass(frozen=True)
