@@ -62,7 +62,7 @@ test-long: dev .venv/.interop  ## More of the longer tests: every mesh, with rea
 	$(RUN_PYTEST) -m "long and not slurm"
 
 test-interop: dev .venv/.interop  ## Agreement with PyTorch and PEFT (installs both, CPU build)
-	$(RUN_PYTEST) -m "interop and not long" tests/interop
+	$(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "interop and not long" tests/interop
 
 test-slurm: dev  ## Tests on a real Slurm of their own (as root; installs Debian's slurm-wlm where it is missing)
 	@sh tests/slurm/install_slurm.sh

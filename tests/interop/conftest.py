@@ -5,6 +5,8 @@ from __future__ import annotations
 import bz2
 import csv
 import io
+import os
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -12,6 +14,14 @@ import pytest
 
 from lora_jax.config.locations import resolve
 from tests.interop.zoo import Zoo
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread_a_worker() -> None:
+    """PyTorch's threads wait for each other in a spin: two workers with two each on two cores would be slower than one."""
+    torch = sys.modules.get("torch")  # not imported here: this folder's tests of bad files need none
+    if torch is not None and "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
 @pytest.fixture(autouse=True)
