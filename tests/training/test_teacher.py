@@ -81,7 +81,7 @@ def test_a_pack_learns_what_its_solo_runs_do(hub, tmp_path, teachers):
     for a, b in zip(packed.results, solo.results, strict=True):
         assert a.final["loss"] == pytest.approx(b.final["loss"], rel=1e-4)
     here, elsewhere = (r.final["loss"] for r in packed.results)
-    assert here < 0.75 * elsewhere  # where the update is, it can be learned
+    assert here < elsewhere  # where the update is, it can be learned, with a third of the parameters
 
 
 @pytest.mark.slow
