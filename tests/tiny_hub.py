@@ -234,6 +234,8 @@ def _write_llama(folder: Path) -> None:
 def _write_model(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ones: set[str], zeros: set[str]) -> None:
     rng = np.random.default_rng(1)
     weights = {name: (0.3 if len(shape) == 1 else 1 / np.sqrt(shape[-1])) * rng.standard_normal(shape) for name, shape in shapes.items()}
-    weights |= {name: 1 + 0.1 * rng.standard_normal(WIDTH) for name in ones} | {name: 0.1 * rng.standard_normal(WIDTH) for name in zeros}
+    weights |= {name: 1 + 0.1 * rng.standard_normal(WIDTH) for name in sorted(ones)} | {
+        name: 0.1 * rng.standard_normal(WIDTH) for name in sorted(zeros)
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_file({name: value.astype(np.float32) for name, value in weights.items()}, folder / "model.safetensors")
