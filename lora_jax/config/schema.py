@@ -236,7 +236,19 @@ class TrainingConfig(Section):
     )
     chunk: PositiveInt = Field(default=4, description="Members that run side by side in the mode chunk.")
     eval_every: NonNegativeInt = Field(default=0, description="Evaluate every this many steps (and always at the end); 0: only at the end.")
-
+    cache_prefix: Literal["off", "on"] = Field(
+        default="off",
+        description=(
+            "Compute the layers below the lowest adapted one once for each example, for all epochs, evaluations and packs. "
+            "The losses keep their bits."
+        ),
+    )
+    cache_memory_gb: NonNegativeFloat = Field(
+        default=1.0, description="The prefix cache is kept in memory if it is no larger than this; else in a file."
+    )
+    cache_disk_gb: NonNegativeFloat = Field(
+        default=20.0, description="Most that files of prefix caches take below tracking.dir; those used longest ago are removed. 0: none."
+    )
     extend_steps: NonNegativeInt = Field(
         default=0, description="Optimizer steps beyond 'steps' or 'epochs'; raised later, it takes a finished run further."
     )

@@ -102,6 +102,16 @@ class BatchPlan:
         """Every held-out example (or those given) exactly once, in the shapes of a micro-batch, without the micro axis."""
         return [self._assemble(examples or self._held_out, g) for g in self.eval_groups(examples)]
 
+    def seen(self) -> Examples:
+        """The training examples that the run's batches hold, each once, in the order of the data."""
+        whole, rest = divmod(self.steps, self.steps_per_epoch)
+        groups = [group for epoch in range(min(whole, DISTINCT_EPOCHS)) for group in self._epoch(epoch)]
+        groups += self._epoch(whole)[: rest * self._accumulate]
+        chosen = np.unique(np.concatenate(groups)).tolist()
+        types = self._train.types
+        own = None if types is None else [types[i] for i in chosen]
+        return Examples([self._train.tokens[i] for i in chosen], [self._train.targets[i] for i in chosen], own)
+
     @functools.cached_property
     def summary(self) -> dict[str, float]:
         """Figures for reports: `rows`, `length`, `tokens_per_step` (real ones), `padding_share` (of the positions computed on), and

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from ..config.schema import Config
 from ..tracking import Progress, RunDirectory
 from ..training.checkpoints import PackCheckpoints, Saved
 from ..training.loop import Outcome, train_pack
 from ..training.pack import Pack
 from ..training.pack_choice import check_fits, told_mode
 from ..training.pack_mode import VMAP
+from ..training.prefix import Prefix
+from ..training.prefix_cache import FOLDER, keep_prefix
 from ..training.profile import StepTrace
 from ..training.setup import Setup
 from ..training.stopping import StopSignals
@@ -81,9 +85,12 @@ class PackRun:
         self.progress.print(f"{self.title}: {len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters; compiling")
         prefix = self.setup.prefix(pack.part, config.training.data_seed)
         before = prefix.compiled if prefix is not None else 0
+        if config.training.cache_prefix == "on":
+            self._keep(prefix, config)
         if (said := self.modes.settle([m.name for m in members], pack, self.setup, prefix)) is not None:
             self.progress.print(f"{self.title}: {said}")
         check_fits(pack, self.setup, prefix)
+        counted = _counts(prefix)
         recorder = Recorder(self.run, members, counts, self.setup, self.progress, self.title)
         with recorder, contextlib.closing(self.checkpoints()) as checkpoints:
             self.signals.training = True
@@ -102,8 +109,23 @@ class PackRun:
                 prefix=prefix,
             )
             self.signals.training = False
+        if prefix is not None and prefix.stores is not None:
+            hits, misses = (a - b for a, b in zip(_counts(prefix), counted, strict=True))
+            self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches began from the prefix cache")
         programs = pack.programs.train.traces.count + pack.programs.evaluate.traces.count
         return Trained(pack, outcome, recorder, programs + (prefix.compiled - before if prefix is not None else 0))
+
+    def _keep(self, prefix: Prefix | None, config: Config) -> None:
+        if prefix is None:
+            self.progress.print("prefix cache: off, for the members have no layer in common below the lowest that one of them trains")
+            return
+        keep_prefix(prefix, self.setup, config.training, Path(config.tracking.dir) / FOLDER, self.progress.print)
+
+
+def _counts(prefix: Prefix | None) -> tuple[int, int]:
+    """Batches that were found in the prefix cache, and that were not."""
+    stores = prefix.stores if prefix is not None and prefix.stores is not None else ()
+    return sum(s.hits for s in stores), sum(s.misses for s in stores)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh
@@ -20,8 +21,11 @@ from ..models.heads import TaskModel
 from ..models.prefix import prefix_of
 from ..models.stack import cut_of
 from ..parallel.batches import row_sharding
+from .prefix_store import PrefixStore
 from .step import Batch, Program
 from .targets import targets_by_rows
+
+HostBatch = Mapping[str, np.ndarray]
 
 
 def prefix_depth(part: Partition, micro: Mapping[str, Any]) -> int:
@@ -57,10 +61,17 @@ class Prefix:
         depth: `prefix_depth` of it.
         data_seed: of the base's own dropout.
         mesh: where the arrays lie.
+
+    Attributes:
+        stores: what is kept of it (`prefix_cache.py`), for training steps and for evaluations.
+        asked_to_keep: whether it was seen to that something is.
     """
 
     def __init__(self, part: Partition, depth: int, data_seed: int, mesh: Mesh):
         self.depth = depth
+        self.stores: tuple[PrefixStore, PrefixStore] | None = None
+        self.asked_to_keep = False
+        self._mesh = mesh
         self._frozen = part.frozen
         own = (part.trainable, part.settings)  # the model is made with them, and the program drops them: it makes no use of them
 
@@ -75,13 +86,29 @@ class Prefix:
         self._step = Program(of_step, "prefix", mesh=mesh, results=row_sharding(mesh, 1))
         self._held_out = Program(of_held_out, "held-out prefix", mesh=mesh, results=row_sharding(mesh, 0))
 
-    def of_step(self, step: int, batch: Batch) -> jax.Array:
-        """(micro-batches, rows, length, width): what enters layer `depth` in training step `step`, dropout of the base included."""
-        return self._step(self._frozen, batch, jnp.int32(step))
+    def of_step(self, step: int, batch: Batch, host: HostBatch | None = None) -> jax.Array:
+        """(micro-batches, rows, length, width): what enters layer `depth` in training step `step`, dropout of the base included.
 
-    def of_held_out(self, batch: Batch) -> jax.Array:
-        """(rows, length, width): what enters layer `depth` in an evaluation."""
-        return self._held_out(self._frozen, batch)
+        Args:
+            step: 0-based.
+            batch: on the mesh.
+            host: the same on the host, to be looked up in what is kept.
+        """
+        kept = self._kept(0, host)
+        return self._step(self._frozen, batch, jnp.int32(step)) if kept is None else kept
+
+    def of_held_out(self, batch: Batch, host: HostBatch | None = None) -> jax.Array:
+        """(rows, length, width): what enters layer `depth` in an evaluation; arguments as in `of_step`."""
+        kept = self._kept(1, host)
+        return self._held_out(self._frozen, batch) if kept is None else kept
+
+    def _kept(self, which: int, host: HostBatch | None) -> jax.Array | None:
+        kept = self.stores[which].get(host) if self.stores is not None and host is not None else None
+        return None if kept is None else jax.device_put(kept, row_sharding(self._mesh, 1 - which))
+
+    def layout(self, batch: Batch) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of `of_step`; nothing is compiled."""
+        return jax.eval_shape(self._step.traces.function, self._frozen, batch, jnp.int32(0))
 
     @property
     def compiled(self) -> int:

@@ -82,13 +82,13 @@ class Setup:
     def step_inputs(self, step: int, batch: dict[str, np.ndarray], prefix: Prefix | None) -> dict[str, jax.Array]:
         """A training batch on the mesh as a pack's step takes it, with what is computed once for all members."""
         placed = place_batch(self.mesh, batch, row_axis=1)
-        common = {} if prefix is None else {"prefix": prefix.of_step(step, placed)}
+        common = {} if prefix is None else {"prefix": prefix.of_step(step, placed, batch)}
         return placed | common | ({} if self.teacher is None else {"target_values": self.teacher.of_step(placed)})
 
     def held_out_inputs(self, batch: dict[str, np.ndarray], prefix: Prefix | None) -> dict[str, jax.Array]:
         """The same of a batch to evaluate, which has no micro axis."""
         placed = place_batch(self.mesh, batch, row_axis=0)
-        common = {} if prefix is None else {"prefix": prefix.of_held_out(placed)}
+        common = {} if prefix is None else {"prefix": prefix.of_held_out(placed, batch)}
         return placed | common | ({} if self.teacher is None else {"target_values": self.teacher.of_held_out(placed)})
 
     @functools.cached_property

@@ -88,10 +88,11 @@ SET_UP = {
     "mesh.sweep": (2, {}),
 }
 # Each in a test of its own below, or elsewhere: `sweep.reference` in test_space.py, `task.teacher` in test_teacher.py, `task.head` in
-# test_word_tasks.py.
+# test_word_tasks.py, `training.cache_*` in test_prefix_cache.py.
 OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
     "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs", "training.pack", "training.chunk",
+    "training.cache_prefix", "training.cache_memory_gb", "training.cache_disk_gb",
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
