@@ -32,10 +32,8 @@ class Side:
     """
 
     def __init__(self, name: str, arguments: Sequence[str]):
-        root = str(Path(__file__).resolve().parents[2])
-        environment = os.environ | _QUIET | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        environment = side_environment()
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # on a GPU: leave room for the other side, and count what is used
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a first run compiles
         self.name = name
         self.process = subprocess.Popen(
             [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -60,6 +58,14 @@ class Side:
         """Ends the process."""
         self.process.kill()
         self.process.wait()
+
+
+def side_environment() -> dict[str, str]:
+    """Of any side: this tree, nothing compiled before, no network."""
+    root = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | _QUIET | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a first run compiles
+    return environment
 
 
 def cpu_name() -> str:

@@ -59,8 +59,8 @@ CASES = {
 }
 
 
-def prepare(name: str, folder: str) -> None:
-    """Writes what the PEFT side reads: our own training examples, and the base as float32 safetensors where it was a GGUF file.
+def prepare(case: Case, folder: str) -> None:
+    """Writes what the PEFT side reads: our own examples, and the base as float32 safetensors where it was a GGUF file.
 
     So both sides see the same tokens and weights, and PEFT's peak memory is spared the dequantising.
     """
@@ -73,11 +73,11 @@ def prepare(name: str, folder: str) -> None:
     from lora_jax.data.tasks import prepare as prepare_task
     from lora_jax.models.tokenizer import load_tokenizer
 
-    case = CASES[name]
     config = Config.model_validate(case.full_config(1))
-    train = prepare_task(config.task, load_tokenizer(config.model.source), decoder=case.task_type == "CAUSAL_LM").train
-    labels = [0 if case.task_type == "CAUSAL_LM" else int(t[t != NO_TARGET][0]) for t in train.targets]
-    np.savez(Path(folder) / "examples.npz", tokens=np.concatenate(train.tokens), lengths=train.lengths, labels=labels)
+    data = prepare_task(config.task, load_tokenizer(config.model.source), decoder=case.task_type == "CAUSAL_LM")
+    for name, examples in (("examples", data.train), ("held_out", data.held_out)):
+        labels = [0 if case.task_type == "CAUSAL_LM" else int(t[t != NO_TARGET][0]) for t in examples.targets]
+        np.savez(Path(folder) / f"{name}.npz", tokens=np.concatenate(examples.tokens), lengths=examples.lengths, labels=labels)
     path = resolve(config.model.source, key="model.source")
     if path.suffix == ".gguf":
         import torch

@@ -104,27 +104,45 @@ class Peft(Side):
         kind = transformers.LlamaForCausalLM if self.causal else transformers.BertForSequenceClassification
         base = kind.from_pretrained(folder / "base", dtype=torch.float32, **({} if self.causal else {"num_labels": 2}))
         adapter = case.config["adapter"]
-        lora = peft.LoraConfig(task_type=case.task_type, r=adapter["rank"], lora_alpha=adapter["alpha"], target_modules=adapter["targets"])
+        lora = peft.LoraConfig(
+            task_type=case.task_type,
+            r=adapter["rank"],
+            lora_alpha=adapter["alpha"],
+            target_modules=adapter["targets"],
+            layers_to_transform=adapter.get("layers"),
+        )
         self.model = peft.get_peft_model(base, lora).to(self.device).train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=OPTIMIZER["learning_rate"], weight_decay=OPTIMIZER["weight_decay"])
         self.schedule = transformers.get_linear_schedule_with_warmup(self.optimizer, 0, steps)
-        data = np.load(folder / "examples.npz")
-        self.examples = [torch.from_numpy(t).long() for t in np.split(data["tokens"], np.cumsum(data["lengths"])[:-1])]
-        self.labels = torch.from_numpy(data["labels"])
+        self.data = self._read(folder / "examples.npz")
         self.batches = self._batches(case.batch_size)
+
+    def _read(self, path: Path) -> tuple[list[Any], Any]:
+        """Tokens of each example, and labels."""
+        import torch
+
+        data = np.load(path)
+        tokens = np.split(data["tokens"], np.cumsum(data["lengths"])[:-1])
+        return [torch.from_numpy(t).long() for t in tokens], torch.from_numpy(data["labels"])
 
     def _batches(self, size: int) -> Iterator[dict[str, Any]]:
         import torch
 
-        pad = torch.nn.utils.rnn.pad_sequence
         while True:
-            for chosen in torch.randperm(len(self.examples)).split(size):
+            for chosen in torch.randperm(len(self.data[0])).split(size):
                 if len(chosen) == size:
-                    tokens = pad([self.examples[i] for i in chosen], batch_first=True)
-                    mask = pad([torch.ones_like(self.examples[i]) for i in chosen], batch_first=True)
-                    labels = tokens.masked_fill(mask == 0, -100) if self.causal else self.labels[chosen]
-                    yield {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+                    yield self.padded(self.data, chosen.tolist())
+
+    def padded(self, data: tuple[list[Any], Any], chosen: list[int]) -> dict[str, Any]:
+        """A batch of some examples, padded to the longest."""
+        import torch
+
+        pad = torch.nn.utils.rnn.pad_sequence
+        tokens = pad([data[0][i] for i in chosen], batch_first=True)
+        mask = pad([torch.ones_like(data[0][i]) for i in chosen], batch_first=True)
+        labels = tokens.masked_fill(mask == 0, -100) if self.causal else data[1][chosen]
+        return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
     def train(self, steps: int) -> int:
         import torch

@@ -39,7 +39,7 @@ def race(name: str, steps: int, rounds: int) -> dict[str, Any]:
     load = warn_if_busy()
     with tempfile.TemporaryDirectory(prefix="vs_peft-") as folder:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(prepare, name, folder).result()
+            pool.submit(prepare, CASES[name], folder).result()
         workers: list[Side] = []
         try:
             for side in SIDES:  # one after the other, so that neither start disturbs the other's
