@@ -17,6 +17,8 @@ import typer
 from lora_jax.config.errors import InputError, RunError, Stopped
 from lora_jax.parallel import processes
 
+from .options import ConfigPath, Coordinator, ExtendSteps, Fresh, Overrides, ProcessCount, ProcessId, StartTimeout, Yes
+
 app = typer.Typer(
     name="lora-jax",
     help="Train and compare low-rank adapters over one frozen base model, many at a time.",
@@ -27,54 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # failures are told by main(), below
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Config values to change: dotted keys, YAML values, such as adapter.rank=4 or 'adapter.targets=[query, value]'.",
-        show_default=False,
-    ),
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Start over: set aside what an earlier run of this name left. Without it the run is resumed.")
-]
-ExtendSteps = Annotated[
-    int | None,
-    typer.Option(
-        "--extend-steps", metavar="N", min=1, help="Train N steps beyond what the config says; of a finished run too.", show_default=False
-    ),
-]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask about a sweep of more than 10,000 members.")]
-Coordinator = Annotated[
-    str | None,
-    typer.Option(
-        "--coordinator",
-        metavar="HOST:PORT",
-        envvar=processes.COORDINATOR,
-        help="Where process 0 of several listens. Slurm, MPI, Kubernetes and Cloud TPU need none of this: they are recognized.",
-        show_default=False,
-    ),
-]
-ProcessId = Annotated[
-    int | None,
-    typer.Option("--process-id", metavar="N", envvar=processes.PROCESS_ID, help="This process's number, from 0.", show_default=False),
-]
-ProcessCount = Annotated[
-    int | None,
-    typer.Option(
-        "--process-count",
-        metavar="N",
-        envvar=processes.PROCESS_COUNT,
-        help="How many processes; 1: alone, on a cluster too.",
-        show_default=False,
-    ),
-]
-StartTimeout = Annotated[
-    float,
-    typer.Option("--start-timeout", metavar="SECONDS", envvar=processes.START_TIMEOUT, help="How long to wait for the other processes."),
-]
 
 
 def _with_extension(overrides: list[str] | None, steps: int | None) -> list[str]:
