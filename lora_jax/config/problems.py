@@ -136,7 +136,7 @@ def _sentence(path: Path, item: Mapping[str, Any], data: Any) -> str:
 
 
 def _choices(schema: Mapping[str, Any] | None) -> str:
-    return f"Must be {expected(schema)}." if schema and "enum" in schema else ""
+    return f" Must be {expected(schema)}." if schema and "enum" in schema else ""
 
 
 def _advice(schema: Mapping[str, Any], value: Any) -> str:

@@ -54,7 +54,7 @@ def train(hub, tmp_path):
         ({"optimizer.schedule": "linaer"}, ["optimizer.schedule", "Did you mean 'linear'?"]),
         ({"task.label": None}, ["classification needs both 'text' and 'label'"]),
         ({"task.question": "text"}, ["'question' belongs to kind: question_answering"]),
-        ({"task.kind": "question_answering"}, ["'text' belongs to kind: classification, token_classification or causal_lm"]),
+        ({"task.kind": "question_answering"}, ["'text' belongs to kind: classification, token_classification, causal_lm or distillation"]),
         ({"task.kind": "token_classification", "task.label": None}, ["token_classification needs both 'text' and 'label'"]),
         ({"task": {"kind": "question_answering", "source": "a.csv", "context": "c"}}, ["question_answering needs 'question', 'context'"]),
         ({"mesh": {"data": 0}}, ["mesh", "positive"]),
