@@ -63,12 +63,14 @@ def _adapt(model, **values):
 
 CASES = [
     (lambda: tiny.encoder(4), TOKENS, {"targets": "all-linear"}),
-    (lambda: tiny.encoder(4), TOKENS, {"targets": "all-linear", "layers": "last:1"}),
+    pytest.param(lambda: tiny.encoder(4), TOKENS, {"targets": "all-linear", "layers": "last:1"}, marks=pytest.mark.long),
     (lambda: tiny.encoder(4), TOKENS, {"targets": "all-linear", "layers": "last:3", "dropout": 0.1}),
     (lambda: tiny.encoder(4), TOKENS, {"targets": "embedding"}),
     (lambda: tiny.encoder(3, dtype=jnp.bfloat16), TOKENS, {"targets": "all-linear", "rslora": True}),
     (lambda: tiny.decoder(4), TOKENS, {"targets": "all-linear", "bias": "all"}),
-    (lambda: tiny.decoder(4, tied=False), TOKENS, {"targets": ["lm_head", "down_proj"], "layers": "last:2"}),
+    pytest.param(
+        lambda: tiny.decoder(4, tied=False), TOKENS, {"targets": ["lm_head", "down_proj"], "layers": "last:2"}, marks=pytest.mark.long
+    ),
     (lambda: tiny.decoder(4), TOKENS, {"targets": "embedding", "modules_to_save": ["final_norm"]}),
     (
         lambda: nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(16, 3, rngs=nnx.Rngs(1))),

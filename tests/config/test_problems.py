@@ -77,7 +77,10 @@ FROM_OVERRIDE = [
     ("adapter=3", "override 'adapter=3': adapter: must be a section"),
     ("adapter.targets=[q", "override 'adapter.targets=[q', line 1, column 3: broken YAML"),
     ("task.labels=[1, 2]", "task.labels: must be a list of texts or nothing (null), got [1, 2]. Put text"),
-    ("task.kind=causal-lm", "must be one of classification, token_classification, question_answering, causal_lm, distillation, got 'causal-lm'. Did you mean 'causal_lm'?"),
+    (
+        "task.kind=causal-lm",
+        "question_answering, causal_lm, distillation, got 'causal-lm'. Did you mean 'causal_lm'?",
+    ),
     ("training.epochs=3", "c.yaml, line 4, with override 'training.epochs=3': training: give exactly one of 'steps' and 'epochs'."),
     ("task.text=null", "c.yaml, line 3, with override 'task.text=null': task: classification needs both 'text' and 'label'"),
     ("name=a/b", "override 'name=a/b': name: may hold letters, digits, '.', '_' and '-' and begins with a letter or digit, got 'a/b'."),
@@ -115,7 +118,9 @@ def test_what_is_missing_is_explained(tmp_path, monkeypatch):
     got = message(tmp_path, monkeypatch, BASE.replace("source: m.gguf", ""))
     assert got.startswith("c.yaml, line 2: model.source: missing. A Hugging Face folder, a .gguf")
     got = message(tmp_path, monkeypatch, BASE.replace("kind: classification,", ""))
-    assert "line 3: task.kind: missing." in got and got.endswith("hidden states. Must be one of classification, token_classification, question_answering, causal_lm, distillation.")
+    assert "line 3: task.kind: missing." in got and got.endswith(
+        "hidden states. Must be one of classification, token_classification, question_answering, causal_lm, distillation."
+    )
     got = message(tmp_path, monkeypatch, "name: a\n")
     assert got.splitlines() == ["c.yaml: 3 problems"] + [
         f"  {s}: missing; a config needs this section." for s in ("model", "task", "training")

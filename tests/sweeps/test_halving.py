@@ -89,6 +89,7 @@ def test_losers_stop_and_survivors_equal_their_solo_runs(hub, tmp_path, raced):
             assert np.linalg.norm(mine[name] - theirs[name]) <= 1e-5 * np.linalg.norm(theirs[name]) + 1e-12, name
 
 
+@pytest.mark.long
 def test_a_race_that_was_stopped_again_and_again_ends_the_same(hub, tmp_path, raced, monkeypatch):
     config = hub.config(tmp_path, SWEEP)
     asked = StopSignals.asked

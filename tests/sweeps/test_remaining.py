@@ -44,6 +44,7 @@ def grid(**keys):
     }
 
 
+@pytest.mark.long  # tests/sweeps/test_exactly_once.py grows a sweep too
 def test_more_ranks_and_seeds_train_the_new_members_alone(hub, tmp_path, monkeypatch):
     trained = packs_of(monkeypatch)
     first = run_sweep(hub.config(tmp_path, grid(adapter__rank=[2, 3])))

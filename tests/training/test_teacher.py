@@ -56,7 +56,7 @@ def test_the_error_is_a_mean_over_numbers_and_a_sum_over_targets():
     assert right == 0
 
 
-@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_loss_is_that_of_the_models_outputs(hub, tmp_path, teachers, causal):
     source = hub.llama if causal else hub.bert
     outcome = run_sweep(
