@@ -76,6 +76,7 @@ def test_at_most_three_training_programs(hub, tmp_path, trained):
     assert programs <= 3 and sum(len(one.pack.configs) for one in trained) == MEMBERS
 
 
+@pytest.mark.long
 def test_halving_trains_less_than_half(hub, tmp_path):
     outcome = run_sweep(hub.config(tmp_path, changes(halving={"factor": 2, "rungs": 3})))
     steps = [r.steps for r in outcome.results]

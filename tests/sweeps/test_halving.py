@@ -109,7 +109,7 @@ def test_a_race_that_was_stopped_again_and_again_ends_the_same(hub, tmp_path, ra
     assert run_sweep(config).compiled_programs == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scanned_survivors_have_the_bits_of_their_solo_runs(hub, tmp_path):
     """One after the other in a loop, each member is computed by itself, in the shapes of the whole race."""
     scanned = SWEEP | {"training.pack": "scan", "tracking.tensorboard": False}

@@ -40,7 +40,7 @@ def test_a_packed_language_model_equals_its_solo_runs(hub, tmp_path):
     assert again["rank=5"] == pytest.approx(solo.results[1].best, rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_packed_members_of_other_targets_and_layers_equal_their_solo_runs(hub, tmp_path):
     grid = {"adapter.rank": [1, 4], "adapter.targets": [["q_proj"], ["v_proj", "down_proj"]], "adapter.layers": [None, "last:1"]}
     changes = {"sweep": {"grid": grid}, "training.steps": 12}

@@ -80,8 +80,8 @@ def test_a_pack_learns_what_its_solo_runs_do(hub, tmp_path, teachers):
     solo = run_sweep(config(hub, tmp_path, teachers[False], changes, name="solo"), solo=True)
     for a, b in zip(packed.results, solo.results, strict=True):
         assert a.final["loss"] == pytest.approx(b.final["loss"], rel=1e-4)
-    here, elsewhere = (r.final["loss"] for r in packed.results)
-    assert here < elsewhere  # where the update is, it can be learned, with a third of the parameters
+    untaught = run_sweep(config(hub, tmp_path, teachers[False], {"training.steps": 1, "training.eval_every": 0}, name="untaught"))
+    assert packed.results[0].final["loss"] < 0.75 * untaught.results[0].final["loss"]  # layer 1 is where the teacher's update is
 
 
 @pytest.mark.slow
