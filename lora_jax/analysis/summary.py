@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +9,7 @@ from typing import Any
 
 from lora_jax.analysis.compare import Estimate, best_rates, mark_best, rows_of
 from lora_jax.analysis.metrics import find_metric, primary_metric
-from lora_jax.tracking.files import write_atomic
-from lora_jax.tracking.results import MemberResult, cell, union
+from lora_jax.tracking.results import MemberResult, cell, union, write_table
 
 
 def write_summary_csv(path: Path | str, results: Sequence[MemberResult], reference: Mapping[str, Any] | None = None) -> Path:
@@ -48,11 +45,7 @@ def write_summary_csv(path: Path | str, results: Sequence[MemberResult], referen
         out["difference_seeds"] = row.difference.count if row.difference else None
         out |= {"best": row.is_best, "reference": row.is_reference, "best_learning_rate": id(row.members) in tuned}
         table.append({key: cell(value) for key, value in out.items()})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(table[0]) if table else ["parameters"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return write_atomic(path, text.getvalue())
+    return write_table(path, table, empty="parameters")
 
 
 def _ends(name: str, estimate: Estimate | None) -> dict[str, float | None]:

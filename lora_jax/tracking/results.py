@@ -133,8 +133,13 @@ def write_results_csv(path: Path | str, results: Sequence[MemberResult]) -> Path
         row |= {f"final_{m}": r.final.get(m) for m in finals} | {f"best_{m}": r.best.get(m) for m in bests}
         row |= {k: getattr(r, k) for k in ("best_step", "steps", "tokens", "padding_share")}
         rows.append({k: cell(v) for k, v in row.items()})
+    return write_table(path, rows, empty="name")
+
+
+def write_table(path: Path | str, rows: Sequence[dict[str, Any]], *, empty: str) -> Path:
+    """Writes rows of equal keys as CSV, whole or not at all; without rows a header with the column `empty` alone."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["name"], lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [empty], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return write_atomic(path, text.getvalue())
