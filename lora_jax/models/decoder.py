@@ -108,6 +108,12 @@ class Decoder(nnx.Module):
         x = self.layers(context.drop(self.embedded(tokens, positions), 0, 3), context, gather if early else None)
         return self.final_norm(x if early else take_positions(x, gather))
 
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Lengths, ascending: when the longest row of a batch grows past one, what a cache holds of it is to be computed anew."""
+        found = {kind.rotary.border for kind in self.config.kinds if kind.rotary is not None}
+        return tuple(sorted(border for border in found if border is not None))
+
     def empty_cache(self, rows: int, length: int) -> Cache:
         """Room for the keys and values of `rows` rows of up to `length` tokens, padding included; nothing is in it yet."""
         block = self.config.block
@@ -118,7 +124,8 @@ class Decoder(nnx.Module):
     def extend(self, cache: Cache, tokens: Array, attention_mask: Array | None = None, *, first: bool = False) -> tuple[Array, Cache]:
         """Goes on after the tokens that a cache holds.
 
-        Each row's positions count its own real tokens, so that padding on the left changes nothing.
+        Each row's positions count its own real tokens, so that padding on the left changes nothing. What the cache holds is taken as
+        it is: where rows grow past one of the `borders`, start with an empty one and all their tokens.
 
         Args:
             cache: of `empty_cache` or an earlier call.

@@ -46,12 +46,19 @@ class Rotary:
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
 
+    @property
+    def border(self) -> int | None:
+        """Once a row is longer, all its positions are turned by other frequencies, those before the border too; None: never."""
+        return self.context if self.kind == "longrope" else None
+
 
 def rotary_angles(positions: Array, rotary: Rotary) -> tuple[Array, Array]:
     """Cosines and sines, for the half-split layout.
 
     Args:
-        positions: (rows, length) int32. The longest of them is the context length that `dynamic` and `longrope` go by.
+        positions: (rows, length) int32. The largest of all rows is the context length that `dynamic` and `longrope` go by, as in
+            transformers. Keys kept from before (`cache.py`) stay as they were turned: so does transformers have it for `dynamic`,
+            whose frequencies change with each token beyond the context; for `longrope` see `Decoder.borders`.
 
     Returns:
         two (rows, length, dims) float32 arrays.

@@ -2,8 +2,9 @@
 
 Prompts are padded on the left to a length from a short list, and so is what may follow, so that few shapes occur. Of each there
 are two programs: one runs the prompts and chooses the first token, the other goes on until every row has ended or as many tokens
-are there as were asked for, which is data: a caller that wants each token as it comes calls it again and again. All models of one
-structure share programs. Members of a pack are lanes of one program: their adapters differ, the base under them is one.
+are there as were asked for, which is data: a caller that wants each token as it comes calls it again and again. A third, for models
+with `borders` alone, runs the rows so far as if they were prompts (`continuation.py` says when). All models of one structure share
+programs. Members of a pack are lanes of one program: their adapters differ, the base under them is one.
 """
 
 from __future__ import annotations
@@ -92,30 +93,54 @@ class Programs:
         members: whether arrays have members in front.
 
     Attributes:
-        prefill, decode: `count` says how often each was traced: once for each shape and method.
+        prefill, decode, repeat: `count` says how often each was traced: once for each shape and method.
     """
 
     def __init__(self, first: nnx.GraphDef[Any], further: nnx.GraphDef[Any], layers: tuple[int, ...], members: bool):
         self._first, self._further, self._layers, self._members = first, further, layers, members
-        self.prefill, self.decode = TraceCounter(self._prefill), TraceCounter(self._decode)
+        self.prefill, self.decode, self.repeat = (TraceCounter(f) for f in (self._prefill, self._decode, self._repeat))
         self.start = jax.jit(self.prefill, static_argnums=(5, 6, 7))
         self.advance = jax.jit(self.decode, static_argnums=5, donate_argnums=2)
+        # The old cache is not read, but kept as an argument: the new one goes into its arrays.
+        self.again = jax.jit(self.repeat, static_argnums=(6, 7, 8), donate_argnums=2, keep_unused=True)
 
     def _prefill(self, own: Any, shared: Any, tokens: Array, mask: Array, choice: Choice, method: str, room: int, total: int) -> Decoded:
         """Runs prompts, (rows, length) int32 padded on the left, and chooses the token after each; see `Decoding.start`."""
         rows = tokens.shape[0]
 
         def run(own: Any) -> Decoded:
-            model: Decoder = nnx.merge(self._first, own, shared)
-            hidden, cache = model.extend(model.empty_cache(rows, total), tokens, mask, first=True)
+            cache, logits = self._whole(own, shared, tokens, mask, total)
             blank = jnp.full((rows, room), choice.pad, jnp.int32)
-            nothing = Decoded(cache.regrouped(self._layers), blank, jnp.zeros(rows, bool), jnp.int32(0))
-            return accept(nothing, nothing.cache, model.head(hidden[:, -1]), choice, method)
+            nothing = Decoded(cache, blank, jnp.zeros(rows, bool), jnp.int32(0))
+            return accept(nothing, cache, logits, choice, method)
 
         if not self._members:
             return run(own)
         kinds = nnx.eval_shape(lambda: nnx.merge(self._first, jax.tree.map(lambda a: a[0], own), shared)).config.kinds
         return jax.vmap(run, out_axes=_lanes(slots_for(kinds, total)[1]))(own)
+
+    def _repeat(
+        self, own: Any, shared: Any, decoded: Decoded, tokens: Array, mask: Array, choice: Choice, method: str, length: int, total: int
+    ) -> Decoded:
+        """Runs the rows so far, the longest of which has `length` tokens, and chooses the next token; see `Decoding.again`."""
+
+        def run(own: Any, decoded: Decoded) -> Decoded:
+            rows = jnp.concatenate([tokens, decoded.tokens], axis=1)
+            real = jnp.concatenate([mask, jnp.ones_like(decoded.tokens)], axis=1)
+            start = tokens.shape[1] + decoded.count - length
+            rows, real = (jax.lax.dynamic_slice_in_dim(a, start, length, axis=1) for a in (rows, real))
+            return accept(decoded, *self._whole(own, shared, rows, real, total), choice, method)
+
+        if self._members:
+            lanes = _lanes(decoded.cache.rolling)
+            run = jax.vmap(run, in_axes=(0, lanes), out_axes=lanes)
+        return run(own, decoded)
+
+    def _whole(self, own: Any, shared: Any, tokens: Array, mask: Array, total: int) -> tuple[Cache, Array]:
+        """The cache of rows, (rows, length) int32 padded on the left, and the logits after each, (rows, vocab)."""
+        model: Decoder = nnx.merge(self._first, own, shared)
+        hidden, cache = model.extend(model.empty_cache(tokens.shape[0], total), tokens, mask, first=True)
+        return cache.regrouped(self._layers), model.head(hidden[:, -1])
 
     def _decode(self, own: Any, shared: Any, decoded: Decoded, choice: Choice, upto: Array, method: str) -> Decoded:
         """Goes on until there are `upto` tokens, or all rows have ended. What `decoded` holds is used up."""
@@ -160,12 +185,16 @@ class Decoding:
     Args:
         models: decoders, with adapters or without. Several share one program: what they have in common (by identity of the
             arrays) is there once.
+
+    Attributes:
+        borders: `Decoder.borders` of the models.
     """
 
     def __init__(self, models: Sequence[Decoder]):
         views, self.members = Views(), len(models) if len(models) > 1 else None
         models = [nnx.view(on_devices(m), raise_if_not_found=False, deterministic=True) for m in models]
         self.first = self.further = _arrange(models)
+        self.borders = models[0].borders
         if all(on_one_cpu(m) for m in models):
             self.further = _arrange([unstacked(m, views) for m in models])
         self.programs = programs_for(self.first.graphdef, self.further.graphdef, self.further.layers, self.members is not None)
@@ -184,6 +213,15 @@ class Decoding:
     def advance(self, decoded: Decoded, choice: Choice, upto: int, method: str) -> Decoded:
         """Goes on until there are `upto` tokens, or all rows have ended; `decoded` is used up."""
         return self.programs.advance(self.further.own, self.further.shared, decoded, choice, jnp.int32(upto), method)
+
+    def again(self, decoded: Decoded, tokens: Any, mask: Any, choice: Choice, method: str, length: int, total: int) -> Decoded:
+        """Runs prompts and all tokens that followed, and chooses the next token; `decoded` is used up.
+
+        Args:
+            tokens, mask, choice, method, total: as for `start`.
+            length: how many tokens the longest row has by now, without padding.
+        """
+        return self.programs.again(self.first.own, self.first.shared, decoded, tokens, mask, choice, method, length, total)
 
 
 def padded_length(length: int) -> int:

@@ -16,6 +16,7 @@ from ..data.prompts import Prompt, TextStream, encode_prompt
 from ..models.checkpoint import HUB_FILES, read_json
 from ..models.decoder import Decoder
 from ..models.heads import LabelWordClassifier, LanguageModel
+from .continuation import Continuation
 from .decoding import Choice, Decoding, padded_length
 from .sampling import Sampling, row_seeds
 
@@ -89,19 +90,19 @@ class Generator:
         )
         method, room = sampling.method, padded_length(max_new_tokens)
         total = padded_length(max(tokens.shape[1] + room, self._length))
-        decoded = self.decoding.start(tokens, mask, choice, method, room, total)
+        batch = Continuation(self.decoding, tokens, mask, choice, method, room, total)
         if stream is None:
-            decoded = self.decoding.advance(decoded, choice, max_new_tokens, method)
+            batch.advance(max_new_tokens)
         else:
             tell = _Teller(stream, len(rows), self._tokenizer, stops)
-            tell(np.asarray(decoded.tokens)[:, :1])
+            tell(batch.tokens[:, :1])
             for count in range(2, max_new_tokens + 1):
-                if bool(np.all(decoded.done)):
+                if batch.ended:
                     break
-                decoded = self.decoding.advance(decoded, choice, count, method)
-                tell(np.asarray(decoded.tokens)[:, count - 1 : count])
+                batch.advance(count)
+                tell(batch.tokens[:, count - 1 : count])
             tell.finish()
-        out = np.asarray(decoded.tokens)[..., :max_new_tokens]
+        out = batch.tokens[..., :max_new_tokens]
         if self._single:
             return [self._result(row, stops) for row in out]
         return [[self._result(row, stops) for row in member] for member in (out if out.ndim == 3 else out[None])]
@@ -139,8 +140,9 @@ def generate(model: nnx.Module | Sequence[nnx.Module], prompts: Sequence[Prompt]
     """Goes on from prompts: all of them as one batch, each until a stop token or its `max_new_tokens`.
 
     Compiled once for each shape (prompts and what may follow are padded to a few lengths) and way of choosing, for all models of one
-    structure. Keep a `Generator` to save preparing the model as well. Where a row grows past the context of `longrope` positions while
-    it is decoded, keys computed before keep the short factors (transformers computes them anew).
+    structure. Keep a `Generator` to save preparing the model as well. Where the longest row grows past the context of `longrope`
+    positions, as Phi-3 has them, all rows are run once more from their start, so that every key in the batch has the long factors:
+    what transformers does for Phi-3, here for every family. Of these models alone a row may say other things in another batch.
 
     Args:
         model: a decoder, with adapters or without; for a batch whose rows have adapters of their own, what `AdapterBank.mixed`

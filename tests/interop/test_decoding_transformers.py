@@ -48,22 +48,27 @@ def _check_greedy(zoo: Zoo, name: str) -> None:
     assert len({tuple(o.tokens) for o in outputs}) > 1 and all(len(o.tokens) == NEW for o in outputs)
 
 
-def _crossing(name: str):
-    """Rows that grow past longrope's context: transformers then computes all keys anew by the long factors, and here those before keep
-    the short ones."""
-    reason = "keys in the cache keep the factors of the length they were computed at"
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason)) if name == "phi3-shortrope" else name
-
-
 @pytest.mark.parametrize("name", FIRST)
 def test_32_greedy_tokens_of_every_family(zoo: Zoo, name: str):
     _check_greedy(zoo, name)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [_crossing(n) for n in DECODERS if n not in FIRST])
+@pytest.mark.parametrize("name", [n for n in DECODERS if n not in FIRST])
 def test_32_greedy_tokens_of_every_option(zoo: Zoo, name: str):
     _check_greedy(zoo, name)
+
+
+@pytest.mark.parametrize("others", [(), (9, 2)], ids=["alone", "batch"])
+@pytest.mark.parametrize("name, context", [("phi3-shortrope", 32), ("llama-dynamic", 16)])
+def test_growing_past_the_context(zoo: Zoo, name: str, context: int, others: tuple[int, ...]):
+    """From prompts about as long as the context, after which all keys turn by other factors (longrope) or new ones do (dynamic)."""
+    with tiny.quick_compile():
+        generator = lora_jax.Generator(lora_jax.load_model(str(zoo.source(name))))
+        for length in (context - 1, context, context + 1):
+            rows = _prompts((length, *others))
+            expected = _theirs(zoo.model(name), rows, 24, 0)  # loaded anew: it remembers the longest row it has seen
+            assert [o.tokens for o in generator(rows, max_new_tokens=24, stop=[])] == expected, length
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.3, 5), Sampling(0.9, None, 0.6), Sampling(1.1, 9, 0.8)], ids=str)
