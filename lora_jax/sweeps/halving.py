@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from ..config.errors import InputError, RunError
-from ..config.schema import HalvingConfig
+from ..config.sweep_schema import HalvingConfig
 from ..parallel.processes import is_writer
 from ..tracking import Progress, RunDirectory, read_json, write_json
 from ..training.checkpoints import Saved

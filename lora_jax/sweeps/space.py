@@ -13,7 +13,8 @@ import numpy as np
 
 from ..config.errors import InputError
 from ..config.keys import leaf_schema, valid_keys
-from ..config.schema import Config, Distribution, RandomConfig
+from ..config.schema import Config
+from ..config.sweep_schema import Distribution, RandomConfig
 from ..config.where import Where
 
 Settings = dict[str, Any]

@@ -6,7 +6,7 @@ import pytest
 
 from lora_jax.config.errors import InputError
 from lora_jax.config.load import load_config
-from lora_jax.config.schema import SweepConfig
+from lora_jax.config.sweep_schema import SweepConfig
 from lora_jax.sweeps.members import members_of
 from lora_jax.sweeps.space import points
 from tests.tiny import config
