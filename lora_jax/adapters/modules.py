@@ -25,6 +25,29 @@ class AdapterSetting(nnx.Variable):
     """A number that belongs to a member but is not trained: scale, dropout rate, dropout key. Traced data, never a constant."""
 
 
+@jax.custom_vjp
+def widened(low: jax.Array, b: jax.Array) -> jax.Array:
+    """`low @ b`, (..., r) by (r, outputs), with B's gradient as `low^T dy`.
+
+    JAX's own is `(dy^T low)^T`. On a CPU that turns the large dy over, and takes what dy is computed from (an activation's derivative)
+    along into that copy, number by number: it cost a third of the step where an MLP is adapted.
+    """
+    return jnp.matmul(low, b)
+
+
+def _widened_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.matmul(low, b), (low, b)
+
+
+def _widened_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    low, b = kept
+    rows = tuple(range(low.ndim - 1))
+    return jnp.matmul(dy, b.T), jnp.tensordot(low, dy, (rows, rows))
+
+
+widened.defvjp(_widened_forward, _widened_backward)
+
+
 class LowRank(nnx.Module):
     """What all sites share: the factors, their scale and dropout.
 
@@ -84,7 +107,7 @@ class LoRALinear(LowRank):
         y = self.base(x)
         a, b = (f[...].astype(y.dtype) for f in (self.lora_a, self.lora_b))
         low = jnp.matmul(self.drop(x).astype(y.dtype), a)
-        return y + jnp.matmul(low * self.scale[...].astype(y.dtype), b)
+        return y + widened(low * self.scale[...].astype(y.dtype), b)
 
 
 class LoRAEmbed(LowRank):
@@ -95,7 +118,7 @@ class LoRAEmbed(LowRank):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         y = self.base(tokens)
         a, b = (f[...].astype(y.dtype) for f in (self.lora_a, self.lora_b))
-        return y + jnp.matmul(a[tokens] * self.scale[...].astype(y.dtype), b)
+        return y + widened(a[tokens] * self.scale[...].astype(y.dtype), b)
 
     def attend(self, query: jax.Array) -> jax.Array:
         """The base's output projection with the same weights, which LoRA on an embedding leaves as it is (so does PEFT)."""
