@@ -141,10 +141,10 @@ class PackShapes:
     def memory_line(self, most: int) -> MemoryLine:
         """Compiles the smallest pack and a small one, to tell the memory of packs of up to `most` members.
 
-        Four is small enough to compile quickly, and large enough to be laid out as sixteen are.
+        Eight are laid out as any larger pack is; four need not be, and are up to a tenth smaller for each member.
         """
         unit = self._setup.mesh.shape["sweep"]
-        large = unit * max(1, min(4, most // unit))
+        large = unit * max(1, min(8, most // unit))
         small = self.memory(unit)
         return MemoryLine((unit, small), (large, small if large == unit else self.memory(large)), unit, self._mode.width)
 

@@ -83,6 +83,7 @@ class Prefix:
         def of_held_out(frozen: Arrays, batch: Batch) -> jax.Array:
             return _run(part, own, frozen, batch, None)
 
+        # Compiled as XLA would by itself: `compiling.py`'s options make a row's last bits depend on its place, and no cache can be.
         self._step = Program(of_step, "prefix", mesh=mesh, results=row_sharding(mesh, 1))
         self._held_out = Program(of_held_out, "held-out prefix", mesh=mesh, results=row_sharding(mesh, 0))
 

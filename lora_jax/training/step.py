@@ -19,6 +19,7 @@ from ..models.positions import positions_of_targets
 from ..models.prefix import starting_from
 from ..parallel.constraints import on_mesh
 from ..parallel.mesh import replicated
+from .compiling import compiler_options
 from .memory import program_bytes, release_freed_memory
 from .objective import cross_entropy, squared_error
 from .optimizer import Hyper, learning_rate, make_optimizer
@@ -159,6 +160,7 @@ class Program:
         mesh: what it runs on; all other results are then whole on each device. None: wherever its arguments are.
         results: where they lie on the mesh instead.
         limit: bytes that it may take on a device, its arguments included; None: whatever there is.
+        options: of the compiler.
     """
 
     def __init__(
@@ -170,6 +172,7 @@ class Program:
         mesh: Mesh | None = None,
         results: NamedSharding | None = None,
         limit: int | None = None,
+        options: dict[str, str] | None = None,
     ):
         self.traces = TraceCounter(function)
         self._name = name
@@ -177,15 +180,17 @@ class Program:
         self._mesh = mesh
         self._rest = results or (None if mesh is None else replicated(mesh))
         self.limit = limit
+        self._options = options
         self._compiled: Any = None
 
     def lower(self, *args: Any) -> Any:
         """The lowered program, to look at: its text, its memory analysis. Arguments may be shapes."""
+        options = self._options
         with on_mesh(self._mesh):
             if not self._carries:
-                return jax.jit(self.traces, out_shardings=self._rest).lower(*args)
+                return jax.jit(self.traces, out_shardings=self._rest, compiler_options=options).lower(*args)
             layouts = jax.tree.map(lambda a: getattr(a, "sharding", None), args[0])
-            return jax.jit(self.traces, donate_argnums=0, out_shardings=(layouts, self._rest)).lower(*args)
+            return jax.jit(self.traces, donate_argnums=0, out_shardings=(layouts, self._rest), compiler_options=options).lower(*args)
 
     def compiled_text(self) -> str:
         """The program as compiled, after its first call."""
@@ -244,8 +249,9 @@ class PackPrograms:
         def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
             return mode.over_members(lambda t, s: eval_step(part, t, s, frozen, batch), part, mesh)(trainable, settings)
 
-        self.train = Program(train, "training", carries=True, mesh=mesh, limit=limit)
-        self.evaluate = Program(evaluate, "evaluation", mesh=mesh, limit=limit)
+        options = compiler_options()
+        self.train = Program(train, "training", carries=True, mesh=mesh, limit=limit, options=options)
+        self.evaluate = Program(evaluate, "evaluation", mesh=mesh, limit=limit, options=options)
 
     def check(self) -> None:
         """`RunError` unless each program was compiled at most once."""
