@@ -56,6 +56,7 @@ class SweepCase:
         targets: the sets.
         layers: which are adapted; None: all.
         cached: whether lora-jax keeps the shared prefix.
+        pack: how members of a pack are run.
         aim: how many times faster we want to be.
         ranks: on each set of targets.
     """
@@ -64,6 +65,7 @@ class SweepCase:
     targets: list[list[str]]
     layers: list[int] | None
     cached: bool
+    pack: str
     aim: float
     ranks: list[int]
 
@@ -90,7 +92,7 @@ class SweepCase:
         return config | {
             "name": "sweep",
             "optimizer": OPTIMIZER,
-            "training": config["training"] | {"steps": steps},
+            "training": config["training"] | {"steps": steps, "pack": self.pack},
             "tracking": {"dir": str(folder / "runs"), "save": "final"},
             "sweep": {"grid": {"adapter.targets": self.targets, "adapter.rank": self.ranks}},
         }
@@ -102,9 +104,9 @@ def sweep_cases(folder: Path, ranks: list[int]) -> dict[str, SweepCase]:
     task = {"kind": "causal_lm", "source": str(folder / "texts.jsonl"), "text": "text", "max_length": 128}
     gpu = dataclasses.replace(smollm2, config=smollm2.config | {"task": task})
     return {
-        "all-layers": SweepCase(minilm, BERT_TARGETS, None, False, 2.0, ranks),
-        "top-layers": SweepCase(minilm, BERT_TARGETS, [4, 5], True, 5.0, ranks),
-        "gpu": SweepCase(gpu, LLAMA_TARGETS, None, False, 8.0, ranks),
+        "all-layers": SweepCase(minilm, BERT_TARGETS, None, False, "scan", 2.0, ranks),
+        "top-layers": SweepCase(minilm, BERT_TARGETS, [4, 5], True, "scan", 5.0, ranks),
+        "gpu": SweepCase(gpu, LLAMA_TARGETS, None, False, "vmap", 8.0, ranks),
     }
 
 
