@@ -11,6 +11,7 @@ from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.heads import HiddenStates
 from ..parallel.batches import row_sharding
+from .compiling import compiler_options
 from .step import Batch, Program
 from .targets import targets_by_rows
 
@@ -32,8 +33,8 @@ class Teacher:
         def of_step(state: nnx.State, batch: Batch) -> jax.Array:
             return jax.lax.map(lambda micro: of_micro(state, micro), batch)
 
-        self._step = Program(of_step, "teacher", mesh=mesh, results=row_sharding(mesh, 1))
-        self._held_out = Program(of_micro, "held-out teacher", mesh=mesh, results=row_sharding(mesh, 0))
+        self._step = Program(of_step, "teacher", mesh=mesh, results=row_sharding(mesh, 1), options=compiler_options())
+        self._held_out = Program(of_micro, "held-out teacher", mesh=mesh, results=row_sharding(mesh, 0), options=compiler_options())
 
     def of_step(self, batch: Batch) -> jax.Array:
         """(micro-batches, targets, width): the last hidden state at each target of a training batch, in the order of the training step

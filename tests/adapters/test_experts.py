@@ -75,6 +75,7 @@ def test_find_sites_counts_experts(mixtral):
     assert kinds == {UP: ("expert", 3, 4), DOWN: ("expert", 3, 4), ROUTER: ("linear", 3, None)}
 
 
+@pytest.mark.long
 def test_adapters_on_experts_mix_and_combine(mixtral):
     """Each row as with its adapter alone, gathered positions too; a weighted sum of adapters changes the weights by the sum."""
     bank = AdapterBank(mixtral)

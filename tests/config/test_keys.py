@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_jax.config import schema
+from lora_jax.config import schema, sweep_schema
 from lora_jax.config.errors import InputError
 from lora_jax.config.keys import config_schema, leaf_schema, near_keys, section_keys, split_key, valid_keys, why_not_swept
 
@@ -17,8 +17,8 @@ def test_keys_are_the_schemas_fields():
         "mesh": schema.MeshConfig,
         "tracking": schema.TrackingConfig,
         "sweep": schema.SweepConfig,
-        "sweep.random": schema.RandomConfig,
-        "sweep.halving": schema.HalvingConfig,
+        "sweep.random": sweep_schema.RandomConfig,
+        "sweep.halving": sweep_schema.HalvingConfig,
     }
     assert section_keys() == list(sections)
     fields = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]

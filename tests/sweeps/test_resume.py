@@ -280,6 +280,7 @@ def test_a_full_disk_leaves_what_was_saved(hub, tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+@pytest.mark.long
 def test_a_diverged_member_stays_out_of_the_others_way_through_a_resume(hub, tmp_path, monkeypatch):
     grid = {"sweep": {"grid": {"optimizer.learning_rate": [0.01, 1e30]}}}
     config = hub.config(tmp_path, SWEEP | grid)

@@ -39,7 +39,7 @@ def test_products_convolutions_and_loops():
 
 @pytest.mark.parametrize("kind", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_a_step_against_xlas_own_count(kind, monkeypatch):
-    """XLA counts elementwise operations too, and a loop's body once: unrolled, it must come to a little more than the products."""
+    """XLA counts elementwise operations too, and a loop's body once: unrolled, it must come to about as much as the products."""
     causal = kind == "decoder"
     model = tiny.language_model(3, width=128) if causal else tiny.classifier(3, width=128)
     config = tiny.config(adapter__rank=8, adapter__targets="all-linear")
@@ -58,4 +58,4 @@ def test_a_step_against_xlas_own_count(kind, monkeypatch):
     monkeypatch.setattr(jax.lax, "scan", lambda *a, **k: scan(*a, **{**k, "unroll": True}))
     unrolled = jax.jit(lambda *a: step(*a)).lower(*args).compile().cost_analysis()["flops"]
     print({"counted": counted, "unrolled": unrolled, "counted / unrolled": counted / unrolled, "rolled / unrolled": rolled / unrolled})
-    assert 0.9 * unrolled < counted <= unrolled
+    assert 0.9 * unrolled < counted <= 1.05 * unrolled  # unrolled, the lowest layer has no gradient for what is below it

@@ -86,7 +86,7 @@ def cases(kinds, ordinary):
     ]
 
 
-@pytest.mark.parametrize(("kind", "mesh"), cases(["encoder", "decoder"], [("encoder", MESHES[2]), ("decoder", MESHES[3])]))
+@pytest.mark.parametrize(("kind", "mesh"), cases(["encoder", "decoder"], [("encoder", MESHES[2])]))
 def test_the_mesh_is_invisible(request, kind, mesh):
     case = request.getfixturevalue(kind)
     losses, held_out, state, pack = train(case.make(), case.batches, mesh=mesh)

@@ -127,11 +127,12 @@ def test_a_pack_equals_its_solo_runs(members, batches, compile_cache):
                 assert not changed[~on].any() and changed[on].all(), (name, k)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pack_without_trained_biases_equals_its_solo_runs(batches, compile_cache):
     _compare(tiny.classifier(4), MEMBERS, batches)
 
 
+@pytest.mark.long
 def test_a_pack_of_language_models_equals_its_solo_runs(compile_cache):
     """With dropout in the base, whose noise the members share."""
     model = tiny.language_model(3)

@@ -56,7 +56,8 @@ def test_the_error_is_a_mean_over_numbers_and_a_sum_over_targets():
     assert right == 0
 
 
-@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("causal", [False, True])
 def test_the_loss_is_that_of_the_models_outputs(hub, tmp_path, teachers, causal):
     source = hub.llama if causal else hub.bert
     outcome = run_sweep(
@@ -84,7 +85,7 @@ def test_a_pack_learns_what_its_solo_runs_do(hub, tmp_path, teachers):
     assert packed.results[0].final["loss"] < 0.75 * untaught.results[0].final["loss"]  # layer 1 is where the teacher's update is
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs the devices that tests/conftest.py makes")
 def test_the_mesh_is_invisible(hub, tmp_path, teachers):
     one, two = (run_sweep(config(hub, tmp_path, teachers[False], c, name=n)) for n, c in (("one", {}), ("two", {"mesh": {"data": 2}})))
