@@ -2,8 +2,9 @@
 
     python experiments/benchmarks/pack_memory.py [--model minilm|smollm2] [--members K ...] [--output FILE.json]
 
-Every process loads the base, notes what it holds, then builds a pack of K members, trains some steps and evaluates. How much it grew at
-the most, compiling left out, is put beside what the planner says of such a pack (base left out) and what XLA says of the compiled program.
+Every process loads the base, builds and compiles a pack of K members, notes what it holds, then trains some steps and evaluates. How much
+it grew at the most, with what the pack held before, is put beside what the planner says of such a pack (base left out) and what XLA says
+of the compiled program.
 Linux alone tells a process's peak and forgets it again, so this runs there; on CPUs, where a process's memory is the device's.
 Needs the asset packages.
 """

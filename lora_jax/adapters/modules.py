@@ -30,7 +30,7 @@ def widened(low: jax.Array, b: jax.Array) -> jax.Array:
     """`low @ b`, (..., r) by (r, outputs), with B's gradient as `low^T dy`.
 
     JAX's own is `(dy^T low)^T`. On a CPU that turns the large dy over, and takes what dy is computed from (an activation's derivative)
-    along into that copy, number by number: it cost a third of the step where an MLP is adapted.
+    along into that copy, number by number: it cost a third of the step where an MLP is adapted. It has no forward-mode derivative.
     """
     return jnp.matmul(low, b)
 
