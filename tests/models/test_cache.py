@@ -52,7 +52,14 @@ def _piecewise(model, tokens, mask, cuts):
 
 
 @pytest.mark.parametrize(
-    "kinds, cut", [((FAR,), None), ((FAR,), 1), ((LOCAL, FAR, LOCAL), 2), ((LOCAL,), None)], ids=["plain", "cut", "mixed", "rolling"]
+    "kinds, cut",
+    [
+        ((FAR,), None),
+        pytest.param((FAR,), 1, marks=pytest.mark.long),
+        ((LOCAL, FAR, LOCAL), 2),
+        pytest.param((LOCAL,), None, marks=pytest.mark.long),
+    ],
+    ids=["plain", "cut", "mixed", "rolling"],
 )
 def test_piece_by_piece_equals_whole_rows(kinds, cut):
     model = _decoder(kinds, cut=cut)

@@ -91,7 +91,7 @@ def test_memory_while_loading_on_one_device(tmp_path):
     assert told["peak"] - told["before"] < 1.3 * size + 0.05 * GB
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_while_loading_two_gigabytes(tmp_path):
     """On one device within 1.25 x the weights and the process's own; in each of two processes below 0.65 x of what one process needs."""
     size = write_llama(tmp_path, width=2048, hidden=6144, depth=9, vocab=16384)

@@ -26,6 +26,7 @@ def quick():
         yield
 
 
+@pytest.mark.long
 def test_a_resumed_run_takes_the_recorded_choice(hub, tmp_path, monkeypatch, capsys):
     changes = {"sweep": {"grid": {"training.seed": [0, 1, 2, 3]}, "max_pack": 2}, "tracking.tensorboard": False}
     monkeypatch.setattr(pack_choice, "WORTH_MEASURING", 1)

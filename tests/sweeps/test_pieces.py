@@ -102,6 +102,7 @@ def exhausted(monkeypatch, at, larger_than, times=99):
     monkeypatch.setattr(Program, "__call__", run)
 
 
+@pytest.mark.long
 def test_what_was_trained_is_kept_and_a_resumed_run_makes_the_same_pieces(hub, tmp_path, undisturbed, monkeypatch):
     exhausted(monkeypatch, at=4, larger_than=2)
     begun, asked = [], StopSignals.asked
@@ -123,6 +124,7 @@ def test_what_was_trained_is_kept_and_a_resumed_run_makes_the_same_pieces(hub, t
     assert outcome.compiled_programs == 2  # the second half alone
 
 
+@pytest.mark.long
 def test_a_member_that_fits_nowhere_fails_alone(hub, tmp_path, undisturbed, monkeypatch):
     """The first time the device has no room for a single member, it is recorded; the rest goes on; it is tried again by name."""
     exhausted(monkeypatch, at=0, larger_than=0, times=3)  # the four, the two, the one

@@ -77,6 +77,7 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(StopSignals, "asked", asked)
 
 
+@pytest.mark.long
 def test_a_stopped_run_ends_with_the_same_bits(hub, whole, tmp_path, monkeypatch, capfd):
     """Stopped between log lines, between evaluations, at a checkpoint, in the second pack."""
     config = hub.config(tmp_path, SWEEP)
@@ -224,8 +225,10 @@ def _child(config: str, cache: str) -> None:
         run_sweep(load_config(config))
 
 
-@pytest.mark.slow
-def test_twenty_kills_change_no_bit(hub, whole, tmp_path):
+@pytest.mark.parametrize(
+    "kills", [pytest.param(KILLS[1::3], marks=pytest.mark.slow), pytest.param(KILLS, marks=pytest.mark.long)], ids=["seven", "twenty"]
+)
+def test_kills_change_no_bit(hub, whole, tmp_path, kills):
     """SIGKILL at a fixed list of moments of one sweep, resumed each time."""
     config = hub.write(tmp_path, SWEEP)
     run = tmp_path / "runs" / "tiny"
@@ -233,7 +236,7 @@ def test_twenty_kills_change_no_bit(hub, whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lora_jax.sweeps.run", "lora_jax.models.loading", "tests.sweeps.test_resume", "grain", "datasets"])
     killed = 0
-    for pattern, milliseconds in KILLS:
+    for pattern, milliseconds in kills:
         seen = set(run.glob(pattern)) if run.exists() else set()
         process = context.Process(target=_child, args=(str(config), jax.config.jax_compilation_cache_dir))
         process.start()
@@ -247,7 +250,7 @@ def test_twenty_kills_change_no_bit(hub, whole, tmp_path):
         killed += process.exitcode == -signal.SIGKILL
         if (run / "results.csv").exists():
             shutil.rmtree(run)  # it was too quick: from the start again, so that every moment is met
-    assert killed >= 15, f"{killed} of {len(KILLS)} moments were met"
+    assert killed >= 0.7 * len(kills), f"{killed} of {len(kills)} moments were met"
     process = context.Process(target=_child, args=(str(config), jax.config.jax_compilation_cache_dir))
     process.start()
     process.join(240)

@@ -25,7 +25,7 @@ def assert_close(a, b, relative):
         assert a[name] == pytest.approx(b[name], rel=relative), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_packed_language_model_equals_its_solo_runs(hub, tmp_path):
     grid = {"adapter.rank": [2, 5]}
     changes = {"sweep": {"grid": grid}, "training.accumulate": 2, "adapter.targets": ["q_proj", "down_proj"]}

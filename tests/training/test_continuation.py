@@ -102,6 +102,7 @@ def test_the_last_token_needs_no_pass(model, generator, passes):
         assert passes == more
 
 
+@pytest.mark.long
 def test_draws_go_on(model, generator, passes):
     prompts, sampling = _prompts(CONTEXT - 2, 5), Sampling(1.5, 20)
     assert _tokens(generator(prompts, max_new_tokens=NEW, temperature=1.5, top_k=20)) == _anew(model, prompts, NEW, sampling)
@@ -140,6 +141,7 @@ def test_layers_of_several_contexts_and_windows(passes):
     assert passes == [CONTEXT + 1, CONTEXT + 4] * 2
 
 
+@pytest.mark.long
 def test_rows_with_adapters_of_their_own(model, passes):
     bank = AdapterBank(model)
     bank.add("one", tiny.trained(model, 1, targets="all-linear"))
@@ -148,6 +150,7 @@ def test_rows_with_adapters_of_their_own(model, passes):
     assert len(passes) == 1
 
 
+@pytest.mark.long
 def test_members_at_once(model, passes):
     members = [tiny.trained(model, seed, targets="all-linear", rank=2) for seed in (1, 2)]
     generator, prompts = Generator(members), _prompts(CONTEXT - 1, 7)

@@ -137,6 +137,7 @@ def test_rows_with_adapters_of_their_own(model):
         assert alone != mixed
 
 
+@pytest.mark.long
 def test_all_members_of_a_pack_at_once(model):
     """The members' models share the base: it is in the program once, and each member says what it says alone."""
     configs = [tiny.config(adapter__rank=r, adapter__targets=t, training__seed=r) for r, t in ((1, "attention"), (3, "all-linear"))]

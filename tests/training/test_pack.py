@@ -101,7 +101,7 @@ def batches():
     return [tiny.batch(i) for i in range(4)]
 
 
-@pytest.mark.parametrize("members", [(2, 4), pytest.param(range(6), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("members", [pytest.param((2, 4), marks=pytest.mark.long), pytest.param(range(6), marks=pytest.mark.slow)])
 def test_a_pack_equals_its_solo_runs(members, batches, compile_cache):
     """And what a member does not use, padding, sites, layers and biases, is untouched."""
     model = tiny.classifier(3)

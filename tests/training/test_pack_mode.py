@@ -81,7 +81,9 @@ def test_all_modes_give_equal_results(side_by_side, mode):
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs the devices that tests/conftest.py makes")
-@pytest.mark.parametrize(("mode", "mesh"), [(SCAN, {"sweep": 2, "data": 2}), (PackMode(2), {"sweep": 2, "tensor": 2})])
+@pytest.mark.parametrize(
+    ("mode", "mesh"), [(SCAN, {"sweep": 2, "data": 2}), pytest.param(PackMode(2), {"sweep": 2, "tensor": 2}, marks=pytest.mark.long)]
+)
 def test_members_on_several_devices(side_by_side, mode, mesh):
     """Each device goes over its own share, and the state comes back as it lay."""
     ours = train(mode, mesh)

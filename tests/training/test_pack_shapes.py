@@ -37,7 +37,8 @@ def measured(setup, pack):
     return program + size(pack.state.trainable)
 
 
-@pytest.mark.parametrize("layers", [pytest.param(None, marks=pytest.mark.long), "last:1"])
+@pytest.mark.long
+@pytest.mark.parametrize("layers", [None, "last:1"])
 def test_memory_of_packs_of_1_4_and_16_is_as_forecast(hub, tmp_path, layers):
     """The base once, and all else with the members: within a tenth."""
     config = hub.config(tmp_path, {"adapter.layers": layers, "adapter.targets": "all-linear", "adapter.rank": 8})

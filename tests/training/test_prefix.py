@@ -100,6 +100,7 @@ def test_a_step_from_the_prefix():
         np.testing.assert_allclose(getattr(from_prefix, name), getattr(metrics, name), rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.long
 def test_dropout_of_the_base_is_that_of_the_step():
     """The prefix drops what the step would drop; in an evaluation nothing is dropped."""
     model = tiny.classifier(3)

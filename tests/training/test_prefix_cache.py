@@ -94,6 +94,7 @@ def test_equal_bits_in_memory_and_in_a_file(hub, without, tmp_path, more):
         assert all(f"{done} of {done} batches" in line for line in told[1:]), told
 
 
+@pytest.mark.long
 def test_language_models_too(hub, tmp_path):
     """Several prompts and answers a row, from a decoder."""
     paths = []

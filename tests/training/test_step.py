@@ -43,7 +43,7 @@ def _joined(batch):
     return out
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_micro_batches_add_up_to_the_whole_batch(causal):
     """The loss is the mean over all labels of the step, however unequally they lie in its micro-batches."""
     model = tiny.language_model(2) if causal else tiny.classifier(2)

@@ -56,6 +56,7 @@ def test_answers_are_found_in_windows(hub, tmp_path):
     assert (on_training_rows["exact_match"] > 0.9).all() and on_training_rows["loss"].tolist() != outcome.final["loss"].tolist()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["tagging", pytest.param("answering", marks=pytest.mark.long)])
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs the devices that tests/conftest.py makes")
 def test_a_mesh_gives_the_same_metrics(hub, tmp_path, kind):
