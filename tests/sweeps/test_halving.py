@@ -113,15 +113,34 @@ def test_a_race_that_was_stopped_again_and_again_ends_the_same(hub, tmp_path, mo
     assert run_sweep(config).compiled_programs == 0
 
 
+def many_members():
+    """32 that differ in everything that may differ, at eight steps' worth of rungs for four survivors."""
+    rates = np.geomspace(1e-6, 3e-3, 32)[np.random.default_rng(0).permutation(32)]
+    return {
+        "adapter.rank": [1 + i % 7 for i in range(32)],
+        "adapter.targets": [MEMBERS["adapter.targets"][i % 6] for i in range(32)],
+        "adapter.alpha": [4 + i for i in range(32)],
+        "optimizer.weight_decay": [0.01 * (i % 3) for i in range(32)],
+        "training.seed": list(range(32)),
+        "optimizer.learning_rate": [float(r) for r in rates],
+    }
+
+
 @pytest.mark.long
-def test_scanned_survivors_have_the_bits_of_their_solo_runs(hub, tmp_path):
+@pytest.mark.parametrize(
+    ("members", "halving", "left"), [(MEMBERS, {"factor": 2, "rungs": [2, 4]}, 2), (many_members(), {"factor": 2, "rungs": [1, 2, 4]}, 4)]
+)
+def test_scanned_survivors_have_the_bits_of_their_solo_runs(hub, tmp_path, members, halving, left):
     """One after the other in a loop, each member is computed by itself, in the shapes of the whole race."""
-    scanned = SWEEP | {"training.pack": "scan", "tracking.tensorboard": False}
-    raced = run_sweep(hub.config(tmp_path, scanned))
-    solo = run_sweep(hub.config(tmp_path, scanned | {"sweep": {"zip": SWEEP["sweep"]["zip"]}}, name="solo"), solo=True)
+    scanned = race() | {"training.pack": "scan", "tracking.tensorboard": False}
+    count = len(members["adapter.rank"])
+    raced = run_sweep(hub.config(tmp_path, scanned | {"sweep": {"zip": members, "halving": halving | {"metric": "loss"}, "max_pack": count}}))
+    solo = run_sweep(hub.config(tmp_path, scanned | {"sweep": {"zip": members}}, name="solo"), solo=True)
     alone = {r.name: r for r in solo.results}
     survivors = [r for r in raced.results if r.status == "finished"]
-    assert len(survivors) == 2
+    assert len(survivors) == left
+    if count == 32:
+        assert sum(r.steps for r in raced.results) <= 0.45 * 8 * count
     for result in survivors:
         assert result.final == alone[result.name].final
         mine, theirs = (arrays_of(p / result.name / "final") for p in (raced.path, solo.path))
