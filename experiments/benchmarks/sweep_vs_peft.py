@@ -94,7 +94,8 @@ class SweepCase:
             "optimizer": OPTIMIZER,
             "training": config["training"] | {"steps": steps, "pack": self.pack},
             "tracking": {"dir": str(folder / "runs"), "save": "final"},
-            "sweep": {"grid": {"adapter.targets": self.targets, "adapter.rank": self.ranks}},
+            # Ranks up to 128 in one pack would have all of them compute with 128: three packs cost one compilation more than two.
+            "sweep": {"grid": {"adapter.targets": self.targets, "adapter.rank": self.ranks}, "max_padding": 0.15},
         }
 
 
@@ -197,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each member (default 60)")
     parser.add_argument("--rounds", type=int, default=3, help="whole sweeps of each side (default 3)")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="on each of two sets of targets (default 1 to 128)")
-    parser.add_argument("--output", type=Path, help="JSON file; by default results/sweep_vs_peft_<device>.json beside this file")
+    parser.add_argument("--output", type=Path, help="JSON file; by default results/sweep_vs_peft_<case>_<device>.json beside this file")
     options = parser.parse_args(argv)
     if options.steps < EPOCHS or options.rounds < 1:
         parser.error(f"--steps must be at least {EPOCHS}, --rounds at least 1")
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "torch", "transformers", "peft")},
         "cases": cases,
     }
-    output = options.output or HERE / "results" / f"sweep_vs_peft_{kind.lower().replace(' ', '-')}.json"
+    output = options.output or HERE / "results" / f"sweep_vs_peft_{options.case}_{kind.lower().replace(' ', '-')}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {output}")
