@@ -59,7 +59,7 @@ class PackModes:
         if is_writer() and not file.exists():
             write_json(file, {"kind": kind, "members": len(names)} | choice.dump())
         if not choice.seconds:
-            return None
+            return f"runs as {choice.mode.name}: {choice.why}"
         figures = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in choice.seconds.items())
         return f"runs as {choice.mode.name}; {'measured' if known is None else 'as measured before'} on {choice.device}: {figures} a step"
 

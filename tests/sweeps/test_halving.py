@@ -134,7 +134,9 @@ def test_scanned_survivors_have_the_bits_of_their_solo_runs(hub, tmp_path, membe
     """One after the other in a loop, each member is computed by itself, in the shapes of the whole race."""
     scanned = race() | {"training.pack": "scan", "tracking.tensorboard": False}
     count = len(members["adapter.rank"])
-    raced = run_sweep(hub.config(tmp_path, scanned | {"sweep": {"zip": members, "halving": halving | {"metric": "loss"}, "max_pack": count}}))
+    raced = run_sweep(
+        hub.config(tmp_path, scanned | {"sweep": {"zip": members, "halving": halving | {"metric": "loss"}, "max_pack": count}})
+    )
     solo = run_sweep(hub.config(tmp_path, scanned | {"sweep": {"zip": members}}, name="solo"), solo=True)
     alone = {r.name: r for r in solo.results}
     survivors = [r for r in raced.results if r.status == "finished"]

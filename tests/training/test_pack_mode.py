@@ -146,4 +146,8 @@ class TestChoice:
         monkeypatch.setattr(pack_choice, "_measure", None)
         assert choose(self._pack(setup, count=1), setup, None).mode == VMAP
         short = set_up(hub.config(tmp_path))
-        assert "too short" in choose(self._pack(short), short, None).why
+        chosen = choose(self._pack(short), short, None)
+        assert chosen.mode == VMAP and "too short" in chosen.why
+        monkeypatch.setattr(pack_choice, "_BUSY_CPU", 1)
+        chosen = choose(self._pack(short), short, None)
+        assert chosen.mode == SCAN and "keeps a CPU busy" in chosen.why
