@@ -74,7 +74,9 @@ def arrays_of(folder):
         return {n: np.asarray(a) for n, a in checkpointer.restore((folder / "arrays").resolve()).items()}
 
 
-@pytest.mark.parametrize(("count", "rungs"), [(4, [2]), pytest.param(6, [2, 4], marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("count", "rungs"), [pytest.param(4, [2], marks=pytest.mark.slow), pytest.param(6, [2, 4], marks=pytest.mark.long)]
+)
 def test_losers_stop_and_survivors_equal_their_solo_runs(hub, tmp_path, count, rungs):
     raced = run_sweep(hub.config(tmp_path, race(count, rungs)))
     by_status = {s: [r for r in raced.results if r.status == s] for s in ("stopped", "finished")}

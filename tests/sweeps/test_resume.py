@@ -96,6 +96,7 @@ def test_a_stopped_run_ends_with_the_same_bits(hub, whole, tmp_path, monkeypatch
     assert run_sweep(config).compiled_programs == 0
 
 
+@pytest.mark.slow
 def test_a_pack_recorded_in_part_is_recorded_whole(hub, whole, tmp_path):
     """As if killed between two members' results."""
     copy = tmp_path / "runs" / "tiny"
@@ -113,6 +114,7 @@ def test_a_pack_recorded_in_part_is_recorded_whole(hub, whole, tmp_path):
     assert {k: v for k, v in left.items() if k not in times} == {k: v for k, v in right.items() if k not in times}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(hub, whole, tmp_path, monkeypatch, capfd):
     config = hub.config(tmp_path, SWEEP)
     stop_at(monkeypatch, 4)
@@ -226,7 +228,7 @@ def _child(config: str, cache: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(KILLS[1::3], marks=pytest.mark.slow), pytest.param(KILLS, marks=pytest.mark.long)], ids=["seven", "twenty"]
+    "kills", [pytest.param(KILLS[1::5], marks=pytest.mark.slow), pytest.param(KILLS, marks=pytest.mark.long)], ids=["four", "twenty"]
 )
 def test_kills_change_no_bit(hub, whole, tmp_path, kills):
     """SIGKILL at a fixed list of moments of one sweep, resumed each time."""

@@ -13,7 +13,7 @@ from tests import tiny
 
 MOE = ("mixtral", "qwen3_moe")
 # Those that are least like each other; the others are for `make test-long`.
-SLOW = ("mixtral", "gemma2", "gpt2")
+SLOW = ("gemma2", "gpt2")
 DECODERS = [
     pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.long)
     for name, family in families().items()

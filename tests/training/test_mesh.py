@@ -98,7 +98,7 @@ def test_the_mesh_is_invisible(request, kind, mesh):
 LONG = functools.partial(pytest.param, marks=pytest.mark.long)
 CASES = [
     ("encoder", FSDP, {"pooling": "mean"}, {"adapter__targets": "all-linear", "adapter__bias": "all"}),
-    ("encoder", MESHES[2], {}, {"adapter__method": "full", "optimizer__learning_rate": 1e-3}),
+    LONG("encoder", MESHES[2], {}, {"adapter__method": "full", "optimizer__learning_rate": 1e-3}),
     LONG("decoder", FSDP, {"tied": False}, {"adapter__targets": ["embed", "lm_head", "q_proj"]}),
     LONG("decoder", MESHES[3], {"bias": True}, {"adapter__targets": ["v_proj"], "adapter__bias": "lora_only", "adapter__layers": [1, 3]}),
     LONG("decoder", {"fsdp": 4, "tensor": 2}, {"vocab": 65}, {"adapter__targets": "all-linear"}),  # no axis divides these rows
@@ -180,6 +180,7 @@ def test_one_device_is_told_nothing():
     assert told(MeshConfig()) == 0 and told(MeshConfig(**FSDP)) > 0
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh(hub, tmp_path, compile_cache):
     """From a config: loaded onto the mesh, trained, evaluated, and members' arrays taken back in one piece."""
 

@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_the_models_outputs(hub, tmp_path, teachers, causal)
     assert set(final) == {"loss"} and final["loss"] == pytest.approx(total / count, rel=1e-5) and final["loss"] > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pack_learns_what_its_solo_runs_do(hub, tmp_path, teachers):
     zipped = {"adapter.layers": [1, 0], "adapter.rank": [1, 3]}
     changes = {"sweep": {"zip": zipped}, "training.steps": 60, "training.accumulate": 2, "training.eval_every": 0}
@@ -92,7 +92,6 @@ def test_the_mesh_is_invisible(hub, tmp_path, teachers):
     assert two.results[0].final["loss"] == pytest.approx(one.results[0].final["loss"], rel=1e-5)
 
 
-@pytest.mark.long
 def test_a_teacher_like_the_base_has_nothing_to_teach(hub, tmp_path):
     assert run_sweep(config(hub, tmp_path, hub.bert, {"training.steps": 1, "training.eval_every": 0})).results[0].final["loss"] < 1e-9
 

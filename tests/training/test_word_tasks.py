@@ -34,7 +34,7 @@ def trained(config, steps):
 LEARNING = {"adapter.targets": "all-linear", "adapter.rank": 4, "optimizer.learning_rate": 0.005, "optimizer.head_lr_ratio": 5.0}
 
 
-@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_words_learn_their_classes(hub, tmp_path, causal):
     config = hub.config(
         tmp_path, LEARNING | {"model.source": str(hub.llama if causal else hub.bert), "task": hub.tagging(), "training.steps": 60}
