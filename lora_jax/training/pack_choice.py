@@ -78,7 +78,7 @@ def choose(pack: Pack, setup: Setup, prefix: Prefix | None) -> Choice:
     if setup.steps < WORTH_MEASURING or process_count() > 1:
         why = "several processes train together" if process_count() > 1 else f"a run of {setup.steps} steps is too short to measure"
         if _keeps_cpu_busy(setup):
-            candidates, why = [SCAN], f"{why}, and one such member keeps a CPU busy"
+            return Choice(SCAN, f"{why}, and one such member keeps a CPU busy", {}, device)
         return Choice(_first_that_fits(pack, setup, prefix, candidates), why, {}, device)
     batch = first_batch(pack, setup, prefix)
     seconds: dict[PackMode, float] = {}
@@ -120,7 +120,7 @@ def _keeps_cpu_busy(setup: Setup) -> bool:
 
 
 def _first_that_fits(pack: Pack, setup: Setup, prefix: Prefix | None, candidates: list[PackMode]) -> PackMode:
-    if pack.programs.train.limit is None or len(candidates) == 1:
+    if pack.programs.train.limit is None:
         return candidates[0]
     for mode in candidates:
         pack.use_mode(mode)
