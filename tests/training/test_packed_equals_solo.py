@@ -4,6 +4,10 @@ AdamW divides a gradient by its own size. Where a gradient is nearly 0, what rou
 two programs round differently. Here `eps` is 1e-3, above such gradients, so that what is left of the difference between two runs is
 what the pack itself adds. (Six random sets, scanned: the worst entry differed by up to 3e-6 learning rates after 20 steps; with the
 usual 1e-8 by up to 1e-5, the weights of the worst site by 2e-7 to 3e-7 of their norm either way.)
+
+One set in twenty trains so wildly (alpha 64 at rank 1, B at 16 times a high rate) that the run alone does not repeat itself: its start
+moved by half a unit in the last place, its weights end up to 30 % elsewhere. Where a difference is above the limit, it must be such a
+one: the run alone is repeated from `NUDGES` starts moved so, and the difference to it may be no more than `LIKE` times theirs.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -25,6 +30,7 @@ from tests import tiny
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 STEPS, TOGETHER, KEPT = 20, 4, (3, 1)
+LIMIT, NUDGES, LIKE = 1e-5, 3, 5
 # Arrays of every pack here have room for these: its programs are compiled once for all examples, and all members are padded.
 ROOM = [
     tiny.config(adapter__rank=64, adapter__targets="all-linear", adapter__dropout=0.1),
@@ -78,6 +84,26 @@ def train(pack, state, steps, own=None):
     return state, np.stack(losses)
 
 
+def train_alone(config, mode, nudge=None):
+    """(loss curve, the factors' start and end by name) of a member alone; with `nudge`, a seed, from a start moved by rounding."""
+    pack = Pack.build(model(), [config], STEPS, mode=mode)
+    state, start = pack.state, jax.tree.map(np.asarray, pack.state.trainable)
+    if nudge is not None:
+        rng = np.random.default_rng(nudge)
+        state = state._replace(trainable=jax.tree.map(lambda x: jnp.asarray(x * (1 + rng.choice([-6e-8, 6e-8], x.shape)), x.dtype), start))
+    state, losses = train(pack, state, range(STEPS))
+    starts = {name: start[name][0][window] for name, window in pack.windows(model(), 0).items()}
+    return losses[:, 0], starts, pack.member_arrays(model(), 0, state.trainable)
+
+
+def distances(losses, arrays, alone):
+    """How far a run is from the run alone: of the curve, up to each step; of the worst site's weights, in their norm."""
+    curve, _, weights = alone
+    apart = np.maximum.accumulate(np.abs(losses - curve)) / np.abs(curve).max()
+    assert {name: a.shape for name, a in arrays.items()} == {name: a.shape for name, a in weights.items()}
+    return np.append(apart, max(np.linalg.norm(arrays[name] - a) / np.linalg.norm(a) for name, a in weights.items()))
+
+
 def check(mode, drawn):
     """Four members train together for half of the steps and two of them for the rest; these two against themselves alone."""
     configs = [tiny.config(**values) for values in drawn]
@@ -90,18 +116,16 @@ def check(mode, drawn):
     state, after = train(rest, moved.state, range(STEPS // 2, STEPS), programs(mode, len(KEPT)))
     assert {programs(mode, n).train.traces.count for n in (TOGETHER, len(KEPT))} == {1}
     for place, k in enumerate(KEPT):
-        alone = Pack.build(model(), [configs[k]], STEPS, mode=mode)
-        start = jax.tree.map(np.asarray, alone.state.trainable)
-        solo, losses = train(alone, alone.state, range(STEPS))
-        assert before[0, k] == pytest.approx(losses[0, 0], rel=1e-6)
-        ours = np.concatenate([before[:, k], after[:, place]])
-        assert tiny.relative(ours, losses[:, 0]) < 1e-5
-        mine, theirs = rest.member_arrays(model(), place, state.trainable), alone.member_arrays(model(), 0, solo.trainable)
-        for name, array in theirs.items():
-            assert mine[name].shape == array.shape
-            error = np.linalg.norm(mine[name] - array) / np.linalg.norm(array)
-            assert error < 1e-5, (name, error, drawn[k])
-            assert not np.array_equal(array, start[name][0][alone.windows(model(), 0)[name]]), name  # it did train
+        alone = train_alone(configs[k], mode)
+        assert before[0, k] == pytest.approx(alone[0][0], rel=1e-6)
+        curve = np.concatenate([before[:, k], after[:, place]])
+        apart = distances(curve, rest.member_arrays(model(), place, state.trainable), alone)
+        limit = np.full_like(apart, LIMIT)
+        if (apart > limit).any():
+            nudged = [train_alone(configs[k], mode, seed) for seed in range(NUDGES)]
+            limit = np.maximum(limit, LIKE * np.max([distances(run[0], run[2], alone) for run in nudged], axis=0))
+        assert (apart <= limit).all(), (apart, limit, drawn[k])
+        assert all(not np.array_equal(array, alone[1][name]) for name, array in alone[2].items())  # it did train
 
 
 SETS = st.lists(members(), min_size=TOGETHER, max_size=TOGETHER)
