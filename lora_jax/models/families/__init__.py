@@ -130,6 +130,14 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lea
     return value
 
 
+def width_and_heads(config: Mapping[str, Any], width: str = "hidden_size", heads: str = "num_attention_heads") -> tuple[int, int]:
+    """The sizes at these two keys, for attention whose heads share the width evenly; `InputError` where they do not."""
+    whole, parts = size(config, width), size(config, heads)
+    if whole % parts:
+        raise InputError(f"config.json: {heads} = {parts} does not divide {width} = {whole}.")
+    return whole, parts
+
+
 # Hugging Face's name of an activation -> ours.
 _ACTIVATIONS = {
     "gelu": "gelu",

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
-from . import Family, Head, Weight, embeddings, encoder_heads, norms, only, post_norm_block, projections, required
+from . import Family, Head, Weight, embeddings, encoder_heads, norms, only, post_norm_block, projections, size, width_and_heads
 
 _LAYER = "encoder.layer.{i}."
 LINEARS = {
@@ -34,19 +34,18 @@ def config_of(hf: Mapping[str, Any], dtype: Any, *, padding_idx: int | None = No
     """The config of a model of BERT's form."""
     only(hf, "position_embedding_type", "absolute", None)
     block = post_norm_block(
-        required(hf, "hidden_size"),
-        required(hf, "num_attention_heads"),
-        required(hf, "intermediate_size"),
+        *width_and_heads(hf),
+        size(hf, "intermediate_size"),
         hf.get("hidden_act", "gelu"),
         hf.get("layer_norm_eps", 1e-12),
         dtype,
     )
     return EncoderConfig(
         block,
-        depth=required(hf, "num_hidden_layers"),
-        vocab=required(hf, "vocab_size"),
-        positions=hf.get("max_position_embeddings", 512),
-        token_types=hf.get("type_vocab_size", 2),
+        depth=size(hf, "num_hidden_layers"),
+        vocab=size(hf, "vocab_size"),
+        positions=size(hf, "max_position_embeddings", 512),
+        token_types=size(hf, "type_vocab_size", 2, least=0),
         pooler=True,
         padding_idx=padding_idx,
     )

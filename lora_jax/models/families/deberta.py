@@ -10,7 +10,7 @@ from ...config.errors import InputError
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
 from ..relative import Relative
-from . import Family, Head, Weight, activation, embeddings, encoder_heads, norms, only, post_norm_block, projections, size
+from . import Family, Head, Weight, activation, embeddings, encoder_heads, norms, only, post_norm_block, projections, size, width_and_heads
 from .bert import EMBEDDINGS, NORMS
 
 _LAYER = "encoder.layer.{i}."
@@ -24,9 +24,7 @@ _LINEARS = {
 
 
 def _config(hf: Mapping[str, Any], dtype: Any) -> EncoderConfig:
-    width, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
-    if width % heads:
-        raise InputError(f"config.json: num_attention_heads = {heads} does not divide hidden_size = {width}.")
+    width, heads = width_and_heads(hf)
     only(hf, "embedding_size", width)
     only(hf, "attention_head_size", width // heads)
     only(hf, "conv_groups", 1)

@@ -7,21 +7,20 @@ from typing import Any
 
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
-from . import Family, Head, Weight, embeddings, encoder_heads, norms, post_norm_block, projections, required
+from . import Family, Head, Weight, embeddings, encoder_heads, norms, post_norm_block, projections, size, width_and_heads
 
 _LAYER = "transformer.layer.{i}."
 
 
 def _config(hf: Mapping[str, Any], dtype: Any) -> EncoderConfig:
     # The norms' epsilon is no part of its config.
-    block = post_norm_block(
-        required(hf, "dim"), required(hf, "n_heads"), required(hf, "hidden_dim"), hf.get("activation", "gelu"), 1e-12, dtype
-    )
+    sizes = *width_and_heads(hf, "dim", "n_heads"), size(hf, "hidden_dim")
+    block = post_norm_block(*sizes, hf.get("activation", "gelu"), 1e-12, dtype)
     return EncoderConfig(
         block,
-        depth=required(hf, "n_layers"),
-        vocab=required(hf, "vocab_size"),
-        positions=hf.get("max_position_embeddings", 512),
+        depth=size(hf, "n_layers"),
+        vocab=size(hf, "vocab_size"),
+        positions=size(hf, "max_position_embeddings", 512),
         token_types=0,
         pooler=False,
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...config.errors import InputError
 from ..attention import LayerKind
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig
-from . import Family, Weight, activation, decoder_heads, embeddings, norms, only, projections, size
+from . import Family, Weight, activation, decoder_heads, embeddings, norms, only, projections, size, width_and_heads
 
 _LAYER = "transformer.h.{i}."
 _LINEARS = {
@@ -25,9 +24,7 @@ _EMBEDDINGS = {"embed": "transformer.wte", "position_embed": "transformer.wpe"}
 def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
     only(hf, "scale_attn_by_inverse_layer_idx", False)
     only(hf, "add_cross_attention", False)
-    width, heads = size(hf, "n_embd"), size(hf, "n_head")
-    if width % heads:
-        raise InputError(f"config.json: n_head = {heads} does not divide n_embd = {width}.")
+    width, heads = width_and_heads(hf, "n_embd", "n_head")
     block = BlockConfig(
         width=width,
         heads=heads,

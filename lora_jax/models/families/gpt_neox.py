@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...config.errors import InputError
 from ..attention import LayerKind
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig
-from . import Family, Weight, activation, decoder_heads, embeddings, norms, projections, size
+from . import Family, Weight, activation, decoder_heads, embeddings, norms, projections, size, width_and_heads
 from .rope import rotary
 
 _LAYER = "gpt_neox.layers.{i}."
@@ -23,9 +22,7 @@ _NORMS = {
 
 
 def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
-    width, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
-    if width % heads:
-        raise InputError(f"config.json: num_attention_heads = {heads} does not divide hidden_size = {width}.")
+    width, heads = width_and_heads(hf)
     bias = hf.get("attention_bias", True)
     block = BlockConfig(
         width=width,

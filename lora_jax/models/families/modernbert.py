@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...config.errors import InputError
 from ..attention import LayerKind
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
 from ..layers import BlockConfig
-from . import Family, Head, Weight, activation, embeddings, norms, only, projections, size
+from . import Family, Head, Weight, activation, embeddings, norms, only, projections, size, width_and_heads
 from .llama import layer_kinds
 from .rope import rotary
 
@@ -20,9 +19,7 @@ _THETA = {"full_attention": ("global_rope_theta", 160000.0), "sliding_attention"
 
 
 def _config(hf: Mapping[str, Any], dtype: Any) -> EncoderConfig:
-    width, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
-    if width % heads:
-        raise InputError(f"config.json: num_attention_heads = {heads} does not divide hidden_size = {width}.")
+    width, heads = width_and_heads(hf)
     bias = bool(hf.get("attention_bias", False))
     block = BlockConfig(
         width=width,
