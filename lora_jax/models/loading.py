@@ -36,6 +36,7 @@ class BaseFiles:
         source: a Hugging Face folder, a .safetensors or .gguf file, `hf://org/name[@revision]`, `package://import_name/path`.
         dtype: of weights and matmuls, `float32` or `bfloat16`.
         remat: what each layer keeps for the backward pass: `none` (all but weight slices), `dots` (matmul results), `full` (its input).
+        scan_layers: one loop over the layers; otherwise each is compiled by itself (`Stack.scan`).
         dropout: rate of the model's own dropout while training: on the embeddings, attention's shares and each sub-layer's output.
         key: what to call the source in error messages.
         head: the kind of trained head to load with it (`models/head_shape.py`), if any.
@@ -53,6 +54,7 @@ class BaseFiles:
         *,
         dtype: str = "float32",
         remat: str = "dots",
+        scan_layers: bool = True,
         dropout: float = 0.0,
         key: str = "model.source",
         head: str | None = None,
@@ -90,7 +92,7 @@ class BaseFiles:
         self._table = {path: weight.found(names) for path, weight in table.items()}
         self._check_names(names)
         base = self.base
-        base.layers.remat, base.dropout = remat, dropout
+        base.layers.remat, base.layers.scan, base.dropout = remat, scan_layers, dropout
         base.site_aliases = nnx.static(aliases(family.weights(config)))
         base.origin = nnx.static(Origin.of(source, hf, prefix))
 
@@ -180,19 +182,43 @@ class BaseFiles:
 
 @overload
 def load_model(
-    source: str, *, dtype: str = ..., remat: str = ..., dropout: float = ..., key: str = ..., mesh: Mesh | None = ..., head: None = ...
+    source: str,
+    *,
+    dtype: str = ...,
+    remat: str = ...,
+    scan_layers: bool = ...,
+    dropout: float = ...,
+    key: str = ...,
+    mesh: Mesh | None = ...,
+    head: None = ...,
 ) -> Base: ...
 
 
 @overload
 def load_model(
-    source: str, *, dtype: str = ..., remat: str = ..., dropout: float = ..., key: str = ..., mesh: Mesh | None = ..., head: str
+    source: str,
+    *,
+    dtype: str = ...,
+    remat: str = ...,
+    scan_layers: bool = ...,
+    dropout: float = ...,
+    key: str = ...,
+    mesh: Mesh | None = ...,
+    head: str,
 ) -> Classifier: ...
 
 
 @overload
 def load_model(
-    source: str, *, dtype: str = ..., remat: str = ..., dropout: float = ..., key: str = ..., mesh: Mesh | None = ..., head: str | None
+    source: str,
+    *,
+    dtype: str = ...,
+    remat: str = ...,
+    scan_layers: bool = ...,
+    dropout: float = ...,
+    key: str = ...,
+    mesh: Mesh | None = ...,
+    head: str | None,
 ) -> Base | Classifier: ...
 
 
@@ -201,6 +227,7 @@ def load_model(
     *,
     dtype: str = "float32",
     remat: str = "dots",
+    scan_layers: bool = True,
     dropout: float = 0.0,
     key: str = "model.source",
     mesh: Mesh | None = None,
@@ -219,7 +246,7 @@ def load_model(
     Raises:
         InputError: no such source, an unsupported `model_type`, damaged files, missing tensors or wrong shapes, no such head.
     """
-    return BaseFiles(source, dtype=dtype, remat=remat, dropout=dropout, key=key, head=head).load(mesh)
+    return BaseFiles(source, dtype=dtype, remat=remat, scan_layers=scan_layers, dropout=dropout, key=key, head=head).load(mesh)
 
 
 def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:

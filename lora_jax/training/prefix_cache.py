@@ -143,6 +143,7 @@ def _key(prefix: Prefix, setup: Setup, stores: Sequence[PrefixStore], batch: dic
     facts = {
         "base": [setup.fingerprint, type(setup.base).__name__, repr(setup.base.config)],
         "depth": prefix.depth,
+        "scanned": setup.base.layers.scan,
         "examples": tokens.hexdigest(),
         "batch": [batch["tokens"].shape, str(stores[0].dtype)],
         "mesh": list(setup.mesh.shape.items()),

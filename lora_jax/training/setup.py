@@ -153,7 +153,8 @@ def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
 
 def _load(config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | Classifier:
     model = config.model
-    return load_model(model.source, dtype=model.dtype, remat=model.remat, dropout=model.dropout, mesh=mesh, head=head)
+    options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
+    return load_model(model.source, **options, mesh=mesh, head=head)
 
 
 def _load_teacher(config: Config, mesh: Mesh, student: Encoder | Decoder) -> Teacher:

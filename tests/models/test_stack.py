@@ -93,6 +93,26 @@ def test_remat_policies_agree(make):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(grads[1]).max()))
 
 
+@pytest.mark.parametrize("make", [tiny.encoder, tiny.decoder])
+def test_layers_one_by_one_agree_with_the_loop(make):
+    """Values, gradients and what is kept; two segments, so that layers of the upper one have places of their own."""
+    model = make(4)
+    model.layers.split_at(1)
+    x, context = _inputs(model)
+
+    def run(scan, text=False):
+        model.layers.scan = scan
+        graphdef, state = nnx.split(model.layers)
+        step = jax.jit(jax.value_and_grad(lambda s, x: jnp.sum(nnx.merge(graphdef, s)(x, context) ** 3), argnums=(0, 1)))
+        return str(step.trace(state, x).jaxpr) if text else step(state, x)
+
+    assert " scan[" in run(True, text=True) and " scan[" not in run(False, text=True)
+    (value, grads), (other, other_grads) = run(True), run(False)
+    np.testing.assert_allclose(other, value, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(grads[1]).max()))
+
+
 @pytest.mark.parametrize("policy", list(REMAT_POLICIES))
 def test_what_a_policy_keeps_for_the_backward_pass(policy):
     """No policy keeps a slice of the weights: with them the stacked base would be copied into the saved values."""

@@ -62,6 +62,7 @@ SET_UP = {
     "model.source": ("LLAMA", {"task.label_words": ["bad", "good"]}),
     "model.dtype": ("bfloat16", {}),
     "model.remat": ("full", {}),
+    "model.scan_layers": (False, {}),
     "model.dropout": (0.1, {}),
     "task.source": ("OTHER", {}),
     "task.eval_source": ("OTHER", {}),
@@ -143,6 +144,7 @@ def fingerprint(config):
         type(setup.model).__name__,
         str(base.embed.embedding.dtype),
         base.layers.remat,
+        base.layers.scan,
         base.dropout,
         str(getattr(setup.model, "shape", None)),
     )
