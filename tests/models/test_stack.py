@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lora_jax.config.schema import MeshConfig
 from lora_jax.models.attention import LayerKind, make_context
 from lora_jax.models.stack import AXES, REMAT_POLICIES, Stack
+from lora_jax.parallel.constraints import on_mesh
+from lora_jax.parallel.mesh import make_mesh
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -107,6 +110,8 @@ def test_layers_one_by_one_agree_with_the_loop(make):
         return str(step.trace(state, x).jaxpr) if text else step(state, x)
 
     assert " scan[" in run(True, text=True) and " scan[" not in run(False, text=True)
+    with on_mesh(make_mesh(MeshConfig(fsdp=8))):  # its devices would hold all layers' gathered weights at once
+        assert " scan[" in run(False, text=True)
     (value, grads), (other, other_grads) = run(True), run(False)
     np.testing.assert_allclose(other, value, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
