@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -180,46 +180,27 @@ class BaseFiles:
         return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, cut))
 
 
-@overload
-def load_model(
-    source: str,
-    *,
-    dtype: str = ...,
-    remat: str = ...,
-    scan_layers: bool = ...,
-    dropout: float = ...,
-    key: str = ...,
-    mesh: Mesh | None = ...,
-    head: None = ...,
-) -> Base: ...
+class _Options(TypedDict, total=False):
+    """What `load_model` takes whatever it loads."""
+
+    dtype: str
+    remat: str
+    scan_layers: bool
+    dropout: float
+    key: str
+    mesh: Mesh | None
 
 
 @overload
-def load_model(
-    source: str,
-    *,
-    dtype: str = ...,
-    remat: str = ...,
-    scan_layers: bool = ...,
-    dropout: float = ...,
-    key: str = ...,
-    mesh: Mesh | None = ...,
-    head: str,
-) -> Classifier: ...
+def load_model(source: str, *, head: None = ..., **options: Unpack[_Options]) -> Base: ...
 
 
 @overload
-def load_model(
-    source: str,
-    *,
-    dtype: str = ...,
-    remat: str = ...,
-    scan_layers: bool = ...,
-    dropout: float = ...,
-    key: str = ...,
-    mesh: Mesh | None = ...,
-    head: str | None,
-) -> Base | Classifier: ...
+def load_model(source: str, *, head: str, **options: Unpack[_Options]) -> Classifier: ...
+
+
+@overload
+def load_model(source: str, *, head: str | None, **options: Unpack[_Options]) -> Base | Classifier: ...
 
 
 def load_model(
