@@ -109,9 +109,9 @@ def sweep_cases(folder: Path, ranks: list[int]) -> dict[str, SweepCase]:
     task = {"kind": "causal_lm", "source": str(folder / "texts.jsonl"), "text": "text", "max_length": 128}
     gpu = dataclasses.replace(smollm2, config=smollm2.config | {"task": task})
     return {
-        "all-layers": SweepCase(minilm, BERT_TARGETS, None, False, False, "scan", 2.0, ranks),
-        "top-layers": SweepCase(minilm, BERT_TARGETS, [4, 5], True, True, "scan", 5.0, ranks),
-        "gpu": SweepCase(gpu, LLAMA_TARGETS, None, False, True, "vmap", 8.0, ranks),
+        "all-layers": SweepCase(minilm, BERT_TARGETS, None, cached=False, scan_layers=False, pack="scan", aim=2.0, ranks=ranks),
+        "top-layers": SweepCase(minilm, BERT_TARGETS, [4, 5], cached=True, scan_layers=True, pack="scan", aim=5.0, ranks=ranks),
+        "gpu": SweepCase(gpu, LLAMA_TARGETS, None, cached=False, scan_layers=True, pack="vmap", aim=8.0, ranks=ranks),
     }
 
 

@@ -191,10 +191,10 @@ class Stack(nnx.Module):
                 x = by_rows(block(by_rows(x), context, index, gather, *(() if memory is None else (memory,))))
             return (x, None if memory is None else (memory.keys, memory.values)), None
 
-        # Only a loop keeps XLA from finding what is recomputed equal to what was computed first.
-        in_loop = self.scan or weights_cut() or stop - start == 1
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=not in_loop)
-        if stop - start == 1 or not in_loop:
+        one_by_one = not (self.scan or weights_cut())
+        # A loop keeps XLA from finding what is recomputed equal to what was computed first; layers one by one need to be told.
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=one_by_one)
+        if one_by_one or stop - start == 1:
             carry = (x, kept)
             for layer in range(start, stop):
                 carry, _ = body(carry, (layer, jax.tree.map(lambda a, place=layer - start: a[place], own)))

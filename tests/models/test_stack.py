@@ -98,7 +98,7 @@ def test_remat_policies_agree(make):
 
 @pytest.mark.parametrize("make", [tiny.encoder, tiny.decoder])
 def test_layers_one_by_one_agree_with_the_loop(make):
-    """Values, gradients and what is kept; two segments, so that layers of the upper one have places of their own."""
+    """Values and gradients; two segments, so that layers of the upper one have places of their own."""
     model = make(4)
     model.layers.split_at(1)
     x, context = _inputs(model)
@@ -118,11 +118,12 @@ def test_layers_one_by_one_agree_with_the_loop(make):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(grads[1]).max()))
 
 
+@pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("policy", list(REMAT_POLICIES))
-def test_what_a_policy_keeps_for_the_backward_pass(policy):
+def test_what_a_policy_keeps_for_the_backward_pass(policy, scan):
     """No policy keeps a slice of the weights: with them the stacked base would be copied into the saved values."""
     model = tiny.encoder(5)
-    model.layers.remat = policy
+    model.layers.remat, model.layers.scan = policy, scan
     x, context = _inputs(model)
     graphdef, state = nnx.split(model.layers)
     _, vjp = jax.vjp(lambda x: nnx.merge(graphdef, state)(x, context), x)
