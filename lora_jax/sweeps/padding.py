@@ -1,8 +1,8 @@
 """What padding costs, and the cut of members into as few packs as keep it small.
 
 In a pack every member computes with the largest rank at each site, at the sites of all, and differentiates down to the lowest layer
-that any of them adapts. Next to the base's own arithmetic a few ranks more are cheap, layers are not: so all is weighed in
-arithmetic (FLOPs) of the whole step.
+that any of them adapts. Next to the base's own arithmetic a few ranks more are cheap, layers are not, and sites, which are read and
+written for any rank, cost more than theirs: so all is weighed in arithmetic (FLOPs) of the whole step.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from ..training.setup import Setup
 _COMPILING = {"cpu": 5e11}
 _COMPILING_ELSEWHERE = 1e15
 
+# What a site takes whatever its rank, in ranks: its inputs and outputs are read and written some six times in a step, and meanwhile
+# two CPU cores could do 12 FLOPs a byte. MiniLM's steps with and without further sites, ranks 8 and 32, come to 25 to 68.
+_SITE_RANKS = 40.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What members cost in one optimizer step, alone or in a pack: FLOPs, in proportion.
+    """What members cost in one optimizer step, alone or in a pack, in FLOPs or the time of as many.
 
     Attributes:
         base: (depth + 1,) what a member computes beside its factors, by its lowest adapted layer (`depth`: none is).
@@ -36,6 +40,7 @@ class Weights:
         stacked: (sites,) whether a site's factors stand in the stack's layers.
         ranks: (members, sites), 0 where a member does not adapt a site.
         firsts: (members,) lowest adapted layer; `depth` without one.
+        site: what a site costs beside its ranks, in ranks.
     """
 
     base: np.ndarray
@@ -43,6 +48,7 @@ class Weights:
     stacked: np.ndarray
     ranks: np.ndarray
     firsts: np.ndarray
+    site: float = 0.0
 
     @classmethod
     def of(cls, setup: Setup, configs: Sequence[Config]) -> Weights | None:
@@ -68,7 +74,8 @@ class Weights:
         for first in np.unique([distinct[0], *distinct[-2:]]):
             one = int(np.flatnonzero(firsts == first)[0])
             traced[int(first)] = PackShapes(setup, [configs[one]]).member_flops - float(free.alone[one])
-        return dataclasses.replace(free, base=np.interp(np.arange(depth + 1), list(traced), list(traced.values())))
+        base = np.interp(np.arange(depth + 1), list(traced), list(traced.values()))
+        return dataclasses.replace(free, base=base, site=_SITE_RANKS)
 
     @property
     def alone(self) -> np.ndarray:
@@ -85,7 +92,15 @@ class Weights:
 
     def _cost(self, ranks: np.ndarray, firsts: np.ndarray) -> np.ndarray:
         layers = np.where(self.stacked, (len(self.base) - 1 - firsts)[:, None], 1)
-        return self.base[firsts] + (ranks * layers * self.sites).sum(1)
+        return self.base[firsts] + (np.where(ranks > 0, ranks + self.site, 0) * layers * self.sites).sum(1)
+
+    def orders(self) -> list[np.ndarray]:
+        """Orders of the members in which those that belong together are near each other: by layers and cost, with and without the sites."""
+        alone = self.alone
+        sets, of = np.unique(self.ranks > 0, axis=0, return_inverse=True)
+        mean = np.array([alone[of.reshape(-1) == i].mean() for i in range(len(sets))])
+        site_set = np.argsort(np.argsort(mean, kind="stable"))[of.reshape(-1)]
+        return [np.lexsort(keys) for keys in ((alone, -self.firsts), (alone, site_set, -self.firsts), (alone, -self.firsts, site_set))]
 
 
 def cut_evenly(count: int, largest: int) -> list[list[int]]:
@@ -102,7 +117,8 @@ def cut_evenly(count: int, largest: int) -> list[list[int]]:
 def cut_by_weight(weights: Weights, largest: int, *, most_padding: float, steps: int, platform: str | None = None) -> list[list[int]]:
     """Members in as few packs as keep padding below a share of each pack's time, and with the least arithmetic of those.
 
-    Members are sorted by what they cost, lowest layer first, and cut into runs. Equal ones keep their order.
+    Members are sorted, lowest layer first and by what they cost, and cut into runs; or by the sites they adapt before or after the
+    layer, where that comes to less. Equal ones keep their order.
 
     Args:
         weights: the members'.
@@ -115,9 +131,15 @@ def cut_by_weight(weights: Weights, largest: int, *, most_padding: float, steps:
         indices of the members; packs, and members within them, in the order they had.
     """
     compiling = _COMPILING.get(platform or jax.default_backend(), _COMPILING_ELSEWHERE)
-    alone = weights.alone
-    order = np.lexsort((alone, -weights.firsts))
-    before = np.concatenate([[0.0], np.cumsum(alone[order])])
+    found = [_cut_order(weights, order, largest, most_padding, steps, compiling) for order in weights.orders()]
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _cut_order(
+    weights: Weights, order: np.ndarray, largest: int, most_padding: float, steps: int, compiling: float
+) -> tuple[tuple[int, float], list[list[int]]]:
+    """The best cut of members in an order: how many packs and FLOPs, and the packs."""
+    before = np.concatenate([[0.0], np.cumsum(weights.alone[order])])
     # best[j]: of the first j members, (packs, FLOPs, sum of squared sizes), and where the last pack begins.
     best: list[tuple[int, float, int]] = [(0, 0.0, 0)]
     begins = [0]
@@ -139,4 +161,4 @@ def cut_by_weight(weights: Weights, largest: int, *, most_padding: float, steps:
     while stop:
         packs.append(sorted(int(i) for i in order[begins[stop] : stop]))
         stop = begins[stop]
-    return sorted(packs)
+    return best[-1][:2], sorted(packs)

@@ -147,7 +147,7 @@ def test_padding_decides_who_trains_together(hub, tmp_path):
     assert [len(p.members) for p in Planner(config, Preparer(), largest=16).packs(members_of(config))] == [4]
     long = hub.config(tmp_path, grid | {"training.steps": 1_000_000})
     packs = Planner(long, Preparer(), largest=16).packs(members_of(long))
-    assert names(packs) == [["layers=last:1,rank=2"], ["layers=last:1,rank=64"], ["layers=None,rank=2", "layers=None,rank=64"]]
+    assert names(packs) == [["layers=last:1,rank=2", "layers=last:1,rank=64"], ["layers=None,rank=2", "layers=None,rank=64"]]
     free = with_values(long, {"sweep.max_padding": 0.9})
     assert len(Planner(free, Preparer(), largest=16).packs(members_of(free))) == 1
 
