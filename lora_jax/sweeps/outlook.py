@@ -30,7 +30,7 @@ class PackOutlook:
     Attributes:
         plan: its members.
         steps: optimizer steps.
-        padding: the share of the members' arithmetic that is padding.
+        padding: the share of the members' time that is padding, as the planner weighs it.
         step_flops: of one optimizer step, all members; of matrix products, as all figures here.
         flops: of all steps and evaluations.
         memory: on one device, as compiled.

@@ -87,7 +87,7 @@ class Weights:
         return self._cost(np.maximum.accumulate(self.ranks[members]), np.minimum.accumulate(self.firsts[members]))
 
     def padding(self, members: Sequence[int]) -> float:
-        """The share of a pack's arithmetic that is padding."""
+        """The share of a pack's time that is padding."""
         return 1 - float(self.alone[list(members)].sum() / (len(members) * self.packed(np.array(members))[-1]))
 
     def _cost(self, ranks: np.ndarray, firsts: np.ndarray) -> np.ndarray:
