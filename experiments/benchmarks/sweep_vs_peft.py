@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=["all-layers", "top-layers", "gpu", "cpu"], default="cpu", help="cpu: the first two (default)")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each member (default 60)")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each member (default 120: an hour a round)")
     parser.add_argument("--rounds", type=int, default=3, help="whole sweeps of each side (default 3)")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="on each of two sets of targets (default 1 to 128)")
     parser.add_argument("--output", type=Path, help="JSON file; by default results/sweep_vs_peft_<case>_<device>.json beside this file")
