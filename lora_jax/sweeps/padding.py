@@ -95,12 +95,12 @@ class Weights:
         return self.base[firsts] + (np.where(ranks > 0, ranks + self.site, 0) * layers * self.sites).sum(1)
 
     def orders(self) -> list[np.ndarray]:
-        """Orders of the members in which those that belong together are near each other: by layers and cost, with and without the sites."""
-        alone = self.alone
-        sets, of = np.unique(self.ranks > 0, axis=0, return_inverse=True)
-        mean = np.array([alone[of.reshape(-1) == i].mean() for i in range(len(sets))])
-        site_set = np.argsort(np.argsort(mean, kind="stable"))[of.reshape(-1)]
-        return [np.lexsort(keys) for keys in ((alone, -self.firsts), (alone, site_set, -self.firsts), (alone, -self.firsts, site_set))]
+        """Orders in which like members are neighbours: by lowest layer and cost, and by their sites, after or before the layer."""
+        alone, firsts = self.alone, -self.firsts
+        _, found = np.unique(self.ranks > 0, axis=0, return_inverse=True)
+        sites = found.reshape(-1)  # which set of them a member has; those that cost alike are neighbours
+        cost = (np.bincount(sites, alone) / np.bincount(sites))[sites]
+        return [np.lexsort(keys) for keys in ((alone, firsts), (alone, sites, cost, firsts), (alone, firsts, sites, cost))]
 
 
 def cut_evenly(count: int, largest: int) -> list[list[int]]:
@@ -117,8 +117,8 @@ def cut_evenly(count: int, largest: int) -> list[list[int]]:
 def cut_by_weight(weights: Weights, largest: int, *, most_padding: float, steps: int, platform: str | None = None) -> list[list[int]]:
     """Members in as few packs as keep padding below a share of each pack's time, and with the least arithmetic of those.
 
-    Members are sorted, lowest layer first and by what they cost, and cut into runs; or by the sites they adapt before or after the
-    layer, where that comes to less. Equal ones keep their order.
+    Members are sorted by their lowest layer, the highest first, and by what they cost, and cut into runs; or by the sites they adapt
+    too, where that comes to less. Equal ones keep their order.
 
     Args:
         weights: the members'.
