@@ -10,17 +10,23 @@ import jax
 
 from ..config.schema import Config
 
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_MAPPED_FROM = 1024 * 1024  # bytes
+
 
 def release_freed_memory() -> None:
-    """Gives memory that was freed back to the system, where the C library would keep it.
+    """Gives memory that was freed back to the system, where the C library would keep it; blocks of a megabyte and more from now on at once.
 
     Compiling one step leaves a quarter of a gigabyte of freed blocks with glibc, and loading data a tenth: on a CPU that is room for
-    activations. Does nothing where the C library is not glibc.
+    activations. Steps would add to it the blocks into which products of matrices are packed: glibc gives back at once what is larger than
+    some size, but raises that, up to 32 MB, whenever such a block is freed, until it is told one. Does nothing where the C library is not
+    glibc.
     """
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
+            library.malloc_trim(0)
 
 
 def program_bytes(compiled: Any) -> int | None:
