@@ -14,18 +14,23 @@ _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _MAPPED_FROM = 1024 * 1024  # bytes
 
 
-def release_freed_memory() -> None:
-    """Gives memory that was freed back to the system, where the C library would keep it; blocks of a megabyte and more from now on at once.
+def release_freed_memory(*, at_once: bool = False) -> None:
+    """Gives memory that was freed back to the system, where the C library would keep it.
 
     Compiling one step leaves a quarter of a gigabyte of freed blocks with glibc, and loading data a tenth: on a CPU that is room for
-    activations. Steps would add to it the blocks into which products of matrices are packed: glibc gives back at once what is larger than
-    some size, but raises that, up to 32 MB, whenever such a block is freed, until it is told one. Does nothing where the C library is not
-    glibc.
+    activations. Does nothing where the C library is not glibc.
+
+    Args:
+        at_once: where the host is the device, blocks of a megabyte and more go back from now on whenever they are freed. Steps would
+            else leave those into which matrices are packed for their products: glibc gives back what is larger than some size, but
+            raises that, up to 32 MB, whenever such a block is freed, until it is told one. That saves some 20 MB, and costs a tenth of
+            a small model's time, for the system clears every block before it gives it out anew.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):
-            library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
+            if at_once and jax.default_backend() == "cpu":
+                library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
             library.malloc_trim(0)
 
 

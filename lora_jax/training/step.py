@@ -159,7 +159,8 @@ class Program:
             comes back in the same layout, which the compiler would else choose anew on a mesh.
         mesh: what it runs on; all other results are then whole on each device. None: wherever its arguments are.
         results: where they lie on the mesh instead.
-        limit: bytes that it may take on a device, its arguments included; None: whatever there is.
+        limit: bytes that it may take on a device, its arguments included; then what the host frees goes back to the system at once, too.
+            None: whatever there is.
         options: of the compiler.
     """
 
@@ -205,7 +206,7 @@ class Program:
         if self._compiled is not None:
             return
         compiled = self.lower(*args).compile()
-        release_freed_memory()
+        release_freed_memory(at_once=self.limit is not None)
         needed = program_bytes(compiled)
         if self.limit is not None and needed is not None and needed > self.limit:
             raise OutOfMemory(f"the {self._name} program needs {size_text(needed)} on a device, of {size_text(self.limit)}")
