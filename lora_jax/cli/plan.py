@@ -32,7 +32,8 @@ def plan_command(config: Config, *, solo: bool, fresh: bool, many: bool, part: P
 
 
 def _heading(config: Config, told: Outlook) -> list[str]:
-    lines = [f"{config.name}: {told.members} members, {told.ended} of them done; packs to train: {len(told.packs)}"]
+    packs = f"packs to train: {len(told.packs)}, training programs: {told.programs}"
+    lines = [f"{config.name}: {told.members} members, {told.ended} of them done; {packs}"]
     if told.share < 1:
         lines.append(f"successive halving: {100 * told.share:.0f} % of all members' steps; the packs are those up to the first rung")
     return lines
@@ -46,12 +47,8 @@ def _packs(told: Outlook) -> Table:
         over = told.limit is not None and pack.memory.total > told.limit
         memory = size_text(pack.memory.total) + (" over the limit" if over else "")
         counts = [str(number), str(len(pack.plan.members)), str(pack.steps), f"{100 * pack.padding:.0f} %"]
-        table.add_row(*counts, memory, _number(pack.step_flops), _number(told.share * pack.flops), _time(_seconds(told, pack)))
+        table.add_row(*counts, memory, _number(pack.step_flops), _number(told.share * pack.flops), _time(pack.seconds(told.share)))
     return table
-
-
-def _seconds(told: Outlook, pack: PackOutlook) -> float:
-    return pack.compiling + told.share * pack.training
 
 
 def _memory(pack: PackOutlook, told: Outlook) -> Table:
@@ -70,7 +67,7 @@ def _memory(pack: PackOutlook, told: Outlook) -> Table:
 
 def _estimate(told: Outlook) -> list[str]:
     rows, width, hidden = told.product
-    compiling = sum(p.compiling for p in told.packs)
+    compiling = sum(p.compiling or 0.0 for p in told.packs)
     many = f", x {told.devices} devices" if told.devices > 1 else ""
     return [
         f"together: {_number(told.flops)} FLOPs (matrix products of training and evaluation, counted), about {_time(told.seconds)}",

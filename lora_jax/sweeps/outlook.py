@@ -13,8 +13,9 @@ from ..config.load import dump_config
 from ..config.schema import Config
 from ..tracking import RunDirectory, holds_run
 from ..training.memory import memory_limit
+from ..training.pack import Form, form_of
 from ..training.pack_shapes import PackMemory, PackShapes
-from ..training.setup import Preparer, Setup
+from ..training.setup import Preparer, Setup, setup_key
 from ..training.speed import matmul_rate
 from .halving import rung_steps
 from .members import members_of
@@ -34,7 +35,7 @@ class PackOutlook:
         step_flops: of one optimizer step, all members; of matrix products, as all figures here.
         flops: of all steps and evaluations.
         memory: on one device, as compiled.
-        compiling: seconds that compiling its two programs took just now.
+        compiling: seconds that compiling its two programs took just now; None where they are those of a pack before it.
         training: seconds that its arithmetic takes at the measured rate.
     """
 
@@ -44,8 +45,12 @@ class PackOutlook:
     step_flops: int
     flops: int
     memory: PackMemory
-    compiling: float
+    compiling: float | None
     training: float
+
+    def seconds(self, share: float = 1.0) -> float:
+        """All of it, or where a share of its steps is trained."""
+        return (self.compiling or 0.0) + share * self.training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,12 @@ class Outlook:
     @property
     def seconds(self) -> float:
         """Expected, compiling included."""
-        return sum(p.compiling + self.share * p.training for p in self.packs)
+        return sum(p.seconds(self.share) for p in self.packs)
+
+    @property
+    def programs(self) -> int:
+        """How many training programs are compiled; as many evaluate."""
+        return sum(p.compiling is not None for p in self.packs)
 
 
 def look_ahead(config: Config, *, solo: bool = False, fresh: bool = False, many: bool = False, part: Part | None = None) -> Outlook:
@@ -109,13 +119,14 @@ def look_ahead(config: Config, *, solo: bool = False, fresh: bool = False, many:
     packs = [p for p in packs if any(m.name not in statuses for m in p.members)]
     outlooks: list[PackOutlook] = []
     share, rate, product, devices = 1.0, math.nan, (0, 0, 0), 1
+    known: dict[Form, PackMemory] = {}
     for pack in packs:
         setup = prepare(pack.members[0].config)
         if not outlooks:
             product = _product(setup, len(pack.members))
             rate, devices = matmul_rate(*product, pack.members[0].config.model.dtype), setup.mesh.size
             share = 1.0 if halving is None else halving_share(len(members), halving.factor, rung_steps(halving, setup.steps), setup.steps)
-        outlooks.append(_pack(setup, pack, rate * devices))
+        outlooks.append(_pack(setup, pack, rate * devices, known))
     return Outlook(outlooks, len(members), sum(m.name in statuses for m in members), memory_limit(config), share, rate, product, devices)
 
 
@@ -144,7 +155,7 @@ def _product(setup: Setup, members: int) -> tuple[int, int, int]:
     return members * batch["tokens"][0].size, block.width, block.hidden
 
 
-def _pack(setup: Setup, pack: PackPlan, rate: float) -> PackOutlook:
+def _pack(setup: Setup, pack: PackPlan, rate: float, known: dict[Form, PackMemory]) -> PackOutlook:
     configs = [m.config for m in pack.members]
     shapes = PackShapes(setup, configs)
     count, steps, every = len(configs), setup.steps, configs[0].training.eval_every
@@ -155,6 +166,9 @@ def _pack(setup: Setup, pack: PackPlan, rate: float) -> PackOutlook:
     weights = Weights.of(setup, configs)
     padding = 0.0 if weights is None else weights.padding(range(count))
     began = time.perf_counter()
-    memory = shapes.memory(count)
-    compiling = time.perf_counter() - began
-    return PackOutlook(pack, steps, padding, step, flops, memory, compiling, flops / rate)
+    form = setup_key(configs[0]), form_of(configs, shapes.structure)
+    compiling = None
+    if form not in known:
+        known[form] = shapes.memory(count)
+        compiling = time.perf_counter() - began
+    return PackOutlook(pack, steps, padding, step, flops, known[form], compiling, flops / rate)

@@ -82,13 +82,17 @@ class PackRun:
         config = members[0].config
         pack = self.build()
         counts = [pack.parameter_count(i) for i in range(len(members))]
-        self.progress.print(f"{self.title}: {len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters; compiling")
+        known = self.setup.programs.find(pack)
+        what = f"{len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters"
+        self.progress.print(f"{self.title}: {what}; {'compiling' if known is None else 'run by the programs of an earlier pack'}")
         prefix = self.setup.prefix(pack.part, config.training.data_seed)
         before = prefix.compiled if prefix is not None else 0
         if config.training.cache_prefix == "on":
             self._keep(prefix, config)
         if (said := self.modes.settle([m.name for m in members], pack, self.setup, prefix)) is not None:
             self.progress.print(f"{self.title}: {said}")
+        if known is not None and known.mode == pack.programs.mode:
+            pack.programs, before = known, before + known.compiled
         check_fits(pack, self.setup, prefix)
         counted = _counts(prefix)
         recorder = Recorder(self.run, members, counts, self.setup, self.progress, self.title)
@@ -112,8 +116,8 @@ class PackRun:
         if prefix is not None and prefix.stores is not None:
             hits, misses = (a - b for a, b in zip(_counts(prefix), counted, strict=True))
             self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches began from the prefix cache")
-        programs = pack.programs.train.traces.count + pack.programs.evaluate.traces.count
-        return Trained(pack, outcome, recorder, programs + (prefix.compiled - before if prefix is not None else 0))
+        self.setup.programs.keep(pack)
+        return Trained(pack, outcome, recorder, pack.programs.compiled + (prefix.compiled if prefix is not None else 0) - before)
 
     def _keep(self, prefix: Prefix | None, config: Config) -> None:
         if prefix is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,8 @@ from .step import MemberFixed, MemberState, PackPrograms, init_member
 
 # An index into one array of a member; None: it has no part of it.
 Window = tuple[Any, ...] | None
+# Packs of equal form on one set-up compile to equal programs.
+Form = Hashable
 
 
 @dataclasses.dataclass
@@ -84,6 +86,11 @@ class Pack:
         state = jax.jit(init, out_shardings=layouts)(trainable, fixed)
         programs = PackPrograms(part, configs[0].training.data_seed, mesh, mode, memory_limit(configs[0]))
         return cls(configs, specs, structure, part, state, fixed, programs)
+
+    @property
+    def form(self) -> Form:
+        """What decides the pack's programs, beside its set-up and how its members are run."""
+        return form_of(self.configs, self.structure)
 
     def use_mode(self, mode: PackMode) -> None:
         """Gives the pack other programs, yet to be compiled, that run its members in another way."""
@@ -145,3 +152,8 @@ def static_key(config: Config) -> tuple[object, ...]:
         config.task.model_dump_json(),
         training.model_dump_json(exclude={"seed"}),
     )
+
+
+def form_of(configs: Sequence[Config], structure: Structure) -> Form:
+    """The form of a pack of these members, whose arrays have these shapes."""
+    return static_key(configs[0]), structure, len(configs)

@@ -30,6 +30,7 @@ from ..parallel.batches import place_batch
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from .memory import release_freed_memory
 from .prefix import Prefix, prefix_depth
+from .program_store import ProgramStore
 from .teacher import Teacher, check_teacher
 
 
@@ -62,6 +63,7 @@ class Setup:
         mesh: the devices; the model's weights lie on it already.
         teacher: makes the targets of a distillation; None of other tasks.
         prefixes: of packs, the newest.
+        programs: of packs, by their form.
     """
 
     model: nnx.Module
@@ -73,6 +75,7 @@ class Setup:
     mesh: Mesh
     teacher: Teacher | None = None
     prefixes: Newest = dataclasses.field(default_factory=Newest)
+    programs: ProgramStore = dataclasses.field(default_factory=ProgramStore)
 
     def prefix(self, part: Partition, data_seed: int) -> Prefix | None:
         """What the members of a pack have in common; None where they have nothing. Successive packs of one depth have one."""

@@ -227,7 +227,7 @@ class Program:
 
 
 class PackPrograms:
-    """The compiled programs of a pack: `train` and `evaluate`, each over all members, each compiled once.
+    """The compiled programs of a pack, or of packs of one form: `train` and `evaluate`, each over all members, each compiled once.
 
     The base is an argument of both, never a constant, and is not returned. Member arrays are donated.
 
@@ -253,6 +253,11 @@ class PackPrograms:
         options = compiler_options()
         self.train = Program(train, "training", carries=True, mesh=mesh, limit=limit, options=options)
         self.evaluate = Program(evaluate, "evaluation", mesh=mesh, limit=limit, options=options)
+
+    @property
+    def compiled(self) -> int:
+        """How many programs were compiled so far."""
+        return self.train.traces.count + self.evaluate.traces.count
 
     def check(self) -> None:
         """`RunError` unless each program was compiled at most once."""

@@ -38,7 +38,7 @@ def test_it_tells_packs_members_memory_flops_and_time(hub, tmp_path, untrained):
     told = call("sweep", config, "sweep.memory_limit=1GB", "--plan")
     assert told.code == 0, told.err
     assert sorted(tmp_path.rglob("*")) == before
-    assert "4 members, 0 of them done; packs to train: 2" in told.out
+    assert "4 members, 0 of them done; packs to train: 2, training programs: 2" in told.out
     for name in ("rank=2,bias=none", "rank=4,bias=none", "rank=2,bias=all", "rank=4,bias=all"):
         assert name in told.out
     assert "pack 1: rank=2,bias=none  rank=4,bias=none" in told.out
@@ -67,7 +67,7 @@ def test_what_is_done_is_not_planned_again(hub, tmp_path, monkeypatch):
     run_sweep(hub.config(tmp_path, grid))
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
     done = call("sweep", hub.write(tmp_path, grid), "--plan")
-    assert done.code == 0 and "2 members, 2 of them done; packs to train: 0" in done.out
+    assert done.code == 0 and "2 members, 2 of them done; packs to train: 0, training programs: 0" in done.out
     grown = look_ahead(hub.config(tmp_path, grid | {"sweep": {"grid": {"adapter.rank": [2, 3, 4]}}}))
     assert [[m.name for m in p.plan.members] for p in grown.packs] == [["rank=4"]] and grown.ended == 2
     fresh = look_ahead(hub.config(tmp_path, grid), fresh=True)

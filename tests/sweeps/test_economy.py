@@ -71,7 +71,7 @@ def trained(monkeypatch):
 def test_at_most_three_training_programs(hub, tmp_path, trained):
     outcome = run_sweep(hub.config(tmp_path, changes()))
     assert [r.status for r in outcome.results] == ["finished"] * MEMBERS and {r.steps for r in outcome.results} == {STEPS}
-    programs = sum(one.pack.programs.train.traces.count for one in trained)
+    programs = sum(p.train.traces.count for p in {one.pack.programs for one in trained})
     print({"members": MEMBERS, "packs": len(trained), "training programs": programs})
     assert programs <= 3 and sum(len(one.pack.configs) for one in trained) == MEMBERS
 

@@ -1,0 +1,104 @@
+"""Packs of one form are run by the programs that the first of them compiled, and come to the same bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.fuzz_kills import bits_of_run, differing
+from lora_jax.sweeps import pack_modes
+from lora_jax.sweeps.outlook import look_ahead
+from lora_jax.sweeps.run import run_sweep
+from lora_jax.tracking import Progress
+from lora_jax.training.pack import Pack
+from lora_jax.training.pack_choice import Choice
+from lora_jax.training.pack_mode import SCAN, VMAP
+from lora_jax.training.pack_shapes import PackMemory, PackShapes
+from lora_jax.training.program_store import ProgramStore
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+QUIET = {"training.steps": 4, "training.eval_every": 2, "tracking.tensorboard": False}
+RATES = {"grid": {"optimizer.learning_rate": [0.01, 0.02, 0.03], "training.seed": [0, 1]}, "max_pack": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick_compile():
+        yield
+
+
+@pytest.fixture
+def separately(monkeypatch):
+    """Every pack compiles its own."""
+    return lambda: monkeypatch.setattr(ProgramStore, "find", lambda self, pack: None)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Sizes of the packs that would be compiled for their memory."""
+    sizes = []
+
+    def memory(self, members):
+        sizes.append(members)
+        return PackMemory(1, 1, 1, 1)
+
+    monkeypatch.setattr(PackShapes, "memory", memory)
+    return sizes
+
+
+@pytest.mark.parametrize("mode", ["vmap", "scan"])
+def test_six_members_in_three_packs_compile_one_pair(hub, tmp_path, separately, capsys, mode):
+    changes = QUIET | {"sweep": RATES, "training.pack": mode}
+    shared = run_sweep(hub.config(tmp_path, changes), progress=Progress())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("trained parameters; compiling") == 1 and said.count("run by the programs of an earlier pack") == 2
+    separately()
+    apart = run_sweep(hub.config(tmp_path, changes, name="apart"))
+    assert (shared.compiled_programs, apart.compiled_programs) == (2, 6)
+    assert not differing(bits_of_run(shared.path), bits_of_run(apart.path))
+    assert len({tuple(r.final.items()) for r in shared.results}) == 6  # members are not each other's
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"adapter.rank": [2, 3]},
+        {"adapter.targets": [["q_proj"], ["v_proj"]]},
+        {"adapter.layers": [None, "last:1"]},
+        {"adapter.dropout": [0.0, 0.5]},
+        {"adapter.bias": ["none", "all"]},
+    ],
+    ids=lambda grid: next(iter(grid)),
+)
+def test_packs_of_other_forms_compile_their_own(hub, tmp_path, uncompiled, grid):
+    outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": {"grid": grid, "max_pack": 1}}))
+    assert len(outlook.packs) == outlook.programs == 2
+
+
+def test_a_plan_counts_what_is_compiled_once(hub, tmp_path, uncompiled):
+    outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": RATES}))
+    assert len(outlook.packs) == 3 and outlook.programs == 1
+    assert uncompiled == [2]
+    assert outlook.seconds == pytest.approx(outlook.packs[0].compiling + sum(p.training for p in outlook.packs))
+
+
+def test_a_pack_of_another_mode_compiles_its_own(hub, tmp_path, monkeypatch):
+    """As where a resumed run finds another choice recorded for one of its packs."""
+    modes = iter([VMAP, SCAN, SCAN])
+    monkeypatch.setattr(pack_modes.PackModes, "_recorded", lambda self, file: Choice(next(modes), "told", {}, "cpu"))
+    outcome = run_sweep(hub.config(tmp_path, QUIET | {"sweep": RATES}))
+    assert outcome.compiled_programs == 4 and {r.status for r in outcome.results} == {"finished"}
+
+
+def test_the_programs_used_last_are_kept():
+    base = tiny.classifier(2)
+    packs = [Pack.build(base, [tiny.config(adapter__rank=rank)], 4) for rank in (1, 2, 3)]
+    again = Pack.build(base, [tiny.config(adapter__rank=1, optimizer__learning_rate=0.5, training__seed=9)], 4)
+    store = ProgramStore(room=2)
+    for pack in packs[:2]:
+        store.keep(pack)
+    assert store.find(again) is packs[0].programs
+    store.keep(packs[0])
+    store.keep(packs[2])
+    assert [store.find(p) is not None for p in packs] == [True, False, True]
