@@ -19,7 +19,7 @@ from tests import tiny
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 QUIET = {"training.steps": 4, "training.eval_every": 2, "tracking.tensorboard": False}
-RATES = {"grid": {"optimizer.learning_rate": [0.01, 0.02, 0.03], "training.seed": [0, 1]}, "max_pack": 2}
+RATES = {"grid": {"optimizer.learning_rate": [0.01, 0.02], "training.seed": [0, 1]}, "max_pack": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,17 +47,17 @@ def uncompiled(monkeypatch):
     return sizes
 
 
-@pytest.mark.parametrize("mode", ["vmap", "scan"])
-def test_six_members_in_three_packs_compile_one_pair(hub, tmp_path, separately, capsys, mode):
+@pytest.mark.parametrize("mode", ["vmap", pytest.param("scan", marks=pytest.mark.long)])
+def test_four_members_in_two_packs_compile_one_pair(hub, tmp_path, separately, capsys, mode):
     changes = QUIET | {"sweep": RATES, "training.pack": mode}
     shared = run_sweep(hub.config(tmp_path, changes), progress=Progress())
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("trained parameters; compiling") == 1 and said.count("run by the programs of an earlier pack") == 2
+    assert said.count("trained parameters; compiling") == 1 and said.count("run by the programs of an earlier pack") == 1
     separately()
     apart = run_sweep(hub.config(tmp_path, changes, name="apart"))
-    assert (shared.compiled_programs, apart.compiled_programs) == (2, 6)
+    assert (shared.compiled_programs, apart.compiled_programs) == (2, 4)
     assert not differing(bits_of_run(shared.path), bits_of_run(apart.path))
-    assert len({tuple(r.final.items()) for r in shared.results}) == 6  # members are not each other's
+    assert len({tuple(r.final.items()) for r in shared.results}) == 4  # members are not each other's
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_packs_of_other_forms_compile_their_own(hub, tmp_path, uncompiled, grid)
 
 def test_a_plan_counts_what_is_compiled_once(hub, tmp_path, uncompiled):
     outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": RATES}))
-    assert len(outlook.packs) == 3 and outlook.programs == 1
+    assert len(outlook.packs) == 2 and outlook.programs == 1
     assert uncompiled == [2]
     assert outlook.seconds == pytest.approx(outlook.packs[0].compiling + sum(p.training for p in outlook.packs))
 
 
 def test_a_pack_of_another_mode_compiles_its_own(hub, tmp_path, monkeypatch):
     """As where a resumed run finds another choice recorded for one of its packs."""
-    modes = iter([VMAP, SCAN, SCAN])
+    modes = iter([VMAP, SCAN])
     monkeypatch.setattr(pack_modes.PackModes, "_recorded", lambda self, file: Choice(next(modes), "told", {}, "cpu"))
     outcome = run_sweep(hub.config(tmp_path, QUIET | {"sweep": RATES}))
     assert outcome.compiled_programs == 4 and {r.status for r in outcome.results} == {"finished"}
