@@ -13,9 +13,9 @@ from ..config.load import dump_config
 from ..config.schema import Config
 from ..tracking import RunDirectory, holds_run
 from ..training.memory import memory_limit
-from ..training.pack import Form, form_of
+from ..training.pack import form_of
 from ..training.pack_shapes import PackMemory, PackShapes
-from ..training.setup import Preparer, Setup, setup_key
+from ..training.setup import Newest, Preparer, Setup, setup_key
 from ..training.speed import matmul_rate
 from .halving import rung_steps
 from .members import members_of
@@ -119,7 +119,7 @@ def look_ahead(config: Config, *, solo: bool = False, fresh: bool = False, many:
     packs = [p for p in packs if any(m.name not in statuses for m in p.members)]
     outlooks: list[PackOutlook] = []
     share, rate, product, devices = 1.0, math.nan, (0, 0, 0), 1
-    known: dict[Form, PackMemory] = {}
+    known = Newest()
     for pack in packs:
         setup = prepare(pack.members[0].config)
         if not outlooks:
@@ -155,7 +155,7 @@ def _product(setup: Setup, members: int) -> tuple[int, int, int]:
     return members * batch["tokens"][0].size, block.width, block.hidden
 
 
-def _pack(setup: Setup, pack: PackPlan, rate: float, known: dict[Form, PackMemory]) -> PackOutlook:
+def _pack(setup: Setup, pack: PackPlan, rate: float, known: Newest) -> PackOutlook:
     configs = [m.config for m in pack.members]
     shapes = PackShapes(setup, configs)
     count, steps, every = len(configs), setup.steps, configs[0].training.eval_every
@@ -167,8 +167,7 @@ def _pack(setup: Setup, pack: PackPlan, rate: float, known: dict[Form, PackMemor
     padding = 0.0 if weights is None else weights.padding(range(count))
     began = time.perf_counter()
     form = setup_key(configs[0]), form_of(configs, shapes.structure)
-    compiling = None
-    if form not in known:
-        known[form] = shapes.memory(count)
-        compiling = time.perf_counter() - began
-    return PackOutlook(pack, steps, padding, step, flops, known[form], compiling, flops / rate)
+    again = known.find(form) is not None
+    memory = known.get(form, lambda: shapes.memory(count))
+    compiling = None if again else time.perf_counter() - began
+    return PackOutlook(pack, steps, padding, step, flops, memory, compiling, flops / rate)

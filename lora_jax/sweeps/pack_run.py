@@ -18,6 +18,7 @@ from ..training.prefix import Prefix
 from ..training.prefix_cache import FOLDER, keep_prefix
 from ..training.profile import StepTrace
 from ..training.setup import Setup
+from ..training.step import PackPrograms
 from ..training.stopping import StopSignals
 from .members import Member
 from .pack_modes import PackModes
@@ -82,7 +83,7 @@ class PackRun:
         config = members[0].config
         pack = self.build()
         counts = [pack.parameter_count(i) for i in range(len(members))]
-        known = self.setup.programs.find(pack)
+        known: PackPrograms | None = self.setup.programs.find(pack.form)
         what = f"{len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters"
         self.progress.print(f"{self.title}: {what}; {'compiling' if known is None else 'run by the programs of an earlier pack'}")
         prefix = self.setup.prefix(pack.part, config.training.data_seed)
@@ -93,6 +94,8 @@ class PackRun:
             self.progress.print(f"{self.title}: {said}")
         if known is not None and known.mode == pack.programs.mode:
             pack.programs, before = known, before + known.compiled
+        else:
+            self.setup.programs.forget()
         check_fits(pack, self.setup, prefix)
         counted = _counts(prefix)
         recorder = Recorder(self.run, members, counts, self.setup, self.progress, self.title)
@@ -116,7 +119,7 @@ class PackRun:
         if prefix is not None and prefix.stores is not None:
             hits, misses = (a - b for a, b in zip(_counts(prefix), counted, strict=True))
             self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches began from the prefix cache")
-        self.setup.programs.keep(pack)
+        self.setup.programs.get(pack.form, lambda: pack.programs)
         return Trained(pack, outcome, recorder, pack.programs.compiled + (prefix.compiled if prefix is not None else 0) - before)
 
     def _keep(self, prefix: Prefix | None, config: Config) -> None:

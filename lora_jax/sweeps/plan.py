@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from ..adapters.spec import resolve, unite
 from ..config.errors import InputError
 from ..config.schema import Config
 from ..config.sizes import size_text
 from ..training.forecast import forecast
 from ..training.memory import memory_limit
-from ..training.pack import static_key
+from ..training.pack import Form, form_of, static_key
 from ..training.pack_shapes import PackShapes
 from ..training.setup import Setup, check_adapters, setup_key
 from .members import Member
@@ -123,7 +124,16 @@ class Planner:
             cuts = cut_evenly(len(group), most)
         else:
             cuts = cut_by_weight(weights, most, most_padding=self._most_padding, steps=setup.steps)
-        return [PackPlan(tuple(group[i] for i in cut)) for cut in cuts]
+        return self._by_form(setup, [PackPlan(tuple(group[i] for i in cut)) for cut in cuts])
+
+    def _by_form(self, setup: Setup, packs: list[PackPlan]) -> list[PackPlan]:
+        """Packs of one form one after the other, so that they share their programs; forms, and the packs of one, in the order they had."""
+        forms: dict[Form, list[PackPlan]] = {}
+        for pack in packs:
+            configs = [m.config for m in pack.members]
+            structure = unite(setup.model, [resolve(setup.model, c.adapter) for c in configs])
+            forms.setdefault(form_of(configs, structure), []).append(pack)
+        return [pack for alike in forms.values() for pack in alike]
 
     def _fitting(self, setup: Setup, configs: list[Config], weights: Weights | None, most: int) -> int:
         """How many members a pack may have for its memory; compiled only where a count from shapes alone does not leave ample room."""

@@ -30,20 +30,28 @@ from ..parallel.batches import place_batch
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from .memory import release_freed_memory
 from .prefix import Prefix, prefix_depth
-from .program_store import ProgramStore
 from .teacher import Teacher, check_teacher
 
 
 class Newest:
-    """Remembers the newest value alone: never two bases in memory."""
+    """Remembers the newest value alone: never two bases in memory, nor programs that nothing will run again."""
 
     def __init__(self) -> None:
         self.key: object = None
         self.value: Any = None
 
+    def find(self, key: object) -> Any:
+        """The value of this key; None where there is none, and that of another is forgotten."""
+        if self.key != key:
+            self.forget()
+        return self.value
+
+    def forget(self) -> None:
+        self.key = self.value = None
+
     def get(self, key: object, make: Callable[[], Any]) -> Any:
         if self.key != key:
-            self.key = self.value = None
+            self.forget()
             self.value = make()
             self.key = key
         return self.value
@@ -63,7 +71,7 @@ class Setup:
         mesh: the devices; the model's weights lie on it already.
         teacher: makes the targets of a distillation; None of other tasks.
         prefixes: of packs, the newest.
-        programs: of packs, by their form.
+        programs: of packs, the newest, by the packs' form: packs of one form share them.
     """
 
     model: nnx.Module
@@ -75,7 +83,7 @@ class Setup:
     mesh: Mesh
     teacher: Teacher | None = None
     prefixes: Newest = dataclasses.field(default_factory=Newest)
-    programs: ProgramStore = dataclasses.field(default_factory=ProgramStore)
+    programs: Newest = dataclasses.field(default_factory=Newest)
 
     def prefix(self, part: Partition, data_seed: int) -> Prefix | None:
         """What the members of a pack have in common; None where they have nothing. Successive packs of one depth have one."""

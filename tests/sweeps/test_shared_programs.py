@@ -13,7 +13,7 @@ from lora_jax.training.pack import Pack
 from lora_jax.training.pack_choice import Choice
 from lora_jax.training.pack_mode import SCAN, VMAP
 from lora_jax.training.pack_shapes import PackMemory, PackShapes
-from lora_jax.training.program_store import ProgramStore
+from lora_jax.training.setup import Newest
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -31,7 +31,7 @@ def quick():
 @pytest.fixture
 def separately(monkeypatch):
     """Every pack compiles its own."""
-    return lambda: monkeypatch.setattr(ProgramStore, "find", lambda self, pack: None)
+    return lambda: monkeypatch.setattr(Newest, "find", lambda self, key: None)
 
 
 @pytest.fixture
@@ -91,14 +91,21 @@ def test_a_pack_of_another_mode_compiles_its_own(hub, tmp_path, monkeypatch):
     assert outcome.compiled_programs == 4 and {r.status for r in outcome.results} == {"finished"}
 
 
-def test_the_programs_used_last_are_kept():
+def test_packs_of_one_form_follow_one_another(hub, tmp_path, uncompiled):
+    """Eleven members of at most three make packs of two and of three; each size is compiled once."""
+    outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": {"grid": {"training.seed": list(range(11))}, "max_pack": 3}}))
+    sizes = [len(p.plan.members) for p in outlook.packs]
+    assert sorted(sizes) == [2, 3, 3, 3] and outlook.programs == len(uncompiled) == 2
+    names = [m.name for p in outlook.packs for m in p.plan.members]
+    assert sorted(names) == sorted(f"seed={k}" for k in range(11))
+
+
+def test_programs_of_another_form_are_not_held():
+    """Their code takes memory that no plan counts."""
     base = tiny.classifier(2)
-    packs = [Pack.build(base, [tiny.config(adapter__rank=rank)], 4) for rank in (1, 2, 3)]
+    one, other = (Pack.build(base, [tiny.config(adapter__rank=rank)], 4) for rank in (1, 2))
     again = Pack.build(base, [tiny.config(adapter__rank=1, optimizer__learning_rate=0.5, training__seed=9)], 4)
-    store = ProgramStore(room=2)
-    for pack in packs[:2]:
-        store.keep(pack)
-    assert store.find(again) is packs[0].programs
-    store.keep(packs[0])
-    store.keep(packs[2])
-    assert [store.find(p) is not None for p in packs] == [True, False, True]
+    newest = Newest()
+    newest.get(one.form, lambda: one.programs)
+    assert newest.find(again.form) is one.programs
+    assert newest.find(other.form) is None and newest.find(one.form) is None
