@@ -16,40 +16,40 @@ if TYPE_CHECKING:
     from .adapters.merge import unmerge as unmerge
     from .adapters.mixed import with_rows as with_rows
     from .adapters.partition import partition as partition
-    from .config.errors import InputError as InputError
-    from .config.errors import RunError as RunError
     from .config.load import load_config as load_config
     from .config.schema import Config as Config
-    from .interop.hf_writing import save_pretrained as save_pretrained
-    from .interop.peft_config import LoraConfig as LoraConfig
-    from .interop.peft_loading import load_peft as load_peft
-    from .interop.peft_writing import save_peft as save_peft
-    from .models.loading import load_model as load_model
-    from .models.tokenizer import load_tokenizer as load_tokenizer
+    from .errors import InputError as InputError
+    from .errors import RunError as RunError
+    from .generation.generate import Generator as Generator
+    from .generation.generate import generate as generate
+    from .interop.hf import save_pretrained as save_pretrained
+    from .interop.peft.config import LoraConfig as LoraConfig
+    from .interop.peft.load import load_peft as load_peft
+    from .interop.peft.save import save_peft as save_peft
+    from .models.load import load_model as load_model
     from .sweeps.api import fit as fit
     from .sweeps.api import sweep as sweep
-    from .training.generate import Generator as Generator
-    from .training.generate import generate as generate
+    from .weights.tokenizer import load_tokenizer as load_tokenizer
 
 _NAMES = {
     "AdapterBank": "adapters.bank",
     "Config": "config.schema",
-    "Generator": "training.generate",
-    "InputError": "config.errors",
-    "LoraConfig": "interop.peft_config",
-    "RunError": "config.errors",
+    "Generator": "generation.generate",
+    "InputError": "errors",
+    "LoraConfig": "interop.peft.config",
+    "RunError": "errors",
     "describe": "adapters.describe",
     "fit": "sweeps.api",
-    "generate": "training.generate",
+    "generate": "generation.generate",
     "inject": "adapters.inject",
     "load_config": "config.load",
-    "load_model": "models.loading",
-    "load_peft": "interop.peft_loading",
-    "load_tokenizer": "models.tokenizer",
+    "load_model": "models.load",
+    "load_peft": "interop.peft.load",
+    "load_tokenizer": "weights.tokenizer",
     "merge": "adapters.merge",
     "partition": "adapters.partition",
-    "save_peft": "interop.peft_writing",
-    "save_pretrained": "interop.hf_writing",
+    "save_peft": "interop.peft.save",
+    "save_pretrained": "interop.hf",
     "sweep": "sweeps.api",
     "unmerge": "adapters.merge",
     "with_rows": "adapters.mixed",

@@ -54,7 +54,7 @@ if int(count) > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, int(count), int(index))
 from lora_jax.config.schema import MeshConfig
-from lora_jax.models.loading import BaseFiles
+from lora_jax.models.load import BaseFiles
 from lora_jax.parallel.mesh import make_mesh
 
 def status(key):

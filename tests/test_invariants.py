@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.training.pack import Pack
+from lora_jax.packing.pack import Pack
 from tests import tiny
 
 MEMBERS = [{"adapter__rank": 2, "training__seed": k} for k in range(2)]

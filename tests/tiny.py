@@ -13,13 +13,12 @@ from flax import nnx
 
 from lora_jax.adapters.inject import inject, site_modules
 from lora_jax.config.schema import AdapterConfig, Config
-from lora_jax.models.attention import LayerKind
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.encoder import Encoder, EncoderConfig
 from lora_jax.models.families import families
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
-from lora_jax.models.layers import BlockConfig
-from lora_jax.models.loading import aliases
+from lora_jax.models.layers import BlockConfig, LayerKind
+from lora_jax.models.load import aliases
 from lora_jax.models.rotary import Rotary
 
 VOCAB, WIDTH, CLASSES = 64, 32, 3

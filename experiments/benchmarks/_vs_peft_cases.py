@@ -67,11 +67,11 @@ def prepare(case: Case, folder: str) -> None:
     import os
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process trains nothing
-    from lora_jax.config.locations import resolve
     from lora_jax.config.schema import Config
-    from lora_jax.data.tasks import NO_TARGET
-    from lora_jax.data.tasks import prepare as prepare_task
-    from lora_jax.models.tokenizer import load_tokenizer
+    from lora_jax.tasks.prepare import NO_TARGET
+    from lora_jax.tasks.prepare import prepare as prepare_task
+    from lora_jax.weights.locations import resolve
+    from lora_jax.weights.tokenizer import load_tokenizer
 
     config = Config.model_validate(case.full_config(1))
     data = prepare_task(config.task, load_tokenizer(config.model.source), decoder=case.task_type == "CAUSAL_LM")

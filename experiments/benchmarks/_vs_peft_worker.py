@@ -42,7 +42,7 @@ class LoraJax(Side):
         import jax
 
         from lora_jax.config.schema import Config
-        from lora_jax.training.pack import Pack
+        from lora_jax.packing.pack import Pack
         from lora_jax.training.setup import set_up
 
         self.compile_seconds = 0.0

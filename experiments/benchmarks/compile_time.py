@@ -22,16 +22,16 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.adapters.inject import inject_structure
+from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
-from lora_jax.adapters.spec import resolve, unite
 from lora_jax.config.schema import Config
-from lora_jax.models.attention import LayerKind
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.heads import LanguageModel
-from lora_jax.models.layers import BlockConfig
+from lora_jax.models.layers import BlockConfig, LayerKind
 from lora_jax.models.rotary import Rotary
+from lora_jax.packing.execution import PackPrograms
 from lora_jax.training.optimizer import hyper_of
-from lora_jax.training.step import MemberFixed, PackPrograms, init_member
+from lora_jax.training.step import MemberFixed, init_member
 
 DEPTHS = (6, 30)
 ROWS, LENGTH = 8, 128

@@ -41,9 +41,9 @@ def measure(model: str, members: int) -> dict[str, int]:
     import numpy as np
 
     from lora_jax.config.schema import Config
-    from lora_jax.training.memory import program_bytes, release_freed_memory
-    from lora_jax.training.pack import Pack
-    from lora_jax.training.pack_shapes import PackShapes
+    from lora_jax.packing.cost import PackShapes
+    from lora_jax.packing.pack import Pack
+    from lora_jax.parallel.program import program_bytes, release_freed_memory
     from lora_jax.training.setup import set_up
 
     case = CASES[model].full_config(STEPS)

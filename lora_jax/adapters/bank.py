@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..config.errors import InputError, hint
+from ..errors import InputError, hint
 from ..parallel.mesh import to_host
 from .combine import Combination
 from .factors import Factors, factors_of, is_factor, shapes_of
 from .inject import LABEL, inject_structure, replace_sites, site_modules
+from .layout import SiteShape, Structure
 from .mixed import MIXED_MODULES, NO_ADAPTER, with_rows
 from .partition import Partition, partition
 from .sites import Site, find_sites, logical_name
-from .spec import SiteShape, Structure
 
 
 class AdapterBank:

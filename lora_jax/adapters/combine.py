@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..config.errors import InputError, hint
+from ..errors import InputError, hint
 from .factors import Factors
-from .members import random_of
+from .inject import random_of
 
 # Method -> the options that go with it; those of SUMS keep the adapters' own entries, the rest prune them.
 METHODS: dict[str, tuple[str, ...]] = {

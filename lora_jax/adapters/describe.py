@@ -10,9 +10,9 @@ from rich.table import Table
 
 from ..config.schema import AdapterConfig
 from .factors import factors_of, is_factor
+from .layout import resolve
 from .partition import partition
 from .sites import find_sites
-from .spec import resolve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..parallel.mesh import to_host
+from .layout import SiteShape, hold
 from .partition import Partition
 from .sites import Site
-from .spec import SiteShape, hold
 
 
 @dataclasses.dataclass(frozen=True)

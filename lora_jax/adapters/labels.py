@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from ..config.errors import nearest
+from ..errors import nearest
 from ..models.head_shape import HEAD_MODULES
-from .spec import Structure
+from .layout import Structure
 
 FROZEN = "frozen"
 # Trainable labels; the optimizer has a transform for each.

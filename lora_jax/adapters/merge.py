@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..models.decoder import Decoder
-from .modules import LowRank
+from .methods.lora import LowRank
 
 
 class Merged(nnx.Module):

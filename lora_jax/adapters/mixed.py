@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from ..models.grouped import grouped_matmul
+from ..models.experts import grouped_matmul
+from ..models.layers import PER_SEGMENT
 from ..models.positions import targets_of
-from ..models.stack import PER_SEGMENT
 from ..parallel.constraints import take_positions
-from .modules import AdapterSetting, LoRAParam
+from .methods.lora import AdapterSetting, LoRAParam
 
 NO_ADAPTER = -1
 

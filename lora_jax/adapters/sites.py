@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from ..config.errors import InputError, nearest
+from ..errors import InputError, nearest
 from ..models.experts import ExpertLinear
 from ..models.head_shape import HEAD_MODULES
 from ..models.stack import Stack
+from .methods.lora import LowRank
 from .mixed import MixedSite
-from .modules import LowRank
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "query", "key", "value", "out"),

@@ -1,11 +1,11 @@
 """What was learned: comparison tables, heat maps and the report of a sweep."""
 
-from lora_jax.analysis.compare import Estimate, Row, best_rates, footnotes, mark_best, rows_of
-from lora_jax.analysis.heatmap import heatmap_png, write_heatmap
-from lora_jax.analysis.metrics import Metric, find_metric, primary_metric
-from lora_jax.analysis.report import report_run, write_report
-from lora_jax.analysis.summary import write_summary_csv
-from lora_jax.analysis.table import compare_runs, rates_table, results_table
+from .compare import Estimate, Row, best_rates, footnotes, mark_best, rows_of
+from .heatmap import heatmap_png, write_heatmap
+from .metrics import Metric, find_metric, primary_metric
+from .report import report_run, write_report
+from .summary import write_summary_csv
+from .table import compare_runs, rates_table, results_table
 
 __all__ = [
     "Estimate",

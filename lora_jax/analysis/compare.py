@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from lora_jax.analysis.metrics import LEARNING_RATE, SEED, Metric, identity
-from lora_jax.tracking.results import MemberResult, union
+from ..tracking.results import MemberResult, union
+from .metrics import LEARNING_RATE, SEED, Metric, identity
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure  # no pyplot: it keeps global state and may open a window
 from matplotlib.patches import Rectangle
 
-from lora_jax.analysis.metrics import LEARNING_RATE, SEED, Metric, identity, ordered_values, primary_metric, short_names, short_value
-from lora_jax.config.errors import InputError, hint
-from lora_jax.tracking.files import write_atomic
-from lora_jax.tracking.results import MemberResult, union
+from ..errors import InputError, hint
+from ..tracking.files import write_atomic
+from ..tracking.results import MemberResult, union
+from .metrics import LEARNING_RATE, SEED, Metric, identity, ordered_values, primary_metric, short_names, short_value
 
 DPI = 200  # twice the usual 100, for a sharp picture in a README
 _INK, _FAINT, _EMPTY = "#1f2328", "#656d76", "#eceff2"

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_jax.config.errors import InputError, hint
-from lora_jax.tracking.results import MemberResult, union
+from ..errors import InputError, hint
+from ..tracking.results import MemberResult, union
 
 SEED = "training.seed"
 LEARNING_RATE = "optimizer.learning_rate"

@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from lora_jax.analysis.compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
-from lora_jax.analysis.heatmap import heatmap_png
-from lora_jax.analysis.metrics import Metric, primary_metric, short_value
-from lora_jax.analysis.table import best_step_text, columns, difference_heading, difference_text, estimate_text, read_config
-from lora_jax.config.errors import InputError
-from lora_jax.tracking.files import read_json, write_atomic
-from lora_jax.tracking.progress import clock_time
-from lora_jax.tracking.results import MemberResult, read_run
+from ..errors import InputError
+from ..tracking.files import read_json, write_atomic
+from ..tracking.progress import clock_time
+from ..tracking.results import MemberResult, read_run
+from .compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
+from .heatmap import heatmap_png
+from .metrics import Metric, primary_metric, short_value
+from .table import best_step_text, columns, difference_heading, difference_text, estimate_text, read_config
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; max-width: 1120px; margin: 2.2rem auto; padding: 0 1.2rem }

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.analysis.compare import Estimate, best_rates, mark_best, rows_of
-from lora_jax.analysis.metrics import find_metric, primary_metric
-from lora_jax.tracking.results import MemberResult, cell, union, write_table
+from ..tracking.results import MemberResult, cell, union, write_table
+from .compare import Estimate, best_rates, mark_best, rows_of
+from .metrics import find_metric, primary_metric
 
 
 def write_summary_csv(path: Path | str, results: Sequence[MemberResult], reference: Mapping[str, Any] | None = None) -> Path:

@@ -12,11 +12,11 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from lora_jax.analysis.compare import Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
-from lora_jax.analysis.metrics import SEED, Metric, find_metric, identity, primary_metric, short_names, short_value
-from lora_jax.config.errors import InputError
-from lora_jax.tracking.results import MemberResult, read_run, union
-from lora_jax.tracking.rundir import differences
+from ..errors import InputError
+from ..tracking.results import MemberResult, read_run, union
+from ..tracking.rundir import differences
+from .compare import Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
+from .metrics import SEED, Metric, find_metric, identity, primary_metric, short_names, short_value
 
 
 def results_table(

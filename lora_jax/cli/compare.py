@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import InputError
-from ..config.keys import split_key
-from ..config.yaml_text import parse
+from ..config.messages import split_key
+from ..config.yaml import parse
+from ..errors import InputError
 from .console import results_console
 
 

@@ -11,7 +11,7 @@ from .console import results_console
 
 def evaluate_command(run: Path, *, member: str | None, split: str) -> None:
     """Prints the metrics of a run's saved adapters."""
-    from ..sweeps.evaluate import evaluate_run
+    from ..sweeps.restore import evaluate_run
     from ..tracking import Progress
 
     results = evaluate_run(run, member=member, split=split, progress=Progress())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config.errors import InputError
-from ..config.sizes import size_text, to_bytes
+from ..config.types import size_text, to_bytes
+from ..errors import InputError
 from .console import results_console
 
 

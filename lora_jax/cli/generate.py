@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import InputError
+from ..errors import InputError
 
 # How long a conversation may become before its program is compiled anew.
 _CHAT_LENGTH = 1024
@@ -39,9 +39,9 @@ class Asked:
 def generate_command(asked: Asked) -> None:
     """Prints what follows each prompt; a single one's as it comes."""
     prompts = _prompts(asked)
-    from ..models.tokenizer import load_tokenizer
-    from ..training.generate import Generator
-    from ..training.sampling import Sampling
+    from ..generation.generate import Generator
+    from ..generation.sampling import Sampling
+    from ..weights.tokenizer import load_tokenizer
 
     Sampling(*(asked.options[k] for k in ("temperature", "top_k", "top_p")))  # refused before anything is loaded
     model, source = _model(asked)
@@ -84,8 +84,8 @@ def _model(asked: Asked) -> tuple[Any, str]:
     """The model, and where its tokenizer is."""
     from ..config.load import load_config
     from ..interop.export import choose_member
-    from ..interop.peft_loading import load_peft
-    from ..models.loading import load_model
+    from ..interop.peft.load import load_peft
+    from ..models.load import load_model
     from ..sweeps.restore import restore_member
     from ..tracking import holds_run
 

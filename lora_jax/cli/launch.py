@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.errors import InputError, hint
 from ..config.load import load_config
+from ..errors import InputError, hint
 
 if TYPE_CHECKING:
-    from ..sweeps.launch_slurm import SlurmOptions
+    from ..launch.slurm import SlurmOptions
 
 PLACES = ("local", "slurm")
 
@@ -71,7 +71,7 @@ def launch_command(config: Path, overrides: Sequence[str], options: LaunchOption
     """
     loaded = load_config(config, list(overrides))
     _check(options, has_sweep=loaded.sweep is not None)
-    from ..sweeps.launch_local import run_locally, virtual_devices
+    from ..launch.local import run_locally, virtual_devices
     from ..tracking import holds_run, set_aside
 
     run = Path(loaded.tracking.dir) / loaded.name
@@ -83,13 +83,13 @@ def launch_command(config: Path, overrides: Sequence[str], options: LaunchOption
     if options.on == "local":
         return run_locally(command, options.processes or 1, logs=run / "logs", environment=environment)
 
-    from ..sweeps.launch_slurm import SlurmOptions
+    from ..launch.slurm import SlurmOptions
 
     return _submit(command, options, SlurmOptions(**options.slurm), run, environment)
 
 
 def _submit(command: list[str], options: LaunchOptions, slurm: SlurmOptions, run: Path, environment: dict[str, str]) -> int:
-    from ..sweeps import launch_slurm
+    from ..launch import slurm as launch_slurm
 
     parts = [[*command, "--part", f"{i + 1}/{options.parts}"] for i in range(options.parts)] if options.parts > 1 else [command]
     job = launch_slurm.submit(parts, slurm, name=f"lora-jax:{run.name}", logs=run / "logs", environment=environment)

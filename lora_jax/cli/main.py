@@ -14,9 +14,8 @@ from typing import Annotated
 
 import typer
 
-from lora_jax.config.errors import InputError, RunError, Stopped
-from lora_jax.parallel import processes
-
+from ..errors import InputError, RunError, Stopped
+from ..parallel import processes
 from .options import ConfigPath, Coordinator, ExtendSteps, Fresh, Overrides, ProcessCount, ProcessId, StartTimeout, Yes
 
 app = typer.Typer(

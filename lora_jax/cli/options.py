@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_jax.parallel import processes
+from ..parallel import processes
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.", show_default=False)]
 Overrides = Annotated[

@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec
 from rich.table import Table
 
 from ..config.load import load_config
-from ..sweeps.members import members_of
-from ..sweeps.plan import plan_packs
-from ..training.forecast import Forecast, forecast
+from ..packing.forecast import Forecast, forecast
+from ..packing.planner import plan_packs
+from ..sweeps.space import members_of
 from .console import results_console
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 
 from ..config.schema import Config
-from ..config.sizes import size_text
+from ..config.types import size_text
+from ..packing.planner import Part
 from ..sweeps.outlook import Outlook, PackOutlook, look_ahead
-from ..sweeps.plan import Part
 from .console import results_console
 
 _NAMES = 20

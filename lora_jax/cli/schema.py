@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_jax.config.errors import InputError
-from lora_jax.config.keys import config_schema
+from ..config.messages import config_schema
+from ..errors import InputError
 
 
 def schema_command(output: Path | None) -> None:

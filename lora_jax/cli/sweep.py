@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..config.errors import InputError, RunError
 from ..config.load import load_config
 from ..config.schema import Config
+from ..errors import InputError, RunError
 from ..parallel.processes import Joining, is_writer, join
 from ..sweeps.space import MANY, points
 from .console import results_console
 
 if TYPE_CHECKING:
-    from ..sweeps.plan import Part
+    from ..packing.planner import Part
     from ..sweeps.run import SweepOutcome
     from ..tracking import Progress
 
@@ -44,7 +44,7 @@ def sweep_command(
     if not many and sys.stdin.isatty() and sum(1 for _ in itertools.islice(points(loaded), MANY + 1)) > MANY:
         many = typer.confirm(f"{config} names more than {MANY:,} members. Train them all?")
     if plan:
-        from ..sweeps.plan import Part
+        from ..packing.planner import Part
         from .plan import plan_command
 
         plan_command(loaded, solo=solo, fresh=fresh, many=many, part=Part.parse(part) if part is not None else None)
@@ -60,8 +60,8 @@ def run_and_report(
     Raises:
         RunError: members failed; all the rest is done.
     """
+    from ..packing.planner import Part
     from ..sweeps.failures import told_failures
-    from ..sweeps.plan import Part
     from ..sweeps.run import run_sweep
     from ..tracking import Progress
 

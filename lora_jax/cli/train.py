@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config.errors import InputError
 from ..config.load import load_config
+from ..errors import InputError
 from ..parallel.processes import Joining
 from .sweep import run_and_report
 

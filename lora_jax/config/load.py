@@ -14,12 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .errors import InputError, nearest
-from .keys import leaf_schema, section_keys, split_key, why_not_swept
-from .problems import Problem, problems, report, show
+from ..errors import InputError, nearest
+from .messages import Problem, kinds_of_sections, leaf_schema, problems, report, section_keys, show, split_key, why_not_swept
 from .schema import Config
 from .where import Where
-from .yaml_text import Path, dump, parse
+from .yaml import Path, dump, parse
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -95,7 +94,20 @@ def with_values(config: Config, values: Mapping[str, Any], *, where: str = "swee
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         _set(data, path, value, where)
-    return _validated(data, where, {})
+    return _validated(_of_its_kind(data, config, [".".join(split_key(key)) for key in values]), where, {})
+
+
+def _of_its_kind(data: dict[str, Any], before: Config, given: list[str]) -> dict[str, Any]:
+    """Without the keys that a section had as another kind and was not given: a member with another method has not the first one's."""
+    old = before.model_dump()
+    for section, kinds in kinds_of_sections().items():
+        tag, here = next(iter(kinds.values()))[0], data.get(section)
+        if not isinstance(here, dict) or not isinstance(old.get(section), dict):
+            continue
+        if here.get(tag) != old[section].get(tag) and here.get(tag) in kinds:
+            own = kinds[str(here[tag])]
+            data[section] = {key: value for key, value in here.items() if key in own or f"{section}.{key}" in given}
+    return data
 
 
 def dump_config(config: Config) -> str:

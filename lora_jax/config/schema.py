@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from .sections import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from .sweep_schema import SweepConfig
+from .doors import METHODS, TASKS, TRANSFORMS, OneOf
+from .sweep import SweepConfig
+from .types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -146,7 +147,9 @@ class TaskConfig(Section):
 
 
 class AdapterConfig(Section):
-    method: Literal["lora", "full", "head"] = Field(default="lora", description="LoRA, or a baseline: full fine-tuning, or only the head.")
+    """What the sections of all methods have in common; each method's own adds its keys (`adapters/methods/`)."""
+
+    method: str = Field(default="lora", description="How the base is adapted; each method has keys of its own.")
     rank: PositiveInt = Field(default=8, description="Rank r of the update.")
     alpha: PositiveFloat = Field(default=16.0, description="The update is scaled by alpha / rank.")
     targets: str | list[str] = Field(
@@ -164,7 +167,6 @@ class AdapterConfig(Section):
     alpha_pattern: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="regex -> alpha, for sites whose path ends with a match."
     )
-    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732) in place of alpha / rank.")
     dropout: Fraction = Field(default=0.0, description="Dropout on the input of A while training.")
     nested_init: bool = Field(
         default=True,
@@ -284,12 +286,19 @@ class TrackingConfig(Section):
 class Config(Section):
     """One experiment."""
 
+    # The sections of methods and tasks are known when the first config is read, and may become more.
+    model_config = ConfigDict(defer_build=True)
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")]
     model: ModelConfig
     task: TaskConfig
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    adapter: Annotated[AdapterConfig, OneOf(METHODS, "method", "lora")] = Field(default_factory=dict, validate_default=True)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     sweep: SweepConfig | None = None
+
+
+for _door in (METHODS, TASKS, TRANSFORMS):
+    _door.on_change(lambda: Config.model_rebuild(force=True))

@@ -15,8 +15,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .errors import InputError
-from .keys import unknown_key, valid_keys
+from ..errors import InputError
+from .messages import unknown_key, valid_keys
 
 _LONGEST = 1000
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {

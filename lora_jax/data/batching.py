@@ -3,6 +3,12 @@
 Every optimizer step sees exactly `batch_size` examples, and an epoch no example twice (what is left over after whole batches
 is left out, other examples each time). Examples are dealt to batches so that their token totals are nearly equal, and packed
 several to a row: one small shape then holds every batch of the run, and the step is compiled once.
+
+Packing: which row of a fixed (rows, length) block each example goes to.
+
+Which examples share a batch: seeded, and dealt so that every batch holds nearly the same number of tokens.
+
+Equal totals are what lets one small fixed shape hold every batch of a run.
 """
 
 from __future__ import annotations
@@ -12,10 +18,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from ..config.errors import InputError
-from .dealing import deal, epoch_order
+from ..errors import InputError
 from .examples import NO_TARGET, Examples
-from .packing import best_fit, rows_needed
 
 Batch = dict[str, np.ndarray]
 
@@ -215,3 +219,89 @@ class BatchPlan:
         if examples.types is not None:
             batch["token_types"] = types
         return batch | {"example_ids": example_ids} if self._per_example else batch
+
+
+def rows_needed(group_lengths: np.ndarray, length: int) -> np.ndarray:
+    """How many rows of `length` best-fit-decreasing needs for each of many groups at once.
+
+    Args:
+        group_lengths: (groups, size) int tokens of each group's examples, 0 where a group has fewer.
+        length: tokens a row holds; at least the longest example.
+
+    Returns:
+        (groups,) int64.
+
+    >>> rows_needed(np.array([[5, 4, 3, 2], [8, 0, 0, 0]]), 8)
+    array([2, 1])
+    """
+    return best_fit(group_lengths, length).max(axis=1, initial=-1) + 1
+
+
+def best_fit(group_lengths: np.ndarray, length: int) -> np.ndarray:
+    """The row of each example when each group is packed by best-fit-decreasing; (groups, size) int64, -1 where the length is 0.
+
+    Longest first, each example goes to the fullest row that still has room, the first such row where several are equal.
+
+    >>> best_fit(np.array([[5, 4, 3, 2]]), 8)
+    array([[0, 1, 0, 1]])
+    """
+    groups, size = group_lengths.shape
+    every = np.arange(groups)
+    order = np.argsort(-group_lengths, axis=1, kind="stable")
+    free = np.full((groups, size), length, dtype=np.int64)
+    rows = np.full((groups, size), -1, dtype=np.int64)
+    opened = 0  # rows beyond the ones opened anywhere need no look
+    for rank in range(size):
+        example = order[:, rank]
+        need = group_lengths[every, example]
+        room = free[:, : opened + 1]
+        row = np.argmin(np.where(room >= need[:, None], room, length + 1), axis=1)
+        placed = need > 0
+        rows[every[placed], example[placed]] = row[placed]
+        free[every[placed], row[placed]] -= need[placed]
+        opened = min(size - 1, max(opened, int(row[placed].max(initial=-1)) + 1))
+    return rows
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The seeded permutation of `range(count)` for one epoch, (count,) int64; another epoch gives another one.
+
+    >>> sorted(epoch_order(4, seed=0, epoch=0).tolist())
+    [0, 1, 2, 3]
+    """
+    import grain  # slow to import, and only a run needs it
+
+    # grain itself seeds epoch e with seed + e, which would make seed 1 a copy of seed 0 one epoch late: mix them instead.
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    shuffled = grain.MapDataset.range(count).shuffle(seed=mixed)
+    # By index: iterating starts grain's prefetching machinery, which costs milliseconds an element.
+    return np.fromiter((shuffled[i] for i in range(count)), dtype=np.int64, count=count)
+
+
+def deal(order: np.ndarray, lengths: np.ndarray, batches: int, *, seed: list[int]) -> list[np.ndarray]:
+    """Deal the examples `order` into `batches` groups whose sizes differ by at most one and whose token totals are nearly equal.
+
+    The examples are sorted by length (ties in the order given) and cut into strata of `batches`; each group gets one of each
+    stratum, the longest stratum first, the stratum's longest going to the group with the fewest tokens so far. The groups
+    come back in a seeded order.
+
+    Args:
+        order: (n,) indices of examples, in a seeded order.
+        lengths: tokens of every example, indexed by the values of `order`.
+        batches: how many groups.
+        seed: of the order of the groups and of ties between them.
+
+    >>> [sorted(group.tolist()) for group in deal(np.arange(4), np.array([9, 1, 8, 2]), 2, seed=[0])]
+    [[2, 3], [0, 1]]
+    """
+    rng = np.random.default_rng(seed)
+    by_length = order[np.argsort(-lengths[order], kind="stable")]
+    groups = np.full((batches, -(-len(order) // batches)), -1, dtype=np.int64)
+    totals = np.zeros(batches, dtype=np.int64)
+    for column in range(groups.shape[1]):
+        stratum = by_length[column * batches : (column + 1) * batches]
+        # Fewest tokens first; groups with equal totals are taken in random order. (The last stratum may be short.)
+        takers = np.lexsort((rng.random(batches), totals))[: len(stratum)]
+        groups[takers, column] = stratum
+        totals[takers] += lengths[stratum]
+    return [groups[g][groups[g] >= 0] for g in rng.permutation(batches)]

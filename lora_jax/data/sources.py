@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.errors import InputError, hint
-from ..config.locations import resolve
+from ..errors import InputError, hint
+from ..weights.locations import resolve
 
 if TYPE_CHECKING:
     from datasets import Dataset

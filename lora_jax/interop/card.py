@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.schema import Config
 from ..tracking import MemberResult
-from .hf_writing import architecture
+from .hf import architecture
 
 _USES = {
     "decoder": ("AutoModelForCausalLM", "text-generation"),
@@ -101,7 +101,8 @@ def _facts(config: Config, result: MemberResult, base: str, classes: tuple[str, 
     facts = {"base": f"`{base}`", "method": adapter.method}
     if adapter.method == "lora":
         facts |= {
-            "rank, alpha": f"{adapter.rank}, {adapter.alpha:g}" + (" (scaled by alpha / sqrt(rank))" if adapter.rslora else ""),
+            "rank, alpha": f"{adapter.rank}, {adapter.alpha:g}"
+            + (" (scaled by alpha / sqrt(rank))" if getattr(adapter, "rslora", False) else ""),
             "targets": f"`{json.dumps(adapter.targets)}`",
             "layers": "all" if adapter.layers is None else f"`{json.dumps(adapter.layers)}`",
             "dropout": f"{adapter.dropout:g}",

@@ -6,16 +6,16 @@ import dataclasses
 from pathlib import Path
 
 from ..analysis.metrics import primary_metric
-from ..config.errors import InputError, hint
+from ..errors import InputError, hint
 from ..models.heads import Classifier
-from ..sweeps.members import Member
+from ..packing.pack import Member
 from ..sweeps.restore import adapter_folder_of, named_member, restore_member, run_members
 from ..tracking import MemberResult, member_folder, read_json, read_run
+from ..tracking.files import check_new
 from .card import model_card
-from .folders import check_new
-from .hf_writing import SHARD, WRITTEN_DTYPES, check_form, save_pretrained
-from .peft_names import head_kind
-from .peft_writing import save_peft
+from .hf import SHARD, WRITTEN_DTYPES, check_form, save_pretrained
+from .peft.names import head_kind
+from .peft.save import save_peft
 
 FORMATS = ("hf", "peft")
 

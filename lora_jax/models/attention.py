@@ -15,22 +15,9 @@ from flax import nnx
 
 from ..parallel.constraints import take_positions
 from .cache import Cache, Memory
-from .layers import Array, BlockConfig, dropout, linear, norm_of
+from .layers import Array, BlockConfig, LayerKind, dropout, linear, norm_of
 from .relative import of_pairs
-from .rotary import Rotary, rotary_angles, rotate
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerKind:
-    """What layers of one stack may differ in.
-
-    Attributes:
-        window: how far a query sees: keys less than so many positions away; None for all.
-        rotary: its rotary positions, or None.
-    """
-
-    window: int | None = None
-    rotary: Rotary | None = None
+from .rotary import rotary_angles, rotate
 
 
 @jax.tree_util.register_dataclass

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from .attention import LayerKind
+from .layers import LayerKind
 
 Array = jax.Array
 KeysValues = tuple[Array, Array]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import gathered
-from .stack import AXES
+from .layers import AXES
 
 Array = jax.Array
 

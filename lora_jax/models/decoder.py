@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import gathered, take_positions
-from .attention import LayerKind, make_context
+from ..weights.provenance import Origin
+from .attention import make_context
 from .block import Block
 from .cache import Cache, slots_for
 from .head_shape import HeadShape
-from .layers import Array, BlockConfig, embedding, linear, norm_of, row_layout
-from .origin import Origin
-from .stack import AXES, Stack
+from .layers import AXES, Array, BlockConfig, LayerKind, embedding, linear, norm_of, row_layout
+from .stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import gathered
-from .attention import Context, LayerKind, make_context
+from ..weights.provenance import Origin
+from .attention import Context, make_context
 from .block import Block
 from .convolution import TokenConvolution
 from .head_shape import HeadShape
-from .layers import Array, BlockConfig, activation, embedding, linear, norm_of, row_layout
-from .origin import Origin
-from .stack import AXES, Stack
+from .layers import AXES, Array, BlockConfig, LayerKind, activation, embedding, linear, norm_of, row_layout
+from .stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,19 +2,26 @@
 
 The experts' weights are stacked `(experts, in, out)`, and their products are grouped (`grouped.py`): no token is dropped, and no
 expert does work for tokens that are not its own.
+
+Matrix products of which each row has a weight of its own, out of a few: what a mixture of experts is made of.
+
+`jax.lax.ragged_dot` does the work. Around it: rows are sorted by their weight and put back; and under `jax.vmap`, for which ragged
+products have no rule, the members' rows (and, where they have their own, their weights) are laid side by side in one product, so that
+weights which all members share are never copied.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_batching import custom_vmap
 
-from .grouped import grouped_matmul
-from .layers import Array, BlockConfig, gated, linear
-from .stack import AXES
+from .layers import AXES, Array, BlockConfig, gated, linear
 
 
 class ExpertLinear(nnx.Module):
@@ -71,3 +78,94 @@ class MixtureOfExperts(nnx.Module):
             shares = shares / shares.sum(-1, keepdims=True)
         y = self.experts(jnp.repeat(tokens, used, axis=0), expert.reshape(-1)).reshape(-1, used, x.shape[-1])
         return jnp.einsum("tuw,tu->tw", y, shares.astype(y.dtype)).reshape(x.shape)
+
+
+# Of two factors with the same ragged rows the sum over each group's rows: (rows, k), (rows, n) -> (groups, k, n).
+_OVER_ROWS = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
+
+
+@jax.custom_vjp
+def grouped_matmul(x: Array, weights: Array, groups: Array) -> Array:
+    """`x[i] @ weights[groups[i]]` for each row i.
+
+    Args:
+        x: (rows, k).
+        weights: (groups, k, n).
+        groups: (rows,) int32, in any order.
+
+    Returns:
+        (rows, n).
+
+    >>> x, weights = jnp.ones((3, 2)), jnp.arange(2.0)[:, None, None] * jnp.ones((2, 2, 1))
+    >>> grouped_matmul(x, weights, jnp.array([1, 0, 1]))[:, 0].tolist()
+    [2.0, 0.0, 2.0]
+    """
+    return _product(x, weights, groups)
+
+
+def _forward(x: Array, weights: Array, groups: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _product(x, weights, groups), (x, weights, groups)
+
+
+def _backward(kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
+    x, weights, groups = kept
+    return _product(dy, weights.swapaxes(1, 2), groups), _outer(weights.shape[0])(x, dy, groups), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _sorted(groups: Array, count: int) -> tuple[Array, Array]:
+    """The rows in the order of their groups, and how many each group has."""
+    return jnp.argsort(groups), jnp.bincount(groups, length=count).astype(jnp.int32)
+
+
+@custom_vmap
+def _product(x: Array, weights: Array, groups: Array) -> Array:
+    order, sizes = _sorted(groups, weights.shape[0])
+    y = jax.lax.ragged_dot(x[order], weights, sizes)
+    return jnp.zeros_like(y).at[order].set(y, unique_indices=True)
+
+
+@_product.def_vmap
+def _product_of_members(size: int, batched: Sequence[Any], x: Array, weights: Array, groups: Array) -> tuple[Array, bool]:
+    own_x, own_weights, own_groups = batched
+    count, k, n = weights.shape[-3:]
+    if not own_x and not own_groups:  # what goes in is common to all: their weights side by side
+        y = _product(x, jnp.moveaxis(weights, 0, 2).reshape(count, k, size * n), groups)
+        return jnp.moveaxis(y.reshape(-1, size, n), 1, 0), True
+    x, groups = (a if own else jnp.broadcast_to(a, (size, *a.shape)) for a, own in ((x, own_x), (groups, own_groups)))
+    if own_weights:
+        groups, weights = _apart(groups, count), weights.reshape(size * count, k, n)
+    return _product(x.reshape(-1, k), weights, groups.reshape(-1)).reshape(size, -1, n), True
+
+
+def _apart(groups: Array, count: int) -> Array:
+    """(members, rows): each member's groups by numbers of their own."""
+    return groups + count * jnp.arange(groups.shape[0], dtype=groups.dtype)[:, None]
+
+
+@functools.cache
+def _outer(count: int) -> Callable[[Array, Array, Array], Array]:
+    """The sum of `x[i]^T y[i]` over each group's rows: (rows, k), (rows, n), (rows,) -> (count, k, n)."""
+
+    @custom_vmap
+    def outer(x: Array, y: Array, groups: Array) -> Array:
+        order, sizes = _sorted(groups, count)
+        return jax.lax.ragged_dot_general(x[order], y[order], sizes, _OVER_ROWS)
+
+    @outer.def_vmap
+    def outer_of_members(size: int, batched: Sequence[Any], x: Array, y: Array, groups: Array) -> tuple[Array, bool]:
+        own_x, own_y, own_groups = batched
+        k, n = x.shape[-1], y.shape[-1]
+        if own_y and not own_x and not own_groups:
+            found = outer(x, jnp.moveaxis(y, 0, 1).reshape(-1, size * n), groups)
+            return jnp.moveaxis(found.reshape(count, k, size, n), 2, 0), True
+        arrays = zip((x, y, groups), batched, strict=True)
+        x, y, groups = (a if own else jnp.broadcast_to(a, (size, *a.shape)) for a, own in arrays)
+        found = _outer(size * count)(x.reshape(-1, k), y.reshape(-1, n), _apart(groups, count).reshape(-1))
+        return found.reshape(size, count, k, n), True
+
+    return outer

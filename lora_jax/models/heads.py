@@ -4,6 +4,7 @@ All of them, and `Decoder` itself through `LanguageModel`, have one face for the
 `features(batch, noise) -> (n, width)` at the batch's target positions (with the base's dropout if there is a key `noise`),
 `readout()`, the function (n, width) -> (n, classes) that makes logits of them, and `answers(features)`, what a task's own metrics
 want to know beside the loss.
+
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..config.errors import InputError, hint
+from ..errors import InputError, hint
 from ..parallel.constraints import by_rows, row_groups, take_positions
 from .decoder import Decoder
 from .encoder import Encoder

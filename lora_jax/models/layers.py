@@ -17,9 +17,17 @@ from flax import nnx
 from ..parallel.constraints import look_up
 from .noise import uniform
 from .relative import Relative
-from .stack import AXES
+from .rotary import Rotary
 
 Array = jax.Array
+
+# Metadata key of a parameter's logical axis names, one an array axis.
+AXES = "axes"
+
+# Metadata key of variables that belong to one segment alone (value True): their leading axis counts the segment's layers, and they
+# are given to the scan as its inputs, so that their gradient is stacked by it. All others hold every layer of the stack and are
+# indexed.
+PER_SEGMENT = "per_segment"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,3 +204,16 @@ class MLP(nnx.Module):
         if self.config.gated:
             return self.down_proj(gated(name, self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(activation(name, self.up_proj(x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What layers of one stack may differ in.
+
+    Attributes:
+        window: how far a query sees: keys less than so many positions away; None for all.
+        rotary: its rotary positions, or None.
+    """
+
+    window: int | None = None
+    rotary: Rotary | None = None

@@ -19,16 +19,9 @@ from flax import nnx
 
 from ..parallel.constraints import by_rows, gathered, take_positions, weights_cut
 from .cache import Cache, KeysValues, Memory
+from .layers import AXES, PER_SEGMENT
 from .positions import positions_of_targets
 from .prefix import common
-
-# Metadata key of a parameter's logical axis names, one an array axis.
-AXES = "axes"
-
-# Metadata key of variables that belong to one segment alone (value True): their leading axis counts the segment's layers, and they
-# are given to the scan as its inputs, so that their gradient is stacked by it. All others hold every layer of the stack and are
-# indexed.
-PER_SEGMENT = "per_segment"
 
 _SLICING = frozenset({"dynamic_slice", "slice", "squeeze", "gather", "convert_element_type", "transpose", "reshape", "sharding_constraint"})
 

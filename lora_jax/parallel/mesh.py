@@ -15,8 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ..config.errors import InputError
 from ..config.schema import MeshConfig
+from ..errors import InputError
 
 # An abstract one has sizes and no devices: enough to say where things would lie.
 AnyMesh = Mesh | AbstractMesh

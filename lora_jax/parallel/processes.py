@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from ..config.errors import InputError, RunError
+from ..errors import InputError, RunError
 
 T = TypeVar("T")
 

@@ -6,11 +6,11 @@ import fnmatch
 import traceback
 from collections.abc import Sequence
 
-from ..config.errors import InputError, hint
+from ..errors import InputError, hint
+from ..packing.pack import Member
+from ..packing.runner import Pieces
 from ..parallel.processes import is_writer
 from ..tracking import MemberResult, Progress, RunDirectory, write_atomic
-from .members import Member
-from .pieces import Pieces
 
 _AGAIN = ("failed", "diverged")
 

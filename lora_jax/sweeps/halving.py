@@ -10,23 +10,19 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from ..config.errors import InputError, RunError
-from ..config.sweep_schema import HalvingConfig
+from ..config.sweep import HalvingConfig
+from ..errors import InputError, RunError
+from ..packing.choice import PackModes
+from ..packing.execution import SCAN, told_mode
+from ..packing.pack import Member, Pack, Source, repack
+from ..packing.planner import PackPlan, Planner
+from ..packing.runner import PackRun, Pieces, Trained, train_in_pieces
 from ..parallel.processes import is_writer
 from ..tracking import Progress, RunDirectory, read_json, write_json
-from ..training.checkpoints import Saved
-from ..training.pack import Pack
-from ..training.pack_choice import told_mode
-from ..training.pack_mode import SCAN
-from ..training.repack import Source, repack
+from ..training.checkpoint import Saved
 from ..training.setup import Preparer
-from ..training.stopping import StopSignals
+from ..training.signals import StopSignals
 from .failures import record_failure
-from .members import Member
-from .pack_modes import PackModes
-from .pack_run import PackRun, Trained
-from .pieces import Pieces, train_in_pieces
-from .plan import PackPlan, Planner
 from .plan_record import keep_plan, packs_of_names, planned_packs
 
 _FILE = "halving.json"

@@ -11,17 +11,15 @@ from pathlib import Path
 
 from ..config.load import dump_config
 from ..config.schema import Config
+from ..packing.cost import PackMemory, PackShapes, matmul_rate
+from ..packing.pack import form_of
+from ..packing.planner import PackPlan, Part, Planner, Weights, plan_part
+from ..parallel.program import memory_limit
 from ..tracking import RunDirectory, holds_run
-from ..training.memory import memory_limit
-from ..training.pack import form_of
-from ..training.pack_shapes import PackMemory, PackShapes
 from ..training.setup import Newest, Preparer, Setup, setup_key
-from ..training.speed import matmul_rate
 from .halving import rung_steps
-from .members import members_of
-from .padding import Weights
-from .plan import PackPlan, Part, Planner, plan_part
 from .remaining import plan_remaining
+from .space import members_of
 
 
 @dataclasses.dataclass(frozen=True)

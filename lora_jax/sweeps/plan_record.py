@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..config.errors import InputError
+from ..errors import InputError
+from ..packing.pack import Member
+from ..packing.planner import PackPlan
 from ..parallel.processes import is_writer, writer_first
 from ..tracking import RunDirectory, read_json, write_json
-from .members import Member
-from .plan import PackPlan
 
 _FILE = "plan.json"
 

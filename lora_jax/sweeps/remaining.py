@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..config.errors import InputError
 from ..config.load import with_values
 from ..config.schema import Config
+from ..errors import InputError
+from ..packing.pack import Member
+from ..packing.planner import PackPlan, Planner
+from ..packing.runner import Pieces
 from ..tracking import RunDirectory
-from .members import Member
-from .pieces import Pieces
-from .plan import PackPlan, Planner
 from .plan_record import packs_of_names, planned_packs
 
 

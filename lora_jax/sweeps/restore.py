@@ -1,25 +1,29 @@
-"""A run's members and their saved adapters, found again and put back on the base: no data is needed for it."""
+"""A run's members and their saved adapters, found again and put back on the base: no data is needed for it.
+
+Evaluating saved adapters again.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 from flax import nnx
 
-from ..adapters.inject import inject_structure
-from ..adapters.members import fill_member
+from ..adapters.inject import fill_member, inject_structure, remember
+from ..adapters.layout import resolve, unite
 from ..adapters.partition import partition
-from ..adapters.record import remember
-from ..adapters.spec import resolve, unite
-from ..config.errors import InputError, hint
 from ..config.load import load_config
+from ..errors import InputError, hint
 from ..models.heads import Classifier
-from ..models.loading import load_model
-from ..tracking import member_folder
-from ..training.adapter_files import load_adapter, saved_classes
-from ..training.setup import task_model
-from .members import Member, members_of
+from ..models.load import load_model
+from ..packing.pack import Member, Pack
+from ..tracking import Progress, member_folder
+from ..training.checkpoint import load_adapter, saved_classes
+from ..training.loop import evaluate_pack
+from ..training.setup import Preparer, task_model
+from .space import members_of
 
 
 def run_members(run: Path) -> list[Member]:
@@ -100,3 +104,40 @@ def restore_member(run: Path, member: Member) -> Restored:
     filled = part.merge(load_adapter(folder, part.trainable), part.settings, part.frozen, training=False)
     remember(filled, config.adapter)
     return Restored(filled, classes, folder)
+
+
+SPLITS = ("eval", "train")
+
+
+def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progress) -> dict[str, dict[str, float]]:
+    """Metrics of a run's saved adapters, the best of each member where that was kept.
+
+    Args:
+        run: a run directory.
+        member: one member's name; all by default.
+        split: `eval` (held-out rows) or `train`.
+        progress: the console.
+
+    Returns:
+        member name -> metric -> value.
+
+    Raises:
+        InputError: not a run directory, no such member or split, no saved adapter, or one that is damaged.
+    """
+    if split not in SPLITS:
+        raise InputError(f"--split: '{split}'. {hint(split, SPLITS)}")
+    members = run_members(run)
+    chosen = members if member is None else [named_member(members, member, "--member")]
+    results: dict[str, dict[str, float]] = {}
+    prepare = Preparer()
+    with progress.track(len(chosen), "evaluating") as track:
+        for number, one in enumerate(chosen, 1):
+            folder = adapter_folder_of(run, one)
+            setup = prepare(one.config)
+            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh)
+            arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))
+            examples = setup.data.held_out if split == "eval" else setup.data.train
+            metrics = evaluate_pack(pack, setup, {n: jnp.asarray(a)[None] for n, a in arrays.items()}, examples)
+            results[one.name] = {name: float(values[0]) for name, values in metrics.items()}
+            track.update(number)
+    return results

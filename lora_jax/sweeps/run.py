@@ -9,24 +9,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config.errors import InputError, RunError
 from ..config.load import dump_config
 from ..config.schema import Config
+from ..errors import InputError, RunError
+from ..packing.choice import PackModes
+from ..packing.execution import SCAN, told_mode
+from ..packing.pack import Member
+from ..packing.planner import PackPlan, Part, Planner, plan_packs, plan_part
+from ..packing.runner import PackRun, Pieces, train_in_pieces
 from ..parallel.processes import is_writer, writer_first, writer_says
 from ..tracking import MemberResult, Progress, RunDirectory, holds_run
-from ..training.pack_choice import told_mode
-from ..training.pack_mode import SCAN
 from ..training.setup import Preparer, Setup, check_adapters
-from ..training.stopping import StopSignals
+from ..training.signals import StopSignals
 from .failures import record_failure, reopen
 from .halving import Halving
-from .members import Member, members_of
-from .pack_modes import PackModes
-from .pack_run import PackRun
-from .pieces import Pieces, train_in_pieces
-from .plan import PackPlan, Part, Planner, plan_packs, plan_part
 from .plan_record import keep_plan
 from .remaining import plan_remaining, take_over_names
+from .space import members_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Where a run's figures go: its directory, TensorBoard, the console, result files."""
 
-from lora_jax.tracking.environment import describe_environment
-from lora_jax.tracking.files import read_json, write_atomic, write_json
-from lora_jax.tracking.progress import Progress, Track
-from lora_jax.tracking.results import MemberResult, read_run, write_results_csv
-from lora_jax.tracking.rundir import RunDirectory, differences, holds_run, member_folder, set_aside
-from lora_jax.tracking.tensorboard import MemberWriter, NullWriter
+from .environment import describe_environment
+from .files import read_json, write_atomic, write_json
+from .progress import Progress, Track
+from .results import MemberResult, read_run, write_results_csv
+from .rundir import RunDirectory, differences, holds_run, member_folder, set_aside
+from .tensorboard import MemberWriter, NullWriter
 
 __all__ = [
     "MemberResult",

@@ -1,14 +1,20 @@
-"""Files that are either whole or absent: written under a temporary name in the same folder, then renamed into place."""
+"""Files that are either whole or absent: written under a temporary name in the same folder, then renamed into place.
+
+New folders, that appear whole or not at all and never in place of another.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config.errors import InputError
+from ..errors import InputError, RunError
 
 
 def write_atomic(path: Path | str, content: str | bytes) -> Path:
@@ -76,3 +82,31 @@ def read_json(path: Path | str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: damaged, holds a {type(value).__name__} where an object was expected")
     return value
+
+
+def check_new(path: Path, key: str = "") -> None:
+    """`InputError` unless `path` can become a new folder: nothing is there, or an empty folder."""
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise InputError(f"{key}{path} exists already; nothing is overwritten. Name another folder, or remove it.")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` at the end; if that is not reached, nothing is left of it.
+
+    Raises:
+        InputError: something is at `path` already.
+        RunError: it cannot be written.
+    """
+    check_new(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if path.exists():
+            path.rmdir()  # empty, or this fails
+        part.rename(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}).") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from lora_jax.config.errors import InputError
+from ..errors import InputError
 
 try:
     import fcntl

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config.errors import InputError
-from lora_jax.tracking.files import read_json, write_atomic, write_json
+from ..errors import InputError
+from .files import read_json, write_atomic, write_json
 
 STATUSES = ("finished", "diverged", "failed", "stopped")
 

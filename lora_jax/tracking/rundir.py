@@ -24,11 +24,11 @@ from typing import Any
 
 import yaml
 
-from lora_jax.config.errors import InputError
-from lora_jax.tracking import lock
-from lora_jax.tracking.environment import describe_environment
-from lora_jax.tracking.files import read_json, write_atomic, write_json
-from lora_jax.tracking.results import MemberResult, read_run, write_results_csv
+from ..errors import InputError
+from . import lock
+from .environment import describe_environment
+from .files import read_json, write_atomic, write_json
+from .results import MemberResult, read_run, write_results_csv
 
 # Where the directory lies is no part of the experiment: a run stays resumable after its folder was moved.
 # Nor do devices and safety: it may go on elsewhere, with other checkpoints. And a sweep may grow: its members are told apart by name.

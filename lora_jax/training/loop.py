@@ -1,26 +1,39 @@
-"""The loop: batches through the compiled step, evaluation, and what each member came to."""
+"""The loop: batches through the compiled step, evaluation, and what each member came to.
+
+A trace of a few steps for TensorBoard's profiler.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..adapters.partition import Arrays
-from ..config.errors import Stopped
+from ..adapters.partition import Arrays, Partition
+from ..config.schema import Config
 from ..data.examples import Examples
+from ..errors import Stopped
 from ..parallel.mesh import to_host
-from .checkpoints import PackCheckpoints, Saved
-from .pack import Pack
-from .prefix import Prefix
-from .profile import StepTrace
+from .checkpoint import PackCheckpoints, Saved
 from .setup import Setup
-from .step import Metrics
+from .step import MemberFixed, MemberState, Metrics
+from .trunk import Prefix
+
+
+class Pack(Protocol):
+    """What the loop asks of a pack (`packing/pack.py`): members stacked on a leading axis, and the compiled programs that run them."""
+
+    configs: Sequence[Config]
+    part: Partition
+    state: MemberState
+    fixed: MemberFixed
+    programs: Any
 
 
 class Listener(Protocol):
@@ -323,3 +336,33 @@ class _Clock:
         seconds, tokens = self.seconds - self._mark[0], self._tokens - self._mark[1]
         self._mark = (self.seconds, self._tokens)
         return tokens / seconds if seconds > 0 and tokens else 0.0
+
+
+class StepTrace:
+    """Traces `steps` steps, after two that compile and warm up; `tensorboard --logdir RUN` shows them with tensorboard-plugin-profile.
+
+    Args:
+        folder: where the trace goes.
+        steps: how many; 0 traces nothing.
+    """
+
+    def __init__(self, folder: Path, steps: int):
+        self._folder, self._steps = folder, steps
+        self._seen, self._open = 0, False
+
+    def after_step(self, result: object) -> None:
+        """Called after each step with what it returned, which may still be under way."""
+        self._seen += 1
+        if self._steps and self._seen == 2:
+            jax.block_until_ready(result)
+            jax.profiler.start_trace(str(self._folder))
+            self._open = True
+        elif self._open and self._seen == 2 + self._steps:
+            self.close(result)
+
+    def close(self, result: object) -> None:
+        """Ends the trace, if it is open: after the last step of a short run too."""
+        if self._open:
+            jax.block_until_ready(result)
+            jax.profiler.stop_trace()
+            self._open = False

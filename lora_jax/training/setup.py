@@ -13,24 +13,24 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..adapters.inject import inject_structure
+from ..adapters.layout import resolve, unite
 from ..adapters.partition import Partition
-from ..adapters.spec import resolve, unite
-from ..config.errors import InputError
 from ..config.schema import Config, TaskConfig
 from ..data.batching import BatchPlan
-from ..data.tasks import TaskData, prepare
+from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
-from ..models.fingerprint import fingerprint
 from ..models.heads import Classifier, HiddenStates, LabelWordClassifier, LanguageModel, add_head
-from ..models.loading import load_model
-from ..models.stack import AXES
-from ..models.tokenizer import load_tokenizer
+from ..models.layers import AXES
+from ..models.load import load_model
 from ..parallel.batches import place_batch
 from ..parallel.mesh import make_mesh, parameter_sharding, place
-from .memory import release_freed_memory
-from .prefix import Prefix, prefix_depth
-from .teacher import Teacher, check_teacher
+from ..parallel.program import release_freed_memory
+from ..tasks.distillation import Teacher, check_teacher
+from ..tasks.prepare import TaskData, prepare
+from ..weights.provenance import fingerprint
+from ..weights.tokenizer import load_tokenizer
+from .trunk import Prefix, prefix_depth
 
 
 class Newest:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
 
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
-from ..config.errors import OutOfMemory, RunError
-from ..config.sizes import size_text
 from ..models.heads import TaskModel
 from ..models.positions import positions_of_targets
 from ..models.prefix import starting_from
-from ..parallel.constraints import on_mesh
-from ..parallel.mesh import replicated
-from .compiling import compiler_options
-from .memory import program_bytes, release_freed_memory
-from .objective import cross_entropy, squared_error
+from ..parallel.batches import in_order, targets_by_rows
+from ..tasks.objectives import cross_entropy, squared_error
 from .optimizer import Hyper, learning_rate, make_optimizer
-from .pack_mode import VMAP, PackMode
-from .targets import in_order, targets_by_rows
 
 Batch = dict[str, jax.Array]
 
@@ -130,136 +120,3 @@ def loss_of_batch(model: TaskModel, features: jax.Array, batch: Batch) -> tuple[
     if "target_values" in batch:
         return squared_error(model.readout()(features), batch["target_values"], batch["target_weights"])
     return cross_entropy(model.readout(), features, batch["target_ids"], batch["target_weights"])
-
-
-@dataclasses.dataclass(eq=False)
-class TraceCounter:
-    """Wraps a function to count how often it is traced: under `jax.jit`, how often it is compiled."""
-
-    function: Callable[..., Any]
-    count: int = 0
-
-    def __call__(self, *args: Any) -> Any:
-        self.count += 1
-        return self.function(*args)
-
-    def check_once(self, name: str) -> None:
-        """`RunError` if the function was traced more than once: some shape or constant changed between calls."""
-        if self.count > 1:
-            raise RunError(f"the {name} program was compiled {self.count} times; it must be compiled once a pack")
-
-
-class Program:
-    """A function that is compiled when it is first called, and never again.
-
-    Args:
-        function: of arrays and pytrees of them.
-        name: what it is called in messages.
-        carries: whether its first result takes the place of its first argument in the next call: it then reuses the buffers, and
-            comes back in the same layout, which the compiler would else choose anew on a mesh.
-        mesh: what it runs on; all other results are then whole on each device. None: wherever its arguments are.
-        results: where they lie on the mesh instead.
-        limit: bytes that it may take on a device, its arguments included; then what the host frees goes back to the system at once, too.
-            None: whatever there is.
-        options: of the compiler.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        name: str,
-        *,
-        carries: bool = False,
-        mesh: Mesh | None = None,
-        results: NamedSharding | None = None,
-        limit: int | None = None,
-        options: dict[str, str] | None = None,
-    ):
-        self.traces = TraceCounter(function)
-        self._name = name
-        self._carries = carries
-        self._mesh = mesh
-        self._rest = results or (None if mesh is None else replicated(mesh))
-        self.limit = limit
-        self._options = options
-        self._compiled: Any = None
-
-    def lower(self, *args: Any) -> Any:
-        """The lowered program, to look at: its text, its memory analysis. Arguments may be shapes."""
-        options = self._options
-        with on_mesh(self._mesh):
-            if not self._carries:
-                return jax.jit(self.traces, out_shardings=self._rest, compiler_options=options).lower(*args)
-            layouts = jax.tree.map(lambda a: getattr(a, "sharding", None), args[0])
-            return jax.jit(self.traces, donate_argnums=0, out_shardings=(layouts, self._rest), compiler_options=options).lower(*args)
-
-    def compiled_text(self) -> str:
-        """The program as compiled, after its first call."""
-        return self._compiled.as_text()
-
-    def prepare(self, *args: Any) -> None:
-        """Compiles it for such arguments, if it is not compiled yet.
-
-        Raises:
-            OutOfMemory: it would take more memory than `limit`.
-        """
-        if self._compiled is not None:
-            return
-        compiled = self.lower(*args).compile()
-        release_freed_memory(at_once=self.limit is not None)
-        needed = program_bytes(compiled)
-        if self.limit is not None and needed is not None and needed > self.limit:
-            raise OutOfMemory(f"the {self._name} program needs {size_text(needed)} on a device, of {size_text(self.limit)}")
-        self._compiled = compiled
-
-    def __call__(self, *args: Any) -> Any:
-        """Calls it.
-
-        Raises:
-            OutOfMemory: it would take more memory than `limit`.
-            RunError: some shape, dtype or sharding is not what it was compiled for.
-        """
-        self.prepare(*args)
-        try:
-            return self._compiled(*args)
-        except (TypeError, ValueError) as error:
-            raise RunError(f"the {self._name} program got arrays unlike those it was compiled for: {error}") from error
-
-
-class PackPrograms:
-    """The compiled programs of a pack, or of packs of one form: `train` and `evaluate`, each over all members, each compiled once.
-
-    The base is an argument of both, never a constant, and is not returned. Member arrays are donated.
-
-    Args:
-        part: how the arrays make a model.
-        data_seed: of the base's own dropout.
-        mesh: where the arrays lie; None where that is one device.
-        mode: how the programs run the members.
-        limit: bytes that each may take on a device.
-    """
-
-    def __init__(self, part: Partition, data_seed: int = 0, mesh: Mesh | None = None, mode: PackMode = VMAP, limit: int | None = None):
-        self.mode = mode
-        self.in_mode = lambda other: PackPrograms(part, data_seed, mesh, other, limit)
-
-        def train(state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
-            noise = jax.random.fold_in(jax.random.key(data_seed), step)
-            return mode.over_members(lambda s, f: train_step(part, s, f, frozen, batch, step, noise), part, mesh)(state, fixed)
-
-        def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
-            return mode.over_members(lambda t, s: eval_step(part, t, s, frozen, batch), part, mesh)(trainable, settings)
-
-        options = compiler_options()
-        self.train = Program(train, "training", carries=True, mesh=mesh, limit=limit, options=options)
-        self.evaluate = Program(evaluate, "evaluation", mesh=mesh, limit=limit, options=options)
-
-    @property
-    def compiled(self) -> int:
-        """How many programs were compiled so far."""
-        return self.train.traces.count + self.evaluate.traces.count
-
-    def check(self) -> None:
-        """`RunError` unless each program was compiled at most once."""
-        self.train.traces.check_once("training")
-        self.evaluate.traces.check_once("evaluation")

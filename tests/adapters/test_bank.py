@@ -10,8 +10,8 @@ from flax import nnx
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.inject import inject
 from lora_jax.adapters.merge import merge
-from lora_jax.config.errors import InputError
 from lora_jax.config.schema import AdapterConfig
+from lora_jax.errors import InputError
 from tests import tiny
 
 X = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)

@@ -10,8 +10,8 @@ from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.describe import describe
 from lora_jax.adapters.inject import inject, site_modules
 from lora_jax.adapters.sites import find_sites
-from lora_jax.config.errors import InputError
 from lora_jax.config.schema import AdapterConfig
+from lora_jax.errors import InputError
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

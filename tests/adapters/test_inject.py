@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from lora_jax.adapters.inject import LABEL, inject, site_modules
-from lora_jax.adapters.modules import LoRAParam
+from lora_jax.adapters.methods.lora import LoRAParam
 from lora_jax.adapters.partition import partition
-from lora_jax.config.errors import InputError
 from lora_jax.config.schema import AdapterConfig
-from lora_jax.models.stack import PER_SEGMENT
+from lora_jax.errors import InputError
+from lora_jax.models.layers import PER_SEGMENT
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

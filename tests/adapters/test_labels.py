@@ -7,10 +7,10 @@ from flax import nnx
 
 from lora_jax.adapters.inject import inject_structure
 from lora_jax.adapters.labels import TRAINABLE, label_of
+from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
-from lora_jax.adapters.spec import resolve, unite
-from lora_jax.config.errors import InputError
 from lora_jax.config.schema import AdapterConfig
+from lora_jax.errors import InputError
 from tests import tiny
 
 

@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.adapters.inject import inject_structure, site_modules
-from lora_jax.adapters.members import draw_head, fill_member
+from lora_jax.adapters.inject import draw_head, fill_member, inject_structure, site_modules
+from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
-from lora_jax.adapters.spec import resolve, unite
 from lora_jax.config.schema import AdapterConfig
 from tests import tiny
 

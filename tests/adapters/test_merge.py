@@ -9,7 +9,7 @@ from flax import nnx
 
 from lora_jax.adapters.inject import site_modules
 from lora_jax.adapters.merge import Merged, merge, merged_base, unmerge
-from lora_jax.adapters.modules import LowRank
+from lora_jax.adapters.methods.lora import LowRank
 from lora_jax.adapters.partition import partition
 from tests import tiny
 

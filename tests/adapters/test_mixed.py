@@ -10,8 +10,8 @@ from flax import nnx
 
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.mixed import with_rows
-from lora_jax.models.loading import load_model
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.models.load import load_model
+from lora_jax.weights.tokenizer import load_tokenizer
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from lora_jax.adapters.inject import inject
+from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition, update_mask, with_dropout_keys
-from lora_jax.adapters.spec import resolve, unite
 from lora_jax.config.schema import AdapterConfig
 from tests import tiny
 

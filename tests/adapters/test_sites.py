@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from lora_jax.adapters.sites import find_sites, logical_name, parse_layers, select
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 from tests import tiny
 
 ATTENTION = {f"layers.attn.{p}_proj" for p in "qkvo"}

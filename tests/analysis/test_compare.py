@@ -6,7 +6,7 @@ from scipy import stats
 
 from lora_jax.analysis import Estimate, Metric, best_rates, find_metric, footnotes, mark_best, primary_metric, rows_of
 from lora_jax.analysis.metrics import ordered_values, short_names, short_value
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult
 
 ACCURACY, LOSS = Metric("accuracy", True), Metric("loss", False)

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from lora_jax.analysis import Metric, write_heatmap
 from lora_jax.analysis.heatmap import choose_axes, grid_of, heatmap_png
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult
 
 ACCURACY = Metric("accuracy", True)

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lora_jax.analysis import report_run
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult, write_json
 
 EVIL = "<script>alert('x')</script>"

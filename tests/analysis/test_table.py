@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from lora_jax.analysis import compare_runs, rates_table, results_table
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult
 
 

@@ -148,7 +148,7 @@ def test_fresh_keeps_the_old_run_where_the_config_is_wrong(copied):
 
 def test_evaluate_reproduces_the_best_metrics(swept, monkeypatch):
     _, run, _ = swept
-    from lora_jax.sweeps import evaluate
+    from lora_jax.sweeps import restore as evaluate
     from lora_jax.tracking import Progress
 
     got = evaluate.evaluate_run(run, member=None, split="eval", progress=Progress(enabled=False))
@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_no_half_of_an_export(copied, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_jax.interop.hf_writing.shutil.copyfile", full)
+    monkeypatch.setattr("lora_jax.interop.hf.shutil.copyfile", full)
     result = call("export", run, "--out", tmp_path / "out")
     assert result.code == 1 and "out: cannot be written (No space left on device)" in result.err
     assert not list(tmp_path.glob("*out*"))

@@ -141,7 +141,7 @@ def test_other_sources_that_are_refused(hub, run, tmp_path):
 
 def test_damaged_generation_config_is_passed_over(hub, tokenizer, tmp_path):
     """What the checkpoint says ends a text, wherever it says it."""
-    from lora_jax.training.generate import stop_tokens
+    from lora_jax.generation.generate import stop_tokens
 
     folder = tmp_path / "llama"
     folder.mkdir()

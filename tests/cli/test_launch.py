@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from lora_jax.config.errors import InputError, RunError
-from lora_jax.sweeps import launch_local, launch_slurm
-from lora_jax.sweeps.launch_slurm import SlurmOptions, minutes, submit
+from lora_jax.errors import InputError, RunError
+from lora_jax.launch import local as launch_local
+from lora_jax.launch import slurm as launch_slurm
+from lora_jax.launch.slurm import SlurmOptions, minutes, submit
 from tests.tiny_hub import call
 
 GRID = {"sweep": {"grid": {"adapter.rank": [2, 4]}}}

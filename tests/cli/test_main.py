@@ -9,7 +9,7 @@ import types
 import pytest
 
 from lora_jax.cli import main as cli
-from lora_jax.config.errors import InputError, RunError
+from lora_jax.errors import InputError, RunError
 
 
 @pytest.fixture

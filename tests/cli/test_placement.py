@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_jax.models import loading
+from lora_jax.models import load as loading
 from tests.tiny_hub import call
 
 

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
+from lora_jax.packing.cost import PackMemory, PackShapes
+from lora_jax.packing.pack import Pack
+from lora_jax.packing.runner import PackRun
 from lora_jax.sweeps.outlook import halving_share, look_ahead
-from lora_jax.sweeps.pack_run import PackRun
 from lora_jax.sweeps.run import run_sweep
-from lora_jax.training.pack import Pack
-from lora_jax.training.pack_shapes import PackMemory, PackShapes
 from tests import tiny
 from tests.tiny_hub import call
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lora_jax.cli.schema import schema_command
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 
 
 def test_prints_json(capsys):
@@ -32,7 +32,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 def test_editors_see_what_the_loader_sees():
     jsonschema = pytest.importorskip("jsonschema")
-    from lora_jax.config.keys import config_schema
+    from lora_jax.config.messages import config_schema
 
     good = {
         "name": "a",

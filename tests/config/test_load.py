@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_jax.config.errors import InputError
 from lora_jax.config.load import apply_overrides, dump_config, load_config, with_values
+from lora_jax.errors import InputError
 
 TEXT = """\
 name: a

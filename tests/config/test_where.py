@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 
-from lora_jax.config.errors import InputError
 from lora_jax.config.where import Where
+from lora_jax.errors import InputError
 
 VALUES = {
     "adapter.rank": 8,

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.config.errors import InputError
 from lora_jax.config.schema import TaskConfig
 from lora_jax.data.batching import DISTINCT_EPOCHS, BatchPlan
-from lora_jax.data.tasks import NO_TARGET, Examples, prepare
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.errors import InputError
+from lora_jax.tasks.prepare import NO_TARGET, Examples, prepare
+from lora_jax.weights.tokenizer import load_tokenizer
 
 
 def examples(count: int, *, longest: int = 30, per_example: bool = True, seed: int = 0) -> Examples:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.data.dealing import deal, epoch_order
+from lora_jax.data.batching import deal, epoch_order
 
 
 @settings(deadline=None)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lora_jax.config.errors import InputError
 from lora_jax.data.sources import HELD_OUT, ROW, load_rows
+from lora_jax.errors import InputError
 
 TEXTS = ["a café", 'said "so", twice', "NA"]
 

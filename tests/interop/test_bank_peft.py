@@ -11,15 +11,14 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from flax import nnx  # noqa: E402
-from peft.utils import merge_utils  # noqa: E402
+from flax import nnx
+from peft.utils import merge_utils
 
-from lora_jax.adapters.bank import AdapterBank  # noqa: E402
-from lora_jax.adapters.combine import METHODS, prune_random  # noqa: E402
-from lora_jax.adapters.inject import inject, site_modules  # noqa: E402
-from lora_jax.adapters.members import random_of  # noqa: E402
-from lora_jax.config.schema import AdapterConfig  # noqa: E402
-from tests import tiny  # noqa: E402
+from lora_jax.adapters.bank import AdapterBank
+from lora_jax.adapters.combine import METHODS, prune_random
+from lora_jax.adapters.inject import inject, random_of, site_modules
+from lora_jax.config.schema import AdapterConfig
+from tests import tiny
 
 pytestmark = pytest.mark.interop
 

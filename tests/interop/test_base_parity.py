@@ -18,9 +18,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lora_jax.config.locations import resolve  # noqa: E402
-from lora_jax.models.loading import load_model  # noqa: E402
-from lora_jax.models.tokenizer import load_tokenizer  # noqa: E402
+from lora_jax.models.load import load_model
+from lora_jax.weights.locations import resolve
+from lora_jax.weights.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.interop
 

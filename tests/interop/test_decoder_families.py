@@ -11,13 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.numpy import load_file, save_file  # noqa: E402
+from safetensors.numpy import load_file, save_file
 
-from lora_jax.config.schema import MeshConfig  # noqa: E402
-from lora_jax.models.loading import load_model  # noqa: E402
-from lora_jax.parallel.mesh import make_mesh  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.interop.zoo import VOCAB, ZOO, Zoo  # noqa: E402
+from lora_jax.config.schema import MeshConfig
+from lora_jax.models.load import load_model
+from lora_jax.parallel.mesh import make_mesh
+from tests import tiny
+from tests.interop.zoo import VOCAB, ZOO, Zoo
 
 pytestmark = pytest.mark.interop
 

@@ -12,10 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import lora_jax  # noqa: E402
-from lora_jax.training.sampling import Sampling, filtered  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.interop.zoo import VOCAB, ZOO, Zoo  # noqa: E402
+import lora_jax
+from lora_jax.generation.sampling import Sampling, filtered
+from tests import tiny
+from tests.interop.zoo import VOCAB, ZOO, Zoo
 
 pytestmark = pytest.mark.interop
 

@@ -14,11 +14,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lora_jax.config.errors import InputError  # noqa: E402
-from lora_jax.models.loading import load_model  # noqa: E402
-from lora_jax.models.relative import Relative  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.interop.zoo import VOCAB, ZOO  # noqa: E402
+from lora_jax.errors import InputError
+from lora_jax.models.load import load_model
+from lora_jax.models.relative import Relative
+from tests import tiny
+from tests.interop.zoo import VOCAB, ZOO
 
 pytestmark = pytest.mark.interop
 

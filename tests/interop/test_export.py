@@ -16,19 +16,19 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file
 
-from lora_jax import load_model, save_pretrained  # noqa: E402
-from lora_jax.interop.hf_writing import architecture  # noqa: E402
-from lora_jax.models.families import families  # noqa: E402
-from lora_jax.models.heads import LanguageModel  # noqa: E402
-from lora_jax.sweeps.members import members_of  # noqa: E402
-from lora_jax.sweeps.restore import restore_member  # noqa: E402
-from lora_jax.sweeps.run import run_sweep  # noqa: E402
-from lora_jax.tracking import Progress  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.interop.zoo import ZOO, Zoo  # noqa: E402
-from tests.tiny_hub import call  # noqa: E402
+from lora_jax import load_model, save_pretrained
+from lora_jax.interop.hf import architecture
+from lora_jax.models.families import families
+from lora_jax.models.heads import LanguageModel
+from lora_jax.sweeps.restore import restore_member
+from lora_jax.sweeps.run import run_sweep
+from lora_jax.sweeps.space import members_of
+from lora_jax.tracking import Progress
+from tests import tiny
+from tests.interop.zoo import ZOO, Zoo
+from tests.tiny_hub import call
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 

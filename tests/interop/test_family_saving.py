@@ -10,9 +10,9 @@ pytest.importorskip("torch")
 
 from safetensors.numpy import load_file
 
-from lora_jax.models.loading import load_model
-from lora_jax.models.safetensors_writing import write_checkpoint
-from lora_jax.models.saving import base_tensors
+from lora_jax.models.load import load_model
+from lora_jax.models.save import base_tensors
+from lora_jax.weights.safetensors import write_checkpoint
 from tests.interop.zoo import ZOO, Zoo
 
 pytestmark = pytest.mark.interop

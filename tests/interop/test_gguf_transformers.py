@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lora_jax.models.checkpoint import open_checkpoint  # noqa: E402
-from lora_jax.models.tokenizer import load_tokenizer  # noqa: E402
+from lora_jax.weights.load import open_checkpoint
+from lora_jax.weights.tokenizer import load_tokenizer
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -15,14 +15,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from flax import nnx  # noqa: E402
+from flax import nnx
 
-from lora_jax.config.locations import resolve  # noqa: E402
-from lora_jax.config.schema import Config  # noqa: E402
-from lora_jax.models.heads import LanguageModel, SequenceClassifier  # noqa: E402
-from lora_jax.models.loading import load_model  # noqa: E402
-from lora_jax.models.tokenizer import load_tokenizer  # noqa: E402
-from lora_jax.training.pack import Pack  # noqa: E402
+from lora_jax.config.schema import Config
+from lora_jax.models.heads import LanguageModel, SequenceClassifier
+from lora_jax.models.load import load_model
+from lora_jax.packing.pack import Pack
+from lora_jax.weights.locations import resolve
+from lora_jax.weights.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.interop
 

@@ -16,13 +16,13 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from flax import nnx  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
+from flax import nnx
+from safetensors.numpy import load_file
 
-from lora_jax import LoraConfig, inject, load_model, load_peft, save_peft  # noqa: E402
-from lora_jax.adapters.sites import find_sites  # noqa: E402
-from tests.interop.drawing import drawn  # noqa: E402
-from tests.interop.zoo import VOCAB, ZOO, Zoo  # noqa: E402
+from lora_jax import LoraConfig, inject, load_model, load_peft, save_peft
+from lora_jax.adapters.sites import find_sites
+from tests.interop.drawing import drawn
+from tests.interop.zoo import VOCAB, ZOO, Zoo
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]  # PEFT warns of much that is meant
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from lora_jax.config.errors import InputError
-from lora_jax.models.attention import LayerKind
+from lora_jax.errors import InputError
 from lora_jax.models.families import families, find_family
+from lora_jax.models.layers import LayerKind
 from lora_jax.models.rotary import Rotary
 
 SHAPE = {

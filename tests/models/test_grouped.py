@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models.grouped import grouped_matmul
+from lora_jax.models.experts import grouped_matmul
 
 ROWS, GROUPS, K, N, MEMBERS = 13, 4, 5, 3, 2
 TOL = {"rtol": 1e-5, "atol": 1e-5}

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from lora_jax.config.schema import MeshConfig
-from lora_jax.models.attention import LayerKind, make_context
-from lora_jax.models.stack import AXES, REMAT_POLICIES, Stack
+from lora_jax.models.attention import make_context
+from lora_jax.models.layers import AXES, LayerKind
+from lora_jax.models.stack import REMAT_POLICIES, Stack
 from lora_jax.parallel.constraints import on_mesh
 from lora_jax.parallel.mesh import make_mesh
 from tests import tiny

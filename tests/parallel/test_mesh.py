@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.config.errors import InputError
 from lora_jax.config.schema import MeshConfig
+from lora_jax.errors import InputError
 from lora_jax.parallel.mesh import gathered_sharding, make_mesh, parameter_sharding, place, replicated, to_host
 
 needs_eight = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs the eight CPU devices that tests/conftest.py makes")
@@ -67,8 +67,8 @@ def test_where_parameters_lie():
 def test_every_axis_of_the_models_has_a_rule(hub):
     from flax import nnx
 
-    from lora_jax.models.loading import load_model
-    from lora_jax.models.stack import AXES
+    from lora_jax.models.layers import AXES
+    from lora_jax.models.load import load_model
     from lora_jax.parallel.mesh import RULES
 
     for source in (hub.bert, hub.llama):

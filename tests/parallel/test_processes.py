@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 from lora_jax.parallel import processes
 from lora_jax.parallel.processes import Joining, find_cluster, join
 from tests.tiny import quick_compile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_jax.sweeps.pack_run import PackRun
+from lora_jax.packing.runner import PackRun
 from lora_jax.sweeps.run import run_sweep
 from tests import tiny
 

@@ -15,18 +15,17 @@ import numpy as np
 import pytest
 
 from lora_jax.adapters.inject import inject_structure
+from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
-from lora_jax.adapters.spec import resolve, unite
-from lora_jax.config.keys import valid_keys
 from lora_jax.config.load import with_values
-from lora_jax.sweeps.members import members_of
-from lora_jax.sweeps.plan import Planner, plan_packs
+from lora_jax.config.messages import valid_keys
+from lora_jax.packing.execution import PackMode, told_mode
+from lora_jax.packing.pack import Pack, static_key
+from lora_jax.packing.planner import Planner, plan_packs
+from lora_jax.parallel.program import memory_limit
 from lora_jax.sweeps.run import run_sweep
+from lora_jax.sweeps.space import members_of
 from lora_jax.training.loop import train_pack
-from lora_jax.training.memory import memory_limit
-from lora_jax.training.pack import Pack, static_key
-from lora_jax.training.pack_choice import told_mode
-from lora_jax.training.pack_mode import PackMode
 from lora_jax.training.setup import Preparer, set_up
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

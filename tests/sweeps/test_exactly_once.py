@@ -72,7 +72,7 @@ def test_each_member_is_trained_to_its_end_once(hub, tmp_path):
     config = hub.write(tmp_path, CHANGES | {"sweep": SWEEP})
     run = tmp_path / "runs" / "tiny"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_jax.sweeps.run", "lora_jax.models.loading", __name__, "grain", "datasets"])
+    context.set_forkserver_preload(["lora_jax.sweeps.run", "lora_jax.models.load", __name__, "grain", "datasets"])
     before, kills = {}, 0
     for pattern in KILLS:
         kills += killed_when(context, config, run, pattern)

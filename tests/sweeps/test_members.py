@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_jax.config.errors import InputError
-from lora_jax.sweeps.members import members_of
+from lora_jax.errors import InputError
+from lora_jax.sweeps.space import members_of
 from tests.tiny import config
 
 
@@ -12,7 +12,7 @@ def grid(**keys):
 
 
 def config_sweep(values):
-    from lora_jax.config.sweep_schema import SweepConfig
+    from lora_jax.config.sweep import SweepConfig
 
     return SweepConfig(grid=values)
 

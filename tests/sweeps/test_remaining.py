@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from lora_jax.config.errors import Stopped
-from lora_jax.sweeps.members import members_of
-from lora_jax.sweeps.pack_run import PackRun
-from lora_jax.sweeps.plan import Planner
+from lora_jax.errors import Stopped
+from lora_jax.packing.planner import Planner
+from lora_jax.packing.runner import PackRun
 from lora_jax.sweeps.remaining import plan_remaining
 from lora_jax.sweeps.run import run_sweep
+from lora_jax.sweeps.space import members_of
 from lora_jax.tracking import RunDirectory
 from lora_jax.training.setup import Preparer
-from lora_jax.training.stopping import StopSignals
+from lora_jax.training.signals import StopSignals
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -64,7 +64,7 @@ def test_more_ranks_and_seeds_train_the_new_members_alone(hub, tmp_path, monkeyp
 
 
 def test_another_setting_outside_the_sweep_is_another_run(hub, tmp_path):
-    from lora_jax.config.errors import InputError
+    from lora_jax.errors import InputError
 
     run_sweep(hub.config(tmp_path, grid(adapter__rank=[2])))
     with pytest.raises(InputError, match=r"adapter\.alpha"):

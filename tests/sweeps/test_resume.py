@@ -20,11 +20,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments.fuzz_kills import bits_of_run, differing
-from lora_jax.config.errors import InputError, Stopped
 from lora_jax.config.load import load_config
+from lora_jax.errors import InputError, Stopped
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import Progress
-from lora_jax.training.stopping import StopSignals
+from lora_jax.training.signals import StopSignals
 from tests import tiny
 from tests.tiny_hub import call
 
@@ -240,7 +240,7 @@ def test_kills_change_no_bit(hub, whole, tmp_path, kills):
     run = tmp_path / "runs" / "tiny"
     # Forked from a server that has imported everything and started nothing: a child begins in no time.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_jax.sweeps.run", "lora_jax.models.loading", "tests.sweeps.test_resume", "grain", "datasets"])
+    context.set_forkserver_preload(["lora_jax.sweeps.run", "lora_jax.models.load", "tests.sweeps.test_resume", "grain", "datasets"])
     killed = 0
     for pattern, milliseconds in kills:
         seen = set(run.glob(pattern)) if run.exists() else set()

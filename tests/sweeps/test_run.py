@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lora_jax.config.errors import InputError
-from lora_jax.sweeps import evaluate
+from lora_jax.errors import InputError
+from lora_jax.sweeps import restore as evaluate
 from lora_jax.sweeps.api import fit, sweep
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import Progress
@@ -101,7 +101,7 @@ def test_all_members_of_a_pack_may_diverge(hub, tmp_path, recwarn):
 
 
 def test_an_interrupted_run_goes_on_with_the_next_pack(hub, tmp_path, monkeypatch):
-    from lora_jax.sweeps import pack_run as run
+    from lora_jax.packing import runner as run
 
     config = hub.config(tmp_path, {"sweep": {"grid": {"training.seed": [0, 1]}, "max_pack": 1}})
     real, calls = run.train_pack, []

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 from lora_jax.tracking import lock
 
 HOLD = """

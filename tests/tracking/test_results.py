@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult, read_run, write_results_csv
 
 

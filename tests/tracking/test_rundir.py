@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lora_jax.config.errors import InputError
+from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult, RunDirectory, member_folder, write_atomic, write_json
 from lora_jax.tracking import lock as locks
 

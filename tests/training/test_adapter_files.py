@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.config.errors import InputError
-from lora_jax.training.adapter_files import load_adapter, save_adapter
+from lora_jax.errors import InputError
+from lora_jax.training.checkpoint import load_adapter, save_adapter
 
 ARRAYS = {"layers.attn.q_proj.lora_a": jax.random.normal(jax.random.key(0), (3, 8, 2)), "classifier.bias": jnp.arange(2.0)}
 

@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax.models.families import families
 from lora_jax.models.heads import LanguageModel
-from lora_jax.training.pack import Pack
+from lora_jax.packing.pack import Pack
 from tests import tiny
 
 MOE = ("mixtral", "qwen3_moe")

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.config.errors import InputError
 from lora_jax.config.load import with_values
+from lora_jax.errors import InputError
 from lora_jax.models.heads import LabelWordClassifier, LanguageModel, SequenceClassifier
 from lora_jax.training import setup as module
 from lora_jax.training.setup import Preparer, check_adapters, set_up, setup_key

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.training.pack import Pack
+from lora_jax.packing.pack import Pack
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

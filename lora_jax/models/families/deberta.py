@@ -6,11 +6,24 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ...config.errors import InputError
+from ...errors import InputError
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
 from ..relative import Relative
-from . import Family, Head, Weight, activation, embeddings, encoder_heads, norms, only, post_norm_block, projections, size, width_and_heads
+from .base import (
+    Family,
+    Head,
+    Weight,
+    activation,
+    embeddings,
+    encoder_heads,
+    norms,
+    only,
+    post_norm_block,
+    projections,
+    size,
+    width_and_heads,
+)
 from .bert import EMBEDDINGS, NORMS
 
 _LAYER = "encoder.layer.{i}."

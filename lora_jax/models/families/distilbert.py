@@ -7,7 +7,7 @@ from typing import Any
 
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
-from . import Family, Head, Weight, embeddings, encoder_heads, norms, post_norm_block, projections, size, width_and_heads
+from .base import Family, Head, Weight, embeddings, encoder_heads, norms, post_norm_block, projections, size, width_and_heads
 
 _LAYER = "transformer.layer.{i}."
 

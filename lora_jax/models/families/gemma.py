@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..attention import LayerKind
 from ..decoder import DecoderConfig
-from ..layers import BlockConfig
-from . import Family, activation, only, size
+from ..layers import BlockConfig, LayerKind
+from .base import Family, activation, only, size
 from .llama import ROOT, block, decoder, full_rotary, layer_kinds, weights, window
 
 

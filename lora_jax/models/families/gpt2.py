@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..attention import LayerKind
 from ..decoder import DecoderConfig
-from ..layers import BlockConfig
-from . import Family, Weight, activation, decoder_heads, embeddings, norms, only, projections, size, width_and_heads
+from ..layers import BlockConfig, LayerKind
+from .base import Family, Weight, activation, decoder_heads, embeddings, norms, only, projections, size, width_and_heads
 
 _LAYER = "transformer.h.{i}."
 _LINEARS = {

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...config.errors import InputError
-from ..attention import LayerKind
+from ...errors import InputError
 from ..decoder import DecoderConfig
-from ..layers import BlockConfig
-from . import Family, Weight, activation, decoder_heads, only, projections, size
+from ..layers import BlockConfig, LayerKind
+from .base import Family, Weight, activation, decoder_heads, only, projections, size
 from .rope import rotary
 
 ROOT = "model."

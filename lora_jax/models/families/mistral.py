@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..attention import LayerKind
 from ..decoder import DecoderConfig
-from . import Family, only
+from ..layers import LayerKind
+from .base import Family, only
 from .llama import ROOT, block, decoder, full_rotary, weights, window
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...config.errors import InputError
-from ..attention import LayerKind
+from ...errors import InputError
 from ..decoder import DecoderConfig
-from . import Family, Weight, size
+from ..layers import LayerKind
+from .base import Family, Weight, size
 from .llama import LAYER, ROOT, block, decoder, full_rotary, weights, window
 
 

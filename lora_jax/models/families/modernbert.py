@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..attention import LayerKind
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
-from ..layers import BlockConfig
-from . import Family, Head, Weight, activation, embeddings, norms, only, projections, size, width_and_heads
+from ..layers import BlockConfig, LayerKind
+from .base import Family, Head, Weight, activation, embeddings, norms, only, projections, size, width_and_heads
 from .llama import layer_kinds
 from .rope import rotary
 

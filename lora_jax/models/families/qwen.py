@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..attention import LayerKind
 from ..decoder import DecoderConfig
-from ..layers import BlockConfig
-from . import Family, Weight, decoder_heads, only, size
+from ..layers import BlockConfig, LayerKind
+from .base import Family, Weight, decoder_heads, only, size
 from .llama import ROOT, block, decoder, full_rotary, layer_kinds, weights, window
 from .mixtral import expert_weights, experts
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
-from . import Family, Head, encoder_heads, only
+from .base import Family, Head, encoder_heads, only
 from .bert import config_of, weights_of
 
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ...config.errors import InputError, hint
+from ...errors import InputError, hint
 from ..rotary import Rotary
-from . import size
+from .base import size
 
 # Kind -> the keys it needs, and those it may have; all may have the ones of `_COMMON`.
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

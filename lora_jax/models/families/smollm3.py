@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...config.errors import InputError
-from ..attention import LayerKind
+from ...errors import InputError
 from ..decoder import DecoderConfig
-from . import Family, decoder_heads, size
+from ..layers import LayerKind
+from .base import Family, decoder_heads, size
 from .llama import ROOT, block, decoder, full_rotary, layer_types, weights, window
 
 

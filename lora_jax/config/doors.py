@@ -1,0 +1,114 @@
+"""The five doors: what the library grows by has one file each, and a registry that finds it.
+
+A method, task, family, base transform or exporter is registered under its name by the file that defines it. The library's own files are
+imported from one folder when a name is first asked for; those of other packages through an entry point of the door's group, or by
+calling `register` (`lora_jax.register_method` and its like).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from ..errors import InputError, hint
+
+T = TypeVar("T")
+
+
+class Door(Generic[T]):
+    """A registry of things by name.
+
+    Args:
+        what: what they are called in messages.
+        folder: the package whose modules register the library's own.
+        group: the entry points through which other packages add theirs; an entry point names a module or function that registers.
+    """
+
+    def __init__(self, what: str, folder: str, group: str):
+        self.what, self._folder, self._group = what, folder, group
+        self._found: dict[str, T] = {}
+        self._loaded = False
+        self._changed: list[Callable[[], object]] = []
+
+    def register(self, name: str, thing: T) -> T:
+        """Adds a thing under a name, and returns it.
+
+        Raises:
+            ValueError: another thing has this name.
+        """
+        if self._found.setdefault(name, thing) is not thing:
+            raise ValueError(f"there is a {self.what} '{name}' already: {self._found[name]!r}")
+        for told in self._changed:
+            told()
+        return thing
+
+    def get(self, name: object, key: str) -> T:
+        """The thing of this name.
+
+        Args:
+            name: as it was given.
+            key: the config key or option it came from, for the message.
+
+        Raises:
+            InputError: there is none; the message names the nearest.
+        """
+        if not isinstance(name, str) or name not in self.all():
+            raise InputError(f"{key}: there is no {self.what} '{name}'. {hint(str(name), self.all())}".rstrip())
+        return self._found[name]
+
+    def all(self) -> dict[str, T]:
+        """Name -> thing, the library's own first, in the order of their files."""
+        if not self._loaded:
+            self._loaded = True
+            for module in sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(self._folder).__path__)):
+                importlib.import_module(f"{self._folder}.{module}")
+            for point in importlib.metadata.entry_points(group=self._group):
+                found = point.load()
+                if callable(found):
+                    found()
+        return self._found
+
+    def on_change(self, told: Callable[[], object]) -> None:
+        """Calls `told` whenever something is registered from here on."""
+        self._changed.append(told)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.all())
+
+
+# Each is filled from the folder that defines what it holds: a method's section comes with the method.
+METHODS: Door[Any] = Door("method", "lora_jax.adapters.methods", "lora_jax.methods")
+TASKS: Door[Any] = Door("task", "lora_jax.tasks", "lora_jax.tasks")
+FAMILIES: Door[Any] = Door("family", "lora_jax.models.families", "lora_jax.families")
+TRANSFORMS: Door[Any] = Door("base transform", "lora_jax.models.transforms", "lora_jax.transforms")
+EXPORTERS: Door[Any] = Door("exporter", "lora_jax.interop", "lora_jax.exporters")
+
+
+class OneOf:
+    """Says of a config field that its section is that of a door's thing (its attribute `section`), told apart by one key.
+
+    Args:
+        door: the registry.
+        key: the section's key that names the thing.
+        default: what is meant where the key is left out; None: it is needed.
+    """
+
+    def __init__(self, door: Door[Any], key: str, default: str | None = None):
+        self.door, self.key, self.default = door, key, default
+
+    def sections(self) -> dict[str, type[BaseModel]]:
+        """Name -> section class."""
+        return {name: thing.section for name, thing in self.door.all().items()}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {name: handler.generate_schema(section) for name, section in self.sections().items()}
+        return core_schema.tagged_union_schema(choices, discriminator=self._tag)
+
+    def _tag(self, value: Any) -> Any:
+        return value.get(self.key, self.default) if isinstance(value, dict) else getattr(value, self.key, None)

@@ -1,0 +1,233 @@
+"""`generate`: prompts in, texts out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, Unpack, overload
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..errors import InputError
+from ..models.decoder import Decoder
+from ..models.heads import LabelWordClassifier, LanguageModel
+from ..weights.checkpoint import read_json
+from ..weights.load import HUB_FILES
+from ..weights.locations import resolve
+from .decoding import Choice, Continuation, Decoding, padded_length
+from .prompts import Prompt, TextStream, encode_prompt
+from .sampling import Sampling, row_seeds
+
+Stream = Callable[[int, Any], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What followed a prompt.
+
+    Attributes:
+        tokens: the new tokens, with the one that ended it, if one did.
+        text: of the new tokens, without special ones; None without a tokenizer.
+        ended: whether a stop token ended it; else it is as long as it was allowed to be.
+    """
+
+    tokens: list[int]
+    text: str | None
+    ended: bool
+
+
+class Generator:
+    """A model, or several of one structure, ready to go on from prompts. What it compiles serves all models of that structure.
+
+    Args:
+        models: a decoder with adapters or without; what `AdapterBank.use` and `mixed` give; what a causal-LM run trained. Or several
+            that differ in their adapters alone, such as a pack's members: they run as one program over one base.
+        tokenizer: of the model; without one prompts and results are tokens.
+        length: how long rows may become at the least, prompt and answer: for a conversation, which else is compiled anew as it grows.
+
+    Raises:
+        InputError: a model is no decoder.
+    """
+
+    def __init__(self, models: nnx.Module | Sequence[nnx.Module], tokenizer: Any = None, *, length: int = 0):
+        self._single = isinstance(models, nnx.Module)
+        self._models = [_decoder_of(m) for m in ([models] if isinstance(models, nnx.Module) else models)]
+        self._tokenizer, self._length = tokenizer, length
+        self.decoding = Decoding(self._models)
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[int] | None = None,
+        seed: int | Sequence[int] = 0,
+        stream: Stream | None = None,
+    ) -> Any:
+        """See `generate`."""
+        sampling = Sampling(temperature, top_k, top_p)
+        rows = [encode_prompt(p, self._tokenizer, i) for i, p in enumerate(prompts)]
+        if not rows or max_new_tokens < 1:
+            raise InputError("prompts: there is none." if not rows else f"max_new_tokens: {max_new_tokens} is not 1 or more.")
+        if stream is not None and not self._single:
+            raise InputError("stream: one model at a time.")
+        model = self._models[0]
+        _check(rows, model, max_new_tokens)
+        stops = stop_tokens(model, self._tokenizer) if stop is None else [int(s) for s in stop]
+        pad = getattr(self._tokenizer, "pad_token_id", None) or 0
+        tokens, mask = left_padded(rows, pad)
+        choice = Choice(
+            sampling.numbers(model.config.vocab),
+            row_seeds(seed, len(rows)),
+            # Of one shape for the usual few.
+            jnp.asarray(stops + [-1] * max(0, 8 - len(stops)), jnp.int32),
+            jnp.int32(pad),
+        )
+        method, room = sampling.method, padded_length(max_new_tokens)
+        total = padded_length(max(tokens.shape[1] + room, self._length))
+        batch = Continuation(self.decoding, tokens, mask, choice, method, room, total)
+        if stream is None:
+            batch.advance(max_new_tokens)
+        else:
+            tell = _Teller(stream, len(rows), self._tokenizer, stops)
+            tell(batch.tokens[:, :1])
+            for count in range(2, max_new_tokens + 1):
+                if batch.ended:
+                    break
+                batch.advance(count)
+                tell(batch.tokens[:, count - 1 : count])
+            tell.finish()
+        out = batch.tokens[..., :max_new_tokens]
+        if self._single:
+            return [self._result(row, stops) for row in out]
+        return [[self._result(row, stops) for row in member] for member in (out if out.ndim == 3 else out[None])]
+
+    def _result(self, row: np.ndarray, stops: Sequence[int]) -> Generated:
+        ends = np.flatnonzero(np.isin(row, stops))
+        tokens = row[: ends[0] + 1 if len(ends) else None].tolist()
+        text = None if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return Generated(tokens, text, bool(len(ends)))
+
+
+class Options(TypedDict, total=False):
+    """What `generate` takes by name."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop: Sequence[int] | None
+    seed: int | Sequence[int]
+    stream: Stream | None
+
+
+@overload
+def generate(model: nnx.Module, prompts: Sequence[Prompt], tokenizer: Any = ..., **options: Unpack[Options]) -> list[Generated]: ...
+
+
+@overload
+def generate(
+    model: Sequence[nnx.Module], prompts: Sequence[Prompt], tokenizer: Any = ..., **options: Unpack[Options]
+) -> list[list[Generated]]: ...
+
+
+def generate(model: nnx.Module | Sequence[nnx.Module], prompts: Sequence[Prompt], tokenizer: Any = None, **options: Unpack[Options]) -> Any:
+    """Goes on from prompts: all of them as one batch, each until a stop token or its `max_new_tokens`.
+
+    Compiled once for each shape (prompts and what may follow are padded to a few lengths) and way of choosing, for all models of one
+    structure. Keep a `Generator` to save preparing the model as well. Where the longest row grows past the context of `longrope`
+    positions, as Phi-3 has them, all rows are run once more from their start, so that every key in the batch has the long factors:
+    what transformers does for Phi-3, here for every family. Of these models alone a row may say other things in another batch.
+
+    Args:
+        model: a decoder, with adapters or without; for a batch whose rows have adapters of their own, what `AdapterBank.mixed`
+            gives. Or a list of models that differ in their adapters alone, as the members of a pack do: they decode at once.
+        prompts: each text, or token ids, or messages `{role, content}` (through the chat template).
+        tokenizer: of `load_tokenizer`; None where prompts are token ids.
+        max_new_tokens: how many tokens may follow (64).
+        temperature: logits are divided by it before a token is drawn; 0, the default, takes the likeliest (greedy).
+        top_k: draw from so many of the likeliest alone.
+        top_p: draw from the likeliest that together have this probability alone; after `top_k`.
+        stop: token ids that end a row; by default what the model and its tokenizer say.
+        seed: row i draws by seed + i (0 + i); or a seed for each row. What a row says depends on its own seed and on no other row.
+        stream: called as `stream(row, piece)` with each token as it comes: its text, or token ids where there is no tokenizer.
+
+    Returns:
+        one `Generated` a prompt; a list of these for each model where several were given.
+
+    Raises:
+        InputError: a model is no decoder, a prompt is empty or too long, a number is out of range.
+
+    >>> outputs = generate(model, ["The film was"], tokenizer, max_new_tokens=8)  # doctest: +SKIP
+    >>> outputs[0].text  # doctest: +SKIP
+    ' a huge success, and it was'
+    """
+    return Generator(model, tokenizer)(prompts, **options)
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask, (rows, length) int32 each, with padding on the left up to one of the lengths that shapes have."""
+    length = padded_length(max(len(row) for row in rows))
+    tokens, mask = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
+    return tokens, mask
+
+
+def stop_tokens(model: Decoder, tokenizer: Any = None) -> list[int]:
+    """The tokens that end a text: what the checkpoint's config, its generation config and the tokenizer say."""
+    named: list[Any] = [getattr(tokenizer, "eos_token_id", None)]
+    if model.origin is not None:
+        named.append(model.origin.config.get("eos_token_id"))
+        try:
+            file = resolve(model.origin.source, key="model.source", hub_patterns=HUB_FILES)
+            file = (file if file.is_dir() else file.parent) / "generation_config.json"
+            named.append(read_json(file, "the generation config").get("eos_token_id") if file.is_file() else None)
+        except InputError:
+            pass  # the checkpoint has moved, or the file is damaged: the others speak
+    flat = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]
+    return sorted({i for i in flat if isinstance(i, int) and not isinstance(i, bool) and i >= 0})
+
+
+class _Teller:
+    """Tells a stream what each row adds."""
+
+    def __init__(self, stream: Stream, rows: int, tokenizer: Any, stops: Sequence[int]):
+        self._stream, self._stops = stream, frozenset(stops)
+        self._texts = None if tokenizer is None else [TextStream(tokenizer, stops) for _ in range(rows)]
+        self._ended = [False] * rows
+
+    def __call__(self, new: np.ndarray) -> None:
+        for row, ids in enumerate(new.tolist()):
+            if self._ended[row]:
+                continue
+            self._ended[row] = any(i in self._stops for i in ids)
+            piece = ids if self._texts is None else self._texts[row].add(ids)
+            if piece:
+                self._stream(row, piece)
+
+    def finish(self) -> None:
+        for row, text in enumerate(self._texts or ()):
+            if rest := text.rest():
+                self._stream(row, rest)
+
+
+def _decoder_of(model: nnx.Module) -> Decoder:
+    inner = model.base if isinstance(model, LanguageModel | LabelWordClassifier) else model
+    if not isinstance(inner, Decoder):
+        raise InputError(f"only decoders generate text, and {type(model).__name__} is none.")
+    return inner
+
+
+def _check(rows: Sequence[Sequence[int]], model: Decoder, new: int) -> None:
+    vocab, most = model.config.vocab, model.config.positions
+    for i, row in enumerate(rows):
+        if not all(0 <= t < vocab for t in row):
+            raise InputError(f"prompt {i}: it has token ids outside of 0..{vocab - 1}.")
+        if most is not None and len(row) + new > most:
+            raise InputError(f"prompt {i}: {len(row)} tokens and {new} more are too many for a model of {most} positions.")

@@ -1,0 +1,239 @@
+"""`save_pretrained`: a model, its adapter merged, as the folder that transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from ..adapters.merge import merged_base
+from ..errors import InputError, hint
+from ..models.decoder import Decoder
+from ..models.encoder import Encoder
+from ..models.families import families
+from ..models.families.base import Head
+from ..models.heads import Classifier, HiddenStates, LanguageModel
+from ..models.load import Base, BaseFiles
+from ..models.save import base_tensors
+from ..tracking.files import new_folder
+from ..weights.load import HUB_FILES, weights_file
+from ..weights.locations import resolve
+from ..weights.provenance import Origin
+from ..weights.safetensors import DTYPES, Tensor, write_checkpoint
+from ..weights.tokenizer import load_tokenizer
+from .peft.names import head_kind, head_of
+
+SHARD = 5 * 10**9  # bytes; transformers' own choice for a long time, and what hubs like
+WRITTEN_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+# What says where a checkpoint came from, or names code or numbers that the new one does not have.
+_DROPPED = ("_name_or_path", "auto_map", "num_labels", "quantization_config", "torch_dtype", "dtype")
+_ENDINGS = {
+    "encoder": "Model",
+    "decoder": "ForCausalLM",
+    "classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
+}
+# Where transformers' class is not called as the family's config is.
+_OTHER_NAMES = {"GPT2ForCausalLM": "GPT2LMHeadModel", "Gemma3TextForCausalLM": "Gemma3ForCausalLM"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """A model as transformers would have it: its base, and the head where it bears one."""
+
+    base: Base
+    classifier: Classifier | None
+    head: Head | None
+
+    @property
+    def origin(self) -> Origin:
+        assert self.base.origin is not None
+        return self.base.origin
+
+
+def save_pretrained(
+    model: nnx.Module,
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    dtype: str | None = None,
+    largest: int = SHARD,
+    card: str | None = None,
+) -> None:
+    """Writes a model as transformers does: weights, config, tokenizer and generation config. An adapter is merged into the weights.
+
+    W + scale * A B is summed in the dtype of the loaded base, so load that in float32; each weight is then rounded once, to what it has
+    in the base's own checkpoint.
+
+    Args:
+        model: a base from `load_model`, with or without an adapter and a head.
+        path: a folder that does not exist yet, or is empty.
+        classes: names of the classes, in the order of a head's logits; a loaded head brings its own.
+        dtype: `float32`, `bfloat16` or `float16` for all weights, in place of the checkpoint's.
+        largest: bytes of weights in one file; what is more goes into further ones, and an index.
+        card: text of a `README.md`.
+
+    Raises:
+        InputError: something is at `path`, the model has no counterpart in transformers, or the base's files are gone.
+    """
+    if dtype is not None and dtype not in WRITTEN_DTYPES:
+        raise InputError(f"dtype: '{dtype}'. {hint(dtype, WRITTEN_DTYPES)}")
+    form = check_form(model)
+    merged = _form_of(merged_base(model))
+    with new_folder(Path(path)) as folder:
+        dtypes = _stored_dtypes(form)
+        tensors = _tensors(merged, dtypes if dtype is None else dict.fromkeys(dtypes, WRITTEN_DTYPES[dtype]))
+        write_checkpoint(folder, tensors, largest=largest)
+        _write_json(folder / "config.json", _config(merged, classes, tensors))
+        _write_tokenizer(folder, form.origin.source)
+        if (generation := _generation_config(merged)) is not None:
+            _write_json(folder / "generation_config.json", generation)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_form(model: nnx.Module) -> _Form:
+    """The model as transformers would have it.
+
+    Raises:
+        InputError: it has no such thing: the message says what is in the way.
+    """
+    form = _form_of(model)
+    if form.classifier is None:
+        return form
+    shape, kind = form.classifier.shape, head_kind(form.classifier)
+    name = architecture(form.origin.model_type, kind)
+    if form.head is None:
+        raise InputError(f"the head has no counterpart in transformers, which knows no {name}.")
+    if shape.reads != form.head.shape.reads:
+        raise InputError(
+            f"the head reads the {shape.reads} of the tokens, and transformers' {name} the {form.head.shape.reads}: "
+            "it could not compute the same (task.pooling: cls trains one that it can)."
+        )
+    if shape.pooler and isinstance(form.base, Encoder) and not form.base.config.pooler:
+        raise InputError(f"{form.origin.source}: was saved without a pooler, which transformers' {name} needs and would draw at random.")
+    return form
+
+
+def architecture(model_type: str, head: str | None = None) -> str:
+    """The name of transformers' class.
+
+    Args:
+        model_type: Hugging Face's name of the family.
+        head: its kind (`models/head_shape.py`); by default a decoder's own projection to its vocabulary, and none on an encoder.
+
+    >>> architecture("bert", "classification"), architecture("gpt2")
+    ('BertForSequenceClassification', 'GPT2LMHeadModel')
+    """
+    from transformers import CONFIG_MAPPING  # takes a second, and little of the library needs it
+
+    name = CONFIG_MAPPING[model_type].__name__.removesuffix("Config") + _ENDINGS[head or families()[model_type].kind]
+    return _OTHER_NAMES.get(name, name)
+
+
+def _form_of(model: nnx.Module) -> _Form:
+    base = model.base if isinstance(model, Classifier | HiddenStates | LanguageModel) else model
+    if not isinstance(base, Encoder | Decoder):
+        raise InputError(f"a {type(model).__name__} has no counterpart in transformers: only what load_model gives has.")
+    if base.origin is None:
+        raise InputError("the model was not loaded from a checkpoint: nothing says what its weights are called.")
+    if not isinstance(model, Classifier):
+        return _Form(base, None, None)
+    return _Form(base, model, head_of(model))
+
+
+def _stored_dtypes(form: _Form) -> dict[str, np.dtype]:
+    """Parameter path -> dtype in the checkpoint, the base's paths from the base on. A new head is as exact as it was trained."""
+    loaded = form.classifier is not None and not form.classifier.new
+    stored = BaseFiles(form.origin.source, head=head_kind(form.classifier) if form.classifier and loaded else None).stored_dtypes()
+    stored = {path.removeprefix("base."): dtype for path, dtype in stored.items()}
+    new = {} if form.head is None else dict.fromkeys(form.head.weights(), DTYPES["F32"])
+    return new | {"lm_head.kernel": stored["embed.embedding"]} | stored  # which is tied to the embedding, where it is not stored
+
+
+def _tensors(form: _Form, dtypes: Mapping[str, np.dtype]) -> dict[str, Tensor]:
+    """All tensors under transformers' names."""
+    family = families()[form.origin.model_type]
+    tensors = base_tensors(form.base, dtypes)
+    if form.head is None or form.classifier is None:
+        return tensors
+    unused = {w.name for path, w in family.weights(form.base.config).items() if path.startswith("lm_head.")}
+    if not form.head.shape.pooler:
+        unused |= {w.name for path, w in family.weights(form.base.config).items() if path.startswith("pooler.")}
+    prefix = family.prefixes[-1] if family.kind == "encoder" else ""
+    old, new = form.head.renamed or ("", "")
+    named = {new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items() if n not in unused}
+    return {prefix + n: t for n, t in named.items()} | _head_tensors(form.classifier, form.head, dtypes)
+
+
+def _head_tensors(classifier: Classifier, head: Head, dtypes: Mapping[str, np.dtype]) -> dict[str, Tensor]:
+    found = {}
+    for path, weight in head.weights().items():
+        module, _, leaf = path.rpartition(".")
+        array = np.asarray(getattr(getattr(classifier, module), leaf)[...])
+        array = np.ascontiguousarray(array.T) if weight.transpose else array
+        found[weight.name] = Tensor(array.shape, array.dtype, lambda array=array: array).cast(dtypes[path])
+    return found
+
+
+def _config(form: _Form, classes: Sequence[str] | None, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    config = {key: value for key, value in form.origin.config.items() if key not in _DROPPED}
+    config["architectures"] = [architecture(form.origin.model_type, form.classifier and head_kind(form.classifier))]
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[str(tensor.dtype)] = sizes.get(str(tensor.dtype), 0) + tensor.nbytes
+    config["dtype"] = max(sizes, key=lambda name: sizes[name])
+    if isinstance(form.base, Decoder) and form.classifier is None:
+        config["tie_word_embeddings"] = form.base.config.tied
+    if form.classifier is not None:
+        count = form.classifier.classifier.kernel.shape[-1]
+        names = list(classes or form.classifier.class_names) or [f"LABEL_{i}" for i in range(count)]
+        if len(names) != count:
+            raise InputError(f"classes: {len(names)} names for {count} classes.")
+        config |= {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+    return config
+
+
+def _folder_of(source: str) -> Path:
+    path = resolve(source, key="model.source", hub_patterns=HUB_FILES)
+    return path if path.is_dir() else path.parent
+
+
+def _is_gguf(source: str) -> bool:
+    return weights_file(resolve(source, key="model.source", hub_patterns=HUB_FILES), key="model.source").suffix == ".gguf"
+
+
+def _write_tokenizer(folder: Path, source: str) -> None:
+    """The tokenizer's files as they stand; those that a GGUF file's metadata amounts to."""
+    if _is_gguf(source):
+        load_tokenizer(source).save_pretrained(folder)
+        return
+    for name in _TOKENIZER_FILES:
+        if (file := _folder_of(source) / name).is_file():
+            shutil.copyfile(file, folder / name)  # what a link points to, and not the link
+
+
+def _generation_config(form: _Form) -> dict[str, Any] | None:
+    if not isinstance(form.base, Decoder) or form.classifier is not None:
+        return None
+    file = _folder_of(form.origin.source) / "generation_config.json"
+    if not _is_gguf(form.origin.source) and file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: form.origin.config[key] for key in special if form.origin.config.get(key) is not None}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,246 @@
+"""What PEFT calls a model's modules and parameters, and where they are here.
+
+PEFT's names are Hugging Face's, from the root of the PyTorch model: `bert.encoder.layer.0.attention.self.query` where BERT bears a
+head, without `bert.` where it does not. A stacked weight of ours is one of theirs in every layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ...adapters.sites import HEADS, Path, Site, find_sites, logical_name, names_of
+from ...models.decoder import Decoder
+from ...models.encoder import Encoder
+from ...models.families import families
+from ...models.families.base import Head, Weight, oriented
+from ...models.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
+from ...models.stack import Stack
+
+ROOT = "base_model.model."  # what PEFT puts before every name
+PROJECTION = "lm_head"  # what transformers' modules call a decoder's projection to its vocabulary; GPT-NeoX's files say `embed_out`
+
+_KINDS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """What can bear LoRA in PEFT: a module, or a parameter of a module of another kind (`target_parameters`).
+
+    Attributes:
+        name: from the root of the PyTorch model; a parameter's own name where it is one.
+        site: the stacked weight of ours that it is a layer of.
+        layer: which layer; 0 where it is not stacked.
+    """
+
+    name: str
+    site: Site
+    layer: int
+
+    @property
+    def parameter(self) -> bool:
+        """Whether it is a parameter: a mixture's experts are 3-D ones, and its router is no `nn.Linear`."""
+        return self.site.kind == "expert" or self.site.name.rsplit(".", 1)[-1] == "router"
+
+    @property
+    def linear(self) -> bool:
+        """Whether `all-linear` means it: not an embedding, nor an output head."""
+        return self.site.kind == "linear" and self.site.names[0][0].rsplit(".", 1)[-1] not in HEADS
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One of PEFT's weights of the base.
+
+    Attributes:
+        name: from the root of the PyTorch model, `.weight` or `.bias` last.
+        module: our name of the module it belongs to, without layers.
+        variable: holds it.
+        layer: which part of it; None where it is not stacked.
+        transpose: whether PyTorch's axes are the other way round.
+    """
+
+    name: str
+    module: str
+    variable: nnx.Variable
+    layer: int | None
+    transpose: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """PyTorch's."""
+        shape = tuple(self.variable.shape if self.layer is None else self.variable.shape[1:])
+        return oriented(self.name, shape) if self.transpose else shape
+
+    def read(self) -> np.ndarray:
+        """Its value, in PyTorch's axes."""
+        array = np.asarray(self.variable[...] if self.layer is None else self.variable[...][self.layer])
+        return array.transpose(oriented(self.name, range(array.ndim))) if self.transpose else array
+
+    def write(self, value: np.ndarray) -> None:
+        """Sets it to a value in PyTorch's axes, rounded to the weight's dtype."""
+        value = value.transpose(oriented(self.name, range(value.ndim))) if self.transpose else value
+        array = np.array(self.variable[...])
+        array[... if self.layer is None else self.layer] = value
+        self.variable.set_value(jnp.asarray(array))
+
+
+@dataclasses.dataclass(frozen=True)
+class Renaming:
+    """From a family's names to those from the root of a PyTorch model: `drop` goes from the start, then `put` comes there."""
+
+    drop: str = ""
+    put: str = ""
+
+    def __call__(self, name: str) -> str:
+        return self.put + name.removeprefix(self.drop)
+
+
+class PeftNames:
+    """PEFT's names for a model without adapters.
+
+    Args:
+        model: a base, or one with a head.
+        found: names of modules as a file has them, which say whether the PyTorch model bears a head; by default it does where ours does.
+        renaming: what they said, where that is known already.
+
+    Attributes:
+        modules: all that can bear LoRA, by name.
+        parameters: all weights, by name.
+    """
+
+    def __init__(self, model: nnx.Module, found: Iterable[str] = (), renaming: Renaming | None = None):
+        self._modules = dict(nnx.iter_modules(model))
+        self._tables: dict[Path, dict[str, Weight]] = {}
+        own = {name: (site, i) for site in find_sites(model) for i, name in enumerate(self._site_names(site))}
+        self.renaming = renaming or _renaming(model, list(own), list(found))
+        self.modules: dict[str, Module] = {}
+        for name, (site, layer) in own.items():
+            full = self._root(name, site.path)
+            module = Module(full, site, layer)
+            if module.parameter and site.kind == "linear":
+                module = dataclasses.replace(module, name=f"{full}.weight")
+            self.modules[module.name] = module
+        self.parameters = {p.name: p for p in self._parameters(model)}
+
+    def _site_names(self, site: Site) -> list[str]:
+        kind = "embedding" if site.kind == "embedding" else "kernel"
+        name = self._weight((*site.path, kind)).parameter.removesuffix(".weight")
+        return [name.replace("{i}", str(i)) for i in range(len(site.names))]
+
+    def _root(self, name: str, path: Path) -> str:
+        """A name of the base's, from the root; a head's names are from there already."""
+        return self.renaming(name) if self._base_of(path) is not None else name
+
+    def _base_of(self, path: Path) -> Path | None:
+        return next((path[:i] for i in range(len(path)) if isinstance(self._modules.get(path[:i]), Encoder | Decoder)), None)
+
+    def _table(self, path: Path) -> dict[str, Weight]:
+        """The family's table for the base or the head at a path; empty where the base was not loaded from a checkpoint."""
+        if path not in self._tables:
+            module: Any = self._modules[path]
+            if isinstance(module, Classifier):
+                head = head_of(module)
+                self._tables[path] = {} if head is None else head.weights()
+            else:
+                table = {} if module.origin is None else families()[module.origin.model_type].weights(module.config)
+                projection = {k: dataclasses.replace(w, name=f"{PROJECTION}.weight") for k, w in table.items() if k == "lm_head.kernel"}
+                self._tables[path] = table | projection
+        return self._tables[path]
+
+    def _parameters(self, model: nnx.Module) -> Iterable[Parameter]:
+        for path, variable in nnx.iter_graph(model):
+            if not isinstance(variable, nnx.Param) or path[-1] not in _KINDS:
+                continue
+            weight = self._weight(path)
+            for layer in weight.layers(variable.shape[0]):
+                name = self._root(weight.of_layer(layer), path)
+                yield Parameter(name, logical_name(path[:-1]), variable, layer, weight.transpose)
+
+    def _weight(self, path: Path) -> Weight:
+        """The family's table, or else our own name with PyTorch's words for the parameter."""
+        for cut in (path[:i] for i in range(len(path))):
+            if isinstance(self._modules.get(cut), Encoder | Decoder | Classifier):
+                weight = self._table(cut).get(logical_name(path[len(cut) :]))
+                if weight is not None:
+                    return weight
+        stacked = any(isinstance(self._modules.get(path[:i]), Stack) for i in range(len(path)))
+        name = names_of(self._modules, path[:-1], "{i}" if stacked else None)[-1]
+        return Weight(f"{name}.{_KINDS[path[-1]]}", transpose=path[-1] == "kernel")
+
+
+# The parameters of a mixture's module, in its order.
+_EXPERTS = ("gate_up_proj", "down_proj")
+
+
+def factor_keys(module: Module, adapted: Collection[str]) -> tuple[str, str]:
+    """The names of a module's A and B in a file.
+
+    Args:
+        module: what bears them.
+        adapted: names of all that bear some: of two parameters in one module the later is wrapped around the earlier.
+    """
+    owner, _, own = module.name.rpartition(".")
+    stem = ROOT + (owner if module.parameter else module.name)
+    if module.site.kind == "expert":
+        stem += ".base_layer" * sum(f"{owner}.{later}" in adapted for later in _EXPERTS[_EXPERTS.index(own) + 1 :])
+    if module.site.kind == "embedding":
+        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def to_file(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Factors (..., inputs, rank) and (..., rank, outputs) as PEFT's files hold them: A (rank, inputs) and B (outputs, rank).
+
+    Of experts A is (experts * rank, inputs) with an expert's ranks together, and B (outputs, rank * experts) with a rank's experts
+    together.
+    """
+    if a.ndim == 2:
+        return a.T, b.T
+    return a.swapaxes(1, 2).reshape(-1, a.shape[1]), b.transpose(2, 1, 0).reshape(b.shape[2], -1)
+
+
+def from_file(a: np.ndarray, b: np.ndarray, experts: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """What `to_file` takes, of what it gives."""
+    if experts is None:
+        return a.T, b.T
+    return a.reshape(experts, -1, a.shape[1]).swapaxes(1, 2), b.reshape(len(b), -1, experts).transpose(2, 1, 0)
+
+
+def head_of(model: Classifier) -> Head | None:
+    """The head as the base's family has it; None where the base was not loaded from a checkpoint."""
+    origin, kind = model.base.origin, head_kind(model)
+    return None if origin is None or kind is None else families()[origin.model_type].heads(origin.config).get(kind)
+
+
+def head_kind(model: Classifier) -> str | None:
+    """What `models/head_shape.py` calls the kind of head."""
+    kinds = {SequenceClassifier: "classification", TokenClassifier: "token_classification", QuestionAnswerer: "question_answering"}
+    return next((kind for one, kind in kinds.items() if isinstance(model, one)), None)
+
+
+def _renaming(model: nnx.Module, own: list[str], found: list[str]) -> Renaming:
+    """How a file names the base's modules; with nothing found, as transformers does for a model with our head."""
+    usual = Renaming()
+    classifier = next((m for _, m in nnx.iter_modules(model) if isinstance(m, Classifier)), None)
+    if classifier is not None and classifier.base.origin is not None:
+        head = head_of(classifier)
+        drop, put = (head and head.renamed) or ("", "")
+        if isinstance(classifier.base, Encoder):
+            put = families()[classifier.base.origin.model_type].prefixes[-1]
+        usual = Renaming(drop, put)
+    found_names = set(found)
+    if any(usual(name) in found_names for name in own):
+        return usual
+    for name in found:
+        for ours in own:
+            if name.endswith("." + ours):
+                return Renaming(put=name.removesuffix(ours))
+            if ours.endswith("." + name):
+                return Renaming(drop=ours.removesuffix(name))
+    return usual

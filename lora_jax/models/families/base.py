@@ -1,0 +1,250 @@
+"""What a family's file is written with: where parameters come from (`Weight`), heads, and readers of a Hugging Face config."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from ...errors import InputError
+from ..head_shape import HeadShape
+from ..layers import BlockConfig
+
+
+def oriented(name: str, axes: Sequence[Any]) -> tuple[Any, ...]:
+    """PyTorch's axes of a weight in our order, or ours in PyTorch's: reversed, but for the first of a stack of experts."""
+    kept = 1 if ".experts." in name and len(axes) == 3 else 0
+    return (*axes[:kept], *axes[kept:][::-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Where a parameter comes from.
+
+    Attributes:
+        name: a Hugging Face tensor name, `{i}` standing for the layer and `{e}` for the expert: one tensor each.
+        transpose: turns PyTorch's (..., out, in) into our (..., in, out).
+        joined: names of tensors of the same shape whose outputs come after those of `name`.
+        called: what transformers' module calls the parameter, where its files say otherwise. A file may use this name as well; it then
+            holds one tensor of what `{e}` and `joined` take apart.
+        first: the first layer that has it. Ours below hold ones: a norm that is not used there (`BlockConfig.first_norm`).
+    """
+
+    name: str
+    transpose: bool = False
+    joined: tuple[str, ...] = ()
+    called: str = ""
+    first: int = 0
+
+    @property
+    def parameter(self) -> str:
+        """The parameter's name in transformers' module."""
+        return self.called or self.name
+
+    def layers(self, depth: int) -> list[int | None]:
+        """The layers that have it, of a model of `depth`; [None] of what is no layer's."""
+        return [*range(self.first, depth)] if "{i}" in self.name else [None]
+
+    def of_layer(self, layer: int | None) -> str:
+        """The parameter's name in one of `layers`."""
+        return self.parameter.replace("{i}", str(layer))
+
+    @property
+    def leading(self) -> int:
+        """How many leading axes of the parameter count tensors: layers, experts."""
+        return ("{i}" in self.name) + ("{e}" in self.name)
+
+    def tensors(self, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int, str]]:
+        """The tensors of a parameter of this shape: where each lies along the leading axes, which of the joined ones it is, its name."""
+        for at in itertools.product(*map(range, shape[: self.leading])):
+            if at and at[0] < self.first:
+                continue
+            numbers = dict(zip((mark for mark in ("{i}", "{e}") if mark in self.name), at, strict=True))
+            for piece, name in enumerate((self.name, *self.joined)):
+                for mark, number in numbers.items():
+                    name = name.replace(mark, str(number))
+                yield at, piece, name
+
+    def found(self, names: Collection[str]) -> Weight:
+        """The same under the name by which a file of these tensors has it."""
+        other = dataclasses.replace(self, name=self.called, joined=())
+        return other if self.called and self.called.replace("{i}", "0") in names else self
+
+    def under(self, rename: Callable[[str], str]) -> Weight:
+        """The same with its names as `rename` makes them."""
+        called = rename(self.called) if self.called else ""
+        return dataclasses.replace(self, name=rename(self.name), joined=tuple(map(rename, self.joined)), called=called)
+
+    def oriented(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+        """What is said of each axis (sizes, slices) in the file's layout in ours, or the other way round."""
+        return oriented(self.parameter, shape) if self.transpose else tuple(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A head as a family's checkpoints hold it (`BertForTokenClassification` and its like).
+
+    Attributes:
+        shape: of the head.
+        modules: our module path (`classifier`, `pre_classifier`, `classifier_norm`) -> Hugging Face module path.
+        renamed: what the base's tensors are called under this head: (start of the name, what stands there instead).
+    """
+
+    shape: HeadShape
+    modules: dict[str, str]
+    renamed: tuple[str, str] | None = None
+
+    def weights(self) -> dict[str, Weight]:
+        """Parameter path -> Weight, of the head alone."""
+        linears = {ours: theirs for ours, theirs in self.modules.items() if ours != "classifier_norm"}
+        table = {f"{ours}.kernel": Weight(f"{theirs}.weight", transpose=True) for ours, theirs in linears.items()}
+        biased = {"classifier": self.shape.bias, "pre_classifier": self.shape.dense_bias}
+        table |= {f"{ours}.bias": Weight(f"{theirs}.bias") for ours, theirs in linears.items() if biased[ours]}
+        if self.shape.norm:
+            name = self.modules["classifier_norm"]
+            table["classifier_norm.scale"] = Weight(f"{name}.weight")
+            if self.shape.norm_bias:
+                table["classifier_norm.bias"] = Weight(f"{name}.bias")
+        return table
+
+
+def decoder_heads(*, tokens: str = "score", renamed: tuple[str, str] | None = None) -> Callable[[Mapping[str, Any]], dict[str, Head]]:
+    """The heads that transformers gives decoders: one linear layer, on the last token for the class of a text.
+
+    Args:
+        tokens: what the layer is called where it classifies each token.
+        renamed: see `Head`, of question answering.
+    """
+    heads = {
+        "classification": Head(HeadShape("last", bias=False), {"classifier": "score"}),
+        "token_classification": Head(HeadShape("each"), {"classifier": tokens}),
+        "question_answering": Head(HeadShape("each"), {"classifier": "qa_outputs"}, renamed=renamed),
+    }
+    return lambda _: heads
+
+
+_DECODER_HEADS = decoder_heads()
+
+
+def encoder_heads(classification: Head) -> dict[str, Head]:
+    """The heads of most encoders: one linear layer on each token, and for the class of a text what each has of its own."""
+    return {
+        "classification": classification,
+        "token_classification": Head(HeadShape("each"), {"classifier": "classifier"}),
+        "question_answering": Head(HeadShape("each"), {"classifier": "qa_outputs"}),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A Hugging Face `model_type`.
+
+    Attributes:
+        kind: `encoder` or `decoder`.
+        config: Hugging Face config and dtype -> `EncoderConfig` or `DecoderConfig`.
+        weights: our config -> {parameter path: Weight}. In a path `layers.` stands for the stack.
+        prefixes: what may stand before the names in a checkpoint (`bert.` where it was saved with a head).
+        root: what all names but those of output heads start with, unless a checkpoint was saved without any head (`model.`).
+        heads: Hugging Face config -> {kind of head: Head}.
+    """
+
+    kind: str
+    config: Callable[[Mapping[str, Any], Any], Any]
+    weights: Callable[[Any], dict[str, Weight]]
+    prefixes: tuple[str, ...] = ("",)
+    root: str = ""
+    heads: Callable[[Mapping[str, Any]], dict[str, Head]] = _DECODER_HEADS
+
+
+def required(config: Mapping[str, Any], key: str) -> Any:
+    """`config[key]`; `InputError` where it is missing."""
+    if config.get(key) is None:
+        raise InputError(f"config.json: no '{key}'.")
+    return config[key]
+
+
+def size(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
+    """`config[key]`, a whole number, `least` or more; `InputError` where it is something else, or missing without a `default`."""
+    value = config.get(key)
+    if value is None:
+        value = required(config, key) if default is None else default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"config.json: {key} = {value!r} should be a whole number, {least} or more.")
+    return value
+
+
+def width_and_heads(config: Mapping[str, Any], width: str = "hidden_size", heads: str = "num_attention_heads") -> tuple[int, int]:
+    """The sizes at these two keys, for attention whose heads share the width evenly; `InputError` where they do not."""
+    whole, parts = size(config, width), size(config, heads)
+    if whole % parts:
+        raise InputError(f"config.json: {heads} = {parts} does not divide {width} = {whole}.")
+    return whole, parts
+
+
+# Hugging Face's name of an activation -> ours.
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "tanh": "tanh",
+}
+
+
+def activation(config: Mapping[str, Any], key: str, default: str) -> str:
+    """Our name of the activation that `config[key]` names; `InputError` where there is no such."""
+    only(config, key, *_ACTIVATIONS)
+    return _ACTIVATIONS[config.get(key, default)]
+
+
+def only(config: Mapping[str, Any], key: str, *allowed: Any) -> None:
+    """`InputError` where `config` has `key` with a value that is not supported."""
+    if key in config and config[key] not in allowed:
+        raise InputError(f"config.json: {key} = {config[key]!r} is not supported (only {', '.join(map(repr, allowed))}).")
+
+
+def post_norm_block(width: int, heads: int, hidden: int, act: str, norm_eps: float, dtype: Any) -> BlockConfig:
+    """The layer that BERT and its descendants share: norms after the sums, biases everywhere, a plain MLP.
+
+    Args:
+        act: Hugging Face's name of the activation.
+    """
+    return BlockConfig(
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        hidden=hidden,
+        activation=activation({"hidden_act": act}, "hidden_act", "gelu"),
+        gated=False,
+        norm="layer",
+        norm_eps=norm_eps,
+        norm_at="residual",
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        dtype=dtype,
+    )
+
+
+def norms(names: Mapping[str, str], *, bias: bool = True, first: int = 0) -> dict[str, Weight]:
+    """Scale and bias of layer norms: our module path -> Hugging Face module path. `first` is that of `Weight`."""
+    table = {f"{ours}.scale": Weight(f"{theirs}.weight", first=first) for ours, theirs in names.items()}
+    return table | {f"{ours}.bias": Weight(f"{theirs}.bias", first=first) for ours, theirs in names.items() if bias}
+
+
+def embeddings(names: Mapping[str, str]) -> dict[str, Weight]:
+    """Tables of vectors: our module path -> Hugging Face module path."""
+    return {f"{ours}.embedding": Weight(f"{theirs}.weight") for ours, theirs in names.items()}
+
+
+def projections(names: Mapping[str, str], *, bias: bool, transpose: bool = True) -> dict[str, Weight]:
+    """Kernel (transposed, as `nn.Linear` has it) and bias of linear layers: our module path -> Hugging Face module path."""
+    table = {f"{ours}.kernel": Weight(f"{theirs}.weight", transpose) for ours, theirs in names.items()}
+    if bias:
+        table |= {f"{ours}.bias": Weight(f"{theirs}.bias") for ours, theirs in names.items()}
+    return table

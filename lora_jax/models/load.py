@@ -1,0 +1,262 @@
+"""Loading: a checkpoint's tensors, one at a time, into the stacked parameters of a model, wherever a mesh wants them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypedDict, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from ..errors import InputError
+from ..parallel.mesh import parameter_sharding
+from ..weights.load import open_checkpoint
+from ..weights.provenance import Origin
+from .decoder import Decoder
+from .encoder import Encoder
+from .families import find_family
+from .families.base import Family, Head, Weight
+from .head_shape import HEADS, HeadShape
+from .heads import Classifier, add_head, check_head
+from .layers import AXES
+
+Base = Encoder | Decoder
+
+# Kind of head -> how the names of transformers' classes that have one end.
+_ARCHITECTURES = dict(zip(HEADS, ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"), strict=True))
+
+
+class BaseFiles:
+    """A pretrained base before it is loaded: headers and config are read, no weights.
+
+    Args:
+        source: a Hugging Face folder, a .safetensors or .gguf file, `hf://org/name[@revision]`, `package://import_name/path`.
+        dtype: of weights and matmuls, `float32` or `bfloat16`.
+        remat: what each layer keeps for the backward pass: `none` (all but weight slices), `dots` (matmul results), `full` (its input).
+        scan_layers: one loop over the layers; otherwise each is compiled by itself (`Stack.scan`).
+        dropout: rate of the model's own dropout while training: on the embeddings, attention's shares and each sub-layer's output.
+        key: what to call the source in error messages.
+        head: the kind of trained head to load with it (`models/head_shape.py`), if any.
+
+    Attributes:
+        model: the `Encoder` or `Decoder`, or with a head the `Classifier`; its parameters are shapes (`jax.ShapeDtypeStruct`).
+
+    Raises:
+        InputError: no such source, an unsupported `model_type`, damaged files or missing tensors.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        dtype: str = "float32",
+        remat: str = "dots",
+        scan_layers: bool = True,
+        dropout: float = 0.0,
+        key: str = "model.source",
+        head: str | None = None,
+    ):
+        self._checkpoint = open_checkpoint(source, key=key)
+        self._where = f"{key}: {source}"
+        hf = self._checkpoint.config
+        family = find_family(hf, self._where)
+        config = family.config(hf, jnp.dtype(dtype))
+        heads = family.heads(hf)
+        names = set(self._checkpoint.names())
+        own = self._head(heads, head, names) if head is not None else None
+        prefix = _prefix(family, names)
+        if family.kind == "encoder" and prefix + "pooler.dense.weight" not in names:
+            config = dataclasses.replace(config, pooler=False)
+        if own is not None and family.kind == "decoder":
+            config = dataclasses.replace(config, tied=True)  # it projects to no vocabulary, and was saved without what would
+        # A decoder that was saved by itself, as its output heads' base, lacks what stands before its names beside them.
+        root = family.root if own is None and not any(n.startswith(family.root) for n in names) else ""
+        table = {path: w.under(lambda n: prefix + n.removeprefix(root)) for path, w in family.weights(config).items()}
+        make = Encoder if family.kind == "encoder" else Decoder
+        shapes: tuple[tuple[str, HeadShape], ...] = tuple((kind, h.shape) for kind, h in heads.items())
+
+        def build() -> Base | Classifier:
+            base = make(config, rngs=nnx.Rngs(0))
+            base.head_shapes = nnx.static(shapes)
+            if own is None or head is None:
+                return base
+            return add_head(base, head, len(class_names(hf)), rngs=nnx.Rngs(0))
+
+        self.model: Base | Classifier = nnx.eval_shape(build)
+        if isinstance(self.model, Classifier) and own is not None:
+            self.model.new, self.model.class_names = nnx.static(()), nnx.static(class_names(hf))
+            table = {f"base.{path}": _renamed(w, own) for path, w in table.items()} | own.weights()
+        self._table = {path: weight.found(names) for path, weight in table.items()}
+        self._check_names(names)
+        base = self.base
+        base.layers.remat, base.layers.scan, base.dropout = remat, scan_layers, dropout
+        base.site_aliases = nnx.static(aliases(family.weights(config)))
+        base.origin = nnx.static(Origin.of(source, hf, prefix))
+
+    @property
+    def base(self) -> Base:
+        """The `Encoder` or `Decoder` of it."""
+        return self.model.base if isinstance(self.model, Classifier) else self.model
+
+    def stored_dtypes(self) -> dict[str, np.dtype]:
+        """Parameter path (`layers.attn.q_proj.kernel`) -> the dtype it has in the checkpoint; what is quantised there is float32."""
+        names = {path: w.name.replace("{i}", str(w.first)).replace("{e}", "0") for path, w in self._table.items()}
+        return {path: self._checkpoint.dtype(name) for path, name in names.items()}
+
+    def _head(self, heads: dict[str, Head], kind: str, names: set[str]) -> Head:
+        """A kind of head as this checkpoint has it; `InputError` where it has none."""
+        check_head(kind)
+        # Several kinds may go by the same tensor names: what the checkpoint says it is decides.
+        saved = [
+            k for k, suffix in _ARCHITECTURES.items() if any(a.endswith(suffix) for a in self._checkpoint.config.get("architectures") or [])
+        ]
+        missing = sorted(w.name for w in heads[kind].weights().values() if w.name not in names)
+        if missing or (saved and kind not in saved):
+            why = f"no tensor '{missing[0]}'" if missing else f"it has one for {saved[0]}"
+            raise InputError(f"{self._where}: holds no trained head for {kind} ({why}). A new one is made by add_head, or task.head: new.")
+        return heads[kind]
+
+    def load(self, mesh: Mesh | None = None) -> Base | Classifier:
+        """The model with its weights.
+
+        Args:
+            mesh: where they are put, by their logical axes, as they are read; a process reads what lies on its own devices. None: on
+                the default device.
+
+        Raises:
+            InputError: a tensor has a wrong shape.
+        """
+        graphdef, state = nnx.split(self.model)
+        filled = []
+        for path, variable in nnx.to_flat_state(state):
+            axes = variable.get_metadata().get(AXES, (None,) * len(variable.shape))
+            sharding = None if mesh is None else parameter_sharding(mesh, variable.shape, axes)
+            filled.append((path, variable.replace(self._read(self._weight(path), variable.shape, variable.dtype, sharding))))
+        return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+    def _weight(self, path: tuple[Any, ...]) -> Weight:
+        return self._table[".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")]
+
+    def _check_names(self, names: set[str]) -> None:
+        parameters = [(self._weight(path), v.shape) for path, v in nnx.to_flat_state(nnx.state(self.model))]
+        missing = sorted({name for weight, shape in parameters for _, _, name in weight.tensors(shape)} - names)
+        if missing:
+            raise InputError(f"{self._where}: {len(missing)} tensors are missing, among them {', '.join(missing[:4])}.")
+
+    def _read(self, weight: Weight, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
+        """One parameter. Host memory holds the part of it that lies on this process's devices, and one tensor of it more."""
+        lead, pieces = weight.leading, 1 + len(weight.joined)
+        wanted = (*shape[lead:-1], shape[-1] // pieces)  # of each tensor
+        for _, _, name in weight.tensors(shape):
+            found = weight.oriented(self._checkpoint.shape(name))
+            if found != wanted:
+                raise InputError(f"{self._where}: '{name}' has shape {found}, the config asks for {wanted}.")
+        box = [(0, size) for size in shape] if sharding is None else _own_part(sharding, shape)
+        part = np.empty([stop - start for start, stop in box], dtype)
+        if weight.first:
+            part[...] = 1
+        first, last = box[-1]
+        for at, piece, name in weight.tensors(shape):
+            # What of this piece's outputs is in the box.
+            start, stop = (min(max(edge - piece * wanted[-1], 0), wanted[-1]) for edge in (first, last))
+            if start == stop or any(not lo <= i < hi for i, (lo, hi) in zip(at, box, strict=False)):
+                continue
+            inner = (*(slice(*bounds) for bounds in box[lead:-1]), slice(start, stop))
+            array = self._checkpoint.read_slice(name, weight.oriented(inner))
+            place = piece * wanted[-1] + start - first
+            index = (*(i - lo for i, (lo, _) in zip(at, box, strict=False)), ..., slice(place, place + stop - start))
+            part[index] = array.transpose(weight.oriented(range(array.ndim)))
+        if sharding is None:
+            return jax.block_until_ready(jnp.asarray(part))
+
+        def cut(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            bounds = [s.indices(size) for s, size in zip(index, shape, strict=True)]
+            return part[tuple(slice(lo - first, hi - first) for (lo, hi, _), (first, _) in zip(bounds, box, strict=True))]
+
+        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, cut))
+
+
+class _Options(TypedDict, total=False):
+    """What `load_model` takes whatever it loads."""
+
+    dtype: str
+    remat: str
+    scan_layers: bool
+    dropout: float
+    key: str
+    mesh: Mesh | None
+
+
+@overload
+def load_model(source: str, *, head: None = ..., **options: Unpack[_Options]) -> Base: ...
+
+
+@overload
+def load_model(source: str, *, head: str, **options: Unpack[_Options]) -> Classifier: ...
+
+
+@overload
+def load_model(source: str, *, head: str | None, **options: Unpack[_Options]) -> Base | Classifier: ...
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "float32",
+    remat: str = "dots",
+    scan_layers: bool = True,
+    dropout: float = 0.0,
+    key: str = "model.source",
+    mesh: Mesh | None = None,
+    head: str | None = None,
+) -> Base | Classifier:
+    """A pretrained base: `BaseFiles(source, ...).load(mesh)`.
+
+    Args:
+        head: `classification`, `token_classification` or `question_answering` loads a checkpoint that was saved with such a head, head
+            and all; a base alone bears a new one after `add_head`.
+
+    Returns:
+        an `Encoder` or `Decoder`, or with `head` a `Classifier`. Host memory stays below the weights that lie on this process's devices
+        plus one stacked parameter.
+
+    Raises:
+        InputError: no such source, an unsupported `model_type`, damaged files, missing tensors or wrong shapes, no such head.
+    """
+    return BaseFiles(source, dtype=dtype, remat=remat, scan_layers=scan_layers, dropout=dropout, key=key, head=head).load(mesh)
+
+
+def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that a checkpoint's config names, in order; two where it says nothing (transformers' default)."""
+    named = hf.get("id2label")
+    if isinstance(named, Mapping) and named and all(str(i).isdecimal() for i in named):
+        return tuple(str(named[i]) for i in sorted(named, key=int))
+    return tuple(f"LABEL_{i}" for i in range(hf.get("num_labels") or 2))
+
+
+def _renamed(weight: Weight, head: Head) -> Weight:
+    """Where a parameter of the base comes from in a checkpoint that was saved with a head."""
+    old, new = head.renamed or ("", "")
+    return weight.under(lambda name: new + name.removeprefix(old) if name.startswith(old) else name)
+
+
+def _own_part(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """`(start, stop)` per axis of the smallest block that holds what lies on this process's devices."""
+    indices = list(sharding.addressable_devices_indices_map(shape).values())
+    bounds = [[s.indices(size)[:2] for s, size in zip(index, shape, strict=True)] for index in indices if index is not None]
+    return [(min(b[axis][0] for b in bounds), max(b[axis][1] for b in bounds)) for axis in range(len(shape))]
+
+
+def _prefix(family: Family, names: set[str]) -> str:
+    return next((p for p in family.prefixes if p and any(n.startswith(p) for n in names)), "")
+
+
+def aliases(table: dict[str, Weight]) -> tuple[tuple[str, str], ...]:
+    """Module path -> Hugging Face module path, from the parameters' names."""
+    pairs = {path.rpartition(".")[0]: w.parameter.removesuffix(".weight") for path, w in table.items() if not path.endswith(".bias")}
+    return tuple(sorted(pairs.items()))

@@ -1,0 +1,214 @@
+"""`training.pack: auto`: which way of running a pack is fastest on the device at hand, found by running a few steps of each.
+
+How the packs of a run are run, where the config leaves that open: chosen once, kept in the run directory, and taken from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import InputError, OutOfMemory, is_out_of_memory
+from ..parallel.processes import is_writer, process_count
+from ..tracking import RunDirectory, read_json, write_json
+from ..training.setup import Setup, setup_key
+from ..training.trunk import Prefix
+from .execution import SCAN, VMAP, PackMode, told_mode
+from .pack import Pack, static_key
+
+# Runs of fewer steps are over before a measurement has paid for itself: it takes about ten steps, and compiles two more programs.
+WORTH_MEASURING = 200
+_TIMED_STEPS = 2
+# Numbers in one member's hidden states from which it keeps a CPU busy by itself: members side by side only fill the caches then
+# (8 members of the quickstart, 344,000 numbers each, on 2 cores: 2.9 s a step scanned, 3.7 s side by side; the tests' models: 10,000).
+_BUSY_CPU = 100_000
+# Another way must be faster than side by side by more than this share: a choice should not hang on what else the machine does.
+_MARGIN = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen, and why.
+
+    Attributes:
+        mode: how the pack will run.
+        why: in words.
+        seconds: name of each mode that was measured -> seconds a step; empty where nothing was.
+        device: it was measured on.
+    """
+
+    mode: PackMode
+    why: str
+    seconds: dict[str, float]
+    device: str
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"mode": self.mode.name, "width": self.mode.width, "why": self.why, "seconds_per_step": self.seconds, "device": self.device}
+
+    @classmethod
+    def load(cls, facts: dict[str, Any]) -> Choice:
+        """What `dump` gave."""
+        return cls(PackMode(facts["width"]), facts["why"], facts["seconds_per_step"], facts["device"])
+
+
+def choose(pack: Pack, setup: Setup, prefix: Prefix | None) -> Choice:
+    """Chooses a mode for a pack that is about to train, and leaves it with that mode's programs, compiled if they were measured.
+
+    Each mode takes a few steps from copies of the pack's state on the first batch, as it will be in training; the state itself is
+    left alone. Modes that do not fit into memory are passed over. What the other modes compile is no part of the pack's own count.
+
+    Args:
+        pack: at whatever state.
+        setup: its data.
+        prefix: what its members have in common.
+    """
+    device = jax.devices()[0].device_kind
+    candidates = _candidates(pack, setup)
+    if len(candidates) == 1:
+        return Choice(VMAP, "there is one member on a device", {}, device)
+    if setup.steps < WORTH_MEASURING or process_count() > 1:
+        why = "several processes train together" if process_count() > 1 else f"a run of {setup.steps} steps is too short to measure"
+        if _keeps_cpu_busy(setup):
+            return Choice(SCAN, f"{why}, and one such member keeps a CPU busy", {}, device)
+        return Choice(_first_that_fits(pack, setup, prefix, candidates), why, {}, device)
+    batch = first_batch(pack, setup, prefix)
+    seconds: dict[PackMode, float] = {}
+    programs = {}
+    for mode in candidates:
+        pack.use_mode(mode)
+        try:
+            seconds[mode] = _measure(pack, batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            continue
+        programs[mode] = pack.programs
+    if not seconds:
+        return Choice(SCAN, "no other way fits into memory", {}, device)  # nor does this, and training will say so
+    best = min(seconds, key=lambda mode: seconds[mode])
+    if VMAP in seconds and seconds[best] > (1 - _MARGIN) * seconds[VMAP]:
+        best = VMAP
+    pack.programs = programs[best]
+    return Choice(best, "measured", {mode.name: round(s, 6) for mode, s in seconds.items()}, device)
+
+
+def first_batch(pack: Pack, setup: Setup, prefix: Prefix | None) -> dict[str, jax.Array]:
+    """The first training batch as the pack's step takes it."""
+    return setup.step_inputs(0, setup.plan.batch(0), prefix)
+
+
+def _candidates(pack: Pack, setup: Setup) -> list[PackMode]:
+    """From most memory to least."""
+    own = -(-len(pack.configs) // setup.mesh.shape["sweep"])
+    chunk = pack.configs[0].training.chunk
+    return [VMAP] + [PackMode(width) for width in sorted({chunk, 1}, reverse=True) if width < own]
+
+
+def _keeps_cpu_busy(setup: Setup) -> bool:
+    if jax.default_backend() != "cpu":
+        return False
+    return setup.plan.batch(0)["tokens"][0].size * setup.base.config.block.width >= _BUSY_CPU
+
+
+def _first_that_fits(pack: Pack, setup: Setup, prefix: Prefix | None, candidates: list[PackMode]) -> PackMode:
+    if pack.programs.train.limit is None:
+        return candidates[0]
+    for mode in candidates:
+        pack.use_mode(mode)
+        try:
+            check_fits(pack, setup, prefix)
+        except OutOfMemory:
+            continue
+        return mode
+    return candidates[-1]
+
+
+def check_fits(pack: Pack, setup: Setup, prefix: Prefix | None) -> None:
+    """Compiles a pack's programs where there is a limit of memory, before anything is trained.
+
+    Raises:
+        OutOfMemory: one of them needs more.
+    """
+    programs = pack.programs
+    if programs.train.limit is None:
+        return
+    programs.train.prepare(pack.state, pack.fixed, pack.part.frozen, first_batch(pack, setup, prefix), np.int32(0))
+    held_out = setup.held_out_inputs(next(iter(setup.plan.eval_batches())), prefix)
+    programs.evaluate.prepare(pack.state.trainable, pack.fixed.settings, pack.part.frozen, held_out)
+
+
+def _measure(pack: Pack, batch: dict[str, jax.Array]) -> float:
+    """Seconds of a step, the fastest of a few; the first, which compiles, is not timed."""
+    state = jax.tree.map(jnp.copy, pack.state)
+    times = []
+    for step in range(1 + _TIMED_STEPS):
+        began = time.perf_counter()
+        state, metrics = pack.programs.train(state, pack.fixed, pack.part.frozen, batch, np.int32(step))
+        jax.block_until_ready((state, metrics))
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+_FILE = "mode.json"
+
+
+class PackModes:
+    """The choices of a run, one a pack, each beside the pack's checkpoints; packs that are alike in what is static share one.
+
+    Args:
+        run: the run.
+    """
+
+    def __init__(self, run: RunDirectory):
+        self._run = run
+        self._by_kind: dict[str, Choice] = {}
+        for file in sorted((run.path / "checkpoints").glob(f"*/{_FILE}")):
+            try:
+                facts = read_json(file)
+                self._by_kind.setdefault(facts["kind"], Choice.load(facts))
+            except (InputError, KeyError, TypeError):
+                continue  # damaged: chosen anew
+
+    def settle(self, names: Sequence[str], pack: Pack, setup: Setup, prefix: Prefix | None) -> str | None:
+        """Gives a pack the programs of its mode.
+
+        Args:
+            names: of its members.
+            pack: about to train.
+            setup: its data.
+            prefix: what its members have in common.
+
+        Returns:
+            what was chosen and why, for the console; None where there was nothing to choose.
+        """
+        config = pack.configs[0]
+        if told_mode(config) is not None or len(names) == 1:
+            return None
+        kind = hashlib.sha256(repr((setup_key(config), static_key(config))).encode()).hexdigest()[:12]
+        file = self._run.checkpoints(names) / _FILE
+        known = self._recorded(file) or self._by_kind.get(kind)
+        choice = known or choose(pack, setup, prefix)
+        if choice.mode != pack.programs.mode:
+            pack.use_mode(choice.mode)
+        self._by_kind.setdefault(kind, choice)
+        if is_writer() and not file.exists():
+            write_json(file, {"kind": kind, "members": len(names)} | choice.dump())
+        if not choice.seconds:
+            return f"runs as {choice.mode.name}: {choice.why}"
+        figures = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in choice.seconds.items())
+        return f"runs as {choice.mode.name}; {'measured' if known is None else 'as measured before'} on {choice.device}: {figures} a step"
+
+    def _recorded(self, file: Path) -> Choice | None:
+        try:
+            return Choice.load(read_json(file))
+        except (InputError, KeyError, TypeError):
+            return None

@@ -1,0 +1,137 @@
+"""How one compiled program runs the members of a pack: side by side, one after the other, or some at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..adapters.partition import Arrays, Partition, even_members, member_shardings
+from ..config.schema import Config
+from ..parallel.program import Program, compiler_options
+from ..training.step import Batch, Evaluated, MemberFixed, MemberState, Metrics, eval_step, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class PackMode:
+    """How many members a device runs side by side (`jax.vmap`); a loop in the program goes over the rest.
+
+    Side by side they fill the device, and all their activations are in memory at once. One after the other they take the memory of
+    one, and each is computed by itself: no member changes a bit of another.
+
+    Attributes:
+        width: members at a time on each device of the `sweep` axis; None: all of them.
+    """
+
+    width: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`vmap`, `scan`, or such as `chunks of 4`."""
+        return "vmap" if self.width is None else "scan" if self.width == 1 else f"chunks of {self.width}"
+
+    def over_members(self, function: Callable[..., Any], part: Partition, mesh: Mesh | None) -> Callable[..., Any]:
+        """`function` of one member's trees as a function of stacked ones, (members, ...).
+
+        Where members do not divide into equal shares, the last is repeated, and what comes of the repeated ones is dropped.
+
+        Args:
+            function: of trees to a tree.
+            part: tells how member arrays lie.
+            mesh: where they lie; None where that is one device.
+        """
+        devices = 1 if mesh is None else mesh.shape["sweep"]
+        vmapped = jax.vmap(function, spmd_axis_name=None if mesh is None else "sweep")
+
+        def run(*trees: Any) -> Any:
+            members = len(jax.tree.leaves(trees)[0])
+            own = -(-members // devices)
+            rounds = -(-own // (self.width or own))
+            size = -(-own // rounds)
+            even = even_members(part, mesh, trees, devices * rounds * size)
+            if self.width is None:
+                results = vmapped(*even)
+            else:
+                one = size * devices == 1
+
+                def at(index: jax.Array) -> Any:
+                    taken = jax.tree.map(lambda a: a[index], cut)
+                    return jax.tree.map(lambda a: a[None], function(*(jax.tree.map(lambda a: a[0], taken)))) if one else vmapped(*taken)
+
+                cut = _cut(part, mesh, even, devices, rounds)
+                results = jax.tree.map(lambda a: _joined(a, devices), jax.lax.map(at, jnp.arange(rounds)))
+            return jax.tree.map(lambda a: a[:members], results)
+
+        return run
+
+
+def _cut(part: Partition, mesh: Mesh | None, tree: Any, devices: int, rounds: int) -> Any:
+    """(members, ...) as (rounds, members of a round, ...): each round takes as many from each device's own."""
+
+    def leaf(a: jax.Array) -> jax.Array:
+        grouped = a.reshape(devices, rounds, -1, *a.shape[1:])
+        return jnp.swapaxes(grouped, 0, 1).reshape(rounds, -1, *a.shape[1:])
+
+    cut = jax.tree.map(leaf, tree)
+    if mesh is None or devices == 1:
+        return cut
+    whole = member_shardings(part, mesh, tree)
+    return jax.lax.with_sharding_constraint(cut, jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), whole))
+
+
+def _joined(a: jax.Array, devices: int) -> jax.Array:
+    """What `_cut` cut, together again."""
+    grouped = a.reshape(a.shape[0], devices, -1, *a.shape[2:])
+    return jnp.swapaxes(grouped, 0, 1).reshape(-1, *a.shape[2:])
+
+
+VMAP, SCAN = PackMode(), PackMode(1)
+
+
+class PackPrograms:
+    """The compiled programs of a pack, or of packs of one form: `train` and `evaluate`, each over all members, each compiled once.
+
+    The base is an argument of both, never a constant, and is not returned. Member arrays are donated.
+
+    Args:
+        part: how the arrays make a model.
+        data_seed: of the base's own dropout.
+        mesh: where the arrays lie; None where that is one device.
+        mode: how the programs run the members.
+        limit: bytes that each may take on a device.
+    """
+
+    def __init__(self, part: Partition, data_seed: int = 0, mesh: Mesh | None = None, mode: PackMode = VMAP, limit: int | None = None):
+        self.mode = mode
+        self.in_mode = lambda other: PackPrograms(part, data_seed, mesh, other, limit)
+
+        def train(state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
+            noise = jax.random.fold_in(jax.random.key(data_seed), step)
+            return mode.over_members(lambda s, f: train_step(part, s, f, frozen, batch, step, noise), part, mesh)(state, fixed)
+
+        def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
+            return mode.over_members(lambda t, s: eval_step(part, t, s, frozen, batch), part, mesh)(trainable, settings)
+
+        options = compiler_options()
+        self.train = Program(train, "training", carries=True, mesh=mesh, limit=limit, options=options)
+        self.evaluate = Program(evaluate, "evaluation", mesh=mesh, limit=limit, options=options)
+
+    @property
+    def compiled(self) -> int:
+        """How many programs were compiled so far."""
+        return self.train.traces.count + self.evaluate.traces.count
+
+    def check(self) -> None:
+        """`RunError` unless each program was compiled at most once."""
+        self.train.traces.check_once("training")
+        self.evaluate.traces.check_once("evaluation")
+
+
+def told_mode(config: Config) -> PackMode | None:
+    """The mode that a config names; None for `auto`."""
+    training = config.training
+    return {"auto": None, "vmap": VMAP, "scan": SCAN, "chunk": PackMode(training.chunk)}[training.pack]

@@ -1,0 +1,255 @@
+"""A pack: members stacked on a leading axis, over one base.
+
+Members half-way, moved from the packs they trained in to another: the winners of a rung go on together, without the rest.
+
+A member's arrays are cut out of the padded shapes of its old pack and put into those of the new one; padding is zero in both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from ..adapters.inject import draw_head, fill_member, inject_structure
+from ..adapters.layout import MemberSpec, Structure, resolve, unite
+from ..adapters.partition import Arrays, Partition, member_shardings, partition, stack_members, update_mask
+from ..config.schema import Config
+from ..errors import RunError
+from ..parallel.mesh import to_host
+from ..parallel.program import memory_limit
+from ..training.checkpoint import Saved
+from ..training.optimizer import hyper_of
+from ..training.step import MemberFixed, MemberState, init_member
+from .execution import VMAP, PackMode, PackPrograms
+
+# An index into one array of a member; None: it has no part of it.
+Window = tuple[Any, ...] | None
+# Packs of equal form on one set-up compile to equal programs.
+Form = Hashable
+
+
+@dataclasses.dataclass
+class Pack:
+    """Members that train inside one compiled step.
+
+    Attributes:
+        configs: one a member.
+        specs: what each adapts.
+        structure: the shapes that hold all.
+        part: the adapted model in parts; `part.frozen` is the base.
+        state, fixed: the members' arrays, stacked: (members, ...).
+        programs: the compiled step and evaluation.
+    """
+
+    configs: Sequence[Config]
+    specs: list[MemberSpec]
+    structure: Structure
+    part: Partition
+    state: MemberState
+    fixed: MemberFixed
+    programs: PackPrograms
+
+    @classmethod
+    def build(
+        cls,
+        model: nnx.Module,
+        configs: Sequence[Config],
+        steps: int,
+        mesh: Mesh | None = None,
+        mode: PackMode = VMAP,
+        company: Sequence[Config] = (),
+    ) -> Pack:
+        """Puts the members on one base, each at its own step 0.
+
+        Args:
+            model: the base with the task's head, without adapters.
+            configs: one a member; alike in what is static (`static_key`).
+            steps: optimizer steps each will take, for the schedules.
+            mesh: where the base lies, and the members' arrays beside it (`adapters/placement.py`).
+            mode: how the compiled programs run the members.
+            company: other members that the arrays are to have room for.
+        """
+        specs = [resolve(model, c.adapter) for c in configs]
+        structure = unite(model, specs + [resolve(model, c.adapter) for c in company])
+        adapted = inject_structure(model, structure)
+        part = partition(adapted)
+        members = []
+        for config, spec in zip(configs, specs, strict=True):
+            fill_member(adapted, spec, config.training.seed)
+            draw_head(adapted, config.training.seed)
+            filled = partition(adapted)
+            members.append((filled.trainable, MemberFixed(hyper_of(config, steps), filled.settings, update_mask(part, spec, structure))))
+        trainable, fixed = (stack_members(part, mesh, column) for column in zip(*members, strict=True))
+        init = jax.vmap(lambda t, f: init_member(part, t, f))
+        layouts = None if mesh is None else member_shardings(part, mesh, jax.eval_shape(init, trainable, fixed))
+        state = jax.jit(init, out_shardings=layouts)(trainable, fixed)
+        programs = PackPrograms(part, configs[0].training.data_seed, mesh, mode, memory_limit(configs[0]))
+        return cls(configs, specs, structure, part, state, fixed, programs)
+
+    @property
+    def form(self) -> Form:
+        """What decides the pack's programs, beside its set-up and how its members are run."""
+        return form_of(self.configs, self.structure)
+
+    def use_mode(self, mode: PackMode) -> None:
+        """Gives the pack other programs, yet to be compiled, that run its members in another way."""
+        self.programs = self.programs.in_mode(mode)
+
+    def windows(self, model: nnx.Module, index: int) -> dict[str, Window]:
+        """Where a member's own part lies in each trainable array, (members, ...) without the first axis; None where it has none.
+
+        The rest is padding: ranks beyond its own, layers below its lowest.
+        """
+        own = {s.site.name: s for s in unite(model, [self.specs[index]]).sites}
+        shared = {s.site.name: s for s in self.structure.sites}
+        found: dict[str, Window] = {}
+        for name in self.part.labels:
+            site, _, factor = name.rpartition(".")
+            if factor not in ("lora_a", "lora_b"):
+                found[name] = (...,)
+            elif site not in own:
+                found[name] = None
+            else:
+                layers = () if own[site].layers is None else (slice(own[site].first - shared[site].first, None),)
+                rank = slice(own[site].rank)
+                found[name] = (*layers, ..., rank) if factor == "lora_a" else (*layers, ..., rank, slice(None))
+        return found
+
+    def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> dict[str, Any]:
+        """One member's trainable arrays in the shapes it has alone, on the host."""
+        windows = self.windows(model, index)
+        return {name: to_host(array[index])[window] for name, array in trainable.items() if (window := windows[name]) is not None}
+
+    def parameter_count(self, index: int) -> int:
+        """How many numbers one member trains, its padding not counted."""
+        return trainable_count(self.part, self.specs[index], self.structure)
+
+
+def trainable_count(part: Partition, spec: MemberSpec, structure: Structure) -> int:
+    """Trained numbers of a member: rank * (in + out) for each adapted layer (and expert) of a site, and all of the rest that trains."""
+    total = sum(
+        int(spec.sites[s.site.name].ranks.sum()) * (s.site.experts or 1) * (s.site.inputs + s.site.outputs)
+        for s in structure.sites
+        if s.site.name in spec.sites
+    )
+    mask = update_mask(part, spec, structure) or {}
+    for name, array in part.trainable.items():
+        if not name.endswith((".lora_a", ".lora_b")):
+            layers = float(jnp.mean(mask[name])) if name in mask else 1.0
+            total += round(array.size * layers)
+    return total
+
+
+def static_key(config: Config) -> tuple[object, ...]:
+    """What must be equal for members to share a pack: everything but adapter numbers, optimizer numbers and the seed."""
+    adapter, training = config.adapter, config.training
+    return (
+        adapter.method,
+        adapter.bias,
+        tuple(adapter.modules_to_save),
+        config.model.model_dump_json(),
+        config.task.model_dump_json(),
+        training.model_dump_json(exclude={"seed"}),
+    )
+
+
+def form_of(configs: Sequence[Config], structure: Structure) -> Form:
+    """The form of a pack of these members, whose arrays have these shapes."""
+    return static_key(configs[0]), structure, len(configs)
+
+
+Source = tuple[Pack, int, Saved]
+
+
+def repack(model: nnx.Module, sources: Sequence[Source], target: Pack) -> Saved:
+    """What a checkpoint of `target` would say, had its members trained in it from the start.
+
+    Args:
+        model: the base that all packs stand on.
+        sources: for each member of `target` the pack it was in, its place there, and that pack's checkpoint; all of one step.
+        target: the new pack, freshly built.
+
+    Raises:
+        RunError: the checkpoints are of different steps.
+    """
+    steps = {saved.step for _, _, saved in sources}
+    if len(steps) != 1:
+        raise RunError(f"members of steps {', '.join(map(str, sorted(steps)))} cannot go on in one pack")
+    windows = [(pack.windows(model, index), target.windows(model, k)) for k, (pack, index, _) in enumerate(sources)]
+    state = _moved(target.state, [saved.state for _, _, saved in sources], [i for _, i, _ in sources], windows)
+    best = None
+    if all(saved.best is not None for _, _, saved in sources):
+        best = _moved(target.state.trainable, [saved.best for _, _, saved in sources], [i for _, i, _ in sources], windows)
+    return Saved(steps.pop(), state, best, _loop([(index, saved.loop) for _, index, saved in sources]))
+
+
+def _moved(like: Any, trees: Sequence[Any], places: Sequence[int], windows: Sequence[tuple[dict[str, Window], dict[str, Window]]]) -> Any:
+    """A tree as `like`, (members, ...), each member's part taken from its place in its own tree."""
+    olds = [{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in trees]
+
+    def leaf(path: Any, fresh: jax.Array) -> jax.Array:
+        last = path[-1]
+        name = last.key if isinstance(last, jax.tree_util.DictKey) else ""
+        rows = np.array(to_host(fresh))  # a site that a member lacks is as it was built: zero
+        for row, (old, place, (before, after)) in enumerate(zip(olds, places, windows, strict=True)):
+            found = old.get(jax.tree_util.keystr(path))
+            if name not in after:
+                if found is not None:
+                    rows[row] = to_host(found[place])
+            elif after[name] is not None:
+                assert found is not None and before[name] is not None
+                rows[row] = 0
+                rows[row][after[name]] = to_host(found[place])[before[name]]
+        return jax.device_put(rows, fresh.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def _loop(members: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+    """The loop's own numbers of members from several packs."""
+
+    def pick(*path: str) -> list[Any]:
+        found = []
+        for index, loop in members:
+            value: Any = loop
+            for part in path:
+                value = value[part]
+            found.append(value[index])
+        return found
+
+    first = members[0][1]
+    rows = range(len(first["window"]))
+    window = [{name: [loop["window"][row][name][i] for i, loop in members] for name in first["window"][row]} for row in rows]
+    return {
+        "best": {
+            "score": pick("best", "score"),
+            "step": pick("best", "step"),
+            "metrics": {name: pick("best", "metrics", name) for name in first["best"]["metrics"]},
+        },
+        "window": window,
+        "final": {name: pick("final", name) for name in first["final"]},
+        "tokens": first["tokens"],
+        "seconds": max(loop["seconds"] for _, loop in members),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One point of a sweep.
+
+    Attributes:
+        name: its swept values, short: `rank=8,targets=attention`; names its folder.
+        settings: dotted key -> value, of the swept keys.
+        config: the whole config with these values.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    config: Config

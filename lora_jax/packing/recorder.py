@@ -1,0 +1,123 @@
+"""What a pack's members do, written as it happens: TensorBoard, console, results, adapters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from ..parallel.processes import is_writer
+from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory
+from ..training.checkpoint import save_adapter
+from ..training.loop import Outcome, perplexity
+from ..training.setup import Setup
+from .pack import Member, Pack
+
+
+def _mean(losses: np.ndarray) -> float:
+    """The mean over members that have a loss; NaN where none has."""
+    finite = losses[np.isfinite(losses)]
+    return float(finite.mean()) if finite.size else float("nan")
+
+
+class Recorder:
+    """Writes what a pack's members do: TensorBoard, console, results, adapters."""
+
+    def __init__(self, run: RunDirectory, members: Sequence[Member], counts: list[int], setup: Setup, progress: Progress, title: str):
+        self.run, self.members, self.counts, self.setup = run, members, counts, setup
+        self.progress, self.title = progress, title
+        self.writers: list[MemberWriter | NullWriter] = []
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self._open.close()
+        if kind is not None:
+            for writer in self.writers:
+                with contextlib.suppress(OSError):  # a full disk is told of already
+                    writer.close("interrupted")
+
+    def on_start(self, step: int) -> None:
+        """Opens the members' event files and the progress bar."""
+        if step:
+            self.progress.print(f"{self.title}: goes on after step {step}")
+        config = self.members[0].config
+        shown = ("loss",) if self.setup.teacher else ("loss", "perplexity" if self.setup.metric == "loss" else self.setup.metric)
+        tags = [f"eval/{name}" for name in shown]
+        grid = {**config.sweep.grid, **config.sweep.zip} if config.sweep else {}
+        for member in self.members:
+            folder = self.run.member(member.name)
+            if config.tracking.tensorboard and is_writer():
+                # What an interrupted run wrote beyond this step will be written again.
+                resume_step = step if step or folder.exists() else None
+                self.writers.append(MemberWriter(folder, member.settings, metrics=tags, domains=grid, resume_step=resume_step))
+            else:
+                self.writers.append(NullWriter())
+        self.track = self._open.enter_context(self.progress.track(self.setup.steps, self.title, start=step))
+
+    def on_save(self, step: int) -> None:
+        """Brings the curves to the disk: a killed run goes on behind this step."""
+        for writer in self.writers:
+            writer.flush()
+
+    def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
+        """Scalars of the training steps."""
+        values = {n: v for n, v in metrics.items() if n != "accuracy" or self.setup.metric != "loss"}
+        if self.setup.metric == "loss" and self.setup.teacher is None:
+            values["perplexity"] = perplexity(metrics["loss"])
+        for i, writer in enumerate(self.writers):
+            scalars = {f"train/{n}": float(v[i]) for n, v in values.items()}
+            if tokens_per_second:
+                scalars["train/tokens_per_second"] = tokens_per_second
+            writer.scalars(step, scalars)
+        self.track.update(step, loss=_mean(metrics["loss"]), tokens_per_second=tokens_per_second * len(self.members))
+
+    def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        """Scalars of an evaluation."""
+        for i, writer in enumerate(self.writers):
+            writer.scalars(step, {f"eval/{n}": float(v[i]) for n, v in metrics.items()})
+
+    def finish(self, pack: Pack, outcome: Outcome, *, stopped: Collection[str] | None = None) -> None:
+        """Writes adapters, then results: a member with a result has all its files.
+
+        Args:
+            pack: the members.
+            outcome: what they came to.
+            stopped: these members alone, which lost in a rung and go no further; the others are still under way.
+        """
+        facts = self.setup.plan.summary
+        for i, member in enumerate(self.members):
+            if stopped is not None and member.name not in stopped:
+                self.writers[i].close("interrupted")  # it goes on in another pack, with a writer of its own
+                continue
+            if member.name in self.run.statuses:  # it was recorded before its pack was interrupted
+                self.writers[i].close(self.run.statuses[member.name])
+                continue
+            status = "diverged" if not outcome.alive[i] else "finished" if stopped is None else "stopped"
+            folder = self.run.member(member.name)
+            save = member.config.tracking.save
+            for kind, arrays in (("final", outcome.final_arrays), ("best", outcome.best_arrays)):
+                if save in (kind, "both"):
+                    own = pack.member_arrays(self.setup.model, i, arrays)  # in every process: all may hold a part of them
+                    if is_writer():
+                        save_adapter(folder / kind, own, self.setup.data.classes)
+            self.writers[i].close(status)
+            result = MemberResult(
+                name=member.name,
+                settings=member.settings,
+                parameters=self.counts[i],
+                status=status,
+                final={n: float(v[i]) for n, v in outcome.final.items()},
+                best={n: float(v[i]) for n, v in outcome.best.items()},
+                best_step=int(outcome.best_step[i]),
+                steps=outcome.steps,
+                seconds=outcome.total_seconds,
+                tokens=outcome.tokens,
+                tokens_per_second=outcome.tokens_per_second,
+                padding_share=float(facts["padding_share"]),
+            )
+            if is_writer():
+                result.write(folder)

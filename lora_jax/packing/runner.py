@@ -1,0 +1,296 @@
+"""One pack of a plan: built, trained from wherever it was, recorded.
+
+Packs that go on in pieces: where one does not fit into memory, or when some of its members are tried again.
+
+What was cut is in the run's `pieces.json`, so that a resumed run makes the same pieces. A piece begins where the pack it was cut
+from left its members, and nothing that was trained until its last checkpoint is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ..config.schema import Config
+from ..errors import InputError, OutOfMemory, Stopped, is_out_of_memory
+from ..parallel.processes import is_writer, process_count
+from ..tracking import Progress, RunDirectory, read_json, write_json
+from ..training.checkpoint import PackCheckpoints, Saved
+from ..training.loop import Outcome, StepTrace, train_pack
+from ..training.setup import Setup
+from ..training.signals import StopSignals
+from ..training.trunk import Prefix
+from ..training.trunk_cache import FOLDER, keep_prefix
+from .choice import PackModes, check_fits
+from .execution import VMAP, PackPrograms, told_mode
+from .pack import Member, Pack, repack
+from .planner import PackPlan
+from .recorder import Recorder
+
+
+@dataclasses.dataclass(frozen=True)
+class PackRun:
+    """A pack in training.
+
+    Attributes:
+        run: where it is recorded.
+        plan: its members.
+        setup: what they share.
+        signals: tell it to stop.
+        progress: the console.
+        title: what the console calls it.
+        modes: how packs of the run are run.
+        company: members whose ranks, targets and layers the pack's arrays have room for beside its own, so that its programs (and
+            with them every bit, where members are scanned) are those of any other pack with this company.
+    """
+
+    run: RunDirectory
+    plan: PackPlan
+    setup: Setup
+    signals: StopSignals
+    progress: Progress
+    title: str
+    modes: PackModes
+    company: Sequence[Member] = ()
+
+    def build(self) -> Pack:
+        """The members at step 0."""
+        configs, company = [m.config for m in self.plan.members], [m.config for m in self.company]
+        return Pack.build(self.setup.model, configs, self.setup.steps, self.setup.mesh, told_mode(configs[0]) or VMAP, company)
+
+    def checkpoints(self) -> PackCheckpoints:
+        """This pack's; to be closed."""
+        names = [m.name for m in self.plan.members]
+        keep = self.plan.members[0].config.tracking.keep_checkpoints
+
+        def warn(text: str) -> None:
+            self.progress.print(f"warning: {text}")
+
+        return PackCheckpoints(self.run.checkpoints(names), names, self.setup.fingerprint, keep=keep, warn=warn)
+
+    def left(self) -> tuple[Pack, Saved | None]:
+        """The pack freshly built, and its newest checkpoint; None where there is none."""
+        pack = self.build()
+        with contextlib.closing(self.checkpoints()) as checkpoints:
+            return pack, checkpoints.restore(pack.state)
+
+    def train(self, *, until: int | None = None, start: Callable[[Pack], Saved | None] | None = None) -> Trained:
+        """Trains to the last step, or to step `until`, and records the members' curves.
+
+        Args:
+            until: as in `train_pack`.
+            start: where the pack, freshly built, begins where it has no checkpoint; step 0 by default, or where it gives None.
+        """
+        members = self.plan.members
+        config = members[0].config
+        pack = self.build()
+        counts = [pack.parameter_count(i) for i in range(len(members))]
+        known: PackPrograms | None = self.setup.programs.find(pack.form)
+        what = f"{len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters"
+        self.progress.print(f"{self.title}: {what}; {'compiling' if known is None else 'run by the programs of an earlier pack'}")
+        prefix = self.setup.prefix(pack.part, config.training.data_seed)
+        before = prefix.compiled if prefix is not None else 0
+        if config.training.cache_prefix == "on":
+            self._keep(prefix, config)
+        if (said := self.modes.settle([m.name for m in members], pack, self.setup, prefix)) is not None:
+            self.progress.print(f"{self.title}: {said}")
+        if known is not None and known.mode == pack.programs.mode:
+            pack.programs, before = known, before + known.compiled
+        else:
+            self.setup.programs.forget()
+        check_fits(pack, self.setup, prefix)
+        counted = _counts(prefix)
+        recorder = Recorder(self.run, members, counts, self.setup, self.progress, self.title)
+        with recorder, contextlib.closing(self.checkpoints()) as checkpoints:
+            self.signals.training = True
+            outcome = train_pack(
+                pack,
+                self.setup,
+                eval_every=config.training.eval_every,
+                log_every=config.tracking.log_every,
+                listener=recorder,
+                checkpoints=checkpoints,
+                checkpoint_every=config.tracking.checkpoint_every,
+                stop=self.signals.asked,
+                trace=StepTrace(self.run.path / "profile", config.tracking.profile),
+                until=until,
+                start=None if start is None else lambda: start(pack),
+                prefix=prefix,
+            )
+            self.signals.training = False
+        if prefix is not None and prefix.stores is not None:
+            hits, misses = (a - b for a, b in zip(_counts(prefix), counted, strict=True))
+            self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches began from the prefix cache")
+        self.setup.programs.get(pack.form, lambda: pack.programs)
+        return Trained(pack, outcome, recorder, pack.programs.compiled + (prefix.compiled if prefix is not None else 0) - before)
+
+    def _keep(self, prefix: Prefix | None, config: Config) -> None:
+        if prefix is None:
+            self.progress.print("prefix cache: off, for the members have no layer in common below the lowest that one of them trains")
+            return
+        keep_prefix(prefix, self.setup, config.training, Path(config.tracking.dir) / FOLDER, self.progress.print)
+
+
+def _counts(prefix: Prefix | None) -> tuple[int, int]:
+    """Batches that were found in the prefix cache, and that were not."""
+    stores = prefix.stores if prefix is not None and prefix.stores is not None else ()
+    return sum(s.hits for s in stores), sum(s.misses for s in stores)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A pack that was trained, with what it came to, who records it, and how many programs were compiled for it."""
+
+    pack: Pack
+    outcome: Outcome
+    recorder: Recorder
+    programs: int
+
+
+_FILE = "pieces.json"
+
+Start = Callable[[PackPlan, Pack], Saved | None]
+
+
+class Pieces:
+    """The cuts of a run.
+
+    Args:
+        run: the run.
+        members: of the whole sweep.
+    """
+
+    def __init__(self, run: RunDirectory, members: Sequence[Member]):
+        self._path = run.path / _FILE
+        self._members = {m.name: m for m in members}
+        self._cuts: list[tuple[list[str], list[list[str]], str]] = []
+        for cut in read_json(self._path)["cuts"] if self._path.exists() else []:
+            self._cuts.append((cut["pack"], cut["pieces"], cut["why"]))
+
+    def record(self, pack: Sequence[str], pieces: Sequence[Sequence[str]], why: str) -> None:
+        """Notes that a pack, by its members' names, goes on in pieces."""
+        self._cuts.append((list(pack), [list(p) for p in pieces], why))
+        if is_writer():
+            write_json(self._path, {"cuts": [{"pack": pack, "pieces": pieces, "why": why} for pack, pieces, why in self._cuts]})
+
+    def is_cut(self, names: Sequence[str]) -> bool:
+        """Whether a pack goes on in pieces."""
+        return any(pack == list(names) for pack, _, _ in self._cuts)
+
+    def cut(self, plan: PackPlan) -> list[PackPlan]:
+        """What a pack goes on as: itself, or its pieces, which may have been cut further."""
+        names = [m.name for m in plan.members]
+        if not self.is_cut(names):
+            return [plan]
+        pieces = [piece for pack, found, _ in self._cuts if pack == names for piece in found]
+        return [last for piece in pieces for last in self.cut(self._plan(piece))]
+
+    def uncut(self) -> list[list[str]]:
+        """The names of each piece that is not cut further, and whose members all are in the sweep."""
+        pieces = [piece for _, found, _ in self._cuts for piece in found if not self.is_cut(piece)]
+        return [piece for piece in pieces if all(name in self._members for name in piece)]
+
+    def lineage(self, plan: PackPlan) -> list[PackPlan]:
+        """The packs that this one was cut from, the nearest first."""
+        found: list[PackPlan] = []
+        names = [m.name for m in plan.members]
+        while (parent := next((pack for pack, pieces, _ in self._cuts if names in pieces), None)) is not None:
+            if not all(name in self._members for name in parent):
+                break
+            found.append(self._plan(parent))
+            names = parent
+        return found
+
+    def _plan(self, names: Sequence[str]) -> PackPlan:
+        return PackPlan(tuple(self._members[name] for name in names))
+
+
+def is_of_the_pack(error: Exception) -> bool:
+    """Whether a failure is a pack's own, and other packs may go on: not bad input, a full disk, or being told to stop.
+
+    Of several processes that train together the others are in the middle of the pack's step: there every failure ends the run.
+    """
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return not (isinstance(error, (InputError, Stopped)) or full or process_count() > 1)
+
+
+def train_in_pieces(
+    plan: PackPlan,
+    make: Callable[[PackPlan], PackRun],
+    pieces: Pieces,
+    *,
+    until: int | None = None,
+    start: Start | None = None,
+    failed: Callable[[PackPlan, Exception], None] | None = None,
+) -> Iterator[Trained]:
+    """Trains a pack, in halves, and halves of these, where it does not fit into memory; each as it ends.
+
+    Args:
+        plan: the pack.
+        make: gives what runs a pack.
+        pieces: of the run; what is cut is noted there.
+        until: the step to end at; the last by default.
+        start: where the pack, or a piece of it, begins without a checkpoint; step 0 by default.
+        failed: told of a pack or piece that failed, and why; without it a failure is raised.
+
+    Raises:
+        OutOfMemory: a single member does not fit.
+    """
+    ready = pieces.cut(plan)
+    if ready != [plan]:
+        for piece in ready:
+            yield from train_in_pieces(piece, make, pieces, until=until, start=start, failed=failed)
+        return
+    run = make(plan)
+    try:
+        trained, why = run.train(until=until, start=_start(plan, make, pieces, start)), ""
+    except Exception as error:
+        # A limit is met in all processes alike; a device's own refusal is met in one of them, while the others wait for it.
+        short = is_out_of_memory(error) and (process_count() == 1 or isinstance(error, OutOfMemory))
+        if short and len(plan.members) == 1:
+            advice = "A smaller training.batch_size or task.max_length, more of training.accumulate, or model.remat: full takes less."
+            short_of = OutOfMemory(f"member '{plan.members[0].name}' does not fit into memory: {_first_line(error)}. {advice}")
+            short_of.__cause__, error = error, short_of
+        if not short or len(plan.members) == 1:
+            if failed is None or not is_of_the_pack(error):
+                raise error
+            failed(plan, error)
+            return
+        trained, why = None, _first_line(error)
+    if trained is not None:
+        yield trained
+        return
+    names = [m.name for m in plan.members]
+    gc.collect()  # what the failed attempt held
+    half = -(-len(names) // 2)
+    pieces.record(names, [names[:half], names[half:]], why)
+    run.progress.print(f"{run.title}: {why}; its {len(names)} members go on in two packs")
+    yield from train_in_pieces(plan, make, pieces, until=until, start=start, failed=failed)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+def _start(
+    plan: PackPlan, make: Callable[[PackPlan], PackRun], pieces: Pieces, start: Start | None
+) -> Callable[[Pack], Saved | None] | None:
+    """Where a piece begins: at the last checkpoint of the packs it was cut from, or else where those would have begun."""
+    lineage = pieces.lineage(plan)
+    if not lineage and start is None:
+        return None
+
+    def begin(pack: Pack) -> Saved | None:
+        for parent in lineage:
+            run = make(parent)
+            old, saved = run.left()
+            if saved is not None:
+                places = {m.name: i for i, m in enumerate(parent.members)}
+                return repack(run.setup.model, [(old, places[m.name], saved) for m in plan.members], pack)
+        return None if start is None else start(plan, pack)
+
+    return begin

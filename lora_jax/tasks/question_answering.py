@@ -1,0 +1,213 @@
+"""Questions about texts to tokens, and logits back to answers. A long text is read through windows that overlap.
+
+An example is a window: the question and a part of the text. It has two targets, at its first token the place where the answer starts
+and at its second where it ends; both are 0, the first token, where the answer is not (wholly) in it, as in BERT (arXiv:1810.04805,
+section 4.3).
+
+How SQuAD (arXiv:1606.05250, section 6.1) scores an answer: exact match and F1 of words, after the same clean-up of both texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data.examples import NO_TARGET, Example, Scorer
+from ..errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A row.
+
+    Attributes:
+        answers: all that are right; none where the text holds no answer.
+        start: where the first of them starts in the context, in characters.
+    """
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Where an example's tokens stand in its row's context.
+
+    Attributes:
+        row: which.
+        spans: (length, 2) int, characters of each token in the context; -1 for tokens of the question and special ones.
+    """
+
+    row: int
+    spans: np.ndarray
+
+
+def question_of(question: Any, context: Any, answers: Any, where: str) -> Question:
+    """A row's question.
+
+    Args:
+        answers: `{text: [...], answer_start: [...]}` as SQuAD has them, both empty where there is no answer; or the answer itself, which
+            then is where it first stands in the context.
+        where: the row, for messages.
+
+    Raises:
+        InputError: another form, or an answer that is not where it should be.
+    """
+    question, context = str(question), str(context)
+    for what, text in (("question", question), ("context", context)):
+        if not text.strip():
+            raise InputError(f"{where}: the {what} is empty.")
+    if isinstance(answers, str):
+        start = context.find(answers) if answers else -1
+        if start < 0:
+            raise InputError(f"{where}: the context does not hold the answer {answers!r}.")
+        return Question(question, context, (answers,), start)
+    texts, starts = (answers.get(key) if isinstance(answers, dict) else None for key in ("text", "answer_start"))
+    if not isinstance(texts, list) or not isinstance(starts, list):
+        raise InputError(f"{where}: the answers should be a text, or lists 'text' and 'answer_start'.")
+    if len(texts) != len(starts):
+        raise InputError(f"{where}: {len(texts)} answers and {len(starts)} places where they start.")
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not isinstance(start, int) or not text:
+            raise InputError(f"{where}: the answer {text!r} at {start!r} is none.")
+        if start < 0 or context[start : start + len(text)] != text:
+            raise InputError(f"{where}: the answer {text!r} does not stand at character {start} of the context.")
+    return Question(question, context, tuple(texts), starts[0] if starts else -1)
+
+
+def encode_questions(
+    rows: Sequence[Question], numbers: Sequence[int], tokenizer: Any, *, max_length: int, stride: int
+) -> tuple[list[Example], list[Window]]:
+    """Every row's windows, in order.
+
+    Args:
+        rows: at least one.
+        numbers: of the rows in their file, for messages.
+        tokenizer: a transformers fast tokenizer.
+        max_length: tokens of a window, question and special ones among them.
+        stride: tokens of the context that successive windows share.
+
+    Raises:
+        InputError: a question leaves no room for more of the context than the windows share.
+    """
+    questions = [row.question.strip() for row in rows]
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    for number, ids in zip(numbers, tokenizer(questions, add_special_tokens=False)["input_ids"], strict=True):
+        if (left := room - len(ids)) <= stride:
+            raise InputError(
+                f"task.max_length: the question of row {number} has {len(ids)} tokens; of {max_length} in all that leaves {max(0, left)} "
+                f"for the context, and windows share task.stride = {stride}."
+            )
+    encoded = tokenizer(
+        questions,
+        [row.context for row in rows],
+        truncation="only_second",
+        max_length=max_length,
+        stride=stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_token_type_ids=True,
+        padding=False,
+    )
+    examples, windows = [], []
+    for i, row in enumerate(encoded["overflow_to_sample_mapping"]):
+        ids = np.array(encoded["input_ids"][i], np.int32)
+        of_context = np.array([part == 1 for part in encoded.sequence_ids(i)])
+        spans = np.where(of_context[:, None], np.array(encoded["offset_mapping"][i]).reshape(-1, 2), -1)
+        targets = np.full(len(ids), NO_TARGET, np.int32)
+        targets[:2] = _places(rows[row], spans)
+        examples.append(Example(ids, targets, np.array(encoded["token_type_ids"][i], np.int32)))
+        windows.append(Window(row, spans))
+    return examples, windows
+
+
+def _places(row: Question, spans: np.ndarray) -> tuple[int, int]:
+    """The first and the last token of the answer; 0 and 0 where it is not wholly in the window."""
+    start, stop = row.start, row.start + len(row.answers[0]) if row.answers else -1
+    inside = np.flatnonzero((spans[:, 0] >= 0) & (spans[:, 1] > spans[:, 0]))
+    if not row.answers or not len(inside) or spans[inside[0], 0] > start or spans[inside[-1], 1] < stop:
+        return 0, 0
+    touched = inside[(spans[inside, 0] < stop) & (spans[inside, 1] > start)]
+    return (int(touched[0]), int(touched[-1])) if len(touched) else (0, 0)
+
+
+def answer_scorer(rows: Sequence[Question], windows: Sequence[Window], longest: int) -> Scorer:
+    """What scores start and end logits: the means over rows of exact match and F1, both 0 to 1.
+
+    The answer to a row is the span with the largest sum of its start's and end's logits in any of its windows. Where some rows have no
+    answer, it is none if the first token's own sum is larger in the window where that is smallest (arXiv:1806.03822).
+
+    The scorer takes for each window the logits (2, length or more): of starts, of ends.
+
+    Args:
+        longest: tokens of an answer at the most.
+    """
+    may_be_none = any(not row.answers for row in rows)
+
+    def score(answers: Sequence[np.ndarray]) -> dict[str, float]:
+        best = [(-np.inf, "")] * len(rows)
+        none = np.full(len(rows), np.inf)
+        for window, logits in zip(windows, answers, strict=True):
+            value, text = best_span(logits[:, : len(window.spans)], window.spans, rows[window.row].context, longest)
+            best[window.row] = max(best[window.row], (value, text), key=lambda b: b[0])
+            none[window.row] = min(none[window.row], float(logits[0, 0] + logits[1, 0]))
+        given = ["" if may_be_none and none[i] > value else text for i, (value, text) in enumerate(best)]
+        pairs = list(zip(given, (row.answers for row in rows), strict=True))
+        return {name: float(np.mean([metric(*pair) for pair in pairs])) for name, metric in (("exact_match", exact_match), ("f1", f1))}
+
+    return score
+
+
+def best_span(logits: np.ndarray, spans: np.ndarray, context: str, longest: int) -> tuple[float, str]:
+    """The largest sum of a start's logit and that of an end at it or after, and the text between; -inf and "" without any token.
+
+    Args:
+        logits: (2, length), of starts and ends.
+        spans: (length, 2), as in `Window`.
+        longest: tokens from start to end at the most.
+    """
+    there = np.where((spans[:, 0] >= 0) & (spans[:, 1] > spans[:, 0]), 0.0, -np.inf)
+    start, end = logits.astype(np.float64) + there
+    best, where = -np.inf, (0, 0)
+    for more in range(min(longest, len(start))):
+        sums = start[: len(start) - more] + end[more:]
+        at = int(sums.argmax())
+        if sums[at] > best:
+            best, where = float(sums[at]), (at, at + more)
+    return (best, context[spans[where[0], 0] : spans[where[1], 1]]) if np.isfinite(best) else (best, "")
+
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def cleaned(text: str) -> str:
+    """The text in lower case, without punctuation, articles and more than one space in a row.
+
+    >>> cleaned("The  U.S.A., a land")
+    'usa land'
+    """
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(given: str, right: Sequence[str]) -> float:
+    """1 where an answer equals one of the right ones, else 0. No right one: 1 for the empty answer."""
+    return float(any(cleaned(given) == cleaned(r) for r in right or [""]))
+
+
+def f1(given: str, right: Sequence[str]) -> float:
+    """The best F1 of an answer's words with a right one's, 0 to 1; where either has no word, whether both have none."""
+    return max(_f1(cleaned(given).split(), cleaned(r).split()) for r in right or [""])
+
+
+def _f1(given: list[str], right: list[str]) -> float:
+    if not given or not right:
+        return float(given == right)
+    return 2 * sum((Counter(given) & Counter(right)).values()) / (len(given) + len(right))

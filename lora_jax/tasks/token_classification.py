@@ -1,0 +1,142 @@
+"""Labelled words to tokens: each word's label stands at its first token, and nothing is to be predicted at the others.
+
+Named entities in a sequence of labels, and how many of them were found: what CoNLL-2000's `conlleval` and seqeval count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data.examples import NO_TARGET, Example
+from ..errors import InputError
+
+Words = tuple[list[str], list[str]]
+
+
+def words_of(words: Any, labels: Any, where: str) -> Words:
+    """A row's words and their labels.
+
+    Args:
+        words, labels: a list each, or a text that white space cuts.
+        where: the row, for messages.
+
+    Raises:
+        InputError: no word, a word or label that is no text, or not as many of both.
+    """
+    both = []
+    for name, value in (("word", words), ("label", labels)):
+        parts = value.split() if isinstance(value, str) else value
+        if not isinstance(parts, list):
+            raise InputError(f"{where}: the {name}s are a {type(value).__name__}, neither a list nor a text.")
+        for part in parts:
+            if not isinstance(part, str | int) or isinstance(part, bool) or not str(part).strip():
+                raise InputError(f"{where}: {part!r} is no {name}.")
+        both.append([str(part) for part in parts])
+    found, named = both
+    if not found:
+        raise InputError(f"{where}: there is no word.")
+    if len(found) != len(named):
+        raise InputError(f"{where}: {len(found)} words and {len(named)} labels.")
+    return found, named
+
+
+def encode_words(rows: Sequence[Words], tokenizer: Any, classes: Sequence[str], max_length: int) -> list[Example]:
+    """Tokens of each row, cut to `max_length`, and each word's class at its first token.
+
+    A word of which the tokenizer makes no token (or that is cut off) has no label.
+
+    Args:
+        rows: words and labels; every label is a class.
+        tokenizer: a transformers fast tokenizer.
+    """
+    if max_length <= tokenizer.num_special_tokens_to_add():
+        raise InputError(f"task.max_length: {max_length} leaves no room for text beside the special tokens.")
+    pieces = pieces_of([words for words, _ in rows], tokenizer)
+    encoded = tokenizer(pieces, is_split_into_words=True, truncation=True, max_length=max_length, padding=False)
+    made = []
+    for i, (_, labels) in enumerate(rows):
+        ids = np.array(encoded["input_ids"][i], np.int32)
+        targets = np.full(len(ids), NO_TARGET, np.int32)
+        before = None
+        for place, word in enumerate(encoded.word_ids(i)):
+            if word is not None and word != before:
+                targets[place] = classes.index(labels[word])
+            before = word
+        made.append(Example(ids, targets))
+    return made
+
+
+def pieces_of(rows: Sequence[Sequence[str]], tokenizer: Any) -> list[list[str]]:
+    """The words as the tokenizer wants them: with the space before each but the first that a byte-level one was trained on.
+
+    (transformers' own check that such a tokenizer was made with `add_prefix_space` is no part of the fast tokenizers that are loaded
+    here, and without it all words would be read as the middles of words.)
+    """
+    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a a"))
+    if two == [*one, *one]:
+        return [list(words) for words in rows]
+    return [[words[0], *(f" {word}" for word in words[1:])] for words in rows]
+
+
+def word_scorer(examples: Sequence[Example], classes: Sequence[str]) -> Callable[[Sequence[np.ndarray]], dict[str, float]]:
+    """What scores predicted classes: the share of words that are right, and where classes are parts of entities those found.
+
+    The scorer takes for each example the (targets,) classes predicted at its targets, in order.
+    """
+    right = [[classes[int(t)] for t in e.targets if t != NO_TARGET] for e in examples]
+
+    def score(answers: Sequence[np.ndarray]) -> dict[str, float]:
+        given = [[classes[int(t)] for t in answer] for answer in answers]
+        pairs = [pair for a, b in zip(right, given, strict=True) for pair in zip(a, b, strict=True)]
+        scores = {"accuracy": sum(a == b for a, b in pairs) / len(pairs)}
+        return scores | entity_scores(right, given) if has_entities(classes) else scores
+
+    return score
+
+
+Entity = tuple[str, int, int]
+
+
+def has_entities(classes: Sequence[str]) -> bool:
+    """Whether class names are those of entities' parts: `B-person`, `I-person`, ... and `O`.
+
+    >>> has_entities(["O", "B-LOC", "I-LOC"]), has_entities(["NOUN", "B-ROLL", "VERB"])
+    (True, False)
+    """
+    return any(c != "O" for c in classes) and all(c == "O" or c[:2] in ("B-", "I-") for c in classes)
+
+
+def entities(labels: Sequence[str]) -> list[Entity]:
+    """The entities of one text: (kind, first word, word after its last).
+
+    A `B-` starts one; so does an `I-` that follows no word of the same kind, as `conlleval` has it.
+
+    >>> entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])
+    [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5)]
+    """
+    found: list[Entity] = []
+    kind, start = "", 0
+    for place, label in enumerate([*labels, "O"]):
+        part, _, name = label.partition("-")
+        if kind and (part != "I" or name != kind):
+            found.append((kind, start, place))
+            kind = ""
+        if part != "O" and not kind:
+            kind, start = name, place
+    return found
+
+
+def entity_scores(right: Sequence[Sequence[str]], given: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 over all texts' entities; one is found where its kind and both of its ends are. 0 where there is none.
+
+    Args:
+        right, given: for each text its labels, one a word.
+    """
+    wanted = {(i, *entity) for i, labels in enumerate(right) for entity in entities(labels)}
+    found = {(i, *entity) for i, labels in enumerate(given) for entity in entities(labels)}
+    both = len(wanted & found)
+    precision, recall = both / max(len(found), 1), both / max(len(wanted), 1)
+    return {"precision": precision, "recall": recall, "f1": 2 * both / max(len(found) + len(wanted), 1)}

@@ -1,0 +1,177 @@
+"""`training.cache_prefix`: the shared prefix of every example, computed once and used in all epochs, evaluations and packs.
+
+It is filled before the first step, in one pass, and read-only from then on: in memory, or where that is too little, in a file that
+later runs find again. Losses are, bit for bit, those of computing it anew. That takes a compiled program that gives an example the same
+numbers wherever in a batch it lies. XLA promises no such thing, so it is checked: batches of the run, whose examples lie elsewhere than
+they did when the cache was filled, are computed and compared before anything is taken from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import lora_jax.models
+
+from ..config.schema import TrainingConfig
+from ..parallel.batches import place_batch
+from ..parallel.mesh import to_host
+from .setup import Setup
+from .trunk import Prefix
+from .trunk_store import PrefixFiles, PrefixStore, file_size
+
+# Its folder, below `tracking.dir`: the runs there share it.
+FOLDER = ".prefix-cache"
+
+_GB = 1e9
+
+
+def keep_prefix(prefix: Prefix, setup: Setup, training: TrainingConfig, folder: Path, say: Callable[[str], None]) -> None:
+    """Gives a prefix its cache, unless it has been through here.
+
+    Where there can be none, or the disk is full, the prefix is computed in every step as without it.
+
+    Args:
+        prefix: of the setup's packs.
+        setup: the data.
+        training: the config's section.
+        folder: where files go; made when one is written.
+        say: hears what is kept, or why nothing is.
+    """
+    if prefix.asked_to_keep:
+        return
+    prefix.asked_to_keep = True
+    if getattr(setup.base, "dropout", 0.0):
+        return say("prefix cache: off, for the base's own dropout (model.dropout) makes every step's another")
+    if jax.process_count() > 1:
+        return say("prefix cache: off, for it is one process's own, and the batches are cut over several")
+    batch = setup.plan.batch(0)
+    layout = prefix.layout(place_batch(setup.mesh, batch, row_axis=1))
+    seen, held_out = setup.plan.seen(), setup.data.held_out
+    # Two programs, which may round differently: what one computed is not used for the other.
+    stores = [PrefixStore(examples, layout.shape[-1], layout.dtype) for examples in (seen, held_out)]
+    shape = (sum(s.tokens for s in stores), layout.shape[-1])
+    size, itemsize = sum(s.nbytes for s in stores), stores[0].dtype.itemsize
+    what = f"{prefix.depth} layers of {len(seen.tokens) + len(held_out.tokens):,} examples, {size / 1e6:,.1f} MB"
+    fill = functools.partial(_fill, prefix, setup, stores)
+    if size <= training.cache_memory_gb * _GB:
+        rows = np.empty(shape, f"u{itemsize}")
+        if not fill(rows):
+            return say(_MOVED)
+        prefix.stores = (stores[0], stores[1])
+        return say(f"prefix cache: {what} in memory")
+    if file_size(shape, itemsize) > training.cache_disk_gb * _GB:
+        return say(f"prefix cache: off, for {what}, are more than training.cache_memory_gb and training.cache_disk_gb allow")
+    files, key = PrefixFiles(folder), _key(prefix, setup, stores, batch)
+    found = files.open(key, shape, itemsize)
+    if found is not None:
+        _use(stores, found)
+        prefix.stores = (stores[0], stores[1])
+        return say(f"prefix cache: {what}, found in {folder}")
+    try:
+        with files.write(key, shape, itemsize, limit=int(training.cache_disk_gb * _GB)) as rows:
+            if not fill(rows):
+                raise _MovedError
+    except _MovedError:
+        return say(_MOVED)
+    except OSError as error:
+        return say(f"warning: prefix cache: off, for {folder} cannot hold {size / 1e6:,.1f} MB ({error.strerror}); it is computed anew")
+    prefix.stores = (stores[0], stores[1])
+    say(f"prefix cache: {what} in {folder}")
+
+
+_MOVED = "prefix cache: off, for on this device an example's numbers depend on where in a batch it lies, by a rounding"
+
+
+class _MovedError(Exception):
+    """The check failed: nothing is to be kept."""
+
+
+def _use(stores: Sequence[PrefixStore], rows: np.ndarray) -> None:
+    at = 0
+    for store in stores:
+        store.use(rows[at : at + store.tokens])
+        at += store.tokens
+
+
+def _fill(prefix: Prefix, setup: Setup, stores: Sequence[PrefixStore], rows: np.ndarray) -> bool:
+    """Computes everything into `rows`; returns whether batches put together from it are, bit for bit, those that are computed."""
+    _use(stores, rows)
+    plan, mesh = setup.plan, setup.mesh
+
+    def of_step(batch: dict[str, np.ndarray]) -> np.ndarray:
+        return to_host(prefix.of_step(0, place_batch(mesh, batch, row_axis=1)))
+
+    micros = plan.eval_batches(plan.seen())
+    together = plan.batch(0)["tokens"].shape[0]
+    for start in range(0, len(micros), together):
+        chosen = (micros[start : start + together] * together)[:together]
+        batch = {name: np.stack([m[name] for m in chosen]) for name in chosen[0]}
+        stores[0].put(batch, of_step(batch))
+    for batch in plan.eval_batches():
+        stores[1].put(batch, to_host(prefix.of_held_out(place_batch(mesh, batch, row_axis=0))))
+    same = True
+    for step in sorted({0, plan.steps // 2, plan.steps - 1}):
+        batch = plan.batch(step)
+        kept = stores[0].get(batch)
+        real = batch["segment_ids"] > 0
+        same &= kept is not None and kept[real].tobytes() == of_step(batch)[real].tobytes()
+    stores[0].hits = stores[0].misses = 0
+    return same
+
+
+def _key(prefix: Prefix, setup: Setup, stores: Sequence[PrefixStore], batch: dict[str, np.ndarray]) -> str:
+    """32 hex digits of everything that the numbers follow from: base, examples, depth, shapes, and what computes them.
+
+    The examples are their tokens, in which the data, the split, the tokenizer, the template and the greatest length have gone.
+    """
+    tokens = hashlib.sha256()
+    for store in stores:
+        tokens.update(bytes([store.pairs]) + store.tokens.to_bytes(8, "little"))
+        for name in store.names():
+            tokens.update(len(name).to_bytes(8, "little") + name)
+    facts = {
+        "base": [setup.fingerprint, type(setup.base).__name__, repr(setup.base.config)],
+        "depth": prefix.depth,
+        "scanned": setup.base.layers.scan,
+        "examples": tokens.hexdigest(),
+        "batch": [batch["tokens"].shape, str(stores[0].dtype)],
+        "mesh": list(setup.mesh.shape.items()),
+        "programs": _programs(),
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def _programs() -> list[object]:
+    """What decides how the compiled programs round: the models' code, JAX, the device."""
+    code = hashlib.sha256()
+    folder = Path(lora_jax.models.__path__[0])
+    for path in sorted(folder.rglob("*.py")):
+        code.update(path.read_bytes())
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line for line in lines if line.startswith("model name")), platform.processor())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = jax.devices()[0]
+    settings = [jax.config.values.get(name) for name in ("jax_default_matmul_precision", "jax_disable_most_optimizations")]
+    options = [os.environ.get("XLA_FLAGS", ""), *map(str, settings)]
+    return [
+        code.hexdigest(),
+        version("jax"),
+        version("jaxlib"),
+        device.platform,
+        device.device_kind,
+        platform.machine(),
+        model,
+        cores,
+        options,
+    ]

@@ -1,0 +1,111 @@
+"""Named tensors on disk, read one at a time, whatever file they lie in.
+
+A `Checkpoint` speaks Hugging Face: its names (`model.layers.0.self_attn.q_proj.weight`), its layout (a linear weight is
+`(out, in)`) and its config dict. Opening one reads headers only; each `read` opens the file, takes the bytes asked for and
+closes it again, so a model never lies in memory twice and no mapping keeps it there.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError, hint
+
+
+class Checkpoint(ABC):
+    """Read-only named tensors plus the Hugging Face config dict they belong to.
+
+    Attributes:
+        path: the file or folder it was opened from.
+        config: what `config.json` says (for a GGUF file: what it would say).
+    """
+
+    path: Path
+    config: dict[str, Any]
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every tensor's Hugging Face name, in file order."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that `read(name)` gives; a linear weight is `(out, in)`."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that `read(name)` gives: the stored one (bfloat16 through ml_dtypes); float32 for quantised tensors."""
+
+    @abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, in fresh memory: nothing else keeps it alive."""
+
+    @abstractmethod
+    def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
+        """`read(name)[tuple(index)]`, touching little more of the file than that.
+
+        Args:
+            index: up to one slice per axis, of step 1: what `jax.make_array_from_callback` passes.
+        """
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def _missing(self, name: str) -> InputError:
+        return InputError(f"{self.path}: no tensor '{name}'. {hint(name, self.names())}".rstrip())
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        InputError: it is missing, is not JSON, or is not an object.
+    """
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file ({what}).") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+        raise InputError(f"{path}: cannot be read as JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {what} should be a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, but a key that stands twice in an object is an error: readers disagree about which of the two is meant.
+
+    Raises:
+        ValueError: it is not JSON, or a key stands twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return value
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def slice_bounds(shape: tuple[int, ...], index: Sequence[slice]) -> list[tuple[int, int]]:
+    """`(start, stop)` per axis of `shape` for `index`, axes that it does not name whole.
+
+    >>> slice_bounds((4, 6), [slice(1, 3)])
+    [(1, 3), (0, 6)]
+    """
+    if len(index) > len(shape):
+        raise ValueError(f"{len(index)} slices for a tensor of {len(shape)} axes")
+    bounds = []
+    for size, part in zip(shape, [*index, *[slice(None)] * (len(shape) - len(index))], strict=True):
+        start, stop, step = part.indices(size)
+        if step != 1:
+            raise ValueError(f"slices of step 1 only, not {part}")
+        bounds.append((start, max(start, stop)))
+    return bounds

@@ -1,0 +1,239 @@
+"""Checkpoints in GGUF: llama.cpp's names, layouts and block quantisation turned back into Hugging Face's.
+
+What differs between architectures is one row of `ARCHITECTURES`. Tensors are dequantised to float32 one at a time, a few rows
+at a time, straight into the array that is returned.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.quants import dequantize
+
+from ..errors import InputError, hint
+from .checkpoint import Checkpoint, slice_bounds
+from .gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+
+# Tensors that say something about the config, or that every program works out for itself.
+_NOT_WEIGHTS = ("rope_freqs.weight",)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one `general.architecture` maps to Hugging Face.
+
+    Attributes:
+        model_type: Hugging Face's name for it.
+        layer: the names inside a layer, GGUF's to Hugging Face's.
+        interleaved: whether the converter reordered the rows of q and k for rotary pairs (2i, 2i + 1).
+        biases: config keys that are true when the tensor named beside them is there.
+    """
+
+    model_type: str
+    layer: dict[str, str] = field(default_factory=lambda: _LAYER)
+    interleaved: bool = False
+    biases: dict[str, str] = field(default_factory=dict)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama", interleaved=True, biases={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", layer=_LAYER | _QK_NORMS, biases={"attention_bias": "blk.0.attn_q.bias"}),
+}
+
+_CHUNK = 1 << 18  # elements dequantised at once: small beside a tensor, large beside the cost of a call
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file under Hugging Face names; every tensor reads as float32.
+
+    Raises:
+        InputError: a broken file, or an architecture, tensor or scaling that is not known here (rather than a wrong model).
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        header = read_gguf_header(path)
+        self._architecture = _architecture(header)
+        self._tensors = {
+            _hf_name(header, self._architecture, name): tensor for name, tensor in header.tensors.items() if name not in _NOT_WEIGHTS
+        }
+        self.config = gguf_config(header)
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        self._tensor(name)
+        return np.dtype(np.float32)
+
+    def read(self, name: str) -> np.ndarray:
+        return self.read_slice(name, ())
+
+    def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
+        tensor = self._tensor(name)
+        bounds = slice_bounds(tensor.shape, index)
+        order = self._row_order(name, tensor)
+        if len(tensor.shape) == 1:
+            whole = _dequantize(self.path, tensor, _raw(self.path, tensor, rows=1)).reshape(-1)
+            return np.array((whole if order is None else whole[order])[slice(*bounds[0])])
+        rows, inner = tensor.shape[0], tuple(slice(*b) for b in bounds[1:])
+        raw = _raw(self.path, tensor, rows=rows)
+        out = np.empty([stop - start for start, stop in bounds], np.float32)
+        step = max(1, _CHUNK // math.prod(tensor.shape[1:]))
+        first, last = bounds[0]
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            chosen = slice(start, stop) if order is None else order[start:stop]
+            out[start - first : stop - first] = _dequantize(self.path, tensor, raw[chosen])[:, *inner]
+        return out
+
+    def _tensor(self, name: str) -> GGUFTensor:
+        if name not in self._tensors:
+            raise self._missing(name)
+        return self._tensors[name]
+
+    def _row_order(self, name: str, tensor: GGUFTensor) -> np.ndarray | None:
+        """Which stored row is each Hugging Face row; None where they agree.
+
+        Rotary position embedding turns pairs of features. Hugging Face pairs i with i + half a head, llama.cpp's `llama`
+        pairs 2i with 2i + 1, so the converter moved the rows of q and k within each head.
+        """
+        if not self._architecture.interleaved or not re.search(r"\.self_attn\.[qk]_proj\.", name):
+            return None
+        heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+        if tensor.shape[0] % (2 * heads):
+            raise InputError(f"{self.path}: '{tensor.name}' has {tensor.shape[0]} rows, which {heads} heads cannot share.")
+        return np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _raw(path: Path, tensor: GGUFTensor, *, rows: int) -> np.ndarray:
+    """The stored bytes, `(rows, bytes of a row)`, mapped rather than read."""
+    return np.memmap(path, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows))
+
+
+def _dequantize(path: Path, tensor: GGUFTensor, raw: np.ndarray) -> np.ndarray:
+    """float32 values of the leading-axis rows whose bytes are `raw`: `(len(raw), *tensor.shape[1:])`."""
+    rest = tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape
+    lines = np.ascontiguousarray(raw).view(np.ndarray).reshape(len(raw) * math.prod(rest[:-1]), -1)
+    try:
+        values = dequantize(lines, tensor.kind)
+    except NotImplementedError:
+        raise InputError(f"{path}: '{tensor.name}' is stored as {tensor.kind.name}, which the gguf package cannot dequantise.") from None
+    return values.reshape(len(raw), *rest)
+
+
+def _architecture(header: GGUFHeader) -> Architecture:
+    name = header.get("general.architecture", str)
+    if name not in ARCHITECTURES:
+        raise InputError(f"{header.path}: the architecture '{name}' is not supported in GGUF. {hint(name, ARCHITECTURES)}".rstrip())
+    if header.get(f"{name}.expert_count", int, 0):
+        raise InputError(f"{header.path}: a mixture-of-experts '{name}' is not supported in GGUF; load its safetensors.")
+    return ARCHITECTURES[name]
+
+
+def _hf_name(header: GGUFHeader, architecture: Architecture, name: str) -> str:
+    match = re.fullmatch(r"(?:blk\.(?P<layer>0|[1-9]\d{0,5})\.)?(?P<stem>\w+)\.(?P<kind>weight|bias)", name)
+    names = architecture.layer if match and match["layer"] else _TOP
+    if match is None or match["stem"] not in names:
+        raise InputError(f"{header.path}: the tensor '{name}' is not part of a {architecture.model_type} model as known here.")
+    prefix = f"model.layers.{match['layer']}." if match["layer"] else ""
+    return f"{prefix}{names[match['stem']]}.{match['kind']}"
+
+
+def gguf_config(header: GGUFHeader) -> dict[str, Any]:
+    """The `config.json` that the metadata amounts to.
+
+    Raises:
+        InputError: a needed key is missing, is of the wrong kind, or contradicts the embedding's shape.
+    """
+    architecture = _architecture(header)
+    name = header.get("general.architecture", str)
+    if "token_embd.weight" not in header.tensors:
+        raise InputError(f"{header.path}: no 'token_embd.weight': this GGUF file holds no whole model.")
+    embedding = header.tensors["token_embd.weight"].shape
+    width = header.positive(f"{name}.embedding_length")
+    if len(embedding) != 2 or embedding[1] != width:
+        raise InputError(f"{header.path}: the embedding is {embedding}, but '{name}.embedding_length' says {width}.")
+    heads = header.positive(f"{name}.attention.head_count")
+    config = {
+        "model_type": architecture.model_type,
+        "vocab_size": embedding[0],
+        "hidden_size": width,
+        "intermediate_size": header.positive(f"{name}.feed_forward_length"),
+        "num_hidden_layers": header.positive(f"{name}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": header.positive(f"{name}.attention.head_count_kv", heads),
+        "head_dim": header.positive(f"{name}.attention.key_length", header.positive(f"{name}.rope.dimension_count", width // heads)),
+        "max_position_embeddings": header.positive(f"{name}.context_length"),
+        "rms_norm_eps": _float(header, f"{name}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": _float(header, f"{name}.rope.freq_base", 10000.0),
+        "hidden_act": "silu",
+        # llama.cpp writes the output projection only where it is not the embedding.
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "bos_token_id": header.get("tokenizer.ggml.bos_token_id", int, None),
+        "eos_token_id": header.get("tokenizer.ggml.eos_token_id", int, None),
+        "pad_token_id": header.get("tokenizer.ggml.padding_token_id", int, None),
+    }
+    config |= {key: tensor in header.tensors for key, tensor in architecture.biases.items()}
+    config["rope_scaling"] = _rope_scaling(header, name, config)
+    return config
+
+
+def _float(header: GGUFHeader, key: str, default: Any = ...) -> float:
+    # Stored as float32: the shortest decimal that means it is what the original config said (1e-05, not 9.99999974e-06).
+    return float(str(np.float32(header.get(key, (float, int), default))))
+
+
+def _rope_scaling(header: GGUFHeader, name: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Hugging Face's `rope_scaling`, from the scaling keys or from Llama 3's table of frequency divisors."""
+    kind = header.get(f"{name}.rope.scaling.type", str, "none")
+    if kind in ("linear", "yarn"):
+        scaling: dict[str, Any] = {"rope_type": kind, "factor": _float(header, f"{name}.rope.scaling.factor")}
+        original = header.get(f"{name}.rope.scaling.original_context_length", int, None)
+        return scaling | ({"original_max_position_embeddings": original} if original is not None else {})
+    if kind != "none":
+        raise InputError(f"{header.path}: the rotary scaling '{kind}' is not supported in GGUF.")
+    if "rope_freqs.weight" not in header.tensors:
+        return None
+    tensor = header.tensors["rope_freqs.weight"]
+    divisors = _dequantize(header.path, tensor, _raw(header.path, tensor, rows=1)).reshape(-1)
+    # The table follows from one factor and three numbers that are the same in every Llama 3.1, 3.2 and 3.3.
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(divisors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    # Turns within the original context, and how far along the ramp from slow pairs (divided by the factor) to fast ones (left) each is.
+    pairs = np.arange(0, config["head_dim"], 2) / config["head_dim"]
+    turns = scaling["original_max_position_embeddings"] * config["rope_theta"] ** -pairs / (2 * np.pi)
+    ramp = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    expected = 1.0 / ((1.0 - ramp) / scaling["factor"] + ramp)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise InputError(f"{header.path}: 'rope_freqs.weight' is not Llama 3's rotary scaling, the only kind known here.")
+    return scaling

@@ -1,0 +1,73 @@
+"""Where a base came from: enough to find its files again and to name its parameters as they were named there.
+
+A model's fingerprint: two models with equal names, shapes and bits have the same, wherever their weights lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The checkpoint a base was loaded from.
+
+    Attributes:
+        source: as it was given to `load_model`.
+        text: the checkpoint's Hugging Face config, as JSON: a model's structure holds what can be compared and hashed.
+        prefix: what stands before the family's tensor names in that checkpoint (`bert.` where it was saved with a head).
+    """
+
+    source: str
+    text: str
+    prefix: str
+
+    @classmethod
+    def of(cls, source: str, config: Mapping[str, Any], prefix: str) -> Origin:
+        """From the config as a dict."""
+        return cls(source, json.dumps(config, sort_keys=True), prefix)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's Hugging Face config."""
+        return json.loads(self.text)
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face's name of the family."""
+        return self.config["model_type"]
+
+
+def fingerprint(model: nnx.Module) -> str:
+    """16 hex digits of a model's parameters: names, shapes, dtypes and every bit.
+
+    Each parameter is summed on its devices, every number weighted by its place, so that a sharded model is not gathered.
+    """
+    params = {".".join(map(str, path)): v[...] for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
+    names = sorted(params)
+    sums = jax.jit(lambda arrays: jnp.stack([_checksum(a) for a in arrays]))([params[n] for n in names])
+    digest = hashlib.sha256()
+    for name, pair in zip(names, jax.device_get(sums), strict=True):
+        digest.update(f"{name} {params[name].shape} {params[name].dtype} {pair[0]} {pair[1]}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+    """Two sums of the numbers' bits modulo 2^32, each number times an odd weight that follows from its place."""
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    sums = []
+    for multiplier in (2654435761, 2246822519):  # odd, far from simple fractions of 2^32
+        weight = (place * jnp.uint32(multiplier)) ^ (place >> 15) | 1
+        sums.append(jnp.sum(bits * weight, dtype=jnp.uint32))
+    return jnp.stack(sums)

@@ -1,0 +1,111 @@
+"""Packs of one form are run by the programs that the first of them compiled, and come to the same bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.fuzz_kills import bits_of_run, differing
+from lora_jax.packing import choice as pack_modes
+from lora_jax.packing.choice import Choice
+from lora_jax.packing.cost import PackMemory, PackShapes
+from lora_jax.packing.execution import SCAN, VMAP
+from lora_jax.packing.pack import Pack
+from lora_jax.sweeps.outlook import look_ahead
+from lora_jax.sweeps.run import run_sweep
+from lora_jax.tracking import Progress
+from lora_jax.training.setup import Newest
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+QUIET = {"training.steps": 4, "training.eval_every": 2, "tracking.tensorboard": False}
+RATES = {"grid": {"optimizer.learning_rate": [0.01, 0.02], "training.seed": [0, 1]}, "max_pack": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick_compile():
+        yield
+
+
+@pytest.fixture
+def separately(monkeypatch):
+    """Every pack compiles its own."""
+    return lambda: monkeypatch.setattr(Newest, "find", lambda self, key: None)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Sizes of the packs that would be compiled for their memory."""
+    sizes = []
+
+    def memory(self, members):
+        sizes.append(members)
+        return PackMemory(1, 1, 1, 1)
+
+    monkeypatch.setattr(PackShapes, "memory", memory)
+    return sizes
+
+
+@pytest.mark.parametrize("mode", ["vmap", pytest.param("scan", marks=pytest.mark.long)])
+def test_four_members_in_two_packs_compile_one_pair(hub, tmp_path, separately, capsys, mode):
+    changes = QUIET | {"sweep": RATES, "training.pack": mode}
+    shared = run_sweep(hub.config(tmp_path, changes), progress=Progress())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("trained parameters; compiling") == 1 and said.count("run by the programs of an earlier pack") == 1
+    separately()
+    apart = run_sweep(hub.config(tmp_path, changes, name="apart"))
+    assert (shared.compiled_programs, apart.compiled_programs) == (2, 4)
+    assert not differing(bits_of_run(shared.path), bits_of_run(apart.path))
+    assert len({tuple(r.final.items()) for r in shared.results}) == 4  # members are not each other's
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"adapter.rank": [2, 3]},
+        {"adapter.targets": [["q_proj"], ["v_proj"]]},
+        {"adapter.layers": [None, "last:1"]},
+        {"adapter.dropout": [0.0, 0.5]},
+        {"adapter.bias": ["none", "all"]},
+    ],
+    ids=lambda grid: next(iter(grid)),
+)
+def test_packs_of_other_forms_compile_their_own(hub, tmp_path, uncompiled, grid):
+    outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": {"grid": grid, "max_pack": 1}}))
+    assert len(outlook.packs) == outlook.programs == 2
+
+
+def test_a_plan_counts_what_is_compiled_once(hub, tmp_path, uncompiled):
+    outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": RATES}))
+    assert len(outlook.packs) == 2 and outlook.programs == 1
+    assert uncompiled == [2]
+    assert outlook.seconds == pytest.approx(outlook.packs[0].compiling + sum(p.training for p in outlook.packs))
+
+
+def test_a_pack_of_another_mode_compiles_its_own(hub, tmp_path, monkeypatch):
+    """As where a resumed run finds another choice recorded for one of its packs."""
+    modes = iter([VMAP, SCAN])
+    monkeypatch.setattr(pack_modes.PackModes, "_recorded", lambda self, file: Choice(next(modes), "told", {}, "cpu"))
+    outcome = run_sweep(hub.config(tmp_path, QUIET | {"sweep": RATES}))
+    assert outcome.compiled_programs == 4 and {r.status for r in outcome.results} == {"finished"}
+
+
+def test_packs_of_one_form_follow_one_another(hub, tmp_path, uncompiled):
+    """Eleven members of at most three make packs of two and of three; each size is compiled once."""
+    outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": {"grid": {"training.seed": list(range(11))}, "max_pack": 3}}))
+    sizes = [len(p.plan.members) for p in outlook.packs]
+    assert sorted(sizes) == [2, 3, 3, 3] and outlook.programs == len(uncompiled) == 2
+    names = [m.name for p in outlook.packs for m in p.plan.members]
+    assert sorted(names) == sorted(f"seed={k}" for k in range(11))
+
+
+def test_programs_of_another_form_are_not_held():
+    """Their code takes memory that no plan counts."""
+    base = tiny.classifier(2)
+    one, other = (Pack.build(base, [tiny.config(adapter__rank=rank)], 4) for rank in (1, 2))
+    again = Pack.build(base, [tiny.config(adapter__rank=1, optimizer__learning_rate=0.5, training__seed=9)], 4)
+    newest = Newest()
+    newest.get(one.form, lambda: one.programs)
+    assert newest.find(again.form) is one.programs
+    assert newest.find(other.form) is None and newest.find(one.form) is None

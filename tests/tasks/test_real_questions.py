@@ -1,0 +1,33 @@
+"""SQuAD's own rows through a real tokenizer: what the targets say is what the answers are. Needs `../shared/data/squad`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_jax.config.schema import TaskConfig
+from lora_jax.tasks.prepare import prepare
+from lora_jax.weights.tokenizer import load_tokenizer
+
+SQUAD = Path(__file__).parents[3] / "shared" / "data" / "squad"
+
+pytestmark = pytest.mark.skipif(not SQUAD.is_dir(), reason="needs ../shared/data/squad")
+
+
+def test_targets_say_what_the_answers_are(minilm_source):
+    columns = {"question": "question", "context": "context", "answers": "answers"}
+    files = {"source": str(SQUAD / "train.jsonl.gz"), "eval_source": str(SQUAD / "validation.jsonl.gz"), "train_size": 8, "eval_size": 600}
+    task = TaskConfig.model_validate({"kind": "question_answering", "max_length": 160, "stride": 48} | columns | files)
+    held_out = prepare(task, load_tokenizer(minilm_source), decoder=False).held_out
+    assert held_out.score is not None and len(held_out.tokens) > 900  # a third of the contexts are longer than a window
+    logits = []
+    for tokens, targets in zip(held_out.tokens, held_out.targets, strict=True):
+        one = np.zeros((2, len(tokens)), np.float32)
+        one[[0, 1], targets[:2]] = 1.0
+        logits.append(one)
+    scores = held_out.score(logits)
+    # A few answers are parts of words, or longer than `max_answer`, or are cut by every window.
+    assert scores["exact_match"] > 0.97 and scores["f1"] > 0.98
+    assert held_out.score([np.zeros_like(one) for one in logits])["exact_match"] < 0.1
