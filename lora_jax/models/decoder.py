@@ -10,7 +10,7 @@ from flax import nnx
 
 from ..parallel.constraints import gathered, take_positions
 from ..weights.provenance import Origin
-from .attention import make_context
+from .attention import Context, make_context
 from .block import Block
 from .cache import Cache, slots_for
 from .head_shape import HeadShape
@@ -85,6 +85,7 @@ class Decoder(nnx.Module):
         *,
         gather: Array | None = None,
         noise: Array | None = None,
+        trunk: Array | None = None,
     ) -> Array:
         """The last hidden states, after the final norm.
 
@@ -97,16 +98,40 @@ class Decoder(nnx.Module):
             segment_ids: (batch, seq) int32 for packed rows: 0 is padding, tokens see their own segment alone. Replaces the mask.
             gather: (n,) int32, positions of the flattened (batch * seq) to return; all by default.
             noise: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
+            trunk: (batch, seq, width), what `trunk` gave for the same rows; the layers below the cut are not run then.
 
         Returns:
             (batch, seq, width), or (n, width) with `gather`.
         """
-        segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
-        context = make_context(self.config.kinds, segment_ids, positions, causal=True, noise=noise, dropout=self.dropout)
+        x, context = self._entering(tokens, attention_mask, positions, segment_ids, noise)
         # Leaving most of the top layer out pays only where few positions are wanted; else it is one more layer to compile.
         early = gather is not None and 2 * gather.shape[0] <= tokens.size
-        x = self.layers(context.drop(self.embedded(tokens, positions), 0, 3), context, gather if early else None)
+        x = self.layers(x, context, gather if early else None, trunk=trunk)
         return self.final_norm(x if early else take_positions(x, gather))
+
+    def trunk(
+        self,
+        tokens: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        *,
+        noise: Array | None = None,
+    ) -> Array:
+        """(batch, seq, width): what enters the layers above the lowest cut of the stack; the arguments are those of `hidden`.
+
+        Raises:
+            ValueError: the stack is not cut.
+        """
+        return self.layers.below(*self._entering(tokens, attention_mask, positions, segment_ids, noise))
+
+    def _entering(
+        self, tokens: Array, attention_mask: Array | None, positions: Array | None, segment_ids: Array | None, noise: Array | None
+    ) -> tuple[Array, Context]:
+        """What the stack is called with: the embedded tokens, and what all layers see."""
+        segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
+        context = make_context(self.config.kinds, segment_ids, positions, causal=True, noise=noise, dropout=self.dropout)
+        return context.drop(self.embedded(tokens, positions), 0, 3), context
 
     @property
     def borders(self) -> tuple[int, ...]:

@@ -114,6 +114,7 @@ class Encoder(nnx.Module):
         token_types: Array | None = None,
         gather: Array | None = None,
         noise: Array | None = None,
+        trunk: Array | None = None,
     ) -> Array:
         """The last hidden states.
 
@@ -126,10 +127,42 @@ class Encoder(nnx.Module):
             token_types: (batch, seq) int32, 1 in the second text of a pair; 0 by default. Nothing to a model without token types.
             gather: (n,) int32, positions of the flattened (batch * seq) to return; all by default.
             noise: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
+            trunk: (batch, seq, width), what `trunk` gave for the same rows; the layers below the cut are not run then.
 
         Returns:
             (batch, seq, width), or (n, width) with `gather`.
         """
+        x, context, after_first = self._entering(tokens, attention_mask, positions, segment_ids, token_types, noise)
+        x = self.layers(x, context, gather, after_first, trunk)
+        return self.final_norm(x) if self.config.final_norm else x
+
+    def trunk(
+        self,
+        tokens: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        *,
+        token_types: Array | None = None,
+        noise: Array | None = None,
+    ) -> Array:
+        """(batch, seq, width): what enters the layers above the lowest cut of the stack; the arguments are those of `hidden`.
+
+        Raises:
+            ValueError: the stack is not cut.
+        """
+        return self.layers.below(*self._entering(tokens, attention_mask, positions, segment_ids, token_types, noise))
+
+    def _entering(
+        self,
+        tokens: Array,
+        attention_mask: Array | None,
+        positions: Array | None,
+        segment_ids: Array | None,
+        token_types: Array | None,
+        noise: Array | None,
+    ) -> tuple[Array, Context, Callable[[Array], Array] | None]:
+        """What the stack is called with: the embedded tokens, what all layers see, and what follows layer 0."""
         padding, counted = self.config.padding_idx, positions is not None
         segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
         if padding is not None and not counted:
@@ -144,8 +177,7 @@ class Encoder(nnx.Module):
         shared = {"noise": noise, "dropout": self.dropout, "relative": self._relative()}
         context = make_context(self.config.kinds, segment_ids, positions, causal=False, **shared)
         x = context.drop(self.embed_norm(x), 0, 3)
-        x = self.layers(x, context, gather, self._convolved(x, segment_ids, context) if self.config.convolution else None)
-        return self.final_norm(x) if self.config.final_norm else x
+        return x, context, self._convolved(x, segment_ids, context) if self.config.convolution else None
 
     def _relative(self) -> Array | None:
         """The vectors of relative positions, (1, 2 * span, width), if there are any."""

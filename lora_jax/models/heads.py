@@ -44,6 +44,19 @@ class TaskModel(Protocol):
         """(n, ...): what the task's own metrics are computed from; None where loss and right predictions say all."""
         ...
 
+    def trunk(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """(rows, length, width): what enters the base's layers above its lowest cut. `features` of a batch that holds it start there."""
+        ...
+
+
+def rows_of(base: Encoder | Decoder, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """The arguments of `base.hidden` that a batch holds."""
+    rows = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
+    if "token_types" in batch and isinstance(base, Encoder):
+        # Some models have fewer types than their tokenizers tell apart (RoBERTa's has one).
+        rows["token_types"] = jnp.minimum(batch["token_types"], max(base.config.token_types - 1, 0))
+    return rows
+
 
 class Classifier(nnx.Module):
     """A base with a classification head; the head is float32 whatever the base is.
@@ -116,12 +129,12 @@ class Classifier(nnx.Module):
         """None: each text has one class, and how many are right is known."""
         return None
 
+    def trunk(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """(rows, length, width): what enters the base's layers above its lowest cut."""
+        return self.base.trunk(**rows_of(self.base, batch), noise=noise)
+
     def _hidden(self, batch: Mapping[str, Array], noise: Array | None, gather: Array | None = None) -> Array:
-        rows = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
-        if "token_types" in batch and isinstance(self.base, Encoder):
-            # Some models have fewer types than their tokenizers tell apart (RoBERTa's has one).
-            rows["token_types"] = jnp.minimum(batch["token_types"], max(self.base.config.token_types - 1, 0))
-        return self.base.hidden(**rows, gather=gather, noise=noise)
+        return self.base.hidden(**rows_of(self.base, batch), gather=gather, noise=noise, trunk=batch.get("prefix"))
 
     def _transform(self, x: Array) -> Array:
         """What stands between the hidden states (..., width) and the classifier."""
@@ -211,9 +224,11 @@ class LanguageModel(nnx.Module):
 
     def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
         """(n, width): the hidden state at each target position."""
-        return self.base.hidden(
-            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], gather=batch["target_index"], noise=noise
-        )
+        return self.base.hidden(**rows_of(self.base, batch), gather=batch["target_index"], noise=noise, trunk=batch.get("prefix"))
+
+    def trunk(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """(rows, length, width): what enters the base's layers above its lowest cut."""
+        return self.base.trunk(**rows_of(self.base, batch), noise=noise)
 
     def readout(self) -> Callable[[Array], Array]:
         """(n, width) -> (n, vocab) logits."""
@@ -232,9 +247,11 @@ class HiddenStates(nnx.Module):
 
     def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
         """(n, width): the hidden state at each target position."""
-        return self.base.hidden(
-            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], gather=batch["target_index"], noise=noise
-        )
+        return self.base.hidden(**rows_of(self.base, batch), gather=batch["target_index"], noise=noise, trunk=batch.get("prefix"))
+
+    def trunk(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+        """(rows, length, width): what enters the base's layers above its lowest cut."""
+        return self.base.trunk(**rows_of(self.base, batch), noise=noise)
 
     def readout(self) -> Callable[[Array], Array]:
         """The features are the answer."""

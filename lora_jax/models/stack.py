@@ -21,7 +21,6 @@ from ..parallel.constraints import by_rows, gathered, take_positions, weights_cu
 from .cache import Cache, KeysValues, Memory
 from .layers import AXES, PER_SEGMENT
 from .positions import positions_of_targets
-from .prefix import common
 
 _SLICING = frozenset({"dynamic_slice", "slice", "squeeze", "gather", "convert_element_type", "transpose", "reshape", "sharding_constraint"})
 
@@ -86,7 +85,12 @@ class Stack(nnx.Module):
         raise ValueError(f"layer {layer} is outside 0..{self.depth - 1}")
 
     def __call__(
-        self, x: jax.Array, context: Any, gather: jax.Array | None = None, after_first: Callable[[jax.Array], jax.Array] | None = None
+        self,
+        x: jax.Array,
+        context: Any,
+        gather: jax.Array | None = None,
+        after_first: Callable[[jax.Array], jax.Array] | None = None,
+        trunk: jax.Array | None = None,
     ) -> jax.Array:
         """Runs all layers.
 
@@ -97,16 +101,16 @@ class Stack(nnx.Module):
                 does everything after its attention for these alone. (Not where weights are gathered layer by layer: a layer
                 outside of the scan could be gathered early and kept to the end.)
             after_first: what the output of layer 0 goes through before layer 1; that layer is then run by itself.
+            trunk: (rows, length, width), the output of `below`, computed before; the layers below the cut are not run then.
 
         Returns:
             (rows, length, width), or (n, width) with `gather`.
         """
         if weights_cut() and gather is not None:
-            return take_positions(self(x, context, None, after_first), gather)
+            return take_positions(self(x, context, None, after_first, trunk), gather)
         lowest, *above = self.segments
         if above:
-            start = x
-            x = common(lambda: self._run(lowest, start, context, 0, lowest.stop, None, after_first))
+            x = self.below(x, context, after_first) if trunk is None else trunk
         for segment in above or [lowest]:
             top = segment.stop == self.depth and gather is not None
             stop = segment.stop - 1 if top else segment.stop
@@ -115,6 +119,16 @@ class Stack(nnx.Module):
             if top:
                 x = self._run(segment, x, context, stop, stop + 1, gather, after_first)
         return x
+
+    def below(self, x: jax.Array, context: Any, after_first: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+        """(rows, length, width): the output of the layers below the lowest cut. Nothing above the cut is needed for it.
+
+        Raises:
+            ValueError: the stack is not cut.
+        """
+        if len(self.segments) == 1:
+            raise ValueError("the model has no cut: all its layers are one segment")
+        return self._run(self.segments[0], x, context, 0, self.segments[0].stop, None, after_first)
 
     def extend(self, x: jax.Array, context: Any, cache: Cache, *, first: bool) -> tuple[jax.Array, list[KeysValues]]:
         """Runs all layers on further tokens.

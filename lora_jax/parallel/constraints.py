@@ -10,38 +10,36 @@ a weight cut up and add up activations. The functions here change nothing unless
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from .mesh import ROWS, gathered_sharding, parameter_sharding
 
-_mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
+    """What is traced inside is for this mesh: JAX's own ambient mesh, which it also tells traced functions apart by."""
+    return contextlib.nullcontext() if mesh is None or mesh.size == 1 else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-@contextlib.contextmanager
-def on_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """What is traced inside is for this mesh."""
-    token = _mesh.set(mesh if mesh is not None and mesh.size > 1 else None)
-    try:
-        yield
-    finally:
-        _mesh.reset(token)
+def _ambient() -> AbstractMesh | None:
+    """The mesh that is traced for; None for one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
 
 
 def row_groups() -> int:
     """In how many groups, of equally many rows each, a batch is cut over the devices; 1 without a mesh."""
-    mesh = _mesh.get()
+    mesh = _ambient()
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def weights_cut() -> bool:
     """Whether weights lie in pieces and are gathered where they are used."""
-    mesh = _mesh.get()
+    mesh = _ambient()
     return mesh is not None and mesh.shape["fsdp"] > 1
 
 
@@ -52,7 +50,7 @@ def looked_up(axes: Sequence[str | None] | None) -> bool:
 
 def by_rows(x: jax.Array) -> jax.Array:
     """An activation whose first axis is rows, or runs through all rows: each device has its own group's."""
-    mesh = _mesh.get()
+    mesh = _ambient()
     if mesh is None or x.shape[0] % row_groups():
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
@@ -65,7 +63,7 @@ def gathered(weight: jax.Array, axes: Sequence[str | None] | None) -> jax.Array:
         weight: of any rank.
         axes: its logical axes; None where it has no names, and lies whole everywhere.
     """
-    mesh = _mesh.get()
+    mesh = _ambient()
     if mesh is None or axes is None:
         return weight
     return jax.lax.with_sharding_constraint(weight, gathered_sharding(mesh, weight.shape, axes))
@@ -78,7 +76,7 @@ def look_up(table: jax.Array, axes: Sequence[str | None] | None, tokens: jax.Arr
     of all rows for all columns of its own: neither the table is gathered nor any activation added up, and the gradient of a table
     that trains stays with its columns.
     """
-    mesh = _mesh.get()
+    mesh = _ambient()
     if mesh is None or axes is None or not looked_up(axes):
         return jnp.take(table, tokens, axis=0)
     at_rest = parameter_sharding(mesh, table.shape, axes)

@@ -11,7 +11,6 @@ import optax
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..models.heads import TaskModel
 from ..models.positions import positions_of_targets
-from ..models.prefix import starting_from
 from ..parallel.batches import in_order, targets_by_rows
 from ..tasks.objectives import cross_entropy, squared_error
 from .optimizer import Hyper, learning_rate, make_optimizer
@@ -73,7 +72,7 @@ def train_step(
     def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         settings = with_dropout_keys(fixed.settings, jax.random.fold_in(key, index))
         model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
-        with positions_of_targets(micro["target_index"], micro["tokens"].shape), starting_from(micro.get("prefix")):
+        with positions_of_targets(micro["target_index"], micro["tokens"].shape):
             features = model.features(micro, jax.random.fold_in(noise, index))
         loss, correct = loss_of_batch(model, features, micro)
         return loss / total, correct / total
@@ -108,8 +107,7 @@ def eval_step(part: Partition, trainable: Arrays, settings: Arrays, frozen: Arra
     """What one member comes to over one batch (without a micro axis), no dropout."""
     count = batch["target_index"].shape[0]
     model, batch = cast(TaskModel, part.merge(trainable, settings, frozen, training=False)), targets_by_rows(batch)
-    with starting_from(batch.get("prefix")):
-        features = model.features(batch)
+    features = model.features(batch)
     answers = model.answers(features)
     answers = None if answers is None else in_order(batch, answers, count)
     return *loss_of_batch(model, features, batch), answers

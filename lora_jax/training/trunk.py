@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 
 from ..adapters.partition import Arrays, Partition
 from ..models.heads import TaskModel
-from ..models.prefix import prefix_of
 from ..models.stack import cut_of
-from ..parallel.batches import row_sharding, targets_by_rows
+from ..parallel.batches import row_sharding
 from ..parallel.program import Program
 from .step import Batch
 from .trunk_store import PrefixStore
@@ -119,4 +118,4 @@ class Prefix:
 
 def _run(part: Partition, own: tuple[Arrays, Arrays], frozen: Arrays, micro: Batch, noise: jax.Array | None) -> jax.Array:
     model = cast(TaskModel, part.merge(*own, frozen, training=noise is not None))
-    return prefix_of(lambda: model.features(targets_by_rows(micro), noise))
+    return model.trunk(micro, noise)

@@ -228,7 +228,7 @@ def test_folders_without_usable_weights(tmp_path):
 def test_needs_no_pytorch(folder):
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from lora_jax.weights.checkpoint import open_checkpoint\n"
+        "from lora_jax.weights.load import open_checkpoint\n"
         f"c = open_checkpoint({str(folder)!r}); [c.read(n) for n in c.names()]\n"
         "assert 'gguf' not in sys.modules"
     )

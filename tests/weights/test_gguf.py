@@ -307,7 +307,7 @@ def test_smollm2_in_little_memory_and_without_pytorch():
 import sys, resource
 sys.modules["torch"] = None
 import gguf.quants
-from lora_jax.weights.checkpoint import open_checkpoint
+from lora_jax.weights.load import open_checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 c = open_checkpoint({SMOLLM2!r})
 assert len(c.names()) == 272 and c.config["num_hidden_layers"] == 30

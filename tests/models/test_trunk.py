@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.models.prefix import prefix_of, starting_from
 from lora_jax.models.stack import cut_of
 from tests import tiny
 
@@ -30,11 +29,9 @@ def test_features_from_the_prefix_are_the_features(model, cut):
     @jax.jit
     def three(state, micro):
         model = nnx.merge(graphdef, state)
-        prefix = prefix_of(lambda: model.features(micro))
-        with starting_from(jax.lax.optimization_barrier(prefix)):
-            features = model.features(micro)
-        with starting_from(1.5 * prefix):
-            other = model.features(micro)
+        prefix = model.trunk(micro)
+        features = model.features(micro | {"prefix": jax.lax.optimization_barrier(prefix)})
+        other = model.features(micro | {"prefix": 1.5 * prefix})
         return prefix, features, other, model.features(micro)
 
     prefix, features, other, whole = three(state, micro)
@@ -48,5 +45,5 @@ def test_a_stack_that_is_whole_has_none():
     micro = {name: array[0] for name, array in tiny.batch(causal=True).items()}
     assert cut_of(model) == 0
     with pytest.raises(ValueError, match="no cut"):
-        prefix_of(lambda: model.features(micro))
+        model.trunk(micro)
     assert cut_of(_cut(model, 2, 1)) == 1
