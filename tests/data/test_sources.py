@@ -8,9 +8,11 @@ import json
 import socket
 from pathlib import Path
 
+import pandas
 import pytest
 from datasets import Dataset
 
+from lora_jax.data.files import as_text
 from lora_jax.data.sources import HELD_OUT, ROW, load_rows
 from lora_jax.errors import InputError
 
@@ -117,6 +119,67 @@ def test_a_folder_gives_the_split_asked_for_and_never_test_rows_to_train_on(tmp_
         load(tmp_path)
 
 
+def test_what_looks_like_a_date_or_a_number_is_text_as_it_is_written(tmp_path):
+    written = ["2024-03-10", "01", "1.0", "1e3", "NaN", "true", ""]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{w},x\n" for w in written))
+    assert load(tmp_path / "a.csv")["text"] == written
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": w}) + "\n" for w in written))
+    assert load(tmp_path / "a.jsonl")["text"] == written
+    (tmp_path / "b.jsonl").write_text('{"text": 1.0}\n{"text": 1e3}\n{"text": 7}\n{"text": true}\n')
+    assert [as_text(v) for v in load(tmp_path / "b.jsonl")["text"]] == ["1.0", "1e3", "7", "true"]
+
+
+def test_a_type_that_changes_far_into_a_file_changes_nothing(tmp_path):
+    count = 11_000
+    (tmp_path / "a.csv").write_text("text,n\n" + "".join(f"t{i},{i if i < 10_500 else 'other'}\n" for i in range(count)))
+    assert load(tmp_path / "a.csv", ["n"])["n"][-1] == "other"
+    rows = ({"text": "w" * 1000, "n": i if i < 10_900 else {"a": 1}} for i in range(count))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load(tmp_path / "a.jsonl").num_rows == count
+
+
+def test_quotation_marks_in_a_tsv_file_are_text_unless_they_quote_a_whole_field(tmp_path):
+    texts = ["plain", '"So it goes, he said', '"So it goes" was cut here', 'a "b" c', '"', '""']
+    lines = [*texts, '"a ""quoted"" field"']
+    (tmp_path / "a.tsv").write_text("text\tn\n" + "".join(f"{line}\t1\n" for line in lines))
+    assert load(tmp_path / "a.tsv")["text"] == [*texts[:-1], "", 'a "quoted" field']
+
+
+def test_parquet_columns_have_the_types_the_file_says(tmp_path):
+    frame = pandas.DataFrame({"text": ["a", "b", "c", "d"], "n": [1, 2, 3, 4], "raw": [b"caf\xc3\xa9", b"\xff", b"x", b"y"]})
+    frame["day"] = pandas.to_datetime(["2024-03-10"] * 4)
+    frame[frame.n != 2].to_parquet(tmp_path / "a.parquet")  # pandas keeps the index of the rows that are left as a column
+    rows = load(tmp_path / "a.parquet", ["text", "n", "raw", "day"])
+    assert rows["text"] == ["a", "c", "d"]
+    assert rows["n"] == [1, 3, 4]
+    assert as_text(rows["raw"][0]) == "café"
+    assert as_text(b"\xff") is None
+    assert rows["day"][0].startswith("2024-03-10")
+
+
+def test_a_column_or_a_key_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n,text\na,1,b\n")
+    with pytest.raises(InputError, match="two columns are called 'text'"):
+        load(tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n')
+    with pytest.raises(InputError, match="line 1 .*'text' stands there twice"):
+        load(tmp_path / "a.jsonl")
+
+
+def test_what_was_dropped_is_counted(tmp_path):
+    (tmp_path / "a.csv").write_text("text,kind\na,1\nb,01\nc,1\n")
+    rows = load(tmp_path / "a.csv", drop={"kind": ["1", "plot"]})
+    assert rows["text"] == ["b"]  # 01 is not 1
+    assert rows.dropped == {("kind", "1"): 2}
+
+
+def test_a_local_folder_is_not_taken_for_a_hub_data_set(tmp_path, monkeypatch):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the folder 'org/name' is in the way"):
+        load_rows("hf://org/name", key="task.source", columns=["text"])
+
+
 BAD = {
     "unknown suffix": ("rows.xml", b"<a/>", "task.source: rows.xml: cannot tell what kind.*Known: .csv"),
     "empty": ("rows.csv", b"", "task.source: .*rows.csv is empty"),
@@ -125,10 +188,10 @@ BAD = {
     "only blank lines": ("rows.csv", b"\n\n", "has no columns"),
     "not UTF-8": ("rows.csv", "text\ncafé\n".encode("latin-1"), "cannot read .*rows.csv as csv: 'utf-8' codec can't decode"),
     "text not UTF-8": ("rows.txt", "café\n".encode("latin-1"), "cannot read .*rows.txt as txt: 'utf-8' codec can't decode"),
-    "a field too many": ("rows.csv", b"text,n\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
-    "a field too many in all": ("rows.csv", b"text,n\na,1,2\nb,2,3\n", "more fields than the header"),
-    "an open quote": ("rows.csv", b'text,n\n"a,1\n', "EOF inside string"),
-    "broken JSON": ("rows.jsonl", b'{"text": "a"}\n{"text": \n', "cannot read .*rows.jsonl as jsonl: JSON parse error"),
+    "a field too many": ("rows.csv", b"text,n\na,1\nb,2,3\n", "line 3 has 3 fields, and the header names 2"),
+    "a field too many in all": ("rows.csv", b"text,n\na,1,2\nb,2,3\n", "line 2 has 3 fields"),
+    "an open quote": ("rows.csv", b'text,n\n"a,1\n', "row at line 2 is broken"),
+    "broken JSON": ("rows.jsonl", b'{"text": "a"}\n{"text": \n', "rows.jsonl: line 2 is not JSON"),
     "not parquet": ("rows.parquet", b"junk", "cannot read .*as parquet"),
     "not gzip": ("rows.csv.gz", b"junk", "Not a gzipped file"),
     "cut short": ("rows.csv.bz2", bz2.compress(b"text\n" + b"a b c\n" * 99)[:-8], "cannot read .*rows.csv.bz2 as csv"),
@@ -158,7 +221,7 @@ def test_folders_that_will_not_do(tmp_path):
     with pytest.raises(InputError, match="holds no data file"):
         load(tmp_path)
     (tmp_path / "a.csv").write_text("text,n\nx,1\n")
-    (tmp_path / "b.csv").write_text("text,n\ny,one\n")
+    (tmp_path / "b.csv").write_text("txt,n\ny,one\n")
     with pytest.raises(InputError, match="differ in their columns"):
         load(tmp_path)
     (tmp_path / "b.csv").rename(tmp_path / "b.txt")
