@@ -14,8 +14,11 @@ class InputError(ValueError):
     """Bad input. The message names the file and key, what was wrong, and the nearest valid choice."""
 
 
-class Stopped(Exception):
-    """A run was told to stop and did, after `step` steps of a pack, with everything saved; `signal` says what told it (SIGTERM, SIGINT)."""
+class Stopped(BaseException):
+    """A run was told to stop and did, after `step` steps of a pack, with everything saved; `signal` says what told it (SIGTERM, SIGINT).
+
+    No `Exception`, as KeyboardInterrupt is none: what handles failures of files, templates or callbacks must not take it for one.
+    """
 
     def __init__(self, step: int):
         super().__init__(f"stopped after step {step}")

@@ -110,9 +110,8 @@ def _csv(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], 
                 yield begins, fields
                 begins = reader.line_num + 1
         except csv.Error as error:
-            raise InputError(
-                f"{where}: the row that begins on line {begins} is broken ({error}); look for a stray quotation mark."
-            ) from None
+            reason = f"the row at line {begins} is broken ({error}): is there a stray quotation mark?"
+            raise InputError(f"{where}: {reason}") from None
 
     return _table(rows(), columns, where)
 

@@ -188,7 +188,7 @@ def writer_first(action: Callable[[], T]) -> T:
         return action()
     try:
         result = action()
-    except Exception:
+    except BaseException:
         writer_says(False)
         raise
     writer_says(True)
