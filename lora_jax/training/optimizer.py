@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -61,10 +62,20 @@ def learning_rate(hyper: Hyper, step: ArrayLike) -> jax.Array:
     return hyper.learning_rate * jnp.where(step < hyper.warmup_steps, rising, falling)
 
 
+# Parameters whose whole name matches get no weight decay.
+_NOT_DECAYED = re.compile(r"(.*\.)?bias|(.*\.)?[a-z_]*norm\..*")
+
+
+def _decayed(params: Any) -> Any:
+    """Which of a dict's arrays decay: a tree of its structure."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _NOT_DECAYED.fullmatch(path[-1].key) is None, params)
+
+
 def make_optimizer(hyper: Hyper, labels: dict[str, str]) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (arXiv:1711.05101) for each label, nothing for `frozen`.
 
-    B's learning rate is `b_lr_ratio` times A's (LoRA+, arXiv:2402.12354), the head's `head_lr_ratio` times.
+    Weights decay; biases and norms do not, as in transformers' Trainer. B's learning rate is `b_lr_ratio` times A's (LoRA+,
+    arXiv:2402.12354), the head's `head_lr_ratio` times.
 
     Args:
         hyper: scalars, traced or not.
@@ -79,6 +90,7 @@ def make_optimizer(hyper: Hyper, labels: dict[str, str]) -> optax.GradientTransf
             b2=hyper.b2,
             eps=hyper.eps,
             weight_decay=hyper.weight_decay,
+            mask=_decayed,
         )
 
     groups: dict[Hashable, optax.GradientTransformation] = {label: adamw(label) for label in TRAINABLE}

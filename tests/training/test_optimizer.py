@@ -140,3 +140,16 @@ def test_hyperparameters_are_traced():
     assert not np.allclose(results[0], results[1]) and not np.allclose(results[0], results[2])
     np.testing.assert_allclose(results[3], 3 * results[0], rtol=1e-5)
     assert not results[1][0].any() and results[0][0].any()  # one warms up from 0, the other does not
+
+
+def test_norms_and_biases_do_not_decay():
+    """Without a gradient only the decay is left: 1 - rate * decay of each weight, and all of a norm or bias."""
+    names = {"layers.mlp.up_proj.kernel": "full", "layers.mlp.up_proj.bias": "bias", "layers.attn_norm.scale": "norm"}
+    names |= {"classifier.kernel": "head", "classifier.bias": "head", "classifier_norm.scale": "head", "q_proj.lora_a": "adapter_a"}
+    hyper = _hyper(learning_rate=0.1, weight_decay=0.5, schedule="constant")
+    values = {name: jnp.ones(3) for name in names}
+    optimizer = make_optimizer(hyper, names)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, values), optimizer.init(values), values)
+    decayed = {name for name in names if float(updates[name][0]) != 0}
+    assert decayed == {"layers.mlp.up_proj.kernel", "classifier.kernel", "q_proj.lora_a"}
+    np.testing.assert_allclose([updates[name][0] for name in decayed], -0.05, rtol=1e-6)
