@@ -2,14 +2,13 @@
 
 from .compare import Estimate, Row, best_rates, footnotes, mark_best, rows_of
 from .heatmap import heatmap_png, write_heatmap
-from .metrics import Metric, find_metric, primary_metric
+from .metrics import find_metric, primary_metric
 from .report import report_run, write_report
 from .summary import write_summary_csv
 from .table import compare_runs, rates_table, results_table
 
 __all__ = [
     "Estimate",
-    "Metric",
     "Row",
     "best_rates",
     "compare_runs",

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from ..tasks.evaluators import Evaluator
 from ..tracking.results import MemberResult, union
-from .metrics import LEARNING_RATE, SEED, Metric, identity
+from .metrics import LEARNING_RATE, SEED, identity
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Row:
                 parts.append(status if count == len(self.members) == 1 else f"{count} of {len(self.members)} {status}")
         return ", ".join(parts)
 
-    def values(self, metric: Metric, which: str = "final") -> dict[str, float]:
+    def values(self, metric: Evaluator, which: str = "final") -> dict[str, float]:
         """Seed -> value, of those that finished with a value. Without evaluations in between, the best is the final one."""
         found = {}
         for m in self.members:
@@ -92,7 +93,7 @@ class Row:
         return found
 
 
-def rows_of(results: Sequence[MemberResult], metric: Metric, *, run: str = "", config: Mapping[str, Any] | None = None) -> list[Row]:
+def rows_of(results: Sequence[MemberResult], metric: Evaluator, *, run: str = "", config: Mapping[str, Any] | None = None) -> list[Row]:
     """One row for every setting but the seed, in the order of `results`; none is marked best yet.
 
     Args:
@@ -114,7 +115,7 @@ def rows_of(results: Sequence[MemberResult], metric: Metric, *, run: str = "", c
     return rows
 
 
-def mark_best(rows: Sequence[Row], metric: Metric, reference: Mapping[str, Any] | None = None) -> list[Row]:
+def mark_best(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] | None = None) -> list[Row]:
     """Marks the best row, and gives rows their difference to it, or to the reference.
 
     A row of which some seed did not finish cannot be best: the mean over the seeds that survived flatters it.
@@ -137,7 +138,7 @@ def mark_best(rows: Sequence[Row], metric: Metric, reference: Mapping[str, Any] 
     return marked
 
 
-def best_rates(rows: Sequence[Row], metric: Metric) -> list[Row]:
+def best_rates(rows: Sequence[Row], metric: Evaluator) -> list[Row]:
     """Of the rows that differ in the learning rate alone, the best one: each setting as good as its tuning makes it.
 
     Those of which no seed finished are left out. In the order of `rows`.
@@ -154,7 +155,7 @@ def rates_of(rows: Sequence[Row]) -> list[float]:
     return sorted({float(row.settings[LEARNING_RATE]) for row in rows if LEARNING_RATE in row.settings})
 
 
-def _best(rows: Sequence[Row], metric: Metric) -> Row | None:
+def _best(rows: Sequence[Row], metric: Evaluator) -> Row | None:
     best: Row | None = None
     for row in rows:
         if not row.unfinished and not math.isnan(row.final.mean) and (best is None or metric.better(row.final.mean, best.final.mean)):
@@ -193,7 +194,7 @@ _LENGTH_AND_ORDER = tuple(
 )
 
 
-def _difference(row: Row, other: Row, metric: Metric) -> Estimate | None:
+def _difference(row: Row, other: Row, metric: Evaluator) -> Estimate | None:
     if _key(row.data) != _key(other.data):
         return None
     mine, others = row.values(metric), other.values(metric)

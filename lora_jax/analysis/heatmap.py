@@ -15,9 +15,10 @@ from matplotlib.figure import Figure  # no pyplot: it keeps global state and may
 from matplotlib.patches import Rectangle
 
 from ..errors import InputError, hint
+from ..tasks.evaluators import Evaluator
 from ..tracking.files import write_atomic
 from ..tracking.results import MemberResult, union
-from .metrics import LEARNING_RATE, SEED, Metric, identity, ordered_values, primary_metric, short_names, short_value
+from .metrics import LEARNING_RATE, SEED, identity, ordered_values, primary_metric, short_names, short_value
 
 DPI = 200  # twice the usual 100, for a sharp picture in a README
 _INK, _FAINT, _EMPTY = "#1f2328", "#656d76", "#eceff2"
@@ -41,7 +42,7 @@ def choose_axes(results: Sequence[MemberResult], x_key: str | None = None, y_key
     return (x, y) if x is not None else (y, None)
 
 
-def grid_of(results: Sequence[MemberResult], x_key: str, y_key: str | None, metric: Metric) -> tuple[np.ndarray, list[Any], list[Any]]:
+def grid_of(results: Sequence[MemberResult], x_key: str, y_key: str | None, metric: Evaluator) -> tuple[np.ndarray, list[Any], list[Any]]:
     """The final metric in each cell: (y values, x values) float64, the x values and the y values; NaN where nothing finished.
 
     Each cell is the mean over the other keys, except the learning rate, of which it takes the best: a learning rate is
@@ -60,7 +61,7 @@ def grid_of(results: Sequence[MemberResult], x_key: str, y_key: str | None, metr
             means = [float(np.mean(values)) for values in rates.values()]  # NaN if one of them did not finish
             means = [m for m in means if not math.isnan(m)]
             if means:
-                cells[row, column] = max(means) if metric.higher_is_better else min(means)
+                cells[row, column] = max(means) if metric.larger_is_better else min(means)
     return cells, xs, ys
 
 
@@ -73,7 +74,7 @@ def write_heatmap(
     results: Sequence[MemberResult],
     x_key: str | None = None,
     y_key: str | None = None,
-    metric: Metric | None = None,
+    metric: Evaluator | None = None,
     *,
     title: str = "",
     subtitle: str = "",
@@ -100,7 +101,7 @@ def heatmap_png(
     results: Sequence[MemberResult],
     x_key: str | None = None,
     y_key: str | None = None,
-    metric: Metric | None = None,
+    metric: Evaluator | None = None,
     *,
     title: str = "",
     subtitle: str = "",
@@ -130,7 +131,7 @@ def _reduction(results: Sequence[MemberResult], x: str, y: str | None) -> str:
     return ", ".join(parts)
 
 
-def _draw(cells: np.ndarray, xs: list[Any], ys: list[Any], x: str, y: str | None, metric: Metric, title: str, lines: list[str]) -> bytes:
+def _draw(cells: np.ndarray, xs: list[Any], ys: list[Any], x: str, y: str | None, metric: Evaluator, title: str, lines: list[str]) -> bytes:
     """All sizes are in inches, so that cells and letters keep theirs however many there are."""
     y_labels, x_labels = [short_value(v) for v in ys] if y else [""], [short_value(v, 16) for v in xs]
     wide = max(0.95, 0.085 * max(len(text) for text in x_labels) + 0.3)
@@ -145,11 +146,11 @@ def _draw(cells: np.ndarray, xs: list[Any], ys: list[Any], x: str, y: str | None
 
     low, high = float(np.nanmin(cells)), float(np.nanmax(cells))
     # Bright is better, whichever the direction. cividis reads the same with the common kinds of colour blindness.
-    base = colormaps["cividis"] if metric.higher_is_better else colormaps["cividis_r"]
+    base = colormaps["cividis"] if metric.larger_is_better else colormaps["cividis_r"]
     colours = base.with_extremes(bad=_EMPTY)
     span = (low, high) if high > low else (low - 0.5, high + 0.5)
     image = axes.imshow(np.ma.masked_invalid(cells), cmap=colours, vmin=span[0], vmax=span[1], aspect="auto")
-    best = np.unravel_index(np.nanargmax(cells) if metric.higher_is_better else np.nanargmin(cells), cells.shape)
+    best = np.unravel_index(np.nanargmax(cells) if metric.larger_is_better else np.nanargmin(cells), cells.shape)
     for row, column in np.ndindex(*cells.shape):
         value, is_best = cells[row, column], (row, column) == tuple(best)
         if np.isnan(value):
@@ -174,7 +175,7 @@ def _draw(cells: np.ndarray, xs: list[Any], ys: list[Any], x: str, y: str | None
     if high > low:
         place = ((left + width + 0.18) / total_width, bottom / total_height, 0.11 / total_width, height / total_height)
         bar = figure.colorbar(image, cax=figure.add_axes(place))
-        if not metric.higher_is_better:
+        if not metric.larger_is_better:
             bar.ax.invert_yaxis()  # the better end on top
         bar.outline.set_visible(False)
         bar.set_ticks([low, high], labels=[metric.format(low), metric.format(high)])

@@ -1,87 +1,47 @@
-"""Which figure members are compared by, and how figures and settings are written."""
+"""Which metric members are compared by, and how settings are written."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, hint
+from ..tasks.evaluators import EVALUATORS, Evaluator
 from ..tracking.results import MemberResult, union
 
 SEED = "training.seed"
 LEARNING_RATE = "optimizer.learning_rate"
+# Runs of older versions do not say what their task is compared by: the first of these that all members have.
+_OLDER = ("f1", "accuracy", "perplexity", "loss")
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A figure to compare by.
-
-    Attributes:
-        name: Its key in `MemberResult.final`.
-        higher_is_better: The direction of the comparison.
-    """
-
-    name: str
-    higher_is_better: bool
-
-    def better(self, a: float, b: float) -> bool:
-        """Whether `a` beats `b`; NaN beats nothing, and everything beats NaN."""
-        if math.isnan(a) or math.isnan(b):
-            return math.isnan(b) and not math.isnan(a)
-        return a > b if self.higher_is_better else a < b
-
-    @property
-    def heading(self) -> str:
-        """Its name with its unit, for a column heading: figures are written without the unit."""
-        return f"{self.name} (%)" if self.name in _SHARES else self.name
-
-    def format(self, value: float, *, signed: bool = False) -> str:
-        """The figure as text, with as many decimals for a small difference as for the values it is between.
-
-        >>> Metric("accuracy", True).format(0.8731), Metric("perplexity", False).format(-0.3, signed=True)
-        ('87.3', '-0.30')
-        """
-        if math.isnan(value):
-            return "n/a"
-        sign = "+" if signed else ""
-        if self.name in _SHARES:
-            return f"{100 * value:{sign}.1f}"
-        decimals = 0 if abs(value) >= 1000 else 2 if self.name == "perplexity" else 4
-        return f"{value:{sign},.{decimals}f}"
-
-
-_SHARES = {"accuracy", "f1", "exact_match", "precision", "recall"}  # kept as 0 to 1, shown in percent
-_KNOWN = {  # the first is preferred
-    m.name: m for m in (Metric("f1", True), Metric("accuracy", True), Metric("perplexity", False), Metric("loss", False))
-}
-
-
-def find_metric(name: str, results: Sequence[MemberResult]) -> Metric:
-    """The metric called `name`; one not known by name is taken as lower-is-better only if it is a loss.
+def find_metric(name: str, results: Sequence[MemberResult]) -> Evaluator:
+    """The evaluator of a metric.
 
     Raises:
-        InputError: No result has it.
+        InputError: no result has it, or no evaluator of this name is known.
     """
     names = union(r.final for r in results)
     if name not in names:
         raise InputError(f"no member has a metric '{name}'. {hint(name, names)}")
-    return _KNOWN.get(name, Metric(name, not any(word in name for word in ("loss", "perplexity", "error"))))
+    return EVALUATORS.get(name, "metric")
 
 
-def primary_metric(results: Sequence[MemberResult]) -> Metric:
-    """F1 if any member has it, else accuracy, perplexity, or loss: only one that all finished members have.
+def primary_metric(results: Sequence[MemberResult]) -> Evaluator:
+    """What the members' task is compared by; of runs that do not say so, or of several tasks, F1, accuracy, perplexity or loss.
+
+    Only one that all finished members have.
 
     Raises:
         InputError: There is none.
     """
     ended = [r for r in results if r.status == "finished"] or list(results)
-    for metric in _KNOWN.values():
-        if ended and all(metric.name in r.final for r in ended):
-            return metric
-    raise InputError(f"the members have none of these metrics in common: {', '.join(_KNOWN)}")
+    own = {r.metric for r in ended}
+    for name in (*own, *_OLDER) if len(own) == 1 else _OLDER:
+        if name and ended and all(name in r.final for r in ended):
+            return EVALUATORS.get(name, "metric")
+    raise InputError(f"the members have none of these metrics in common: {', '.join(_OLDER)}")
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

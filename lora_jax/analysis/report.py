@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 from ..errors import InputError
+from ..tasks.evaluators import Evaluator
 from ..tracking.files import read_json, write_atomic
 from ..tracking.progress import clock_time
 from ..tracking.results import MemberResult, read_run
 from .compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
 from .heatmap import heatmap_png
-from .metrics import Metric, primary_metric, short_value
+from .metrics import primary_metric, short_value
 from .table import best_step_text, columns, difference_heading, difference_text, estimate_text, read_config
 
 _STYLE = """
@@ -47,7 +48,7 @@ def write_report(
     config_yaml: str = "",
     environment: Mapping[str, Any] | None = None,
     summary: Mapping[str, Any] | None = None,
-    metric: Metric | None = None,
+    metric: Evaluator | None = None,
     reference: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the page.
@@ -129,7 +130,7 @@ def _about(config_yaml: str) -> str:
     return ", ".join(text for text in (tail[0], str(task.get("kind", "")).replace("_", " "), tail[1], length) if text)
 
 
-def _figures(results: Sequence[MemberResult], rows: Sequence[Row], metric: Metric, summary: Mapping[str, Any]) -> str:
+def _figures(results: Sequence[MemberResult], rows: Sequence[Row], metric: Evaluator, summary: Mapping[str, Any]) -> str:
     best = next((row for row in rows if row.is_best), None)
     figures = [(str(len(results)), "members")]
     if best is not None:
@@ -150,7 +151,7 @@ def _notes(notes: Sequence[str]) -> str:
     return '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
 
 
-def _table(rows: Sequence[Row], metric: Metric, reference: Mapping[str, Any] | None) -> str:
+def _table(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] | None) -> str:
     keys = columns(rows)
     numeric = {key: all(isinstance(row.settings.get(key), (int, float)) for row in rows) for key in keys}
     head = [(h, numeric[k], k) for k, h in keys.items()] if keys else [("member", False, "")]

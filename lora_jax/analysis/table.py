@@ -13,15 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
+from ..tasks.evaluators import Evaluator
 from ..tracking.results import MemberResult, read_run, union
 from ..tracking.rundir import differences
 from .compare import Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
-from .metrics import SEED, Metric, find_metric, identity, primary_metric, short_names, short_value
+from .metrics import SEED, find_metric, identity, primary_metric, short_names, short_value
 
 
 def results_table(
     results: Sequence[MemberResult],
-    metric: Metric | str | None = None,
+    metric: Evaluator | str | None = None,
     *,
     title: str | None = None,
     reference: Mapping[str, Any] | None = None,
@@ -40,7 +41,7 @@ def results_table(
 
 
 def rates_table(
-    results: Sequence[MemberResult], metric: Metric | str | None = None, *, reference: Mapping[str, Any] | None = None
+    results: Sequence[MemberResult], metric: Evaluator | str | None = None, *, reference: Mapping[str, Any] | None = None
 ) -> Table | None:
     """The same of each setting at its best learning rate; None where fewer than two rates, or nothing else, were swept."""
     metric = find_metric(metric, results) if isinstance(metric, str) else metric or primary_metric(results)
@@ -127,7 +128,7 @@ def columns(rows: Sequence[Row]) -> dict[str, str]:
     return {key: name.replace("_", " ") for key, name in short_names(union(row.settings for row in rows)).items()}
 
 
-def estimate_text(estimate: Estimate, metric: Metric, *, signed: bool = False) -> str:
+def estimate_text(estimate: Estimate, metric: Evaluator, *, signed: bool = False) -> str:
     """`87.3`, or over several seeds `87.3 ± 0.4`; the unit is in the heading."""
     mean = metric.format(estimate.mean, signed=signed)
     return mean if estimate.half_width is None else f"{mean} ± {metric.format(estimate.half_width)}"
@@ -143,7 +144,7 @@ def difference_heading(reference: Mapping[str, Any] | None) -> str:
     return f"to {_words(reference)}" if reference else "to best"
 
 
-def difference_text(row: Row, metric: Metric) -> str:
+def difference_text(row: Row, metric: Evaluator) -> str:
     """The difference with its interval; a dash for what others are compared with."""
     return estimate_text(row.difference, metric, signed=True) if row.difference else "–" if row.is_reference else ""
 
@@ -153,7 +154,7 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 
 def _table(
-    rows: Sequence[Row], metric: Metric, title: str | None, notes: Sequence[str], reference: Mapping[str, Any] | None = None
+    rows: Sequence[Row], metric: Evaluator, title: str | None, notes: Sequence[str], reference: Mapping[str, Any] | None = None
 ) -> Table:
     has_run, has_seeds = any(row.run for row in rows), any(len(row.members) > 1 for row in rows)
     has_steps, has_difference = any(best_step_text(row) for row in rows), any(row.difference for row in rows)
@@ -186,7 +187,7 @@ def _table(
     return table
 
 
-def _final(row: Row, metric: Metric) -> Text:
+def _final(row: Row, metric: Evaluator) -> Text:
     figure = "" if math.isnan(row.final.mean) else estimate_text(row.final, metric)
     if row.unfinished:
         return Text.assemble((row.unfinished, "red"), f" {figure}" if figure else "")

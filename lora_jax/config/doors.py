@@ -108,7 +108,22 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         choices = {name: handler.generate_schema(section) for name, section in self.sections().items()}
-        return core_schema.tagged_union_schema(choices, discriminator=self._tag)
+        return core_schema.no_info_before_validator_function(
+            self._without_defaults_of_others, core_schema.tagged_union_schema(choices, discriminator=self._tag)
+        )
+
+    def _without_defaults_of_others(self, value: Any) -> Any:
+        """The keys without those of other kinds that hold their default: run directories of older versions say the keys of every kind."""
+        sections = self.sections()
+        own = sections.get(self._tag(value)) if isinstance(value, dict) else None
+        if own is None:
+            return value
+
+        def says_nothing(key: str, held: Any) -> bool:
+            others = [section.model_fields[key] for section in sections.values() if key in section.model_fields]
+            return any(held is None if field.is_required() else held == field.get_default(call_default_factory=True) for field in others)
+
+        return {key: held for key, held in value.items() if key in own.model_fields or not says_nothing(key, held)}
 
     def _tag(self, value: Any) -> Any:
         return value.get(self.key, self.default) if isinstance(value, dict) else getattr(value, self.key, None)

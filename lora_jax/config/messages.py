@@ -147,11 +147,13 @@ class _Tree:
         leaves: key -> what it may hold, as JSON schema; of a key that several kinds of a section have, what the first says.
         sections: keys that hold other keys.
         kinds: section that comes in kinds (`adapter`) -> kind -> its keys.
+        own: (section, kind, key) -> what the key may hold in that kind.
     """
 
     leaves: dict[str, dict[str, Any]]
     sections: tuple[str, ...]
     kinds: dict[str, dict[str, tuple[str, ...]]]
+    own: dict[tuple[str, str, str], dict[str, Any]]
 
 
 @cache
@@ -160,6 +162,7 @@ def _tree() -> _Tree:
     leaves: dict[str, dict[str, Any]] = {}
     sections: list[str] = []
     kinds: dict[str, dict[str, tuple[str, ...]]] = {}
+    own: dict[tuple[str, str, str], dict[str, Any]] = {}
 
     def walk(schema: dict[str, Any], prefix: str) -> None:
         for name, child in schema["properties"].items():
@@ -172,14 +175,17 @@ def _tree() -> _Tree:
                 walk(section, f"{prefix}{name}.")
                 if "oneOf" in child:
                     tag = next(key for key, value in section["properties"].items() if "const" in value)
-                    kind = section["properties"][tag]
-                    kinds.setdefault(prefix + name, {})[kind["const"]] = (tag, *(key for key in section["properties"] if key != tag))
-                    leaves[f"{prefix}{name}.{tag}"] = {"enum": list(kinds[prefix + name]), "description": kind.get("description", "")}
+                    kind = section["properties"][tag]["const"]
+                    kinds.setdefault(prefix + name, {})[kind] = (tag, *(key for key in section["properties"] if key != tag))
+                    own.update({(prefix + name, kind, key): value for key, value in section["properties"].items()})
+                    known = list(kinds[prefix + name])
+                    told = (f"{k}: {own[prefix + name, k, tag].get('description', '')}" for k in known)
+                    leaves[f"{prefix}{name}.{tag}"] = {"enum": known, "description": " ".join(told)}
             if not found:
                 leaves.setdefault(prefix + name, child)
 
     walk(_schema(), "")
-    return _Tree(leaves, tuple(sections), kinds)
+    return _Tree(leaves, tuple(sections), kinds, own)
 
 
 def _forget() -> None:
@@ -332,11 +338,13 @@ def _range(schema: Mapping[str, Any]) -> str:
 def _sentence(path: Path, item: Mapping[str, Any], data: Any) -> str:
     key = ".".join(str(part) for part in path)
     prefix = f"{key}: " if key else ""
-    schema = leaf_schema(key)
+    # Of a key that several kinds of a section have, what its own kind says.
+    own = _tree().own.get(tuple(item["loc"])) if len(item["loc"]) == 3 else None
+    schema = leaf_schema(key) if own is None or len(path) != 2 else own
     if item["type"] == "missing":
         if key in section_keys():
             return f"{prefix}missing; a config needs this section."
-        return f"{prefix}missing. {(schema or {}).get('description', '')}{_choices(schema)}".rstrip()
+        return " ".join(part for part in (f"{prefix}missing.", (schema or {}).get("description", ""), _choices(schema)) if part)
     if item["type"] == "value_error":
         # Written by hand in the schema, and already a sentence.
         return f"{prefix}{item['ctx']['error']}."
@@ -351,7 +359,7 @@ def _sentence(path: Path, item: Mapping[str, Any], data: Any) -> str:
 
 
 def _choices(schema: Mapping[str, Any] | None) -> str:
-    return f" Must be {expected(schema)}." if schema and "enum" in schema else ""
+    return f"Must be {expected(schema)}." if schema and "enum" in schema else ""
 
 
 def _advice(schema: Mapping[str, Any], value: Any) -> str:

@@ -38,25 +38,10 @@ class ModelConfig(Section):
     )
 
 
-# Which kinds of task have these keys.
-_COLUMNS_OF = {
-    "text": ("classification", "token_classification", "causal_lm", "distillation"),
-    "label": ("classification", "token_classification"),
-    "labels": ("classification", "token_classification"),
-    "label_words": ("classification",),
-    "prompt": ("causal_lm",),
-    "response": ("causal_lm",),
-    "messages": ("causal_lm",),
-    "question": ("question_answering",),
-    "context": ("question_answering",),
-    "answers": ("question_answering",),
-}
-
-
 class TaskConfig(Section):
-    kind: Literal["classification", "token_classification", "question_answering", "causal_lm", "distillation"] = Field(
-        description="What is learned: a class for each text or word, where a text answers a question, the next token, or hidden states."
-    )
+    """What the sections of all tasks have in common; each task's own adds its keys (`tasks/`)."""
+
+    kind: str = Field(description="What is learned; each kind of task has keys of its own.")
     source: str = Field(
         description="A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision], or package://import_name/path."
     )
@@ -72,78 +57,6 @@ class TaskConfig(Section):
     split_seed: NonNegativeInt = Field(default=0, description="Seed of the train / held-out split.")
     max_length: PositiveInt = Field(default=128, description="Examples are cut to this many tokens.")
     drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to leave out: column -> values.")
-    head: Literal["new", "loaded"] = Field(
-        default="new",
-        description="Of classes or answers: new, drawn by the member's seed; or the one that the model was saved with, classes and all.",
-    )
-    text: str | None = Field(
-        default=None,
-        description="Text column (classification; plain-text causal_lm; distillation), or words (token_classification): a list or a text.",
-    )
-    teacher: str | None = Field(
-        default=None,
-        description=(
-            "Distillation: the model whose last hidden states are to be met at each token (forms as model.source); of the same "
-            "vocabulary and width. The loss is the mean squared error."
-        ),
-    )
-    label: str | None = Field(default=None, description="Label column (classification), or the words' labels (token_classification).")
-    labels: list[str] | None = Field(default=None, description="Class names in order; by default those found in the data, sorted.")
-    label_words: list[str] | None = Field(
-        default=None, description="Decoder classification: the word that stands for each class; the class names by default."
-    )
-    template: str = Field(default="{text}\nAnswer:", description="Decoder classification: the prompt around {text}.")
-    pooling: Literal["cls", "mean"] = Field(
-        default="cls", description="Encoder classification: the first token (through BERT's pooler), or the mean of all."
-    )
-    prompt: str | None = Field(default=None, description="Prompt column (causal_lm); its tokens carry no loss.")
-    response: str | None = Field(default=None, description="Response column (causal_lm); the loss is on its tokens.")
-    question: str | None = Field(default=None, description="Question column (question_answering).")
-    context: str | None = Field(default=None, description="Column of the texts that hold the answers (question_answering).")
-    answers: str | None = Field(
-        default=None, description="Answer column (question_answering): {text: [...], answer_start: [...]} as SQuAD has it, or a text."
-    )
-    stride: NonNegativeInt = Field(
-        default=32, description="question_answering: a context too long for max_length is read in windows that share so many tokens."
-    )
-    max_answer: PositiveInt = Field(default=30, description="question_answering: tokens of an answer at the most.")
-    messages: str | None = Field(
-        default=None, description="Chat-messages column (causal_lm): [{role, content}], through the chat template, loss on the assistant."
-    )
-
-    @model_validator(mode="after")
-    def _columns(self) -> TaskConfig:
-        if (self.teacher is not None) != (self.kind == "distillation"):
-            raise ValueError("'teacher' and kind: distillation go together")
-        for name, kinds in _COLUMNS_OF.items():
-            if getattr(self, name) is not None and self.kind not in kinds:
-                raise ValueError(f"'{name}' belongs to kind: {' or '.join(', '.join(kinds).rsplit(', ', 1))}")
-        if self.head == "loaded" and self.kind in ("causal_lm", "distillation"):
-            raise ValueError("'head: loaded' belongs to kind: classification, token_classification or question_answering")
-        if self.kind == "question_answering":
-            if self.question is None or self.context is None or self.answers is None:
-                raise ValueError("question_answering needs 'question', 'context' and 'answers' (column names)")
-            return self
-        if self.kind == "token_classification":
-            if self.text is None or self.label is None:
-                raise ValueError("token_classification needs both 'text' and 'label' (columns of words and of their labels)")
-            return self
-        if self.kind == "classification":
-            if self.text is None or self.label is None:
-                raise ValueError("classification needs both 'text' and 'label' (column names)")
-            if "{text}" not in self.template:
-                raise ValueError("'template' must contain {text}")
-            if self.label_words and self.labels and len(self.label_words) != len(self.labels):
-                raise ValueError(f"'label_words' has {len(self.label_words)} entries, 'labels' has {len(self.labels)}")
-            return self
-        ways = [self.text is not None, self.prompt is not None or self.response is not None, self.messages is not None]
-        if self.kind == "distillation" and self.text is None:
-            raise ValueError("distillation needs 'text' (a column name)")
-        if sum(ways) != 1:
-            raise ValueError("causal_lm needs exactly one of: 'text', 'prompt' with 'response', 'messages'")
-        if (self.prompt is None) != (self.response is None):
-            raise ValueError("'prompt' and 'response' go together")
-        return self
 
 
 class AdapterConfig(Section):
@@ -291,7 +204,7 @@ class Config(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")]
     model: ModelConfig
-    task: TaskConfig
+    task: Annotated[TaskConfig, OneOf(TASKS, "kind")]
     adapter: Annotated[AdapterConfig, OneOf(METHODS, "method", "lora")] = Field(default_factory=dict, validate_default=True)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -40,8 +40,9 @@ class RandomConfig(Section):
 
 
 class HalvingConfig(Section):
-    metric: Literal["loss", "accuracy", "f1", "exact_match"] | None = Field(
-        default=None, description="What members are ranked by at a rung, on the held-out rows; the task's own by default."
+    metric: str | None = Field(
+        default=None,
+        description="What members are ranked by at a rung: one of the task's metrics on the held-out rows; its own by default.",
     )
     factor: Annotated[float, Field(gt=1)] = Field(default=2.0, description="At each rung one member in so many goes on.")
     rungs: PositiveInt | list[PositiveInt] = Field(

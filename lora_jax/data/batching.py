@@ -1,14 +1,8 @@
 """Batches of one fixed shape, with little padding, any of which can be made from its step number alone.
 
 Every optimizer step sees exactly `batch_size` examples, and an epoch no example twice (what is left over after whole batches
-is left out, other examples each time). Examples are dealt to batches so that their token totals are nearly equal, and packed
+is left out, other examples each time). Batches are balanced, so that their token totals are nearly equal, and examples are packed
 several to a row: one small shape then holds every batch of the run, and the step is compiled once.
-
-Packing: which row of a fixed (rows, length) block each example goes to.
-
-Which examples share a batch: seeded, and dealt so that every batch holds nearly the same number of tokens.
-
-Equal totals are what lets one small fixed shape hold every batch of a run.
 """
 
 from __future__ import annotations
@@ -95,7 +89,8 @@ class BatchPlan:
             `tokens`, `segment_ids` (0 is padding, then 1, 2, ... along a row), `positions`: (accumulate, rows, length) int32;
             `target_index` (into the flattened rows * length), `target_ids`: (accumulate, targets) int32; `target_weights`:
             (accumulate, targets) float32, 0 for filler; and `example_ids` (accumulate, rows, length) int32 where each example has
-            one target: whose example a token is, `targets` for padding; `token_types` of the same shape where examples are pairs.
+            one target: whose example a token is, `targets` for padding; `token_types` of the same shape where examples are pairs;
+            `target_values` (accumulate, targets, width) float32 where values are predicted.
         """
         epoch, within = divmod(int(step), self.steps_per_epoch)
         groups = self._epoch(epoch)[within * self._accumulate : (within + 1) * self._accumulate]
@@ -114,7 +109,8 @@ class BatchPlan:
         chosen = np.unique(np.concatenate(groups)).tolist()
         types = self._train.types
         own = None if types is None else [types[i] for i in chosen]
-        return Examples([self._train.tokens[i] for i in chosen], [self._train.targets[i] for i in chosen], own)
+        values = None if self._train.values is None else [self._train.values[i] for i in chosen]
+        return Examples([self._train.tokens[i] for i in chosen], [self._train.targets[i] for i in chosen], own, values=values)
 
     @functools.cached_property
     def summary(self) -> dict[str, float]:
@@ -136,7 +132,7 @@ class BatchPlan:
         like = epoch % DISTINCT_EPOCHS
         count = self.steps_per_epoch * self._accumulate
         order = epoch_order(len(self._train.tokens), seed=self._seed, epoch=like)[: count * self._micro]
-        groups = deal(order, self._train.lengths, count, seed=[self._seed, like])
+        groups = balance(order, self._train.lengths, count, seed=[self._seed, like])
         if like != epoch:
             again = np.random.default_rng(np.random.SeedSequence([self._seed, epoch])).permutation(count)
             groups = [groups[i] for i in again]
@@ -171,7 +167,7 @@ class BatchPlan:
         order = np.arange(len(lengths))
         count = -(-len(lengths) // self._micro)
         while True:
-            groups = deal(order, lengths, min(count, len(order)), seed=[0])
+            groups = balance(order, lengths, min(count, len(order)), seed=[0])
             if all(self._fits(lengths[g], targets[g]) for g in groups):
                 return groups
             if count >= len(order):
@@ -218,6 +214,9 @@ class BatchPlan:
         }
         if examples.types is not None:
             batch["token_types"] = types
+        if examples.values is not None:
+            values = np.concatenate([examples.values[i] for i in chosen]).astype(np.float32)
+            batch["target_values"] = np.pad(values, [(0, filler)] + [(0, 0)] * (values.ndim - 1))
         return batch | {"example_ids": example_ids} if self._per_example else batch
 
 
@@ -278,8 +277,8 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.fromiter((shuffled[i] for i in range(count)), dtype=np.int64, count=count)
 
 
-def deal(order: np.ndarray, lengths: np.ndarray, batches: int, *, seed: list[int]) -> list[np.ndarray]:
-    """Deal the examples `order` into `batches` groups whose sizes differ by at most one and whose token totals are nearly equal.
+def balance(order: np.ndarray, lengths: np.ndarray, batches: int, *, seed: list[int]) -> list[np.ndarray]:
+    """Splits the examples `order` into `batches` groups whose sizes differ by at most one and whose token totals are nearly equal.
 
     The examples are sorted by length (ties in the order given) and cut into strata of `batches`; each group gets one of each
     stratum, the longest stratum first, the stratum's longest going to the group with the fewest tokens so far. The groups
@@ -291,7 +290,7 @@ def deal(order: np.ndarray, lengths: np.ndarray, batches: int, *, seed: list[int
         batches: how many groups.
         seed: of the order of the groups and of ties between them.
 
-    >>> [sorted(group.tolist()) for group in deal(np.arange(4), np.array([9, 1, 8, 2]), 2, seed=[0])]
+    >>> [sorted(group.tolist()) for group in balance(np.arange(4), np.array([9, 1, 8, 2]), 2, seed=[0])]
     [[2, 3], [0, 1]]
     """
     rng = np.random.default_rng(seed)

@@ -1,10 +1,9 @@
 """Models that answer a task: a base, and what turns its hidden states into class logits.
 
 All of them, and `Decoder` itself through `LanguageModel`, have one face for the training step:
-`features(batch, noise) -> (n, width)` at the batch's target positions (with the base's dropout if there is a key `noise`),
-`readout()`, the function (n, width) -> (n, classes) that makes logits of them, and `answers(features)`, what a task's own metrics
-want to know beside the loss.
-
+`features(batch, dropout_rng) -> (n, width)` at the batch's target positions (with the base's dropout if there is a key),
+`readout()`, the function (n, width) -> (n, classes) that makes logits of them, and `answers(features)`, what metrics other than the
+loss are computed from.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ NOWHERE = float(jnp.finfo(jnp.float32).min)
 class TaskModel(Protocol):
     """What the training step asks of a model."""
 
-    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(n, width): what the head sees, for each target of a batch."""
         ...
 
@@ -41,10 +40,10 @@ class TaskModel(Protocol):
         ...
 
     def answers(self, features: Array) -> Array | None:
-        """(n, ...): what the task's own metrics are computed from; None where loss and right predictions say all."""
+        """(n, ...): what the task's own metrics are computed from; None where loss and right predictions suffice."""
         ...
 
-    def trunk(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(rows, length, width): what enters the base's layers above its lowest cut. `features` of a batch that holds it start there."""
         ...
 
@@ -70,9 +69,12 @@ class Classifier(nnx.Module):
         classes: how many. The head is newly made, with weights ~ N(0, 0.02) as transformers does.
 
     Attributes:
+        kind: of the head (`head_shape.py`).
         new: the head's modules that a member draws by its own seed; none of a head that was loaded.
         class_names: of a head that was loaded, in order.
     """
+
+    kind: str | None = None
 
     def __init__(self, base: Encoder | Decoder, shape: HeadShape, classes: int, *, rngs: nnx.Rngs):
         self.base = base
@@ -113,13 +115,13 @@ class Classifier(nnx.Module):
             pooled = jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
         return self.classifier(self._transform(pooled))
 
-    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(n, width): what the classifier sees, for each target of the batch."""
         mean = self.shape.reads == "mean"
-        x = self._means(batch, self._hidden(batch, noise)) if mean else self._hidden(batch, noise, batch["target_index"])
+        x = self._means(batch, self._hidden(batch, dropout_rng)) if mean else self._hidden(batch, dropout_rng, batch["target_index"])
         with positions_of_targets(batch["target_index"], batch["tokens"].shape):
             x = self._transform(x)
-        return x if mean or noise is None or not self.base.dropout else dropout(x, self.base.dropout, noise)
+        return x if mean or dropout_rng is None or not self.base.dropout else dropout(x, self.base.dropout, dropout_rng)
 
     def readout(self) -> Callable[[Array], Array]:
         """(n, width) -> (n, classes) float32 logits."""
@@ -129,12 +131,12 @@ class Classifier(nnx.Module):
         """None: each text has one class, and how many are right is known."""
         return None
 
-    def trunk(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(rows, length, width): what enters the base's layers above its lowest cut."""
-        return self.base.trunk(**rows_of(self.base, batch), noise=noise)
+        return self.base.trunk(**rows_of(self.base, batch), noise=dropout_rng)
 
-    def _hidden(self, batch: Mapping[str, Array], noise: Array | None, gather: Array | None = None) -> Array:
-        return self.base.hidden(**rows_of(self.base, batch), gather=gather, noise=noise, trunk=batch.get("prefix"))
+    def _hidden(self, batch: Mapping[str, Array], dropout_rng: Array | None, gather: Array | None = None) -> Array:
+        return self.base.hidden(**rows_of(self.base, batch), gather=gather, noise=dropout_rng, trunk=batch.get("prefix"))
 
     def _transform(self, x: Array) -> Array:
         """What stands between the hidden states (..., width) and the classifier."""
@@ -163,6 +165,8 @@ class SequenceClassifier(Classifier):
         pooling: `cls` or `mean`.
     """
 
+    kind = "classification"
+
     def __init__(self, base: Encoder | Decoder, classes: int, pooling: str = "cls", *, rngs: nnx.Rngs):
         shape = head_shape(base.head_shapes, "classification", decoder=base.is_decoder)
         super().__init__(base, shape if pooling == "cls" else dataclasses.replace(shape, reads="mean"), classes, rngs=rngs)
@@ -170,6 +174,8 @@ class SequenceClassifier(Classifier):
 
 class TokenClassifier(Classifier):
     """A base with a head for a class of each token."""
+
+    kind = "token_classification"
 
     def __init__(self, base: Encoder | Decoder, classes: int, *, rngs: nnx.Rngs):
         super().__init__(base, head_shape(base.head_shapes, "token_classification", decoder=base.is_decoder), classes, rngs=rngs)
@@ -186,12 +192,14 @@ class QuestionAnswerer(Classifier):
     both counted from the example's first token. The classes of a target are then the positions of its example.
     """
 
+    kind = "question_answering"
+
     def __init__(self, base: Encoder | Decoder, *, rngs: nnx.Rngs):
         super().__init__(base, head_shape(base.head_shapes, "question_answering", decoder=base.is_decoder), 2, rngs=rngs)
 
-    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(n, length) float32: for each target the logits of its example's positions, from the first on; `NOWHERE` after the last."""
-        logits = self.classifier(self._transform(self._hidden(batch, noise)))
+        logits = self.classifier(self._transform(self._hidden(batch, dropout_rng)))
         index, length = batch["target_index"], batch["tokens"].shape[1]
         side = _at(batch["positions"], index)  # 0 for a start, 1 for an end
         first = index - side
@@ -222,20 +230,20 @@ class LanguageModel(nnx.Module):
     def __init__(self, base: Decoder):
         self.base = base
 
-    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(n, width): the hidden state at each target position."""
-        return self.base.hidden(**rows_of(self.base, batch), gather=batch["target_index"], noise=noise, trunk=batch.get("prefix"))
+        return self.base.hidden(**rows_of(self.base, batch), gather=batch["target_index"], noise=dropout_rng, trunk=batch.get("prefix"))
 
-    def trunk(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(rows, length, width): what enters the base's layers above its lowest cut."""
-        return self.base.trunk(**rows_of(self.base, batch), noise=noise)
+        return self.base.trunk(**rows_of(self.base, batch), noise=dropout_rng)
 
     def readout(self) -> Callable[[Array], Array]:
         """(n, width) -> (n, vocab) logits."""
         return self.base.readout()
 
     def answers(self, features: Array) -> Array | None:
-        """None: loss and right predictions say all."""
+        """None: the metrics follow from the loss and the right predictions."""
         return None
 
 
@@ -245,20 +253,20 @@ class HiddenStates(nnx.Module):
     def __init__(self, base: Encoder | Decoder):
         self.base = base
 
-    def features(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(n, width): the hidden state at each target position."""
-        return self.base.hidden(**rows_of(self.base, batch), gather=batch["target_index"], noise=noise, trunk=batch.get("prefix"))
+        return self.base.hidden(**rows_of(self.base, batch), gather=batch["target_index"], noise=dropout_rng, trunk=batch.get("prefix"))
 
-    def trunk(self, batch: Mapping[str, Array], noise: Array | None = None) -> Array:
+    def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(rows, length, width): what enters the base's layers above its lowest cut."""
-        return self.base.trunk(**rows_of(self.base, batch), noise=noise)
+        return self.base.trunk(**rows_of(self.base, batch), noise=dropout_rng)
 
     def readout(self) -> Callable[[Array], Array]:
         """The features are the answer."""
         return lambda features: features
 
     def answers(self, features: Array) -> Array | None:
-        """None: the loss says all."""
+        """None: the loss is the only metric."""
         return None
 
 

@@ -27,6 +27,7 @@ from ..adapters.partition import Partition, member_shardings, partition, update_
 from ..config.schema import Config
 from ..parallel.batches import place_batch, row_sharding
 from ..parallel.program import Program, program_bytes
+from ..tasks.base import objective_of
 from ..training.optimizer import hyper_of
 from ..training.setup import Setup
 from ..training.step import Batch, MemberFixed, eval_step, init_member, train_step
@@ -109,6 +110,7 @@ class PackShapes:
         own = MemberFixed(hyper_of(configs[0], setup.steps), self.part.settings, update_mask(self.part, specs[0], self.structure))
         self._fixed = own
         self._micro = {name: array[0] for name, array in setup.plan.batch(0).items()}
+        self._objective = objective_of(configs[0].task)
 
     @functools.cached_property
     def depth(self) -> int:
@@ -124,7 +126,7 @@ class PackShapes:
         """Of one member in one optimizer step, its padding included."""
         batch = self._batch(self._setup.plan.batch(0), 1)
         state = jax.eval_shape(lambda t, f: init_member(self.part, t, f), self.part.trainable, self._fixed)
-        step = functools.partial(train_step, self.part)
+        step = functools.partial(train_step, self.part, self._objective)
         return count_flops(jax.make_jaxpr(step)(state, self._fixed, self.part.frozen, batch, jnp.int32(0), jax.random.key(0)))
 
     @functools.cached_property
@@ -136,7 +138,7 @@ class PackShapes:
     def evaluation_flops(self) -> tuple[int, int]:
         """Of one evaluation: (one member's, what is computed once for all)."""
         held_out = self._setup.plan.eval_batches()
-        step = functools.partial(eval_step, self.part)
+        step = functools.partial(eval_step, self.part, self._objective)
         batch = self._batch(held_out[0], 0)
         own = count_flops(jax.make_jaxpr(step)(self.part.trainable, self.part.settings, self.part.frozen, batch))
         shared = 0 if self._prefix is None else count_flops(self._prefix)
@@ -158,7 +160,7 @@ class PackShapes:
         stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((members, *np.shape(a)), a.dtype), (part.trainable, self._fixed))
         state = jax.eval_shape(jax.vmap(lambda t, f: init_member(part, t, f)), *stacked)
         state, fixed = self._laid((state, stacked[1]))
-        programs = PackPrograms(part, self._config.training.data_seed, setup.mesh, self._mode)
+        programs = PackPrograms(part, self._config.training.data_seed, setup.mesh, self._mode, objective=self._objective)
         batch, held_out = self._batch(setup.plan.batch(0), 1), self._batch(setup.plan.eval_batches()[0], 0)
         train = _memory_of(programs.train, state, fixed, part.frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
         evaluate = _memory_of(programs.evaluate, state.trainable, fixed.settings, part.frozen, held_out)
@@ -178,9 +180,9 @@ class PackShapes:
             entering = self._prefix.out_avals[0]
             shape = (*batch["tokens"].shape[:row_axis], *entering.shape)
             placed["prefix"] = jax.ShapeDtypeStruct(shape, entering.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
-        if self._setup.teacher is not None:
-            wanted = self._setup.teacher.shape({name: placed[name] for name in batch}, micro=row_axis == 1)
-            placed["target_values"] = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
+        if (shared := self._setup.shared) is not None:
+            wanted = shared.shape({name: placed[name] for name in batch}, micro=row_axis == 1)
+            placed[shared.name] = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
         return placed
 
 

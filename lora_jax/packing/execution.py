@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..adapters.partition import Arrays, Partition, even_members, member_shardings
 from ..config.schema import Config
 from ..parallel.program import Program, compiler_options
+from ..tasks.objectives import Objective, cross_entropy
 from ..training.step import Batch, Evaluated, MemberFixed, MemberState, Metrics, eval_step, train_step
 
 
@@ -103,18 +104,31 @@ class PackPrograms:
         mesh: where the arrays lie; None where that is one device.
         mode: how the programs run the members.
         limit: bytes that each may take on a device.
+        objective: the loss.
     """
 
-    def __init__(self, part: Partition, data_seed: int = 0, mesh: Mesh | None = None, mode: PackMode = VMAP, limit: int | None = None):
+    def __init__(
+        self,
+        part: Partition,
+        data_seed: int = 0,
+        mesh: Mesh | None = None,
+        mode: PackMode = VMAP,
+        limit: int | None = None,
+        objective: Objective = cross_entropy,
+    ):
         self.mode = mode
-        self.in_mode = lambda other: PackPrograms(part, data_seed, mesh, other, limit)
+        self.in_mode = lambda other: PackPrograms(part, data_seed, mesh, other, limit, objective)
 
         def train(state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array) -> tuple[MemberState, Metrics]:
-            noise = jax.random.fold_in(jax.random.key(data_seed), step)
-            return mode.over_members(lambda s, f: train_step(part, s, f, frozen, batch, step, noise), part, mesh)(state, fixed)
+            dropout_rng = jax.random.fold_in(jax.random.key(data_seed), step)
+
+            def one(state: MemberState, fixed: MemberFixed) -> tuple[MemberState, Metrics]:
+                return train_step(part, objective, state, fixed, frozen, batch, step, dropout_rng)
+
+            return mode.over_members(one, part, mesh)(state, fixed)
 
         def evaluate(trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
-            return mode.over_members(lambda t, s: eval_step(part, t, s, frozen, batch), part, mesh)(trainable, settings)
+            return mode.over_members(lambda t, s: eval_step(part, objective, t, s, frozen, batch), part, mesh)(trainable, settings)
 
         options = compiler_options()
         self.train = Program(train, "training", carries=True, mesh=mesh, limit=limit, options=options)

@@ -21,8 +21,8 @@ from ..models.encoder import Encoder
 from ..models.layers import BlockConfig
 from ..models.load import BaseFiles
 from ..parallel.mesh import AXES, mesh_sizes, parameter_sharding
+from ..tasks.base import task_of
 from ..tasks.objectives import CHUNK_FLOATS
-from ..training.setup import task_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def forecast(configs: Sequence[Config], devices: int) -> Forecast:
     """
     config = configs[0]
     mesh = AbstractMesh(mesh_sizes(config.mesh, devices), AXES)
-    head = config.task.kind if config.task.head == "loaded" else None
+    head = task_of(config.task).loaded_head(config.task)
     base = BaseFiles(config.model.source, dtype=config.model.dtype, head=head).base
     part, structure = _parts(base, configs)
     sizes = dict(mesh.shape)
@@ -99,8 +99,8 @@ def _parts(base: Encoder | Decoder, configs: Sequence[Config]) -> tuple[Partitio
     found: list[tuple[Partition, Structure]] = []
 
     def build(base: Encoder | Decoder) -> None:
-        task = configs[0].task
-        model = task_model(base, task, task.labels or ("", ""))
+        section, task = configs[0].task, task_of(configs[0].task)
+        model = task.model(section, base, task.named_classes(section) or ("", ""))
         structure = unite(model, [resolve(model, c.adapter) for c in configs])
         part = partition(inject_structure(model, structure))
         shapes = {f: jax.tree.map(_shape, getattr(part, f)) for f in ("trainable", "settings", "frozen")}
@@ -150,14 +150,12 @@ def _activations(base: Encoder | Decoder, config: Config, structure: Structure, 
     stacked = [s.first for s in structure.sites if s.site.stack is not None]
     depth = base.config.depth - (min(stacked) if stacked else 0)
     kept = {"full": 0, "dots": _dot_floats(block, tokens, length) * width, "none": layer}[config.model.remat]
-    kind = config.task.kind
-    words = kind == "causal_lm" or (kind == "classification" and isinstance(base, Decoder))
-    classes = base.config.vocab if words else {"question_answering": length, "distillation": block.width}.get(kind, 2)
-    targets = members * rows if kind in ("classification", "question_answering") else tokens
+    task = task_of(config.task)
+    targets = tokens if task.targets is None else task.targets * members * rows
     return {
         "layers' inputs and what is kept of them": depth * (tokens * block.width * width + kept),
         "one layer's activations": layer,
-        "a chunk of the loss": 4 * 3 * min(members * CHUNK_FLOATS, targets * classes),
+        "a chunk of the loss": 4 * 3 * min(members * CHUNK_FLOATS, targets * task.outputs(config.task, base, length)),
     }
 
 

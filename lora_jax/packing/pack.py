@@ -24,6 +24,7 @@ from ..config.schema import Config
 from ..errors import RunError
 from ..parallel.mesh import to_host
 from ..parallel.program import memory_limit
+from ..tasks.base import objective_of
 from ..training.checkpoint import Saved
 from ..training.optimizer import hyper_of
 from ..training.step import MemberFixed, MemberState, init_member
@@ -90,7 +91,7 @@ class Pack:
         init = jax.vmap(lambda t, f: init_member(part, t, f))
         layouts = None if mesh is None else member_shardings(part, mesh, jax.eval_shape(init, trainable, fixed))
         state = jax.jit(init, out_shardings=layouts)(trainable, fixed)
-        programs = PackPrograms(part, configs[0].training.data_seed, mesh, mode, memory_limit(configs[0]))
+        programs = PackPrograms(part, configs[0].training.data_seed, mesh, mode, memory_limit(configs[0]), objective_of(configs[0].task))
         return cls(configs, specs, structure, part, state, fixed, programs)
 
     @property

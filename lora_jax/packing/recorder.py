@@ -8,9 +8,10 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from ..parallel.processes import is_writer
+from ..tasks.evaluators import EVALUATORS
 from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory
 from ..training.checkpoint import save_adapter
-from ..training.loop import Outcome, perplexity
+from ..training.loop import Outcome
 from ..training.setup import Setup
 from .pack import Member, Pack
 
@@ -45,8 +46,7 @@ class Recorder:
         if step:
             self.progress.print(f"{self.title}: goes on after step {step}")
         config = self.members[0].config
-        shown = ("loss",) if self.setup.teacher else ("loss", "perplexity" if self.setup.metric == "loss" else self.setup.metric)
-        tags = [f"eval/{name}" for name in shown]
+        tags = [f"eval/{name}" for name in dict.fromkeys(("loss", self.setup.metrics.reported))]
         grid = {**config.sweep.grid, **config.sweep.zip} if config.sweep else {}
         for member in self.members:
             folder = self.run.member(member.name)
@@ -65,9 +65,10 @@ class Recorder:
 
     def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
         """Scalars of the training steps."""
-        values = {n: v for n, v in metrics.items() if n != "accuracy" or self.setup.metric != "loss"}
-        if self.setup.metric == "loss" and self.setup.teacher is None:
-            values["perplexity"] = perplexity(metrics["loss"])
+        values = {n: v for n, v in metrics.items() if n != "accuracy"}
+        for name in self.setup.metrics.training:
+            if (of_means := EVALUATORS.get(name, "task.kind").from_means) is not None:
+                values[name] = of_means(metrics["loss"], metrics["accuracy"])
         for i, writer in enumerate(self.writers):
             scalars = {f"train/{n}": float(v[i]) for n, v in values.items()}
             if tokens_per_second:
@@ -118,6 +119,7 @@ class Recorder:
                 tokens=outcome.tokens,
                 tokens_per_second=outcome.tokens_per_second,
                 padding_share=float(facts["padding_share"]),
+                metric=self.setup.metrics.reported,
             )
             if is_writer():
                 result.write(folder)

@@ -57,8 +57,8 @@ def targets_by_rows(batch: Batch) -> Batch:
         batch: one micro-batch. A position has at most one target.
 
     Returns:
-        `target_index`, `target_ids`, `target_weights` of shape (groups * room,), the first `room` of them of the first group, and so
-        on; `example_ids`, where there are any, renumbered to match; and `target_source`, which target each place holds, with their
+        `target_index`, `target_ids`, `target_weights` (and `target_values`, where there are any) of shape (groups * room, ...), the
+        first `room` of them of the first group, and so on; `example_ids`, where there are any, renumbered to match; and `target_source`, which target each place holds, with their
         number for filler.
     """
     groups = row_groups()
@@ -75,6 +75,8 @@ def targets_by_rows(batch: Batch) -> Batch:
         "target_ids": batch["target_ids"].at[source].get(mode="fill", fill_value=0),
         "target_weights": batch["target_weights"].at[source].get(mode="fill", fill_value=0),
     }
+    if "target_values" in batch:
+        moved["target_values"] = batch["target_values"].at[source].get(mode="fill", fill_value=0)
     out = batch | {name: by_rows(a) for name, a in moved.items()} | {"target_source": source}
     if "example_ids" in batch:
         places = jnp.full(count + 1, groups * room, jnp.int32).at[source].set(jnp.arange(groups * room, dtype=jnp.int32))

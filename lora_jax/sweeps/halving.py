@@ -11,13 +11,14 @@ import math
 from collections.abc import Sequence
 
 from ..config.sweep import HalvingConfig
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, hint
 from ..packing.choice import PackModes
 from ..packing.execution import SCAN, told_mode
 from ..packing.pack import Member, Pack, Source, repack
 from ..packing.planner import PackPlan, Planner
 from ..packing.runner import PackRun, Pieces, Trained, train_in_pieces
 from ..parallel.processes import is_writer
+from ..tasks.evaluators import EVALUATORS
 from ..tracking import Progress, RunDirectory, read_json, write_json
 from ..training.checkpoint import Saved
 from ..training.setup import Preparer
@@ -90,6 +91,10 @@ class Halving:
         if any(prepare(m.config) is not self._setup for m in members):
             raise InputError("sweep.halving: the members must share model, task and training, for they are compared at equal steps.")
         self._rungs = rung_steps(halving, self._setup.steps)
+        self._evaluator = EVALUATORS.get(halving.metric or self._setup.metrics.selection, "sweep.halving.metric")
+        if self._evaluator.name not in (computed := self._setup.metrics.held_out):
+            name = self._evaluator.name
+            raise InputError(f"sweep.halving.metric: task.kind {members[0].config.task.kind} has no '{name}'. {hint(name, computed)}")
         # Scanned, survivors keep the programs of the whole race, and with them every bit, whoever leaves.
         self._company = self._members if told_mode(members[0].config) == SCAN else []
 
@@ -164,13 +169,8 @@ class Halving:
         return kept, sum(one.programs for one in trained)
 
     def _scores(self, trained: Trained) -> dict[str, float]:
-        metric = self._halving.metric or self._setup.metric
-        values = trained.outcome.final.get(metric)
-        if values is None:
-            raise InputError(f"sweep.halving.metric: this task has no '{metric}'; it has {', '.join(trained.outcome.final)}.")
-        sign = -1.0 if metric == "loss" else 1.0
-        alive = trained.outcome.alive
-        return {m.name: sign * float(values[i]) if alive[i] else math.nan for i, m in enumerate(trained.recorder.members)}
+        values, alive = trained.outcome.final[self._evaluator.name], trained.outcome.alive
+        return {m.name: self._evaluator.sign * float(values[i]) if alive[i] else math.nan for i, m in enumerate(trained.recorder.members)}
 
     def _pack_run(self, plan: PackPlan, title: str) -> PackRun:
         return PackRun(self._run, plan, self._setup, self._signals, self._progress, title, self._modes, self._company)

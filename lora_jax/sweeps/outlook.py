@@ -16,7 +16,7 @@ from ..packing.pack import form_of
 from ..packing.planner import PackPlan, Part, Planner, Weights, plan_part
 from ..parallel.program import memory_limit
 from ..tracking import RunDirectory, holds_run
-from ..training.setup import Newest, Preparer, Setup, setup_key
+from ..training.setup import Preparer, Setup, SingleSlotCache, setup_key
 from .halving import rung_steps
 from .remaining import plan_remaining
 from .space import members_of
@@ -117,7 +117,7 @@ def look_ahead(config: Config, *, solo: bool = False, fresh: bool = False, many:
     packs = [p for p in packs if any(m.name not in statuses for m in p.members)]
     outlooks: list[PackOutlook] = []
     share, rate, product, devices = 1.0, math.nan, (0, 0, 0), 1
-    known = Newest()
+    known = SingleSlotCache()
     for pack in packs:
         setup = prepare(pack.members[0].config)
         if not outlooks:
@@ -153,7 +153,7 @@ def _product(setup: Setup, members: int) -> tuple[int, int, int]:
     return members * batch["tokens"][0].size, block.width, block.hidden
 
 
-def _pack(setup: Setup, pack: PackPlan, rate: float, known: Newest) -> PackOutlook:
+def _pack(setup: Setup, pack: PackPlan, rate: float, known: SingleSlotCache) -> PackOutlook:
     configs = [m.config for m in pack.members]
     shapes = PackShapes(setup, configs)
     count, steps, every = len(configs), setup.steps, configs[0].training.eval_every

@@ -19,10 +19,11 @@ from ..errors import InputError, hint
 from ..models.heads import Classifier
 from ..models.load import load_model
 from ..packing.pack import Member, Pack
+from ..tasks.base import task_of
 from ..tracking import Progress, member_folder
 from ..training.checkpoint import load_adapter, saved_classes
 from ..training.loop import evaluate_pack
-from ..training.setup import Preparer, task_model
+from ..training.setup import Preparer
 from .space import members_of
 
 
@@ -90,13 +91,13 @@ def restore_member(run: Path, member: Member) -> Restored:
         InputError: the base is not where it was, no adapter was saved, or it is damaged or fits another model.
     """
     folder, config = adapter_folder_of(run, member), member.config
-    classes = saved_classes(folder) or (tuple(config.task.labels) if config.task.labels else None)
-    loaded = load_model(config.model.source, head=config.task.kind if config.task.head == "loaded" else None)
+    section, task = config.task, task_of(config.task)
+    classes = saved_classes(folder) or task.named_classes(section)
+    loaded = load_model(config.model.source, head=task.loaded_head(section))
     base = loaded.base if isinstance(loaded, Classifier) else loaded
-    in_words = config.task.kind == "classification" and base.is_decoder
-    if config.task.label is not None and classes is None and not in_words:
+    if classes is None and task.needs_classes(section, decoder=base.is_decoder):
         raise InputError(f"{folder}: does not say what its classes are; name them, in order, as task.labels in {run / 'config.yaml'}.")
-    model = loaded if isinstance(loaded, Classifier) else task_model(base, config.task, classes)
+    model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes)
     spec = resolve(model, config.adapter)
     adapted = inject_structure(model, unite(model, [spec]))
     fill_member(adapted, spec, config.training.seed)  # the scales; the factors are drawn and then replaced

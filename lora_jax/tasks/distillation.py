@@ -1,57 +1,100 @@
-"""The teacher of a distillation: a frozen model whose hidden states the members are to meet, computed once a batch for all of them."""
+"""Hidden states: the members learn to give those of a frozen teacher, which are computed once a batch for all of them.
+
+The teacher may be pruned, quantised, larger or otherwise trained; it has the members' vocabulary and width. The loss is the mean squared
+error over the numbers of each token's last hidden state.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from pydantic import Field
 
+from ..config.doors import TASKS
+from ..config.schema import TaskConfig
+from ..data.examples import Example
 from ..errors import InputError
-from ..models.decoder import Decoder
-from ..models.encoder import Encoder
-from ..models.heads import HiddenStates
-from ..parallel.batches import row_sharding, targets_by_rows
-from ..parallel.program import Program, compiler_options
+from ..models.heads import HiddenStates, TaskModel
+from .base import Base, Columns, Encoded, Rows, Shared, Task, TaskMetrics
+from .objectives import OBJECTIVES, summed_squared_error
+from .prepare import encoder_ids, plain_ids, start_ids
 
-Batch = dict[str, jax.Array]
-
-
-class Teacher:
-    """A model that makes targets of batches.
-
-    Args:
-        model: the teacher, its weights where they belong on the mesh.
-        mesh: where the batches lie.
-    """
-
-    def __init__(self, model: HiddenStates, mesh: Mesh):
-        graphdef, self._state = nnx.split(model, graph=True)
-
-        def of_micro(state: nnx.State, micro: Batch) -> jax.Array:
-            return nnx.merge(graphdef, state).features(targets_by_rows(micro))
-
-        def of_step(state: nnx.State, batch: Batch) -> jax.Array:
-            return jax.lax.map(lambda micro: of_micro(state, micro), batch)
-
-        self._step = Program(of_step, "teacher", mesh=mesh, results=row_sharding(mesh, 1), options=compiler_options())
-        self._held_out = Program(of_micro, "held-out teacher", mesh=mesh, results=row_sharding(mesh, 0), options=compiler_options())
-
-    def of_step(self, batch: Batch) -> jax.Array:
-        """(micro-batches, targets, width): the last hidden state at each target of a training batch, in the order of the training step
-        (`targets_by_rows`)."""
-        return self._step(self._state, batch)
-
-    def of_held_out(self, batch: Batch) -> jax.Array:
-        """(targets, width): the same of a batch without a micro axis."""
-        return self._held_out(self._state, batch)
-
-    def shape(self, batch: Batch, *, micro: bool) -> jax.ShapeDtypeStruct:
-        """Of what `of_step` (`micro`) or `of_held_out` gives; nothing is computed."""
-        return (self._step if micro else self._held_out).lower(self._state, batch).out_info
+# The array of a batch that holds the teacher's states, (targets, width).
+TEACHER_STATES = "teacher_states"
 
 
-def check_teacher(teacher: Encoder | Decoder, student: Encoder | Decoder, source: str) -> None:
-    """`InputError` unless the two have the same vocabulary and width, so that one's states can be compared with the other's."""
+class DistillationConfig(TaskConfig):
+    kind: Literal["distillation"] = Field(default="distillation", description="A teacher's last hidden states.")
+    text: str = Field(description="Text column.")
+    teacher: str = Field(
+        description=(
+            "The model whose last hidden states are to be met at each token (forms as model.source); of the same vocabulary and width. "
+            "The loss is the mean squared error."
+        ),
+    )
+
+
+def distillation_loss(model: TaskModel, features: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Squared error of the model's states and the teacher's, each token's the mean over its numbers."""
+    return summed_squared_error(model.readout()(features), batch[TEACHER_STATES], batch["target_weights"]), jnp.float32(0)
+
+
+OBJECTIVES.register("distillation", distillation_loss)
+
+
+class Distillation(Task):
+    """A teacher's last hidden states."""
+
+    name, section, objective, shared_keys = "distillation", DistillationConfig, "distillation", frozenset({"teacher"})
+
+    def columns(self, section: DistillationConfig) -> Columns:
+        """Texts."""
+        return Columns((section.text,))
+
+    def metrics(self, section: DistillationConfig, classes: tuple[str, ...] | None) -> TaskMetrics:
+        """The loss alone: nothing is right or wrong."""
+        return TaskMetrics(("loss",), "loss")
+
+    def model(
+        self, section: DistillationConfig, base: Base, classes: tuple[str, ...] | None, class_token_ids: np.ndarray | None = None
+    ) -> nnx.Module:
+        """The base's hidden states."""
+        return HiddenStates(base)
+
+    def outputs(self, section: DistillationConfig, base: Base, length: int) -> int:
+        """A hidden state."""
+        return base.config.block.width
+
+    def encode(self, section: DistillationConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None) -> Encoded:
+        """A target at each token. Its id (0) says nothing: the teacher knows what it is to be."""
+        texts = rows.columns[section.text]
+        if decoder:
+            start = start_ids(tokenizer)
+            encoded = [[*start, *ids][: section.max_length] if ids else [] for ids in plain_ids(tokenizer, texts)]
+        else:
+            encoded = encoder_ids(tokenizer, texts, section.max_length)
+        return Encoded([Example(np.array(ids, np.int32), np.zeros(len(ids), np.int32)) for ids in encoded])
+
+    def shared(self, section: DistillationConfig, base: Base, load: Callable[..., Any]) -> Shared:
+        """The teacher's hidden state at each target.
+
+        Raises:
+            InputError: the teacher has another vocabulary or width than the members.
+        """
+        teacher = load(section.teacher, key="task.teacher")
+        _check_teacher(teacher, base, section.teacher)
+        return Shared(TEACHER_STATES, HiddenStates(teacher), lambda model, batch: model.features(batch))
+
+
+TASKS.register("distillation", Distillation())
+
+
+def _check_teacher(teacher: Base, student: Base, source: str) -> None:
     for what, of in (
         ("a vocabulary of {} tokens", lambda m: m.config.vocab),
         ("hidden states of {} numbers", lambda m: m.config.block.width),

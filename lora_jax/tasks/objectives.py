@@ -1,5 +1,8 @@
-"""The loss: cross-entropy at the positions that have a label, and nowhere else, in chunks of the vocabulary projection; or, with a
-teacher, the squared error of hidden states.
+"""Losses by name. A task names one (`Task.objective`), and the training step is handed it.
+
+An objective is a pure function (model, features, batch) -> (summed loss, summed right predictions), float32 scalars of one micro-batch:
+`features` are what the model's `features(batch)` gave, (targets, width), and `batch` holds the targets. Both sums weigh each target by
+`batch["target_weights"]`; the step divides by the weights' total. Where nothing is right or wrong the second is 0.
 """
 
 from __future__ import annotations
@@ -10,27 +13,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..config.doors import Door
+from ..models.heads import TaskModel
 from ..parallel.constraints import by_rows, row_groups
 
 # Logits of one chunk on one device at the most, in floats (16 MiB): few enough to stay in a CPU's cache between the passes over them.
 CHUNK_FLOATS = 4 * 1024 * 1024
 
+Objective = Callable[[TaskModel, jax.Array, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+OBJECTIVES: Door[Objective] = Door("objective", "lora_jax.tasks", "lora_jax.objectives")
 
-def squared_error(values: jax.Array, wanted: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Summed squared error, each target's the mean over its numbers.
+
+def cross_entropy(model: TaskModel, features: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of the readout's logits and `target_ids`, (targets,) int32."""
+    return summed_cross_entropy(model.readout(), features, batch["target_ids"], batch["target_weights"])
+
+
+def squared_error(model: TaskModel, features: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Squared error of the readout and `target_values`, (targets, width) float32: each target's is the mean over its numbers."""
+    return summed_squared_error(model.readout()(features), batch["target_values"], batch["target_weights"]), jnp.float32(0)
+
+
+OBJECTIVES.register("cross_entropy", cross_entropy)
+OBJECTIVES.register("squared_error", squared_error)
+
+
+def summed_squared_error(values: jax.Array, wanted: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum of weights * mean((value - wanted)^2), a float32 scalar.
 
     Args:
         values, wanted: (n, width).
         weights: (n,) float32, 0 where there is no target.
-
-    Returns:
-        two float32 scalars: sum of weights * mean((value - wanted)^2), and 0: nothing is right or wrong.
     """
     error = jnp.square(values.astype(jnp.float32) - wanted.astype(jnp.float32)).mean(-1)
-    return jnp.sum(weights * error), jnp.float32(0)
+    return jnp.sum(weights * error)
 
 
-def cross_entropy(
+def summed_cross_entropy(
     head: Callable[[jax.Array], jax.Array], features: jax.Array, ids: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy and summed correct predictions.
@@ -51,7 +70,7 @@ def cross_entropy(
     # What `head` closes over and is being differentiated becomes an argument; the rest stays closed over.
     pure_head, trained = jax.closure_convert(head, features[:1])
     classes = jax.eval_shape(head, features[:1]).shape[-1]
-    # On a mesh the features are in groups, each with its own devices: every chunk has a share of each.
+    # On a mesh the features are in groups, each with its own devices: every chunk has a part of each.
     groups = row_groups()
     own = features.shape[0] // groups
     chunks = max(1, -(-own * classes // CHUNK_FLOATS))

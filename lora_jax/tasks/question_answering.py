@@ -1,10 +1,10 @@
-"""Questions about texts to tokens, and logits back to answers. A long text is read through windows that overlap.
+"""Where a text answers a question: the first and the last token of the answer. A long text is read through windows that overlap.
 
 An example is a window: the question and a part of the text. It has two targets, at its first token the place where the answer starts
 and at its second where it ends; both are 0, the first token, where the answer is not (wholly) in it, as in BERT (arXiv:1810.04805,
 section 4.3).
 
-How SQuAD (arXiv:1606.05250, section 6.1) scores an answer: exact match and F1 of words, after the same clean-up of both texts.
+Answers are scored as SQuAD 2.0's script does (arXiv:1806.03822): exact match and F1 of words, after the same clean-up of both texts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,64 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
+from ..config.doors import TASKS
+from ..config.types import NonNegativeInt, PositiveInt
 from ..data.examples import NO_TARGET, Example, Scorer
 from ..errors import InputError
+from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
+
+
+class QuestionAnsweringConfig(HeadTaskConfig):
+    kind: Literal["question_answering"] = Field(default="question_answering", description="Where a text answers a question.")
+    question: str = Field(description="Question column.")
+    context: str = Field(description="Column of the texts that hold the answers.")
+    answers: str = Field(description="Answer column: {text: [...], answer_start: [...]} as SQuAD has it, or a text.")
+    stride: NonNegativeInt = Field(
+        default=32, description="A context too long for max_length is read in windows that share so many tokens."
+    )
+    max_answer: PositiveInt = Field(default=30, description="Tokens of an answer at the most.")
+
+
+class QuestionAnswering(Task):
+    """Where a text answers a question."""
+
+    name, section, head, targets = "question_answering", QuestionAnsweringConfig, "question_answering", 2
+
+    def columns(self, section: QuestionAnsweringConfig) -> Columns:
+        """Questions, contexts, answers. Questions about one context stay on one side of the split."""
+        names = (section.question, section.context, section.answers)
+        return Columns(names, targets=(section.question, section.answers), structured=(section.answers,))
+
+    def read(self, section: QuestionAnsweringConfig, rows: Rows, key: str) -> Rows:
+        """The column of answers holds a `Question` for each row."""
+        where = [f"{key}: row {number} of {rows.source}" for number in rows.numbers]
+        columns = (rows.columns[name] for name in (section.question, section.context, section.answers))
+        asked = [question_of(*row) for row in zip(*columns, where, strict=True)]
+        return dataclasses.replace(rows, columns={**rows.columns, section.answers: asked})
+
+    def metrics(self, section: QuestionAnsweringConfig, classes: tuple[str, ...] | None) -> TaskMetrics:
+        """The F1 of answers' words."""
+        return TaskMetrics(("loss", "exact_match", "f1"), "f1", training=("accuracy",))
+
+    def outputs(self, section: QuestionAnsweringConfig, base: Base, length: int) -> int:
+        """A logit for each position."""
+        return length
+
+    def encode(
+        self, section: QuestionAnsweringConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None
+    ) -> Encoded:
+        """Each row's windows."""
+        asked = rows.columns[section.answers]
+        made, windows = encode_questions(asked, rows.numbers.tolist(), tokenizer, max_length=section.max_length, stride=section.stride)
+        return Encoded(made, lambda _: answer_scorer(asked, windows, section.max_answer))
+
+
+TASKS.register("question_answering", QuestionAnswering())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,14 +249,19 @@ def cleaned(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
 
 
+def _with_words(right: Sequence[str]) -> list[str]:
+    """The right answers, cleaned; those of which nothing is left do not count. The empty one where there is no other."""
+    return [r for r in map(cleaned, right) if r] or [""]
+
+
 def exact_match(given: str, right: Sequence[str]) -> float:
     """1 where an answer equals one of the right ones, else 0. No right one: 1 for the empty answer."""
-    return float(any(cleaned(given) == cleaned(r) for r in right or [""]))
+    return float(cleaned(given) in _with_words(right))
 
 
 def f1(given: str, right: Sequence[str]) -> float:
     """The best F1 of an answer's words with a right one's, 0 to 1; where either has no word, whether both have none."""
-    return max(_f1(cleaned(given).split(), cleaned(r).split()) for r in right or [""])
+    return max(_f1(cleaned(given).split(), r.split()) for r in _with_words(right))
 
 
 def _f1(given: list[str], right: list[str]) -> float:

@@ -1,19 +1,65 @@
-"""Labelled words to tokens: each word's label stands at its first token, and nothing is to be predicted at the others.
+"""A class for each word: its label stands at its first token, and nothing is to be predicted at the others.
 
-Named entities in a sequence of labels, and how many of them were found: what CoNLL-2000's `conlleval` and seqeval count.
+Where the classes are parts of named entities (`B-person`, `I-person`, `O`) members are compared by the F1 of entities, as CoNLL-2000's
+`conlleval` and seqeval count them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from ..data.examples import NO_TARGET, Example
+from ..config.doors import TASKS
+from ..data.examples import NO_TARGET, Example, Scorer
 from ..errors import InputError
+from .base import Columns, Encoded, Rows, TaskMetrics
+from .classification import Labelled, LabelledConfig
 
 Words = tuple[list[str], list[str]]
+
+
+class TokenClassificationConfig(LabelledConfig):
+    kind: Literal["token_classification"] = Field(default="token_classification", description="A class for each word.")
+    text: str = Field(description="Column of the words: a list, or a text that white space cuts.")
+    label: str = Field(description="Column of the words' labels, in the same form.")
+
+
+class TokenClassification(Labelled):
+    """A class for each word."""
+
+    name, section, head = "token_classification", TokenClassificationConfig, "token_classification"
+
+    def columns(self, section: TokenClassificationConfig) -> Columns:
+        """Words and labels."""
+        both = (section.text, section.label)
+        return Columns(both, targets=(section.label,), structured=both, nonempty=(section.label,))
+
+    def read(self, section: TokenClassificationConfig, rows: Rows, key: str) -> Rows:
+        """Words and labels as lists."""
+        where = [f"{key}: row {number} of {rows.source}" for number in rows.numbers]
+        pairs = [words_of(*row) for row in zip(rows.columns[section.text], rows.columns[section.label], where, strict=True)]
+        return dataclasses.replace(rows, columns={section.text: [w for w, _ in pairs], section.label: [named for _, named in pairs]})
+
+    def metrics(self, section: TokenClassificationConfig, classes: tuple[str, ...] | None) -> TaskMetrics:
+        """The F1 of entities where classes are their parts, else the fraction of words that are right."""
+        if has_entities(classes or ()):
+            return TaskMetrics(("loss", "accuracy", "precision", "recall", "f1"), "f1", training=("accuracy",))
+        return TaskMetrics(("loss", "accuracy"), "accuracy", training=("accuracy",))
+
+    def encode(
+        self, section: TokenClassificationConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None
+    ) -> Encoded:
+        """Each word's class at its first token."""
+        assert classes is not None
+        words = list(zip(rows.columns[section.text], rows.columns[section.label], strict=True))
+        return Encoded(encode_words(words, tokenizer, classes, section.max_length), lambda kept: word_scorer(kept, classes))
+
+
+TASKS.register("token_classification", TokenClassification())
 
 
 def words_of(words: Any, labels: Any, where: str) -> Words:
@@ -81,8 +127,8 @@ def pieces_of(rows: Sequence[Sequence[str]], tokenizer: Any) -> list[list[str]]:
     return [[words[0], *(f" {word}" for word in words[1:])] for words in rows]
 
 
-def word_scorer(examples: Sequence[Example], classes: Sequence[str]) -> Callable[[Sequence[np.ndarray]], dict[str, float]]:
-    """What scores predicted classes: the share of words that are right, and where classes are parts of entities those found.
+def word_scorer(examples: Sequence[Example], classes: Sequence[str]) -> Scorer:
+    """Scores predicted classes: the fraction of words that are right, and where classes are parts of entities the scores of entities.
 
     The scorer takes for each example the (targets,) classes predicted at its targets, in order.
     """
@@ -112,19 +158,20 @@ def has_entities(classes: Sequence[str]) -> bool:
 def entities(labels: Sequence[str]) -> list[Entity]:
     """The entities of one text: (kind, first word, word after its last).
 
-    A `B-` starts one; so does an `I-` that follows no word of the same kind, as `conlleval` has it.
+    A `B-` starts one; so does an `I-` that follows no word of the same kind, as in `conlleval`.
 
     >>> entities(["B-PER", "I-PER", "O", "I-LOC", "B-LOC"])
     [('PER', 0, 2), ('LOC', 3, 4), ('LOC', 4, 5)]
     """
     found: list[Entity] = []
-    kind, start = "", 0
+    kind: str | None = None
+    start = 0
     for place, label in enumerate([*labels, "O"]):
         part, _, name = label.partition("-")
-        if kind and (part != "I" or name != kind):
+        if kind is not None and (part != "I" or name != kind):
             found.append((kind, start, place))
-            kind = ""
-        if part != "O" and not kind:
+            kind = None
+        if part != "O" and kind is None:
             kind, start = name, place
     return found
 

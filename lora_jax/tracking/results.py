@@ -36,6 +36,7 @@ class MemberResult:
         padding_share: Share of the positions computed on that were padding, 0 to 1.
         history: Optional rows of scalars by step, each with a `step`.
         error: Why it failed; empty where it did not.
+        metric: What its task is compared by, a key of `final`; empty in runs of older versions.
     """
 
     name: str
@@ -52,6 +53,7 @@ class MemberResult:
     padding_share: float = 0.0
     history: list[dict[str, float]] | None = None
     error: str = ""
+    metric: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -105,6 +107,7 @@ _KINDS: dict[str, Any] = {
     "tokens": int,
     "history": (list, type(None)),
     "error": str,
+    "metric": str,
     **dict.fromkeys(sorted(_FLOATS), (int, float, type(None))),
 }
 

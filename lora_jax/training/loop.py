@@ -1,4 +1,4 @@
-"""The loop: batches through the compiled step, evaluation, and what each member came to.
+"""The loop: batches through the compiled step, evaluation, and the outcome of each member.
 
 A trace of a few steps for TensorBoard's profiler.
 """
@@ -18,8 +18,9 @@ import numpy as np
 from ..adapters.partition import Arrays, Partition
 from ..config.schema import Config
 from ..data.examples import Examples
-from ..errors import Stopped
+from ..errors import RunError, Stopped
 from ..parallel.mesh import to_host
+from ..tasks.evaluators import EVALUATORS, Evaluator
 from .checkpoint import PackCheckpoints, Saved
 from .setup import Setup
 from .step import MemberFixed, MemberState, Metrics
@@ -54,10 +55,10 @@ class Listener(Protocol):
 
 @dataclasses.dataclass
 class Outcome:
-    """What a pack came to.
+    """The outcome of a pack.
 
     Attributes:
-        final, best: metrics of the last and the best evaluation, (members,) arrays; best by the setup's metric.
+        final, best: metrics of the last and the best evaluation, (members,) arrays; best by `TaskMetrics.selection`.
         best_step: (members,) int.
         steps: done.
         alive: (members,) bool; False where a loss was not finite.
@@ -116,7 +117,7 @@ def train_pack(
     """
     state, fixed, frozen = pack.state, pack.fixed, pack.part.frozen
     began = time.perf_counter()
-    best = _Best(len(pack.configs), setup.metric)
+    best = _Best(len(pack.configs), EVALUATORS.get(setup.metrics.selection, "task.kind"))
     window: list[dict[str, np.ndarray]] = []
     fresh: list[Metrics] = []  # of steps that may still be under way
     clock = _Clock()
@@ -210,11 +211,10 @@ def evaluate_pack(
     *,
     prefix: Prefix | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every member's mean loss and the task's metrics over the held-out examples (or those given); (members,) arrays.
-
-    These are the task's own where it has some, else the accuracy; of a language model perplexity and the share of right tokens.
-    """
+    """Every member's metrics (`TaskMetrics.held_out`) over the held-out examples, or those given: name -> (members,) array."""
     examples = setup.data.held_out if examples is None else examples
+    evaluators = [EVALUATORS.get(name, "task.kind") for name in setup.metrics.held_out]
+    of_answers = [e for e in evaluators if e.from_answers is not None]
     sums: list[Any] = []
     answers: list[np.ndarray] = []
     weight = 0.0
@@ -222,37 +222,37 @@ def evaluate_pack(
         inputs = setup.held_out_inputs(batch, prefix)
         *scalars, answered = pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, inputs)
         sums.append(scalars)
-        if examples.score is not None:
+        if examples.score is not None or of_answers:
             answers.append(to_host(answered))
         weight += float(batch["target_weights"].sum())
-    loss, correct = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
-    if examples.score is not None:
-        return {"loss": loss} | _scores(setup.plan.eval_groups(examples), examples, answers)
-    metrics = {"loss": loss, "accuracy": correct}
-    if setup.teacher is not None:
-        return {"loss": loss}
-    if setup.metric == "loss":
-        metrics = {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": correct}
+    loss, right = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
+    scores = _scores(setup.plan.eval_groups(examples), examples, answers, of_answers) if answers else {}
+    metrics: dict[str, np.ndarray] = {}
+    for evaluator in evaluators:
+        if evaluator.name in scores:
+            metrics[evaluator.name] = scores[evaluator.name]
+        elif evaluator.from_means is not None:
+            metrics[evaluator.name] = evaluator.from_means(loss, right)
+        else:
+            raise RunError(f"nothing computes the metric '{evaluator.name}': neither its evaluator nor the task's scorer.")
     return metrics
 
 
-def _scores(groups: Sequence[np.ndarray], examples: Examples, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """The task's own metrics, (members,) each, of (members, targets, ...) answers a batch."""
-    assert examples.score is not None
+def _scores(
+    groups: Sequence[np.ndarray], examples: Examples, answers: Sequence[np.ndarray], evaluators: Sequence[Evaluator]
+) -> dict[str, np.ndarray]:
+    """The metrics that follow from answers, (members,) each, of (members, targets, ...) answers a batch."""
+    wanted = [examples.wanted(i) for i in range(len(examples.tokens))] if evaluators else []
     scores = []
     for member in range(len(answers[0])):
         own: dict[int, np.ndarray] = {}
         for group, batch in zip(groups, answers, strict=True):
             ends = np.cumsum(examples.target_counts[group])
             own |= dict(zip(group.tolist(), np.split(batch[member], ends)[:-1], strict=True))
-        scores.append(examples.score([own[i] for i in range(len(own))]))
+        given = [own[i] for i in range(len(own))]
+        found = {e.name: e.from_answers(given, wanted) for e in evaluators if e.from_answers is not None}
+        scores.append(found | ({} if examples.score is None else examples.score(given)))
     return {name: np.array([s[name] for s in scores], np.float32) for name in scores[0]}
-
-
-def perplexity(loss: np.ndarray) -> np.ndarray:
-    """e to the mean loss of a token; infinite where that is too large a number."""
-    with np.errstate(over="ignore"):
-        return np.exp(loss)
 
 
 def _on_host(metrics: Sequence[Metrics]) -> list[dict[str, np.ndarray]]:
@@ -268,8 +268,8 @@ def _window_means(window: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarr
 class _Best:
     """The best evaluation of each member so far, with its arrays."""
 
-    def __init__(self, members: int, metric: str):
-        self.metric, self.sign = metric, -1.0 if metric == "loss" else 1.0
+    def __init__(self, members: int, evaluator: Evaluator):
+        self.evaluator = evaluator
         self.score = np.full(members, -np.inf)
         self.step = np.zeros(members, int)
         self.metrics: dict[str, np.ndarray] = {}
@@ -287,7 +287,7 @@ class _Best:
 
     def offer(self, step: int, metrics: dict[str, np.ndarray], arrays: Arrays) -> bool:
         """Takes what is better than before; returns whether anything was."""
-        score = self.sign * metrics[self.metric]
+        score = self.evaluator.sign * metrics[self.evaluator.name]
         better = score > self.score  # never true of NaN
         if self.arrays is None:
             # A copy: the step donates its state, and with it these buffers.

@@ -1,4 +1,4 @@
-"""From a config to what training needs: the base with the task's head, the tokenizer, the batches."""
+"""From a config to what training needs: the base with the task's head, the examples, the batches."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from jax.sharding import Mesh
 from ..adapters.inject import inject_structure
 from ..adapters.layout import resolve, unite
 from ..adapters.partition import Partition
-from ..config.schema import Config, TaskConfig
+from ..config.schema import Config
 from ..data.batching import BatchPlan
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
-from ..models.heads import Classifier, HiddenStates, LabelWordClassifier, LanguageModel, add_head
+from ..models.heads import Classifier
 from ..models.layers import AXES
 from ..models.load import load_model
-from ..parallel.batches import place_batch
+from ..parallel.batches import place_batch, row_sharding, targets_by_rows
 from ..parallel.mesh import make_mesh, parameter_sharding, place
-from ..parallel.program import release_freed_memory
-from ..tasks.distillation import Teacher, check_teacher
-from ..tasks.prepare import TaskData, prepare
+from ..parallel.program import Program, compiler_options, release_freed_memory
+from ..tasks.base import Shared, TaskData, TaskMetrics, task_of
+from ..tasks.prepare import prepare
 from ..weights.provenance import fingerprint
 from ..weights.tokenizer import load_tokenizer
+from .step import Batch
 from .trunk import Prefix, prefix_depth
 
 
-class Newest:
+class SingleSlotCache:
     """Remembers the newest value alone: never two bases in memory, nor programs that nothing will run again."""
 
     def __init__(self) -> None:
@@ -47,9 +48,11 @@ class Newest:
         return self.value
 
     def forget(self) -> None:
+        """Empties the slot."""
         self.key = self.value = None
 
     def get(self, key: object, make: Callable[[], Any]) -> Any:
+        """The value of this key; made, once that of another is forgotten, where it is not there. A failure leaves nothing."""
         if self.key != key:
             self.forget()
             self.value = make()
@@ -57,9 +60,46 @@ class Newest:
         return self.value
 
 
+class SharedProgram:
+    """What a task computes once a batch for all members (`Task.shared`), compiled.
+
+    Args:
+        shared: what is computed.
+        mesh: where the batches lie.
+
+    Attributes:
+        name: of the array in the batch.
+    """
+
+    def __init__(self, shared: Shared, mesh: Mesh):
+        self.name = shared.name
+        graphdef, self._state = nnx.split(shared.model, graph=True)
+
+        def of_micro(state: nnx.State, micro: Batch) -> jax.Array:
+            return shared.function(nnx.merge(graphdef, state), targets_by_rows(micro))
+
+        def of_step(state: nnx.State, batch: Batch) -> jax.Array:
+            return jax.lax.map(lambda micro: of_micro(state, micro), batch)
+
+        self._step = Program(of_step, self.name, mesh=mesh, results=row_sharding(mesh, 1), options=compiler_options())
+        self._held_out = Program(of_micro, f"held-out {self.name}", mesh=mesh, results=row_sharding(mesh, 0), options=compiler_options())
+
+    def of_step(self, batch: Batch) -> jax.Array:
+        """(micro-batches, targets, ...) of a training batch, in the order of the training step's targets (`targets_by_rows`)."""
+        return self._step(self._state, batch)
+
+    def of_held_out(self, batch: Batch) -> jax.Array:
+        """(targets, ...): the same of a batch without a micro axis."""
+        return self._held_out(self._state, batch)
+
+    def shape(self, batch: Batch, *, micro: bool) -> jax.ShapeDtypeStruct:
+        """Of what `of_step` (`micro`) or `of_held_out` gives; nothing is computed."""
+        return (self._step if micro else self._held_out).lower(self._state, batch).out_info
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What all members of a run with the same model, task and batches share.
+    """What all members of a run with the same model, task and batches have in common.
 
     Attributes:
         model: the base with the task's head; no adapters.
@@ -67,9 +107,8 @@ class Setup:
         data: tokenised examples.
         plan: the training batches.
         steps: optimizer steps.
-        metric: what members are compared by; larger is better unless it is `loss`.
         mesh: the devices; the model's weights lie on it already.
-        teacher: makes the targets of a distillation; None of other tasks.
+        shared: what the task computes once a batch for all members; None where it computes nothing.
         prefixes: of packs, the newest.
         programs: of packs, the newest, by the packs' form: packs of one form share them.
     """
@@ -79,11 +118,15 @@ class Setup:
     data: TaskData
     plan: BatchPlan
     steps: int
-    metric: str
     mesh: Mesh
-    teacher: Teacher | None = None
-    prefixes: Newest = dataclasses.field(default_factory=Newest)
-    programs: Newest = dataclasses.field(default_factory=Newest)
+    shared: SharedProgram | None = None
+    prefixes: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
+    programs: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
+
+    @property
+    def metrics(self) -> TaskMetrics:
+        """What is computed of a member, and what members are compared by."""
+        return self.data.metrics
 
     def prefix(self, part: Partition, data_seed: int) -> Prefix | None:
         """What the members of a pack have in common; None where they have nothing. Successive packs of one depth have one."""
@@ -94,13 +137,13 @@ class Setup:
         """A training batch on the mesh as a pack's step takes it, with what is computed once for all members."""
         placed = place_batch(self.mesh, batch, row_axis=1)
         common = {} if prefix is None else {"prefix": prefix.of_step(step, placed, batch)}
-        return placed | common | ({} if self.teacher is None else {"target_values": self.teacher.of_step(placed)})
+        return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_step(placed)})
 
     def held_out_inputs(self, batch: dict[str, np.ndarray], prefix: Prefix | None) -> dict[str, jax.Array]:
         """The same of a batch to evaluate, which has no micro axis."""
         placed = place_batch(self.mesh, batch, row_axis=0)
         common = {} if prefix is None else {"prefix": prefix.of_held_out(placed, batch)}
-        return placed | common | ({} if self.teacher is None else {"target_values": self.teacher.of_held_out(placed)})
+        return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_held_out(placed)})
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -114,35 +157,6 @@ def setup_key(config: Config) -> tuple[str, ...]:
     return tuple(p.model_dump_json(exclude={"seed", "eval_every", "pack", "chunk"}) for p in parts)
 
 
-class Preparer:
-    """Makes setups. What a config has in common with the one before it (base, examples, all) is not loaded again."""
-
-    def __init__(self) -> None:
-        self._base, self._data, self._setup, self._teacher = Newest(), Newest(), Newest(), Newest()
-
-    def __call__(self, config: Config) -> Setup:
-        """The setup of a config; see `set_up`."""
-        head = config.task.kind if config.task.head == "loaded" else None
-        base_key = (config.model.model_dump_json(), config.mesh.model_dump_json(), head)
-        data_key = (config.model.source, config.task.model_dump_json(exclude={"teacher"}))
-
-        def make() -> Setup:
-            mesh = make_mesh(config.mesh)
-            loaded = self._base.get(base_key, lambda: _load(config, mesh, head))
-            base, known = (loaded.base, loaded.class_names) if isinstance(loaded, Classifier) else (loaded, ())
-            _check_kind(base, config)
-
-            def read() -> TaskData:
-                return prepare(config.task, load_tokenizer(config.model.source), decoder=base.is_decoder, known=known)
-
-            data, teacher = self._data.get(data_key, read), None
-            if config.task.teacher is not None:
-                teacher = self._teacher.get((config.task.teacher, base_key), lambda: _load_teacher(config, mesh, base))
-            return _assemble(config, mesh, loaded, data, teacher)
-
-        return self._setup.get(setup_key(config), make)
-
-
 def set_up(config: Config) -> Setup:
     """Loads the base, tokenises the data and plans the batches.
 
@@ -152,14 +166,49 @@ def set_up(config: Config) -> Setup:
     return Preparer()(config)
 
 
-def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
-    """`InputError` unless the configs' adapters fit the model; nothing is compiled or kept.
+class Preparer:
+    """Makes setups. What a config has in common with the one before it (base, examples, all) is not loaded again."""
 
-    Args:
-        setup: what the configs share.
-        configs: members of one pack.
-    """
-    inject_structure(setup.model, unite(setup.model, [resolve(setup.model, c.adapter) for c in configs]))
+    def __init__(self) -> None:
+        self._base, self._data, self._shared, self._setup = (SingleSlotCache() for _ in range(4))
+
+    def __call__(self, config: Config) -> Setup:
+        """The setup of a config; see `set_up`."""
+        return self._setup.get(setup_key(config), lambda: self._make(config))
+
+    def _make(self, config: Config) -> Setup:
+        section, task, mesh = config.task, task_of(config.task), make_mesh(config.mesh)
+        base_key = (config.model.model_dump_json(), config.mesh.model_dump_json(), task.loaded_head(section))
+        data_key = (config.model.source, section.model_dump_json(exclude=set(task.shared_keys)))
+        shared_key = (section.kind, section.model_dump_json(include=set(task.shared_keys)), base_key)
+
+        # The base, with the head that it was saved with where the task wants that one.
+        loaded = self._base.get(base_key, lambda: _load(config, mesh, task.loaded_head(section)))
+        base, known = (loaded.base, loaded.class_names) if isinstance(loaded, Classifier) else (loaded, ())
+        task.check_base(section, base, config.model.source)
+
+        # The examples.
+        data: TaskData = self._data.get(
+            data_key, lambda: prepare(section, load_tokenizer(config.model.source), decoder=base.is_decoder, known=known)
+        )
+        _check_length(base, data)
+
+        # What is computed once for all members.
+        def load(source: str, *, key: str) -> Any:
+            return load_model(source, dtype=config.model.dtype, mesh=mesh, key=key)
+
+        def share() -> SharedProgram | None:
+            found = task.shared(section, base, load)
+            return None if found is None else SharedProgram(found, mesh)
+
+        shared = self._shared.get(shared_key, share)
+
+        # The batches, and the model that sees them.
+        plan = _plan(config, data, mesh)
+        model = loaded if isinstance(loaded, Classifier) else task.model(section, base, data.classes, data.class_token_ids)
+        place_model(model, mesh)
+        release_freed_memory()
+        return Setup(model, base, data, plan, plan.steps, mesh, shared)
 
 
 def _load(config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | Classifier:
@@ -168,25 +217,16 @@ def _load(config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | C
     return load_model(model.source, **options, mesh=mesh, head=head)
 
 
-def _load_teacher(config: Config, mesh: Mesh, student: Encoder | Decoder) -> Teacher:
-    source = str(config.task.teacher)
-    base = load_model(source, dtype=config.model.dtype, mesh=mesh, key="task.teacher")
-    check_teacher(base, student, source)
-    return Teacher(HiddenStates(base), mesh)
+def _check_length(base: Encoder | Decoder, data: TaskData) -> None:
+    most = base.config.longest if isinstance(base, Encoder) else base.config.positions
+    longest = int(max(data.train.lengths.max(), data.held_out.lengths.max()))
+    if most is not None and longest > most:
+        raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")
 
 
-def _check_kind(base: Encoder | Decoder, config: Config) -> None:
-    if isinstance(base, Encoder) and config.task.kind == "causal_lm":
-        raise InputError(f"task.kind: {config.task.kind} needs a decoder, and {config.model.source} is an encoder.")
-    if isinstance(base, Decoder) and config.task.kind == "classification" and config.task.head == "loaded":
-        raise InputError("task.head: a decoder classifies by the words for its classes, without a head that could be loaded.")
-
-
-def _assemble(config: Config, mesh: Mesh, loaded: Encoder | Decoder | Classifier, data: TaskData, teacher: Teacher | None) -> Setup:
-    base = loaded.base if isinstance(loaded, Classifier) else loaded
-    _check_length(base, data)
+def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan:
     training = config.training
-    plan = BatchPlan(
+    return BatchPlan(
         data.train,
         data.held_out,
         batch_size=training.batch_size,
@@ -199,10 +239,6 @@ def _assemble(config: Config, mesh: Mesh, loaded: Encoder | Decoder | Classifier
         epochs=training.epochs,
         extra_steps=training.extend_steps,
     )
-    model = loaded if isinstance(loaded, Classifier) else with_head(loaded, config, data)
-    place_model(model, mesh)
-    release_freed_memory()
-    return Setup(model, base, data, plan, plan.steps, data.metric, mesh, teacher)
 
 
 def place_model(model: nnx.Module, mesh: Mesh) -> None:
@@ -213,24 +249,11 @@ def place_model(model: nnx.Module, mesh: Mesh) -> None:
             variable.set_value(place(variable[...], parameter_sharding(mesh, variable.shape, axes)))
 
 
-def with_head(base: Encoder | Decoder, config: Config, data: TaskData) -> nnx.Module:
-    """The base with what turns its hidden states into the task's logits."""
-    if isinstance(base, Decoder) and data.class_token_ids is not None:
-        return LabelWordClassifier(base, tuple(int(i) for i in data.class_token_ids))
-    return task_model(base, config.task, data.classes)
+def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
+    """`InputError` unless the configs' adapters fit the model; nothing is compiled or kept.
 
-
-def task_model(base: Encoder | Decoder, task: TaskConfig, classes: Sequence[str] | None) -> Classifier | LanguageModel | HiddenStates:
-    """The same parameters without any data: a decoder that answers in words is a language model like any other."""
-    if task.kind == "distillation":
-        return HiddenStates(base)
-    if task.kind in ("token_classification", "question_answering") or isinstance(base, Encoder):
-        return add_head(base, task.kind, len(classes or ()), pooling=task.pooling, rngs=nnx.Rngs(0))
-    return LanguageModel(base)
-
-
-def _check_length(base: Encoder | Decoder, data: TaskData) -> None:
-    most = base.config.longest if isinstance(base, Encoder) else base.config.positions
-    longest = int(max(data.train.lengths.max(), data.held_out.lengths.max()))
-    if most is not None and longest > most:
-        raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")
+    Args:
+        setup: what the configs share.
+        configs: members of one pack.
+    """
+    inject_structure(setup.model, unite(setup.model, [resolve(setup.model, c.adapter) for c in configs]))

@@ -1,4 +1,4 @@
-"""The one train step, and its evaluation: pure functions of one member, run over a pack (`pack_mode.py`), compiled once."""
+"""The one train step, and its evaluation: pure functions of one member, run over a pack (`packing/execution.py`), compiled once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..models.heads import TaskModel
 from ..models.positions import positions_of_targets
 from ..parallel.batches import in_order, targets_by_rows
-from ..tasks.objectives import cross_entropy, squared_error
+from ..tasks.objectives import Objective
 from .optimizer import Hyper, learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]
@@ -35,7 +35,7 @@ class MemberFixed(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Float32 scalars of one step: mean loss and share of right predictions over the labels, gradient norm, learning rate of A."""
+    """Float32 scalars of one step: mean loss and fraction of right predictions over the targets, gradient norm, learning rate of A."""
 
     loss: jax.Array
     accuracy: jax.Array
@@ -49,22 +49,30 @@ def init_member(part: Partition, trainable: Arrays, fixed: MemberFixed) -> Membe
 
 
 def train_step(
-    part: Partition, state: MemberState, fixed: MemberFixed, frozen: Arrays, batch: Batch, step: jax.Array, noise: jax.Array
+    part: Partition,
+    objective: Objective,
+    state: MemberState,
+    fixed: MemberFixed,
+    frozen: Arrays,
+    batch: Batch,
+    step: jax.Array,
+    dropout_rng: jax.Array,
 ) -> tuple[MemberState, Metrics]:
     """One optimizer step of one member.
 
-    The gradient is that of the mean loss over all labels of the step, summed over its micro-batches. A member whose loss or
+    The gradient is that of the mean loss over all targets of the step, summed over its micro-batches. A member whose loss or
     gradient is not finite keeps the state it had and stops for good; under `vmap` no other member sees it.
 
     Args:
         part: how the arrays make a model; static.
+        objective: the loss (`tasks/objectives.py`); static.
         state: what changes.
         fixed: what is this member's own.
         frozen: the base, the same for all members.
-        batch: arrays with a leading micro-batch axis, the same for all members. Where it holds a `prefix` (`prefix.py`), the model
-            starts from that; `target_values` are a teacher's (`teacher.py`).
+        batch: arrays with a leading micro-batch axis, the same for all members, among them what the task computes once for all
+            (`Task.shared`). Where it holds a `prefix` (`trunk.py`), the model starts from that.
         step: int32 scalar, 0-based.
-        noise: PRNG key of the base's own dropout in this step, the same for all members: what is common to them stays common.
+        dropout_rng: PRNG key of the base's own dropout in this step, the same for all members: what is common to them stays common.
     """
     key = jax.random.fold_in(jax.random.key(fixed.hyper.seed), step)
     total = jnp.maximum(batch["target_weights"].sum(), 1.0)
@@ -73,8 +81,8 @@ def train_step(
         settings = with_dropout_keys(fixed.settings, jax.random.fold_in(key, index))
         model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
         with positions_of_targets(micro["target_index"], micro["tokens"].shape):
-            features = model.features(micro, jax.random.fold_in(noise, index))
-        loss, correct = loss_of_batch(model, features, micro)
+            features = model.features(micro, jax.random.fold_in(dropout_rng, index))
+        loss, correct = objective(model, features, micro)
         return loss / total, correct / total
 
     def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
@@ -103,18 +111,11 @@ def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
 Evaluated = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
-def eval_step(part: Partition, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
-    """What one member comes to over one batch (without a micro axis), no dropout."""
+def eval_step(part: Partition, objective: Objective, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
+    """The sums of one member over one batch (without a micro axis), and its answers; no dropout."""
     count = batch["target_index"].shape[0]
     model, batch = cast(TaskModel, part.merge(trainable, settings, frozen, training=False)), targets_by_rows(batch)
     features = model.features(batch)
     answers = model.answers(features)
     answers = None if answers is None else in_order(batch, answers, count)
-    return *loss_of_batch(model, features, batch), answers
-
-
-def loss_of_batch(model: TaskModel, features: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Summed loss and right predictions: cross-entropy, or where a teacher said what is wanted (`target_values`), squared error."""
-    if "target_values" in batch:
-        return squared_error(model.readout()(features), batch["target_values"], batch["target_weights"])
-    return cross_entropy(model.readout(), features, batch["target_ids"], batch["target_weights"])
+    return *objective(model, features, batch), answers

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_jax.analysis import Estimate, Metric, best_rates, find_metric, footnotes, mark_best, primary_metric, rows_of
+from lora_jax.analysis import Estimate, best_rates, find_metric, footnotes, mark_best, primary_metric, rows_of
 from lora_jax.analysis.metrics import ordered_values, short_names, short_value
 from lora_jax.errors import InputError
+from lora_jax.tasks.evaluators import ACCURACY, LOSS
 from lora_jax.tracking import MemberResult
-
-ACCURACY, LOSS = Metric("accuracy", True), Metric("loss", False)
 
 
 def member(value, rank=4, seed=None, status="finished", metric="accuracy", **settings):
@@ -28,7 +27,7 @@ def test_interval_is_students_t():
 
 def test_primary_metric_is_one_that_all_finished_members_have():
     both = MemberResult("b", {}, 1, "finished", {"loss": 1.0, "perplexity": math.e})
-    assert primary_metric([both]).name == "perplexity" and not primary_metric([both]).higher_is_better
+    assert primary_metric([both]).name == "perplexity" and not primary_metric([both]).larger_is_better
     assert primary_metric([both, member(1.0, metric="loss")]) == LOSS
     assert primary_metric([member(0.5), member(0, status="failed", metric="other")]) == ACCURACY
     with pytest.raises(InputError):

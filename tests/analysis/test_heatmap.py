@@ -7,12 +7,12 @@ import pytest
 from matplotlib import colormaps
 from matplotlib.image import imread
 
-from lora_jax.analysis import Metric, write_heatmap
+from lora_jax.analysis import write_heatmap
 from lora_jax.analysis.heatmap import choose_axes, grid_of, heatmap_png
 from lora_jax.errors import InputError
+from lora_jax.tasks.evaluators import ACCURACY, LOSS
 from lora_jax.tracking import MemberResult
 
-ACCURACY = Metric("accuracy", True)
 RANK, TARGETS, RATE, SEED = "adapter.rank", "adapter.targets", "optimizer.learning_rate", "training.seed"
 
 
@@ -65,7 +65,7 @@ def test_the_png_is_drawn_and_best_is_bright_in_either_direction(tmp_path):
         return np.mean(np.nonzero(near(yellow))[1]) - np.mean(np.nonzero(near(navy))[1])
 
     assert ends(ACCURACY) > 50  # rank 16 is on the right, has the higher accuracy ...
-    assert ends(Metric("loss", False)) > 50  # ... and the lower loss
+    assert ends(LOSS) > 50  # ... and the lower loss
 
 
 def test_nothing_to_show_is_none(tmp_path):

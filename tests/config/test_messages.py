@@ -79,10 +79,11 @@ FROM_OVERRIDE = [
     ("task.labels=[1, 2]", "task.labels: must be a list of texts or nothing (null), got [1, 2]. Put text"),
     (
         "task.kind=causal-lm",
-        "question_answering, causal_lm, distillation, got 'causal-lm'. Did you mean 'causal_lm'?",
+        "task.kind: must be one of causal_lm, classification, distillation, question_answering, token_classification, "
+        "got 'causal-lm'. Did you mean 'causal_lm'?",
     ),
     ("training.epochs=3", "c.yaml, line 4, with override 'training.epochs=3': training: give exactly one of 'steps' and 'epochs'."),
-    ("task.text=null", "c.yaml, line 3, with override 'task.text=null': task: classification needs both 'text' and 'label'"),
+    ("task.text=null", "override 'task.text=null': task.text: must be text, got nothing."),
     ("name=a/b", "override 'name=a/b': name: may hold letters, digits, '.', '_' and '-' and begins with a letter or digit, got 'a/b'."),
 ]
 
@@ -118,8 +119,8 @@ def test_what_is_missing_is_explained(tmp_path, monkeypatch):
     got = message(tmp_path, monkeypatch, BASE.replace("source: m.gguf", ""))
     assert got.startswith("c.yaml, line 2: model.source: missing. A Hugging Face folder, a .gguf")
     got = message(tmp_path, monkeypatch, BASE.replace("kind: classification,", ""))
-    assert "line 3: task.kind: missing." in got and got.endswith(
-        "hidden states. Must be one of classification, token_classification, question_answering, causal_lm, distillation."
+    assert "line 3: task.kind: missing. causal_lm: The next token." in got and got.endswith(
+        "Must be one of causal_lm, classification, distillation, question_answering, token_classification."
     )
     got = message(tmp_path, monkeypatch, "name: a\n")
     assert got.splitlines() == ["c.yaml: 3 problems"] + [

@@ -4,6 +4,7 @@ import pytest
 
 from lora_jax.config import schema
 from lora_jax.config import sweep as sweep_schema
+from lora_jax.config.doors import METHODS, TASKS, OneOf
 from lora_jax.config.messages import config_schema, leaf_schema, near_keys, section_keys, split_key, valid_keys, why_not_swept
 from lora_jax.errors import InputError
 
@@ -11,8 +12,8 @@ from lora_jax.errors import InputError
 def test_keys_are_the_schemas_fields():
     sections = {
         "model": schema.ModelConfig,
-        "task": schema.TaskConfig,
-        "adapter": schema.AdapterConfig,
+        "task": list(OneOf(TASKS, "kind").sections().values()),
+        "adapter": list(OneOf(METHODS, "method").sections().values()),
         "optimizer": schema.OptimizerConfig,
         "training": schema.TrainingConfig,
         "mesh": schema.MeshConfig,
@@ -22,7 +23,8 @@ def test_keys_are_the_schemas_fields():
         "sweep.halving": sweep_schema.HalvingConfig,
     }
     assert section_keys() == list(sections)
-    fields = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]
+    kinds = {name: section if isinstance(section, list) else [section] for name, section in sections.items()}
+    fields = {f"{name}.{field}" for name, found in kinds.items() for section in found for field in section.model_fields}
     assert sorted(valid_keys()) == sorted(["name", *(f for f in fields if f not in sections)])
 
 

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.config.schema import TaskConfig
 from lora_jax.data.batching import DISTINCT_EPOCHS, BatchPlan
+from lora_jax.data.examples import NO_TARGET, Examples
 from lora_jax.errors import InputError
-from lora_jax.tasks.prepare import NO_TARGET, Examples, prepare
+from lora_jax.tasks.base import task_section
+from lora_jax.tasks.prepare import prepare
 from lora_jax.weights.tokenizer import load_tokenizer
 
 
@@ -193,7 +194,7 @@ def test_the_figures_are_those_of_the_batches():
 
 def test_film_reviews_hardly_need_padding(minilm_source, reviews_source):
     columns = {"text": "text", "label": "category", "drop": {"category": ["plot"]}}
-    task = TaskConfig(kind="classification", source=reviews_source, max_length=64, eval_size=1000, **columns)
+    task = task_section(kind="classification", source=reviews_source, max_length=64, eval_size=1000, **columns)
     data = prepare(task, load_tokenizer(minilm_source), decoder=False)
     plan = BatchPlan(data.train, data.held_out, batch_size=32, per_example=True, epochs=3.0)
     assert plan.steps_per_epoch == (12808 - 1000) // 32

@@ -11,6 +11,7 @@ import pytest
 from lora_jax.models.experts import grouped_matmul
 from lora_jax.packing.cost import count_flops
 from lora_jax.packing.pack import Pack
+from lora_jax.tasks.objectives import cross_entropy
 from lora_jax.training.optimizer import hyper_of
 from lora_jax.training.step import MemberFixed, init_member, train_step
 from tests import tiny
@@ -50,7 +51,7 @@ def test_a_step_against_xlas_own_count(kind, monkeypatch):
     args = (state, fixed, pack.part.frozen, batch, jnp.int32(0), jax.random.key(0))
 
     def step(*args):
-        return train_step(pack.part, *args)
+        return train_step(pack.part, cross_entropy, *args)
 
     counted = count_flops(jax.make_jaxpr(step)(*args))
     rolled = jax.jit(step).lower(*args).cost_analysis()["flops"]

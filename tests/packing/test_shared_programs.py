@@ -13,7 +13,7 @@ from lora_jax.packing.pack import Pack
 from lora_jax.sweeps.outlook import look_ahead
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import Progress
-from lora_jax.training.setup import Newest
+from lora_jax.training.setup import SingleSlotCache
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -31,7 +31,7 @@ def quick():
 @pytest.fixture
 def separately(monkeypatch):
     """Every pack compiles its own."""
-    return lambda: monkeypatch.setattr(Newest, "find", lambda self, key: None)
+    return lambda: monkeypatch.setattr(SingleSlotCache, "find", lambda self, key: None)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_programs_of_another_form_are_not_held():
     base = tiny.classifier(2)
     one, other = (Pack.build(base, [tiny.config(adapter__rank=rank)], 4) for rank in (1, 2))
     again = Pack.build(base, [tiny.config(adapter__rank=1, optimizer__learning_rate=0.5, training__seed=9)], 4)
-    newest = Newest()
+    newest = SingleSlotCache()
     newest.get(one.form, lambda: one.programs)
     assert newest.find(again.form) is one.programs
     assert newest.find(other.form) is None and newest.find(one.form) is None

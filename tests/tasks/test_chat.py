@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from lora_jax.errors import InputError
-from lora_jax.tasks.chat import encode_chat
+from lora_jax.tasks.causal_lm import encode_chat
 from lora_jax.weights.tokenizer import load_tokenizer
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.tasks import objectives as objective
-from lora_jax.tasks.objectives import cross_entropy
+from lora_jax.tasks.objectives import summed_cross_entropy as cross_entropy
 
 N, WIDTH, CLASSES = 23, 8, 11
 RNG = np.random.default_rng(0)

@@ -10,9 +10,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.config.schema import TaskConfig
+from lora_jax.data.examples import NO_TARGET
 from lora_jax.errors import InputError
-from lora_jax.tasks.prepare import NO_TARGET, TaskData, prepare
+from lora_jax.tasks.base import TaskData, task_section
+from lora_jax.tasks.prepare import prepare
 from lora_jax.weights.tokenizer import load_tokenizer
 
 WORDS = ["<unk>", "[CLS]", "[SEP]", "<s>", "</s>", "good", "bad", "fine", "a", "b", "c", "d", "Review", "Answer", ":", *map(str, range(30))]
@@ -50,7 +51,7 @@ def task(tmp_path):
         config = {"eval_size": 2, "source": rows_at(tmp_path / "rows.jsonl", rows)} | config
         if held is not None:
             config["eval_source"] = rows_at(tmp_path / "held.jsonl", held)
-        return prepare(TaskConfig(**config), tok, decoder=decoder)
+        return prepare(task_section(**config), tok, decoder=decoder)
 
     return made
 
@@ -170,7 +171,7 @@ def test_held_out_rows_come_from_their_own_file(task):
 def test_a_folder_gives_its_test_file_to_the_evaluation_alone(tmp_path):
     rows_at(tmp_path / "train.jsonl", REVIEWS)
     rows_at(tmp_path / "test.jsonl", [{"text": "c c", "label": "good"}, {"text": "d d", "label": "bad"}])
-    data = prepare(TaskConfig(source=str(tmp_path), eval_source=str(tmp_path), **CLASSES), BERT, decoder=False)
+    data = prepare(task_section(source=str(tmp_path), eval_source=str(tmp_path), **CLASSES), BERT, decoder=False)
     assert {int(t[1]) for t in data.train.tokens} == set(ids("a"))
     assert {int(t[1]) for t in data.held_out.tokens} == set(ids("c d"))
 
@@ -224,7 +225,7 @@ def test_columns_and_classes_that_will_not_do(task):
 def test_real_label_words(smollm2_source, tmp_path):
     source = rows_at(tmp_path / "rows.jsonl", REVIEWS)
     smol = load_tokenizer(smollm2_source)
-    task = TaskConfig(source=source, eval_size=2, label_words=["negative", "positive"], **CLASSES)
+    task = task_section(source=source, eval_size=2, label_words=["negative", "positive"], **CLASSES)
     data = prepare(task, smol, decoder=True)
     assert smol.convert_ids_to_tokens(data.class_token_ids.tolist()) == ["Ġnegative", "Ġpositive"]
     assert smol.decode(data.train.tokens[0]).endswith("b\nAnswer:")

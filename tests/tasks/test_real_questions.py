@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_jax.config.schema import TaskConfig
+from lora_jax.tasks.base import task_section
 from lora_jax.tasks.prepare import prepare
 from lora_jax.weights.tokenizer import load_tokenizer
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not SQUAD.is_dir(), reason="needs ../shared/data
 def test_targets_say_what_the_answers_are(minilm_source):
     columns = {"question": "question", "context": "context", "answers": "answers"}
     files = {"source": str(SQUAD / "train.jsonl.gz"), "eval_source": str(SQUAD / "validation.jsonl.gz"), "train_size": 8, "eval_size": 600}
-    task = TaskConfig.model_validate({"kind": "question_answering", "max_length": 160, "stride": 48} | columns | files)
+    task = task_section(**({"kind": "question_answering", "max_length": 160, "stride": 48} | columns | files))
     held_out = prepare(task, load_tokenizer(minilm_source), decoder=False).held_out
     assert held_out.score is not None and len(held_out.tokens) > 900  # a third of the contexts are longer than a window
     logits = []

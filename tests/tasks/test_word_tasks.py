@@ -40,7 +40,9 @@ def test_words_learn_their_classes(hub, tmp_path, causal):
         tmp_path, LEARNING | {"model.source": str(hub.llama if causal else hub.bert), "task": hub.tagging(), "training.steps": 60}
     )
     setup, _, before, outcome = trained(config, 60)
-    assert isinstance(setup.model, TokenClassifier) and setup.metric == "f1" and setup.data.classes == ("B-COLOR", "I-COLOR", "O")
+    assert (
+        isinstance(setup.model, TokenClassifier) and setup.metrics.selection == "f1" and setup.data.classes == ("B-COLOR", "I-COLOR", "O")
+    )
     assert set(outcome.final) == {"loss", "accuracy", "precision", "recall", "f1"}
     assert (before["f1"] < 0.3).all() and (outcome.final["f1"] > 0.9).all() and (outcome.final["accuracy"] > 0.9).all()
 
@@ -48,7 +50,7 @@ def test_words_learn_their_classes(hub, tmp_path, causal):
 def test_answers_are_found_in_windows(hub, tmp_path):
     config = hub.config(tmp_path, LEARNING | {"task": hub.answering(), "training.steps": 100})
     setup, pack, before, outcome = trained(config, 100)
-    assert isinstance(setup.model, QuestionAnswerer) and setup.metric == "f1"
+    assert isinstance(setup.model, QuestionAnswerer) and setup.metrics.selection == "f1"
     assert len(setup.data.held_out.tokens) > 20 and setup.data.held_out.types is not None  # more windows than rows
     assert set(outcome.final) == {"loss", "exact_match", "f1"}
     assert (before["exact_match"] < 0.3).all() and (outcome.final["exact_match"] > 0.8).all()

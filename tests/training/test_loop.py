@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from lora_jax.data.examples import Examples
-from lora_jax.training.loop import _Best, _Clock, evaluate_pack, perplexity, train_pack
+from lora_jax.tasks.base import TaskMetrics
+from lora_jax.tasks.evaluators import LOSS, perplexity
+from lora_jax.training.loop import _Best, _Clock, evaluate_pack, train_pack
 from lora_jax.training.step import MemberState, Metrics
 
 DATA = types.SimpleNamespace(held_out=Examples([], []))
@@ -67,9 +69,15 @@ class Listener:
         self.eval[step] = metrics
 
 
-def setup_of(**values):
+METRICS = {
+    "accuracy": TaskMetrics(("loss", "accuracy"), "accuracy"),
+    "loss": TaskMetrics(("loss", "perplexity", "token_accuracy"), "loss", "perplexity"),
+}
+
+
+def setup_of(metric, **values):
     inputs = {"step_inputs": lambda step, batch, prefix: batch, "held_out_inputs": lambda batch, prefix: batch}
-    return types.SimpleNamespace(plan=Plan(), data=DATA, teacher=None, **inputs, **values)
+    return types.SimpleNamespace(plan=Plan(), data=DATA, metrics=METRICS[metric], **inputs, **values)
 
 
 def run(steps, *, eval_every, log_every, metric="accuracy", dies=None):
@@ -81,7 +89,7 @@ def run(steps, *, eval_every, log_every, metric="accuracy", dies=None):
         configs=[0, 1],
         programs=Programs(dies),
     )
-    setup = setup_of(steps=steps, metric=metric)
+    setup = setup_of(metric, steps=steps)
     listener = Listener()
     outcome = train_pack(pack, setup, eval_every=eval_every, log_every=log_every, listener=listener)
     assert pack.programs.checked and pack.programs.steps == list(range(steps))
@@ -138,13 +146,13 @@ def test_evaluation_weighs_labels_not_batches():
     pack = types.SimpleNamespace(
         programs=Programs(), fixed=types.SimpleNamespace(settings={}), part=types.SimpleNamespace(frozen={}), configs=[0, 1]
     )
-    setup = setup_of(metric="accuracy")
+    setup = setup_of("accuracy")
     assert evaluate_pack(pack, setup, {"w": jnp.full((2, 3), 3.0)})["loss"].tolist() == [3.0, 3.0]
     assert evaluate_pack(pack, setup, {"w": jnp.full((2, 3), 3.0)}, OTHERS)["accuracy"].tolist() == [-1.0, -3.0]
 
 
 def test_nan_is_never_best():
-    best = _Best(2, "loss")
+    best = _Best(2, LOSS)
     for step, losses in ((1, [np.nan, 3.0]), (2, [2.0, np.nan]), (3, [np.nan, np.nan])):
         best.offer(step, {"loss": np.array(losses)}, {"w": jnp.full((2, 1), float(step))})
     assert best.step.tolist() == [2, 1] and best.metrics["loss"].tolist() == [2.0, 3.0] and best.arrays["w"][:, 0].tolist() == [2.0, 1.0]

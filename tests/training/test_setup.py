@@ -25,14 +25,14 @@ def loads(monkeypatch):
 
 def test_a_head_for_every_task(hub, tmp_path):
     encoder = set_up(hub.config(tmp_path))
-    assert isinstance(encoder.model, SequenceClassifier) and encoder.metric == "accuracy" and encoder.steps == 6
+    assert isinstance(encoder.model, SequenceClassifier) and encoder.metrics.selection == "accuracy" and encoder.steps == 6
     assert encoder.model.classifier.kernel.shape == (32, 2)
     words = set_up(
         hub.config(tmp_path, {"model.source": str(hub.llama), "task.labels": ["neg", "pos"], "task.label_words": ["bad", "good"]})
     )
-    assert isinstance(words.model, LabelWordClassifier) and words.metric == "accuracy" and len(words.model.word_ids) == 2
+    assert isinstance(words.model, LabelWordClassifier) and words.metrics.selection == "accuracy" and len(words.model.word_ids) == 2
     language = set_up(hub.config(tmp_path, causal=True))
-    assert type(language.model) is LanguageModel and language.metric == "loss"
+    assert type(language.model) is LanguageModel and language.metrics.selection == "loss"
 
 
 def test_what_configs_have_in_common_is_loaded_once(hub, tmp_path, loads):

@@ -19,7 +19,7 @@ from ...models.decoder import Decoder
 from ...models.encoder import Encoder
 from ...models.families import families
 from ...models.families.base import Head, Weight, oriented
-from ...models.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
+from ...models.heads import Classifier
 from ...models.stack import Stack
 
 ROOT = "base_model.model."  # what PEFT puts before every name
@@ -220,8 +220,7 @@ def head_of(model: Classifier) -> Head | None:
 
 def head_kind(model: Classifier) -> str | None:
     """What `models/head_shape.py` calls the kind of head."""
-    kinds = {SequenceClassifier: "classification", TokenClassifier: "token_classification", QuestionAnswerer: "question_answering"}
-    return next((kind for one, kind in kinds.items() if isinstance(model, one)), None)
+    return model.kind
 
 
 def _renaming(model: nnx.Module, own: list[str], found: list[str]) -> Renaming:

@@ -1,4 +1,4 @@
-"""Orders are seeded permutations, and dealing loses no example and levels the totals."""
+"""Orders are seeded permutations, and balancing loses no example and levels the totals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.data.batching import deal, epoch_order
+from lora_jax.data.batching import balance, epoch_order
 
 
 @settings(deadline=None)
@@ -23,8 +23,8 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.data())
-def test_every_example_is_dealt_once_and_sizes_differ_by_at_most_one(lengths, data):
-    groups = deal(np.arange(len(lengths)), np.array(lengths), data.draw(st.integers(1, len(lengths))), seed=[0])
+def test_every_example_is_in_one_batch_and_sizes_differ_by_at_most_one(lengths, data):
+    groups = balance(np.arange(len(lengths)), np.array(lengths), data.draw(st.integers(1, len(lengths))), seed=[0])
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
     sizes = [len(g) for g in groups]
     assert max(sizes) - min(sizes) <= 1
@@ -35,11 +35,11 @@ def test_totals_are_level_where_random_groups_are_not():
     lengths = rng.integers(4, 65, 1600)
     order = rng.permutation(1600)
     random = lengths[order].reshape(50, 32).sum(axis=1)
-    dealt = np.array([lengths[g].sum() for g in deal(order, lengths, 50, seed=[0])])
-    assert np.ptp(dealt) <= 5 < np.ptp(random) / 10
+    balanced = np.array([lengths[g].sum() for g in balance(order, lengths, 50, seed=[0])])
+    assert np.ptp(balanced) <= 5 < np.ptp(random) / 10
 
 
 def test_groups_come_in_an_order_that_has_nothing_to_do_with_length():
     lengths = np.arange(1, 201)
-    firsts = [int(lengths[g].max()) for g in deal(np.arange(200), lengths, 20, seed=[0])]
+    firsts = [int(lengths[g].max()) for g in balance(np.arange(200), lengths, 20, seed=[0])]
     assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)

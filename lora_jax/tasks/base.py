@@ -1,0 +1,270 @@
+"""What a task says of itself; one file each beside this one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from pydantic import Field
+
+from ..config.doors import TASKS
+from ..config.schema import TaskConfig
+from ..data.examples import Example, Examples, Scorer
+from ..models.decoder import Decoder
+from ..models.encoder import Encoder
+from ..models.heads import add_head
+from .objectives import OBJECTIVES, Objective
+
+Base = Encoder | Decoder
+
+
+class HeadTaskConfig(TaskConfig):
+    """The section of a task whose model bears a head over the base."""
+
+    head: Literal["new", "loaded"] = Field(
+        default="new", description="A new head, drawn by the member's seed; or the one that the model was saved with, classes and all."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns a task reads.
+
+    Attributes:
+        names: all of them, in order.
+        targets: those that say what is to be predicted. Rows that are equal in all others are copies of one another, and stay on one
+            side of the split.
+        structured: those whose values may be lists or mappings; the others hold text or numbers.
+        nonempty: those that may not hold an empty text.
+    """
+
+    names: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    structured: tuple[str, ...] = ()
+    nonempty: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The columns of a source as lists, checked.
+
+    Attributes:
+        source: where they were read, for messages.
+        columns: name -> a value for each row.
+        numbers: (rows,) int, the number each row has in its file.
+    """
+
+    source: str
+    columns: Mapping[str, list[Any]]
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def take(self, chosen: np.ndarray) -> Rows:
+        """The rows at these indices."""
+        return Rows(self.source, {name: [values[i] for i in chosen] for name, values in self.columns.items()}, self.numbers[chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Rows as examples.
+
+    Attributes:
+        examples: any number for each row.
+        scorer: makes the task's own metrics from the examples that are kept; None where evaluators compute them.
+    """
+
+    examples: list[Example]
+    scorer: Callable[[list[Example]], Scorer] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskMetrics:
+    """Names of evaluators (`evaluators.py`).
+
+    Attributes:
+        held_out: computed at each evaluation, in this order. `loss` is the mean of the objective.
+        selection: what the best step of a member, and the winners of a rung, are chosen by.
+        reported: what reports compare members by; `selection` by default.
+        training: computed from the loss and the fraction of right predictions of training steps, for the curves.
+    """
+
+    held_out: tuple[str, ...]
+    selection: str
+    reported: str = ""
+    training: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reported", self.reported or self.selection)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What is computed once a batch for all members of a pack.
+
+    Attributes:
+        name: of the array in the batch, which the objective reads. It is no name that batches have already.
+        model: what it is computed with; its weights lie on the mesh, and nothing of it trains.
+        function: (model, micro-batch) -> (targets, ...), pure; compiled.
+    """
+
+    name: str
+    model: nnx.Module
+    function: Callable[[Any, dict[str, jax.Array]], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task's data.
+
+    Attributes:
+        train, held_out: the examples.
+        metrics: what is computed of a member, and what members are compared by.
+        classes: class names in order (of texts or tokens), else None.
+        class_token_ids: (classes,) int32, the token of each class's word where classes are words of the vocabulary, else None.
+        per_example: whether each example has exactly one target.
+        dropped: rows left out because nothing is to be predicted within `max_length` tokens of them.
+    """
+
+    train: Examples
+    held_out: Examples
+    metrics: TaskMetrics
+    classes: tuple[str, ...] | None = None
+    class_token_ids: np.ndarray | None = None
+    per_example: bool = False
+    dropped: int = 0
+
+
+class Task:
+    """What is learned of rows of data.
+
+    Attributes:
+        name: as `task.kind` says it.
+        section: its config section.
+        head: the kind of head its models bear (`models/head_shape.py`); None where they bear none.
+        objective: the name of its loss (`objectives.py`).
+        targets: how many targets each example has; None where that differs.
+        shared_keys: keys of the section that `shared` depends on, and examples do not.
+    """
+
+    name: str
+    section: type[TaskConfig]
+    head: str | None = None
+    objective: str = "cross_entropy"
+    targets: int | None = None
+    shared_keys: frozenset[str] = frozenset()
+
+    def columns(self, section: Any) -> Columns:
+        """The columns it reads."""
+        raise NotImplementedError
+
+    def read(self, section: Any, rows: Rows, key: str) -> Rows:
+        """The rows with structured values parsed; `rows` itself by default.
+
+        Args:
+            key: the config key of the source, for messages.
+
+        Raises:
+            InputError: a row has another form.
+        """
+        return rows
+
+    def classes(self, section: Any, rows: Rows, known: tuple[str, ...]) -> tuple[str, ...] | None:
+        """Names of the classes, in order; None where there are none.
+
+        Args:
+            rows: the training source's.
+            known: the classes of a head that was loaded; none of a new one.
+
+        Raises:
+            InputError: too few classes, or a row's label is none of those named.
+        """
+        return None
+
+    def check_held_out(self, section: Any, rows: Rows, classes: tuple[str, ...] | None) -> None:
+        """`InputError` where the rows of `task.eval_source` do not fit the classes."""
+
+    def class_tokens(self, section: Any, classes: tuple[str, ...] | None, tokenizer: Any, *, decoder: bool) -> np.ndarray | None:
+        """(classes,) int32, the token of each class's word; None where classes are not words."""
+        return None
+
+    def encode(self, section: Any, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None) -> Encoded:
+        """Rows as examples.
+
+        Args:
+            tokenizer: a transformers fast tokenizer.
+            decoder: whether the base is a decoder.
+            classes: as `classes` gave them.
+
+        Raises:
+            InputError: a row or `task.max_length` will not do.
+        """
+        raise NotImplementedError
+
+    def metrics(self, section: Any, classes: tuple[str, ...] | None) -> TaskMetrics:
+        """What is computed of a member, and what members are compared by."""
+        raise NotImplementedError
+
+    def check_base(self, section: Any, base: Base, source: str) -> None:
+        """`InputError` where the base cannot do this task; `source` is `model.source`, for the message."""
+
+    def loaded_head(self, section: Any) -> str | None:
+        """The kind of head that is loaded with the base; None where a new one, or none, is made."""
+        return self.head if getattr(section, "head", "new") == "loaded" else None
+
+    def named_classes(self, section: Any) -> tuple[str, ...] | None:
+        """The classes that the config names, in order; None where it names none."""
+        return None
+
+    def needs_classes(self, section: Any, *, decoder: bool) -> bool:
+        """Whether `model` needs to know the classes."""
+        return False
+
+    def model(self, section: Any, base: Base, classes: tuple[str, ...] | None, class_token_ids: np.ndarray | None = None) -> nnx.Module:
+        """The base with what turns its hidden states into predictions: a `TaskModel` (`models/heads.py`).
+
+        Args:
+            classes: as `classes` gave them.
+            class_token_ids: as `class_tokens` gave them; None where no data was read. The model then has the same parameters.
+        """
+        if self.head is None:
+            raise NotImplementedError
+        return add_head(base, self.head, len(classes or ()), rngs=nnx.Rngs(0))
+
+    def outputs(self, section: Any, base: Base, length: int) -> int:
+        """Numbers that the readout makes for each target of examples of `length` tokens, for estimates of memory."""
+        return 2
+
+    def shared(self, section: Any, base: Base, load: Callable[..., Any]) -> Shared | None:
+        """What is computed once a batch for all members; None where nothing is.
+
+        Args:
+            base: the model that the members adapt.
+            load: `load(source, key="task....")` gives another base of the same dtype, on the same mesh.
+        """
+        return None
+
+
+def task_of(section: TaskConfig) -> Task:
+    """The task of a config section."""
+    return TASKS.get(section.kind, "task.kind")
+
+
+def objective_of(section: TaskConfig) -> Objective:
+    """The loss of a config section's task."""
+    return OBJECTIVES.get(task_of(section).objective, "task.kind")
+
+
+def task_section(**values: Any) -> Any:
+    """A task's section from its keys: what `task:` in a YAML file would be.
+
+    Raises:
+        InputError: there is no such kind.
+        pydantic.ValidationError: a key or value will not do.
+    """
+    return TASKS.get(values.get("kind"), "task.kind").section.model_validate(values)

@@ -1,0 +1,191 @@
+"""One class for each text: an encoder answers with a head, a decoder with the word that stands for the class."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from flax import nnx
+from pydantic import Field, model_validator
+
+from ..config.doors import TASKS
+from ..data.examples import NO_TARGET, Example
+from ..errors import InputError, hint
+from ..models.decoder import Decoder
+from ..models.heads import LabelWordClassifier, LanguageModel, add_head
+from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
+from .prepare import encoder_ids, plain_ids, start_ids
+
+
+class LabelledConfig(HeadTaskConfig):
+    """The section of a task whose targets are classes that the data names."""
+
+    text: str = Field(description="Text column.")
+    label: str = Field(description="Label column.")
+    labels: list[str] | None = Field(default=None, description="Class names in order; by default those found in the data, sorted.")
+
+
+class ClassificationConfig(LabelledConfig):
+    kind: Literal["classification"] = Field(default="classification", description="A class for each text.")
+    label_words: list[str] | None = Field(
+        default=None, description="On a decoder: the word that stands for each class; the class names by default."
+    )
+    template: str = Field(default="{text}\nAnswer:", description="On a decoder: the prompt around {text}.")
+    pooling: Literal["cls", "mean"] = Field(
+        default="cls", description="On an encoder: the first token (through BERT's pooler), or the mean of all."
+    )
+
+    @model_validator(mode="after")
+    def _template(self) -> ClassificationConfig:
+        if "{text}" not in self.template:
+            raise ValueError("'template' must contain {text}")
+        if self.label_words and self.labels and len(self.label_words) != len(self.labels):
+            raise ValueError(f"'label_words' has {len(self.label_words)} entries, 'labels' has {len(self.labels)}")
+        return self
+
+
+class Labelled(Task):
+    """What tasks with named classes share: which classes there are, and that every label is one of them."""
+
+    def classes(self, section: LabelledConfig, rows: Rows, known: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `task.labels`, of a loaded head, or all labels of the rows, sorted."""
+        if section.labels is not None and known and len(known) != len(section.labels):
+            raise InputError(f"task.labels: {len(section.labels)} classes; the model's head has {len(known)}: {', '.join(known)}.")
+        if section.labels is None and not known:
+            found = {label for _, label in _labels(rows, section.label)}
+            # Numbers in the order of numbers: 2 before 10.
+            classes = tuple(sorted(found, key=int if all(f.isdecimal() for f in found) else None))
+        else:
+            classes = tuple(section.labels or known)
+            if len(set(classes)) < len(classes):
+                raise InputError("task.labels: a class is named twice.")
+            _check_labels(rows, section.label, classes)
+        if len(classes) < 2:
+            raise InputError(
+                f"task.label: the column '{section.label}' has one value only ({', '.join(classes)}); classification needs two classes."
+            )
+        return classes
+
+    def check_held_out(self, section: LabelledConfig, rows: Rows, classes: tuple[str, ...] | None) -> None:
+        """`InputError` for a label that is no class."""
+        _check_labels(rows, section.label, classes or ())
+
+    def named_classes(self, section: LabelledConfig) -> tuple[str, ...] | None:
+        """Those of `task.labels`."""
+        return tuple(section.labels) if section.labels else None
+
+    def needs_classes(self, section: LabelledConfig, *, decoder: bool) -> bool:
+        """The head has an output for each."""
+        return True
+
+
+def _check_labels(rows: Rows, column: str, classes: tuple[str, ...]) -> None:
+    known = set(classes)
+    for number, label in _labels(rows, column):
+        if label not in known:
+            raise InputError(
+                f"task.labels: row {number} of {rows.source} has the label '{label}'. {hint(label, classes)} Classes: {', '.join(classes)}."
+            )
+
+
+def _labels(rows: Rows, column: str) -> list[tuple[int, str]]:
+    """Every label, with its row's number: one a row, or one a word."""
+    columns = zip(rows.numbers, rows.columns[column], strict=True)
+    return [(int(number), str(label)) for number, value in columns for label in (value if isinstance(value, list) else [value])]
+
+
+class Classification(Labelled):
+    """A class for each text."""
+
+    name, section, head, targets = "classification", ClassificationConfig, "classification", 1
+
+    def columns(self, section: ClassificationConfig) -> Columns:
+        """Texts and labels."""
+        return Columns((section.text, section.label), targets=(section.label,), nonempty=(section.label,))
+
+    def metrics(self, section: ClassificationConfig, classes: tuple[str, ...] | None) -> TaskMetrics:
+        """Accuracy."""
+        return TaskMetrics(("loss", "accuracy"), "accuracy", training=("accuracy",))
+
+    def check_base(self, section: ClassificationConfig, base: Base, source: str) -> None:
+        """A decoder has no head to load."""
+        if isinstance(base, Decoder) and section.head == "loaded":
+            raise InputError("task.head: a decoder classifies by the words for its classes, without a head that could be loaded.")
+
+    def needs_classes(self, section: ClassificationConfig, *, decoder: bool) -> bool:
+        """An encoder's head has an output for each; a decoder's words are in its vocabulary."""
+        return not decoder
+
+    def model(
+        self, section: ClassificationConfig, base: Base, classes: tuple[str, ...] | None, class_token_ids: np.ndarray | None = None
+    ) -> nnx.Module:
+        """An encoder with a head; a decoder whose readout is the logits of the classes' words."""
+        if not isinstance(base, Decoder):
+            return add_head(base, "classification", len(classes or ()), pooling=section.pooling, rngs=nnx.Rngs(0))
+        if class_token_ids is None:
+            return LanguageModel(base)
+        return LabelWordClassifier(base, tuple(int(i) for i in class_token_ids))
+
+    def outputs(self, section: ClassificationConfig, base: Base, length: int) -> int:
+        """A decoder computes the logits of all its vocabulary."""
+        return base.config.vocab if isinstance(base, Decoder) else 2
+
+    def encode(
+        self, section: ClassificationConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None
+    ) -> Encoded:
+        """A target at an encoder's first token, at a decoder's last."""
+        assert classes is not None
+        texts, labels = [str(t) for t in rows.columns[section.text]], [str(v) for v in rows.columns[section.label]]
+        if decoder:
+            before, _, after = section.template.partition("{text}")
+            head, tail = (plain_ids(tokenizer, [part])[0] if part else [] for part in (before, after))
+            head = [*start_ids(tokenizer), *head]
+            room = section.max_length - len(head) - len(tail)
+            if room < 1:
+                raise InputError(
+                    f"task.max_length: {section.max_length} leaves no room for text beside the template's {len(head) + len(tail)} tokens."
+                )
+            encoded = [[*head, *ids[:room], *tail] for ids in plain_ids(tokenizer, texts)]
+        else:
+            encoded = encoder_ids(tokenizer, texts, section.max_length)
+        made = []
+        for ids, label in zip(encoded, labels, strict=True):
+            targets = np.full(len(ids), NO_TARGET, np.int32)
+            if ids:  # an empty text may have no token at all, and is then left out
+                targets[-1 if decoder else 0] = classes.index(label)
+            made.append(Example(np.array(ids, np.int32), targets))
+        return Encoded(made)
+
+    def class_tokens(
+        self, section: ClassificationConfig, classes: tuple[str, ...] | None, tokenizer: Any, *, decoder: bool
+    ) -> np.ndarray | None:
+        """The first token of each class's word, as it goes on after the template; None on an encoder."""
+        if not decoder or classes is None:
+            return None
+        words = section.label_words or list(classes)
+        if len(words) != len(classes):
+            raise InputError(f"task.label_words: {len(words)} words for {len(classes)} classes ({', '.join(classes)}).")
+        space = "" if section.template.endswith((" ", "\n")) else " "
+        # After the template's last words, not alone: some tokenizers put a space before every text, and would give all words the token
+        # of that space.
+        tail = section.template.rpartition("{text}")[2] or "a"
+        before = plain_ids(tokenizer, [tail])[0]
+
+        def first_token(word: str) -> int | None:
+            together, alone = plain_ids(tokenizer, [tail + space + word, space + word])
+            fits = together[: len(before)] == before and len(together) > len(before)
+            return together[len(before)] if fits else next(iter(alone), None)
+
+        first = [first_token(w) if w.strip() else None for w in words]
+        for i, token in enumerate(first):
+            if token is None:
+                raise InputError(f"task.label_words: the word of class '{classes[i]}' is empty.")
+            if token in first[:i]:
+                other = words[first.index(token)]
+                raise InputError(
+                    f"task.label_words: '{words[i]}' and '{other}' begin with the same token; give words that differ from the start."
+                )
+        return np.array(first, np.int32)
+
+
+TASKS.register("classification", Classification())
