@@ -58,8 +58,8 @@ def targets_by_rows(batch: Batch) -> Batch:
 
     Returns:
         `target_index`, `target_ids`, `target_weights` (and `target_values`, where there are any) of shape (groups * room, ...), the
-        first `room` of them of the first group, and so on; `example_ids`, where there are any, renumbered to match; and `target_source`, which target each place holds, with their
-        number for filler.
+        first `room` of them of the first group, and so on; `example_ids`, where there are any, renumbered to match; and
+        `target_source`, which target each place holds, with their number for filler.
     """
     groups = row_groups()
     if groups == 1:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import re
+import string
+
 import pytest
 
 from lora_jax.tasks.question_answering import cleaned, exact_match, f1
@@ -27,3 +31,38 @@ def test_what_is_cleaned():
 )
 def test_the_best_right_answer_counts(given, right, exact, overlap):
     assert exact_match(given, right) == exact and f1(given, right) == pytest.approx(overlap)
+
+
+def _official(right, given):
+    """(exact, F1) as SQuAD 2.0's evaluation script computes them, transcribed."""
+
+    def normalize(text):
+        text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+    def overlap(gold, found):
+        gold, found = normalize(gold).split(), normalize(found).split()
+        same = sum((collections.Counter(gold) & collections.Counter(found)).values())
+        if not gold or not found:
+            return int(gold == found)
+        if same == 0:
+            return 0
+        precision, recall = same / len(found), same / len(gold)
+        return 2 * precision * recall / (precision + recall)
+
+    right = [r for r in right if normalize(r)] or [""]
+    return max(int(normalize(r) == normalize(given)) for r in right), max(overlap(r, given) for r in right)
+
+
+ODD = [
+    "", "the", "A.", "an-other", "another", "1,000", "1000", "U.S.", "us", "the U.S", "\u201ccat\u201d", "cat", "cat\u00a0sat", "cat sat",
+    "Cat, sat!", "sat  the\tcat", "a cat a cat", "can't", "cant", "$5", "5", "St\u00e9phane", "stephane", "_", "theatre",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "right", [[], ["the"], ["the", "cat"], ["cat sat", "1000"], ["\u201ccat\u201d", "A."], ["cant", "an other"], ["U.S.A."], ODD]
+)
+def test_odd_answers_score_as_in_the_official_script(right):
+    for given in ODD:
+        assert (exact_match(given, right), f1(given, right)) == pytest.approx(_official(right, given)), given
