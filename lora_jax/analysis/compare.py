@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 
 from ..tasks.evaluators import Evaluator
 from ..tracking.results import MemberResult, union
-from .metrics import LEARNING_RATE, SEED, identity
+from .metrics import LEARNING_RATE, SEED, best_of, identity
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,7 @@ def rates_of(rows: Sequence[Row]) -> list[float]:
 
 
 def _best(rows: Sequence[Row], metric: Evaluator) -> Row | None:
-    best: Row | None = None
-    for row in rows:
-        if not row.unfinished and not math.isnan(row.final.mean) and (best is None or metric.better(row.final.mean, best.final.mean)):
-            best = row
-    return best
+    return best_of([row for row in rows if not row.unfinished], lambda row: row.final.mean, metric)
 
 
 def _key(settings: Mapping[str, Any], *without: str) -> str:

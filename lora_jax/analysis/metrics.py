@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from ..errors import InputError, hint
 from ..tasks.evaluators import EVALUATORS, Evaluator
 from ..tracking.results import MemberResult, union
+
+T = TypeVar("T")
 
 SEED = "training.seed"
 LEARNING_RATE = "optimizer.learning_rate"
@@ -42,6 +45,15 @@ def primary_metric(results: Sequence[MemberResult]) -> Evaluator:
         if name and ended and all(name in r.final for r in ended):
             return EVALUATORS.get(name, "metric")
     raise InputError(f"the members have none of these metrics in common: {', '.join(_OLDER)}")
+
+
+def best_of(things: Iterable[T], value: Callable[[T], float], metric: Evaluator) -> T | None:
+    """The thing with the best value, of equals the first; None where every value is NaN."""
+    best: tuple[float, T] | None = None
+    for one in ((value(thing), thing) for thing in things):
+        if not math.isnan(one[0]) and (best is None or metric.better(one[0], best[0])):
+            best = one
+    return None if best is None else best[1]
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ import typer
 
 from ..errors import InputError, RunError, Stopped
 from ..parallel import processes
+from .export import ExportHelp
 from .options import ConfigPath, Coordinator, ExtendSteps, Fresh, Overrides, ProcessCount, ProcessId, StartTimeout, Yes
 
 app = typer.Typer(
@@ -296,14 +297,12 @@ def generate(
     generate_command(Asked(source, member, adapter, tuple(prompt or ()), file, chat, system, options))
 
 
-@app.command()
+@app.command(cls=ExportHelp)
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN[/MEMBER]", help="A run directory, or a member's folder in it.", show_default=False)],
     form: Annotated[
         str,
-        typer.Option(
-            "--format", metavar="FORMAT", help="hf: merged weights, config and tokenizer, for transformers. peft: the adapter alone."
-        ),
+        typer.Option("--format", metavar="FORMAT", help="Name of an exporter; the list is below."),
     ] = "hf",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="A new folder; FORMAT in the member's own by default.", show_default=False)
@@ -314,20 +313,21 @@ def export(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            "--dtype", metavar="DTYPE", help="hf: float32, bfloat16 or float16; by default as the base's own files.", show_default=False
-        ),
+        typer.Option("--dtype", metavar="DTYPE", help="Of the weights; that of the base's own files by default.", show_default=False),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="hf: most weights in one file.")] = "5GB",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights; 5GB by default.", show_default=False),
+    ] = None,
 ) -> None:
-    """Write a run's winner for others to use.
+    """Write a run's best member for other libraries.
 
     Takes the member's best adapter where it was kept, else the final one. Merging runs in float32 and is rounded once. A README.md
-    tells the run's facts. Nothing is overwritten.
+    holds the run's settings and metrics. Nothing is overwritten.
     """
     from .export import export_command
 
-    export_command(run, form=form, out=out, member=member, dtype=dtype, largest=max_shard_size)
+    export_command(run, form=form, out=out, member=member, dtype=dtype, max_shard_size=max_shard_size)
 
 
 @app.command()

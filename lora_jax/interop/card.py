@@ -1,66 +1,62 @@
-"""Model cards: the `README.md` beside an export, which says what it is, how it was made and how well it did."""
+"""Model cards: the `README.md` beside an export says what it is, how it was trained, and its metrics."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import Config
-from ..tracking import MemberResult
-from .hf import architecture
+from ..adapters.inject import site_modules
+from ..config.schema import AdapterConfig, Config
+from ..sweeps.restore import Restored
+from ..tracking import MemberResult, member_folder, read_json
+from .kinds import kind_of
 
-_USES = {
-    "decoder": ("AutoModelForCausalLM", "text-generation"),
-    "encoder": ("AutoModel", "feature-extraction"),
-    "classification": ("AutoModelForSequenceClassification", "text-classification"),
-    "token_classification": ("AutoModelForTokenClassification", "token-classification"),
-    "question_answering": ("AutoModelForQuestionAnswering", "question-answering"),
-}
+_ALWAYS_SHOWN = ("method", "rank", "alpha", "targets", "layers", "dropout")
+# Swept keys that have rows of their own.
+_OWN_ROWS = {f"adapter.{name}" for name in _ALWAYS_SHOWN} | {
+    "optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.weight_decay", "training.seed",
+    "training.batch_size",
+}  # fmt: skip
 
 
-def model_card(
-    config: Config,
-    result: MemberResult,
-    *,
-    kind: str,
-    model_type: str,
-    adapter: str,
-    form: str,
-    environment: Mapping[str, Any],
-    classes: tuple[str, ...] | None = None,
-) -> str:
+def model_card(restored: Restored, *, library: str, relation: str, summary: str, usage: Sequence[str]) -> str:
     """The text of a card.
 
     Args:
-        config: the member's.
-        result: what it came to.
-        kind: of the model: of its head, or `decoder` or `encoder`.
-        model_type: Hugging Face's name of the base's family.
-        adapter: which of its adapters was taken: `best` or `final`.
-        form: `hf` (merged) or `peft`.
-        environment: what the run ran on (`environment.json`).
-        classes: names of the classes, where the model has such.
+        restored: the member.
+        library: that loads the export (`library_name` of the card's metadata).
+        relation: of the export to its base: `finetune` or `adapter`.
+        summary: a sentence on what it is; `{base}` stands for the base's name.
+        usage: lines of Python that load it.
     """
-    base, auto = public_name(config.model.source), _USES[kind][0]
+    config, classes = restored.member.config, restored.classes
+    result = MemberResult.read(restored.run / member_folder(restored.member.name))
+    packages: Mapping[str, Any] = read_json(restored.run / "environment.json").get("packages") or {}
+    base, kind = public_name(config.model.source), kind_of(restored.model)
+    lines = ["---", f"library_name: {library}"]
+    lines += [f"pipeline_tag: {kind.pipeline}"] if kind is not None else []
+    if config.model.source.startswith("hf://"):
+        lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
     title = f"{config.name}: {result.name}" if result.name != "main" else config.name
-    lines = [*_front(config, kind, form), f"# {title}", ""]
-    if form == "hf":
-        lines += [f"`{base}` with a trained adapter merged into its weights ({architecture(model_type, _head(kind))}).", ""]
-    else:
-        lines += [f"A LoRA adapter for `{base}`, in PEFT's format.", ""]
-    lines += ["## Use", "", "```python", *_snippet(auto, form, base, config.model.source, classes), "```", ""]
-    lines += ["## How it was made", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in _facts(config, result, base, classes).items()]
-    metrics = result.best if adapter == "best" else result.final
-    step = result.best_step if adapter == "best" else result.steps
-    lines += ["", "## Figures", "", f"On the held-out examples, at step {step}:", "", "| metric | value |", "| --- | --- |"]
+    lines += ["tags: [lora, lora-jax]", "---", "", f"# {title}", "", summary.format(base=base), ""]
+    lines += ["## Use", "", "```python", *usage, "```", "", "## Training", "", "| | |", "| --- | --- |"]
+    adapted = bool(site_modules(restored.model))
+    lines += [f"| {name} | {value} |" for name, value in _facts(config, result, base, classes, adapted=adapted).items()]
+    is_best = restored.folder.name == "best"
+    metrics, step = (result.best, result.best_step) if is_best else (result.final, result.steps)
+    lines += ["", "## Metrics", "", f"On the held-out examples, at step {step}:", "", "| metric | value |", "| --- | --- |"]
     lines += [f"| {name} | {'n/a' if math.isnan(value) else f'{value:.4f}'} |" for name, value in metrics.items()]
-    packages: Mapping[str, Any] = environment.get("packages") or {}
     lines += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in packages.items()) or "unknown"]
     return "\n".join(lines) + "\n"
+
+
+def write_card(folder: Path, card: str | None) -> None:
+    """Writes `README.md`; nothing for None."""
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def public_name(source: str) -> str:
@@ -74,43 +70,9 @@ def public_name(source: str) -> str:
     return source if "://" in source else Path(source).name
 
 
-def _head(kind: str) -> str | None:
-    return None if kind in ("decoder", "encoder") else kind
-
-
-def _front(config: Config, kind: str, form: str) -> list[str]:
-    lines = ["---", f"library_name: {'transformers' if form == 'hf' else 'peft'}", f"pipeline_tag: {_USES[kind][1]}"]
-    if config.model.source.startswith("hf://"):
-        lines.append(f"base_model: {public_name(config.model.source)}")
-        lines.append(f"base_model_relation: {'finetune' if form == 'hf' else 'adapter'}")
-    return [*lines, "tags: [lora, lora-jax]", "---", ""]
-
-
-def _snippet(auto: str, form: str, base: str, source: str, classes: tuple[str, ...] | None) -> list[str]:
-    if form == "hf":
-        imports, tokenizer = f"from transformers import {auto}, AutoTokenizer", ['tokenizer = AutoTokenizer.from_pretrained("PATH")']
-        return [imports, "", f'model = {auto}.from_pretrained("PATH")', *tokenizer]
-    place = base if source.startswith("hf://") else "PATH OF THE BASE"
-    labels = f", num_labels={len(classes)}" if classes and auto != "AutoModelForCausalLM" else ""
-    loads = [f'base = {auto}.from_pretrained("{place}"{labels})', 'model = PeftModel.from_pretrained(base, "PATH")']
-    return ["from peft import PeftModel", f"from transformers import {auto}", "", *loads]
-
-
-def _facts(config: Config, result: MemberResult, base: str, classes: tuple[str, ...] | None) -> dict[str, str]:
-    adapter, task, training, optimizer = config.adapter, config.task, config.training, config.optimizer
-    facts = {"base": f"`{base}`", "method": adapter.method}
-    if adapter.method == "lora":
-        facts |= {
-            "rank, alpha": f"{adapter.rank}, {adapter.alpha:g}"
-            + (" (scaled by alpha / sqrt(rank))" if getattr(adapter, "rslora", False) else ""),
-            "targets": f"`{json.dumps(adapter.targets)}`",
-            "layers": "all" if adapter.layers is None else f"`{json.dumps(adapter.layers)}`",
-            "dropout": f"{adapter.dropout:g}",
-        }
-        for name in ("exclude", "rank_pattern", "alpha_pattern", "modules_to_save"):
-            if value := getattr(adapter, name):
-                facts[name] = f"`{json.dumps(value)}`"
-        facts |= {"bias": adapter.bias} if adapter.bias != "none" else {}
+def _facts(config: Config, result: MemberResult, base: str, classes: Sequence[str] | None, *, adapted: bool) -> dict[str, str]:
+    task, training, optimizer = config.task, config.training, config.optimizer
+    facts = {"base": f"`{base}`", "method": config.adapter.method} | (_adapter_facts(config.adapter) if adapted else {})
     facts |= {
         "trained parameters": f"{result.parameters:,}",
         "task": task.kind.replace("_", " "),
@@ -121,11 +83,19 @@ def _facts(config: Config, result: MemberResult, base: str, classes: tuple[str, 
         "weight decay": f"{optimizer.weight_decay:g}",
         "seed": str(training.seed),
     }
-    return facts | {key: f"`{json.dumps(value)}`" for key, value in result.settings.items() if key not in _TOLD}
+    return facts | {key: f"`{json.dumps(value)}`" for key, value in result.settings.items() if key not in _OWN_ROWS}
 
 
-# Swept keys that the table speaks of anyway.
-_TOLD = {
-    "adapter.rank", "adapter.alpha", "adapter.targets", "adapter.layers", "adapter.dropout", "optimizer.learning_rate",
-    "optimizer.schedule", "optimizer.warmup_steps", "optimizer.weight_decay", "training.seed", "training.batch_size", "adapter.method",
-}  # fmt: skip
+def _adapter_facts(adapter: AdapterConfig) -> dict[str, str]:
+    """Rank, targets and so on, and the other keys of the method's section that are not at their defaults."""
+    facts = {
+        "rank, alpha": f"{adapter.rank}, {adapter.alpha:g}",
+        "targets": f"`{json.dumps(adapter.targets)}`",
+        "layers": "all" if adapter.layers is None else f"`{json.dumps(adapter.layers)}`",
+        "dropout": f"{adapter.dropout:g}",
+    }
+    for name, field in type(adapter).model_fields.items():
+        value = getattr(adapter, name)
+        if name not in _ALWAYS_SHOWN and value != field.get_default(call_default_factory=True):
+            facts[name] = f"`{json.dumps(value)}`"
+    return facts

@@ -13,21 +13,25 @@ import numpy as np
 from flax import nnx
 
 from ..adapters.merge import merged_base
+from ..config.doors import EXPORTERS
 from ..errors import InputError, hint
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.families import families
 from ..models.families.base import Head
-from ..models.heads import Classifier, HiddenStates, LanguageModel
+from ..models.heads import Classifier
 from ..models.load import Base, BaseFiles
 from ..models.save import base_tensors
+from ..sweeps.restore import Restored
 from ..tracking.files import new_folder
 from ..weights.load import HUB_FILES, weights_file
 from ..weights.locations import resolve
 from ..weights.provenance import Origin
 from ..weights.safetensors import DTYPES, Tensor, write_checkpoint
 from ..weights.tokenizer import load_tokenizer
-from .peft.names import head_kind, head_of
+from .base import Exporter, ExportOptions
+from .card import model_card, write_card
+from .kinds import KINDS, head_kind, head_of, kind_of
 
 SHARD = 5 * 10**9  # bytes; transformers' own choice for a long time, and what hubs like
 WRITTEN_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
@@ -38,13 +42,6 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 # What says where a checkpoint came from, or names code or numbers that the new one does not have.
 _DROPPED = ("_name_or_path", "auto_map", "num_labels", "quantization_config", "torch_dtype", "dtype")
-_ENDINGS = {
-    "encoder": "Model",
-    "decoder": "ForCausalLM",
-    "classification": "ForSequenceClassification",
-    "token_classification": "ForTokenClassification",
-    "question_answering": "ForQuestionAnswering",
-}
 # Where transformers' class is not called as the family's config is.
 _OTHER_NAMES = {"GPT2ForCausalLM": "GPT2LMHeadModel", "Gemma3TextForCausalLM": "Gemma3ForCausalLM"}
 
@@ -90,18 +87,21 @@ def save_pretrained(
     """
     if dtype is not None and dtype not in WRITTEN_DTYPES:
         raise InputError(f"dtype: '{dtype}'. {hint(dtype, WRITTEN_DTYPES)}")
-    form = check_form(model)
-    merged = _form_of(merged_base(model))
+    check_form(model)
     with new_folder(Path(path)) as folder:
-        dtypes = _stored_dtypes(form)
-        tensors = _tensors(merged, dtypes if dtype is None else dict.fromkeys(dtypes, WRITTEN_DTYPES[dtype]))
-        write_checkpoint(folder, tensors, largest=largest)
-        _write_json(folder / "config.json", _config(merged, classes, tensors))
-        _write_tokenizer(folder, form.origin.source)
-        if (generation := _generation_config(merged)) is not None:
-            _write_json(folder / "generation_config.json", generation)
-        if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
+        _write(model, folder, classes=classes, dtype=dtype, largest=largest)
+        write_card(folder, card)
+
+
+def _write(model: nnx.Module, folder: Path, *, classes: Sequence[str] | None, dtype: str | None, largest: int) -> None:
+    form, merged = _form_of(model), _form_of(merged_base(model))
+    dtypes = _stored_dtypes(form)
+    tensors = _tensors(merged, dtypes if dtype is None else dict.fromkeys(dtypes, WRITTEN_DTYPES[dtype]))
+    write_checkpoint(folder, tensors, largest=largest)
+    _write_json(folder / "config.json", _config(merged, classes, tensors))
+    _write_tokenizer(folder, form.origin.source)
+    if (generation := _generation_config(merged)) is not None:
+        _write_json(folder / "generation_config.json", generation)
 
 
 def check_form(model: nnx.Module) -> _Form:
@@ -139,12 +139,12 @@ def architecture(model_type: str, head: str | None = None) -> str:
     """
     from transformers import CONFIG_MAPPING  # takes a second, and little of the library needs it
 
-    name = CONFIG_MAPPING[model_type].__name__.removesuffix("Config") + _ENDINGS[head or families()[model_type].kind]
+    name = CONFIG_MAPPING[model_type].__name__.removesuffix("Config") + KINDS[head or families()[model_type].kind].ending
     return _OTHER_NAMES.get(name, name)
 
 
 def _form_of(model: nnx.Module) -> _Form:
-    base = model.base if isinstance(model, Classifier | HiddenStates | LanguageModel) else model
+    base = model if isinstance(model, Encoder | Decoder) else getattr(model, "base", None)
     if not isinstance(base, Encoder | Decoder):
         raise InputError(f"a {type(model).__name__} has no counterpart in transformers: only what load_model gives has.")
     if base.origin is None:
@@ -237,3 +237,38 @@ def _generation_config(form: _Form) -> dict[str, Any] | None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class HuggingFaceExporter(Exporter):
+    """A checkpoint of transformers."""
+
+    summary = "Merged weights, config and tokenizer, for transformers."
+    options = {"dtype": tuple(WRITTEN_DTYPES), "max_shard_size": ()}
+
+    def can(self, restored: Restored) -> str | None:
+        """Why transformers could not compute the same; None where it can."""
+        try:
+            check_form(restored.model)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def write(self, restored: Restored, folder: Path, options: ExportOptions) -> None:
+        """Weights, config, tokenizer, generation config and a model card."""
+        model, kind = restored.model, kind_of(restored.model)
+        form = check_form(model)
+        classes = None if form.classifier is None else restored.classes
+        _write(model, folder, classes=classes, dtype=options.dtype, largest=options.max_shard_size or SHARD)
+        assert kind is not None
+        name = architecture(form.origin.model_type, form.classifier and head_kind(form.classifier))
+        usage = [
+            f"from transformers import {kind.auto_class}, AutoTokenizer",
+            "",
+            f'model = {kind.auto_class}.from_pretrained("PATH")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        ]
+        summary = f"`{{base}}` with a trained adapter merged into its weights ({name})."
+        write_card(folder, model_card(restored, library="transformers", relation="finetune", summary=summary, usage=usage))
+
+
+EXPORTERS.register("hf", HuggingFaceExporter())

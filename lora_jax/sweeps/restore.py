@@ -75,11 +75,15 @@ class Restored:
         model: the base in float32, with the task's head and the adapter.
         classes: names of the classes, in the order of the logits; None where there are none.
         folder: the saved adapter's.
+        run: the run directory.
+        member: of it.
     """
 
     model: nnx.Module
     classes: tuple[str, ...] | None
     folder: Path
+    run: Path
+    member: Member
 
 
 def restore_member(run: Path, member: Member) -> Restored:
@@ -104,7 +108,7 @@ def restore_member(run: Path, member: Member) -> Restored:
     part = partition(adapted)
     filled = part.merge(load_adapter(folder, part.trainable), part.settings, part.frozen, training=False)
     remember(filled, config.adapter)
-    return Restored(filled, classes, folder)
+    return Restored(filled, classes, folder, run, member)
 
 
 SPLITS = ("eval", "train")
