@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from .errors import RunError as RunError
     from .generation.generate import Generator as Generator
     from .generation.generate import generate as generate
+    from .interop.base import register_exporter as register_exporter
     from .interop.hf import save_pretrained as save_pretrained
-    from .interop.peft.config import LoraConfig as LoraConfig
     from .interop.peft.load import load_peft as load_peft
+    from .interop.peft.save import LoraConfig as LoraConfig
     from .interop.peft.save import save_peft as save_peft
     from .models.load import load_model as load_model
     from .sweeps.api import fit as fit
@@ -36,7 +37,7 @@ _NAMES = {
     "Config": "config.schema",
     "Generator": "generation.generate",
     "InputError": "errors",
-    "LoraConfig": "interop.peft.config",
+    "LoraConfig": "interop.peft.save",
     "RunError": "errors",
     "describe": "adapters.describe",
     "fit": "sweeps.api",
@@ -48,6 +49,7 @@ _NAMES = {
     "load_tokenizer": "weights.tokenizer",
     "merge": "adapters.merge",
     "partition": "adapters.partition",
+    "register_exporter": "interop.base",
     "save_peft": "interop.peft.save",
     "save_pretrained": "interop.hf",
     "sweep": "sweeps.api",

@@ -12,7 +12,9 @@ from ..errors import InputError
 from .console import results_console
 
 
-def export_command(run: Path, *, form: str, out: Path | None, member: str | None, dtype: str | None, max_shard_size: str | None) -> None:
+def export_command(
+    run: Path, *, form: str | None, out: Path | None, member: str | None, dtype: str | None, max_shard_size: str | None
+) -> None:
     """Writes a member of a run, and prints the folder and its files."""
     from ..interop.base import ExportOptions
     from ..interop.export import export_run

@@ -301,9 +301,8 @@ def generate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN[/MEMBER]", help="A run directory, or a member's folder in it.", show_default=False)],
     form: Annotated[
-        str,
-        typer.Option("--format", metavar="FORMAT", help="Name of an exporter; the list is below."),
-    ] = "hf",
+        str | None, typer.Option("--format", metavar="FORMAT", help="Name of an exporter; the list is below.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="A new folder; FORMAT in the member's own by default.", show_default=False)
     ] = None,

@@ -39,10 +39,12 @@ class Exporter:
 
     Attributes:
         summary: one line for `lora-jax export --help`.
+        default: whether `lora-jax export` takes it where no format is named.
         options: fields of `ExportOptions` that it reads -> their values; an empty tuple allows any.
     """
 
     summary: ClassVar[str] = ""
+    default: ClassVar[bool] = False
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def can(self, restored: Restored) -> str | None:

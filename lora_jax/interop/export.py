@@ -32,13 +32,13 @@ class Export:
 
 
 def export_run(
-    path: Path, *, form: str, out: Path | None = None, member: str | None = None, options: ExportOptions | None = None
+    path: Path, *, form: str | None = None, out: Path | None = None, member: str | None = None, options: ExportOptions | None = None
 ) -> Export:
     """Writes a member of a run. The folder appears whole or not at all.
 
     Args:
         path: a run directory, or a member's folder in it.
-        form: name of the exporter.
+        form: name of the exporter; the default one where it is None.
         out: a folder that does not exist yet; `FORM` in the member's folder by default.
         member: its name; by default the run's best finished one.
         options: of the exporter.
@@ -48,6 +48,7 @@ def export_run(
             is at `out`.
         RunError: the folder cannot be written.
     """
+    form = form or next(name for name, exporter in EXPORTERS.all().items() if exporter.default)
     exporter: Exporter = EXPORTERS.get(form, "--format")
     options = options or ExportOptions()
     check_options(exporter, form, options)
@@ -68,5 +69,7 @@ def format_list() -> list[tuple[str, str]]:
     found = []
     for name, exporter in EXPORTERS.all().items():
         options = [option_flag(o) + (f" ({', '.join(choices)})" if choices else "") for o, choices in exporter.options.items()]
-        found.append((name, exporter.summary + (f" Options: {', '.join(options)}." if options else "")))
+        found.append(
+            (name + (" (default)" if exporter.default else ""), exporter.summary + (f" Options: {', '.join(options)}." if options else ""))
+        )
     return found

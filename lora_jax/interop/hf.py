@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import nnx
@@ -243,7 +243,8 @@ class HuggingFaceExporter(Exporter):
     """A checkpoint of transformers."""
 
     summary = "Merged weights, config and tokenizer, for transformers."
-    options = {"dtype": tuple(WRITTEN_DTYPES), "max_shard_size": ()}
+    default = True
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"dtype": tuple(WRITTEN_DTYPES), "max_shard_size": ()}
 
     def can(self, restored: Restored) -> str | None:
         """Why transformers could not compute the same; None where it can."""

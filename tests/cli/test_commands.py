@@ -235,12 +235,14 @@ def test_what_cannot_be_taken_away_is_told(copied, tmp_path):
     path, run, _ = copied
     before = set(tmp_path.rglob("*"))
     out = tmp_path / "out"
-    assert "--format: 'hg'. Did you mean 'hf'?" in last(call("export", run, "--format", "hg"))
+    assert "--format: there is no exporter 'hg'. Did you mean 'hf'?" in last(call("export", run, "--format", "hg"))
     assert "not a run directory" in last(call("export", tmp_path, "--out", out))
     assert f"no member 'rank=3'. Valid choices: {', '.join(NAMES)}." in last(call("export", run / "rank=3"))
     assert "--member: no member 'nobody'" in last(call("export", run, "--member", "nobody"))
     assert "--max-shard-size: must be bytes or a size such as 8GB" in last(call("export", run, "--max-shard-size", "much"))
     assert "--dtype: 'int8'." in last(call("export", run, "--dtype", "int8"))
+    for option, value in (("--dtype", "float32"), ("--max-shard-size", "1GB")):  # of another exporter
+        assert f"{option}: --format peft has no such option" in last(call("export", run, "--format", "peft", option, value))
     assert "exists already" in last(call("export", run, "--out", run))
     # The same run, had it been trained otherwise.
     text = (run / "config.yaml").read_text()
@@ -252,8 +254,6 @@ def test_what_cannot_be_taken_away_is_told(copied, tmp_path):
     save_file({k: v for k, v in tensors.items() if "pooler" not in k}, bare / "model.safetensors")
     (run / "config.yaml").write_text(text.replace(load_config(path).model.source, str(bare)))
     assert "was saved without a pooler" in last(call("export", run, "--out", out))
-    (run / "config.yaml").write_text(text.replace("method: lora", "method: full"))
-    assert "trained 'full', no adapter. Take --format hf" in last(call("export", run, "--format", "peft", "--out", out))
     (run / "config.yaml").write_text(text)
     shutil.rmtree(bare)
     (run / NAMES[0] / "best" / "adapter.json").write_text("{")

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: read into typed values, and `LoraConfig`, which speaks it.
+"""PEFT's `adapter_config.json`, read into typed values.
 
 Matching follows PEFT 0.21 to the letter (`check_target_module_exists`, `get_pattern_key`): names are Hugging Face's own, from the
 model's root (`bert.encoder.layer.0.attention.self.query`).
@@ -9,21 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import PrivateAttr
-
-from ...adapters.methods.lora import LoraSection
 from ...errors import InputError
 from ...weights.checkpoint import read_json
 from ...weights.locations import resolve
 from .options import Patterns, Reader, check_options
-
-if TYPE_CHECKING:
-    from flax import nnx
-
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -140,6 +132,11 @@ class PeftConfig:
         """Whether a module's own weights are in the file. PEFT asks how its path ends, dot or no dot: `norm` saves `input_layernorm`."""
         return any(module.endswith(name) for name in self.saved)
 
+    def saves_part_of(self, module: str) -> bool:
+        """Whether a module's weights are in the file, by its own name or as part of a module that is named."""
+        parts = module.split(".")
+        return any(self.saves(".".join(parts[:i])) for i in range(1, len(parts) + 1))
+
     def size(self, module: str) -> tuple[int, float]:
         """Rank and scale of a module."""
         rank = int(self._value(self.rank_pattern, module, self.rank))
@@ -175,7 +172,7 @@ def read_peft_config(path: str | Path) -> PeftConfig:
     return PeftConfig.parse(read_json(file, "the adapter's config"), str(file))
 
 
-# What a new file says of the options that are not ours to set: PEFT's defaults.
+# PEFT's defaults: the values of a new file for options that nothing here sets.
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None, "base_model_name_or_path": None,
     "bias": "none", "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None,
@@ -191,125 +188,3 @@ DEFAULTS: dict[str, Any] = {
 def to_json(raw: dict[str, Any]) -> str:
     """The text of `adapter_config.json`, as PEFT writes it."""
     return json.dumps(raw, indent=2, sort_keys=True)
-
-
-class LoraConfig(LoraSection):
-    """`AdapterConfig` with PEFT's config in and out.
-
-    >>> config = LoraConfig(rank=4, alpha=8, targets=["q_proj"])
-    >>> config.to_peft()["lora_alpha"], config.to_peft()["target_modules"]
-    (8, ['q_proj'])
-    """
-
-    # The file it was read from, so that what has no counterpart here (task_type, revision, ...) is there when it is written again.
-    _peft: dict[str, Any] | None = PrivateAttr(None)
-
-    @classmethod
-    def from_peft(cls, path: str | Path) -> LoraConfig:
-        """The config of a PEFT adapter.
-
-        Args:
-            path: its folder, the `adapter_config.json` in it, or `hf://org/name`.
-
-        Raises:
-            InputError: there is none, it is damaged, or it asks for what is not supported.
-        """
-        return cls.of_peft(read_peft_config(path))
-
-    @classmethod
-    def of_peft(cls, peft: PeftConfig) -> LoraConfig:
-        """The same, of a config that is read already."""
-        config = cls(**_ours(peft))
-        config._peft = peft.raw
-        return config
-
-    def to_peft(self, model: nnx.Module | None = None) -> dict[str, Any]:
-        """What PEFT's `adapter_config.json` says of it: `peft.LoraConfig(**config.to_peft())` is the same.
-
-        Args:
-            model: the base; needed where the config speaks of layers or modules in a way that PEFT does not (`attention`, `last:4`).
-
-        Raises:
-            InputError: it takes a model to say it, or PEFT has no way to say it.
-        """
-        if model is not None:
-            from .save import config_for_base
-
-            return config_for_base(model, self)
-        return _theirs(self)
-
-
-def _ours(peft: PeftConfig) -> dict[str, Any]:
-    """The values of `AdapterConfig`."""
-    targets: Any = (
-        peft.targets if isinstance(peft.targets, str) else [*(peft.targets or ()), *(p.removesuffix(".weight") for p in peft.parameters)]
-    )
-    layers: Any = None
-    if isinstance(targets, str):
-        targets = "all-linear" if targets.lower() == "all-linear" else _as_regex(targets)
-    elif peft.layers is not None and peft.layers_pattern:
-        names, lists = ("|".join(n) for n in ([re.escape(t) for t in targets], peft.layers_pattern))
-        targets = rf"(?:.*\.)?(?:{lists})\.(?:{'|'.join(map(str, peft.layers))})\.(?:.*\.)?(?:{names})"
-    elif peft.layers is not None:
-        layers = list(peft.layers)
-    exclude: Any = _as_regex(peft.exclude) if isinstance(peft.exclude, str) else list(peft.exclude or ()) or None
-    return {
-        "rank": peft.rank,
-        "alpha": peft.alpha,
-        "targets": targets,
-        "exclude": exclude,
-        "layers": layers,
-        "rank_pattern": {p: int(v) for p, v in peft.rank_pattern.items()},
-        "alpha_pattern": peft.alpha_pattern,
-        "rslora": peft.rslora,
-        "dropout": peft.dropout,
-        "bias": peft.bias,
-        "modules_to_save": list(peft.saved),
-    }
-
-
-_PRESETS = ("attention", "mlp", "embedding", "experts", "all-linear")
-
-
-def _as_regex(text: str) -> str:
-    """A regular expression that no preset is called like."""
-    return f"(?:{text})" if text in _PRESETS else text
-
-
-def _theirs(config: LoraConfig) -> dict[str, Any]:
-    """PEFT's values, where they follow from the config alone."""
-    if config.method != "lora":
-        raise InputError(f"adapter.method: {config.method} is no adapter; PEFT has no config for it.")
-    peft = None if config._peft is None else PeftConfig.parse(config._peft, "the adapter's config")
-    if peft is not None and LoraConfig(**_ours(peft)).model_dump() == config.model_dump():
-        return dict(config._peft or {})
-    for key in ("targets", "exclude"):
-        value = getattr(config, key)
-        if value in _PRESETS and not (key == "targets" and value == "all-linear"):
-            raise InputError(f"adapter.{key}: which modules '{value}' means depends on the model; give it: to_peft(model).")
-    if isinstance(config.layers, str) or (config.layers is not None and isinstance(config.targets, str)):
-        raise InputError(f"adapter.layers: which layers {config.layers!r} means depends on the model; give it: to_peft(model).")
-    layers = [config.layers] if isinstance(config.layers, int) else config.layers
-    if layers is not None and min(layers) < 0:
-        raise InputError(f"adapter.layers: which layers {layers} means depends on the model; give it: to_peft(model).")
-    return {
-        **DEFAULTS,
-        **(config._peft or {}),
-        "r": config.rank,
-        "lora_alpha": plain(config.alpha),
-        "target_modules": config.targets,
-        "exclude_modules": config.exclude,
-        "layers_to_transform": layers,
-        "layers_pattern": None,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": {p: plain(a) for p, a in config.alpha_pattern.items()},
-        "use_rslora": config.rslora,
-        "lora_dropout": config.dropout,
-        "bias": config.bias,
-        "modules_to_save": config.modules_to_save or None,
-    }
-
-
-def plain(value: float) -> float:
-    """A whole number without its `.0`, as people write it."""
-    return int(value) if float(value).is_integer() else value

@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,14 +17,14 @@ from ...adapters.inject import LABEL, inject_structure, remember, site_modules
 from ...adapters.labels import FROZEN
 from ...adapters.layout import MemberSite, MemberSpec, unite
 from ...adapters.merge import copy_of
-from ...adapters.methods.lora import LowRank
 from ...adapters.sites import logical_name
 from ...errors import InputError, hint, nearest
 from ...models.decoder import Decoder
 from ...weights.checkpoint import Checkpoint
 from ...weights.safetensors import SafetensorsCheckpoint
-from .config import WEIGHTS_NAME, LoraConfig, PeftConfig, adapter_folder, read_peft_config
-from .names import PROJECTION, ROOT, Module, Parameter, PeftNames, factor_keys, from_file
+from .config import WEIGHTS_NAME, PeftConfig, adapter_folder, read_peft_config
+from .lora import Factors, factor_keys, factor_shapes, from_file, module_of_key, section_of
+from .names import PROJECTION, ROOT, Module, Parameter, PeftNames
 
 _SHOWN = 6
 _READABLE = ("float32", "float16", "bfloat16", "float64")
@@ -65,9 +63,7 @@ class _Plan:
         """Key -> shape of all that must be there."""
         shapes = {key: p.shape for key, p in self.values.items()}
         for site in self.sites:
-            total = site.rank * (site.module.site.experts or 1)
-            shapes[site.a] = (total, site.module.site.inputs)
-            shapes[site.b] = (site.module.site.outputs, total)
+            shapes[site.a], shapes[site.b] = factor_shapes(site.module, site.rank)
         return shapes
 
 
@@ -85,7 +81,7 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
         InputError: there is no adapter, it is damaged, asks for what is not supported, or does not fit the model: the message lists
             the tensors that are missing or too many.
     """
-    if any(isinstance(m, LowRank) for _, m in nnx.iter_modules(model)):
+    if site_modules(model):
         raise InputError("the model bears adapters already: load onto the base.")
     config = read_peft_config(path)
     file = _open(adapter_folder(path))
@@ -97,7 +93,7 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
         if key in arrays:
             parameter.write(arrays[key])
     saved = sorted(plan.saved)
-    ours = LoraConfig.of_peft(config)
+    ours = section_of(config)
     spec = MemberSpec(ours.model_copy(update={"modules_to_save": saved}), _member_sites(plan.sites))
     adapted = inject_structure(base, unite(base, [spec]))
     _freeze_unsaved(adapted, plan.saved)
@@ -134,7 +130,7 @@ def _open(folder: Path) -> Checkpoint:
 
 def _names(base: nnx.Module, config: PeftConfig, file: Checkpoint) -> PeftNames:
     """PEFT's names of a base. A vocabulary projection that shares the embedding's weights gets its own where the adapter parts them."""
-    stems = [m for key in file.names() if (m := _module_in(key)) is not None]
+    stems = [m for key in file.names() if (m := module_of_key(key)) is not None]
     names = PeftNames(base, stems)
     decoder = next((m for _, m in nnx.iter_modules(base) if isinstance(m, Decoder)), None)
     if decoder is None or not decoder.config.tied:
@@ -145,14 +141,6 @@ def _names(base: nnx.Module, config: PeftConfig, file: Checkpoint) -> PeftNames:
         decoder.untie()
         return PeftNames(base, stems)
     return names
-
-
-def _module_in(key: str) -> str | None:
-    """The module that a key with factors belongs to."""
-    for ending in (".lora_A.weight", ".lora_embedding_A"):
-        if key.startswith(ROOT) and key.endswith(ending):
-            return key[len(ROOT) : -len(ending)]
-    return None
 
 
 def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
@@ -173,7 +161,7 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
     for name, parameter in names.parameters.items():
         module, _, kind = name.rpartition(".")
         inner = f"{ROOT}{module}.base_layer.{kind}" if module in adapted else ROOT + name
-        if saved_with(config, module):
+        if config.saves_part_of(module):
             plan.values[ROOT + name] = parameter
             plan.saved.add(parameter.module)
             if config.bias == "all" and kind == "bias":
@@ -195,12 +183,6 @@ def _check_whole(plan: _Plan, names: PeftNames, file: Checkpoint) -> None:
                 f"{file.path.parent}: 'modules_to_save' saves {parameter.module} in some layers and not in {parameter.name}; "
                 "that is not supported."
             )
-
-
-def saved_with(config: PeftConfig, module: str) -> bool:
-    """Whether a module's weights are in the file, by its own name or as part of a module that is named."""
-    parts = module.split(".")
-    return any(config.saves(".".join(parts[:i])) for i in range(1, len(parts) + 1))
 
 
 def _suggest(config: PeftConfig, names: PeftNames) -> str:
@@ -251,16 +233,12 @@ def _fill(adapted: nnx.Module, sites: list[_Site], arrays: dict[str, np.ndarray]
     for one in sites:
         by_site.setdefault(one.module.site.name, []).append(one)
     for name, module in site_modules(adapted).items():
-        a, b, scale = (np.zeros(v.shape, np.float32) for v in (module.lora_a, module.lora_b, module.scale))
+        factors = Factors.zeros(module)
         for one in by_site[name]:
             # A segment holds its layers up to the top of the stack.
-            where: Any = ... if scale.ndim == 0 else one.module.layer - (len(one.module.site.names) - len(a))
-            filled_a, filled_b = from_file(arrays[one.a], arrays[one.b], one.module.site.experts)
-            a[where][..., : one.rank] = filled_a
-            b[where][..., : one.rank, :] = filled_b
-            scale[where] = one.scale
-        for variable, value in ((module.lora_a, a), (module.lora_b, b), (module.scale, scale)):
-            variable.set_value(jnp.asarray(value))
-        module.deterministic = True
-        if hasattr(module, "dropout_rate"):
-            module.dropout_rate.set_value(jnp.full(module.dropout_rate.shape, dropout, jnp.float32))
+            layer = one.module.layer - (len(one.module.site.names) - len(factors.scale))
+            a, b = from_file(arrays[one.a], arrays[one.b], one.module.site.experts)
+            factors.a[layer][..., : one.rank] = a
+            factors.b[layer][..., : one.rank, :] = b
+            factors.scale[layer] = one.scale
+        factors.put(module, dropout)

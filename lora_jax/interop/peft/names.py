@@ -7,7 +7,7 @@ head, without `bert.` where it does not. A stacked weight of ours is one of thei
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ from ...adapters.sites import HEADS, Path, Site, find_sites, logical_name, names
 from ...models.decoder import Decoder
 from ...models.encoder import Encoder
 from ...models.families import families
-from ...models.families.base import Head, Weight, oriented
+from ...models.families.base import Weight, oriented
 from ...models.heads import Classifier
 from ...models.stack import Stack
+from ..kinds import head_of
 
 ROOT = "base_model.model."  # what PEFT puts before every name
 PROJECTION = "lm_head"  # what transformers' modules call a decoder's projection to its vocabulary; GPT-NeoX's files say `embed_out`
@@ -172,55 +173,6 @@ class PeftNames:
         stacked = any(isinstance(self._modules.get(path[:i]), Stack) for i in range(len(path)))
         name = names_of(self._modules, path[:-1], "{i}" if stacked else None)[-1]
         return Weight(f"{name}.{_KINDS[path[-1]]}", transpose=path[-1] == "kernel")
-
-
-# The parameters of a mixture's module, in its order.
-_EXPERTS = ("gate_up_proj", "down_proj")
-
-
-def factor_keys(module: Module, adapted: Collection[str]) -> tuple[str, str]:
-    """The names of a module's A and B in a file.
-
-    Args:
-        module: what bears them.
-        adapted: names of all that bear some: of two parameters in one module the later is wrapped around the earlier.
-    """
-    owner, _, own = module.name.rpartition(".")
-    stem = ROOT + (owner if module.parameter else module.name)
-    if module.site.kind == "expert":
-        stem += ".base_layer" * sum(f"{owner}.{later}" in adapted for later in _EXPERTS[_EXPERTS.index(own) + 1 :])
-    if module.site.kind == "embedding":
-        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
-    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
-
-
-def to_file(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Factors (..., inputs, rank) and (..., rank, outputs) as PEFT's files hold them: A (rank, inputs) and B (outputs, rank).
-
-    Of experts A is (experts * rank, inputs) with an expert's ranks together, and B (outputs, rank * experts) with a rank's experts
-    together.
-    """
-    if a.ndim == 2:
-        return a.T, b.T
-    return a.swapaxes(1, 2).reshape(-1, a.shape[1]), b.transpose(2, 1, 0).reshape(b.shape[2], -1)
-
-
-def from_file(a: np.ndarray, b: np.ndarray, experts: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """What `to_file` takes, of what it gives."""
-    if experts is None:
-        return a.T, b.T
-    return a.reshape(experts, -1, a.shape[1]).swapaxes(1, 2), b.reshape(len(b), -1, experts).transpose(2, 1, 0)
-
-
-def head_of(model: Classifier) -> Head | None:
-    """The head as the base's family has it; None where the base was not loaded from a checkpoint."""
-    origin, kind = model.base.origin, head_kind(model)
-    return None if origin is None or kind is None else families()[origin.model_type].heads(origin.config).get(kind)
-
-
-def head_kind(model: Classifier) -> str | None:
-    """What `models/head_shape.py` calls the kind of head."""
-    return model.kind
 
 
 def _renaming(model: nnx.Module, own: list[str], found: list[str]) -> Renaming:

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
+from pydantic import PrivateAttr
 
-from ...adapters.inject import LABEL, Record, inject, recall, site_modules
+from ...adapters.inject import LABEL, inject, recall, site_modules
 from ...adapters.merge import strip
-from ...config.schema import AdapterConfig
+from ...adapters.methods.lora import LoraSection
+from ...config.doors import EXPORTERS
 from ...errors import InputError
 from ...models.decoder import Decoder
-from ...models.encoder import Encoder
-from ...models.heads import Classifier
+from ...sweeps.restore import Restored
 from ...tracking.files import new_folder
 from ...weights.safetensors import Tensor, write_safetensors
-from .config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, LoraConfig, PeftConfig, plain, to_json
-from .load import saved_with
-from .names import PROJECTION, ROOT, Module, Parameter, PeftNames, Renaming, factor_keys, head_kind, to_file
+from ..base import Exporter, ExportOptions
+from ..card import model_card, public_name, write_card
+from ..kinds import kind_of
+from .config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, PeftConfig, read_peft_config, to_json
+from .lora import Factors, alpha_of, config_values, factor_keys, plain, section_of, to_file
+from .names import PROJECTION, ROOT, Module, Parameter, PeftNames, Renaming
+from .options import Patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +54,30 @@ class _Site:
 
 
 class _Adapter:
-    """An adapted model as PEFT sees it: its modules with LoRA, and the weights of the base that were trained."""
+    """An adapted model as PEFT sees it.
+
+    Attributes:
+        section: the config that it was adapted by, where it is known.
+        foreign: what else the file that it was loaded from held; empty for an adapter made here.
+        kind: of the model, as Hugging Face calls it.
+        names: PEFT's names.
+        sites: the modules with adapters.
+        trained: label -> weights of the base.
+        decoder: in the model, if there is one.
+    """
 
     def __init__(self, model: nnx.Module):
         self.model = model
-        self.record: Record | None = recall(model)
-        self.foreign: dict[str, Any] = json.loads(self.record.foreign) if self.record and self.record.foreign else {}
+        record = recall(model)
+        self.foreign: dict[str, Any] = json.loads(record.foreign) if record and record.foreign else {}
+        self.kind = kind_of(model)
         base = strip(model)
         renaming = Renaming(*self.foreign["renaming"]) if self.foreign else None
         self.names = PeftNames(base, renaming=renaming)
         self.sites = _sites(model, self.names)
         if not self.sites:
             raise InputError("the model bears no LoRA: there is nothing that PEFT could hold.")
+        self.section = None if record is None else LoraSection.model_validate_json(record.config)
         self.trained: dict[str, list[Parameter]] = {}
         for parameter in self.names.parameters.values():
             label = parameter.variable.get_metadata().get(LABEL, "frozen")
@@ -91,37 +106,71 @@ def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, c
         InputError: the model bears no LoRA, or something is at `path` already.
     """
     adapter = _Adapter(model)
+    with new_folder(Path(path)) as folder:
+        _write(adapter, folder, base)
+        write_card(folder, card)
+
+
+def _write(adapter: _Adapter, folder: Path, base: str | None) -> None:
     config, ranks = _config(adapter)
     if base is not None:
         config = config | {"base_model_name_or_path": base}
     elif config.get("base_model_name_or_path") is None:
         config = config | _source(adapter)
-    with new_folder(Path(path)) as folder:
-        (folder / CONFIG_NAME).write_text(to_json(config), encoding="utf-8")
-        tensors = _tensors(adapter, PeftConfig.parse(config, CONFIG_NAME), ranks)
-        write_safetensors(folder / WEIGHTS_NAME, dict(sorted(tensors.items())))
-        if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(to_json(config), encoding="utf-8")
+    tensors = _tensors(adapter, PeftConfig.parse(config, CONFIG_NAME), ranks)
+    write_safetensors(folder / WEIGHTS_NAME, dict(sorted(tensors.items())))
 
 
-def config_for_base(model: nnx.Module, config: AdapterConfig) -> dict[str, Any]:
-    """PEFT's config of an adapter config on a base, as `save_peft` writes it."""
-    return _config(_Adapter(inject(model, config, rngs=nnx.Rngs(0))))[0]
+class LoraConfig(LoraSection):
+    """LoRA's config section, from PEFT's config and to it.
+
+    >>> config = LoraConfig(rank=4, alpha=8, targets=["q_proj"])
+    >>> config.to_peft()["lora_alpha"], config.to_peft()["target_modules"]
+    (8, ['q_proj'])
+    """
+
+    # The file that it was read from: what has no key here (task_type, revision, ...) is written again.
+    _peft: dict[str, Any] | None = PrivateAttr(None)
+
+    @classmethod
+    def from_peft(cls, path: str | Path) -> LoraConfig:
+        """The config of a PEFT adapter.
+
+        Args:
+            path: its folder, the `adapter_config.json` in it, or `hf://org/name`.
+
+        Raises:
+            InputError: there is none, it is damaged, or it asks for what is not supported.
+        """
+        peft = read_peft_config(path)
+        config = cls(**section_of(peft).model_dump())
+        config._peft = peft.raw
+        return config
+
+    def to_peft(self, model: nnx.Module | None = None) -> dict[str, Any]:
+        """What PEFT's `adapter_config.json` says of it: `peft.LoraConfig(**config.to_peft())` is the same.
+
+        Args:
+            model: the base; needed where the config speaks of layers or modules in a way that PEFT does not (`attention`, `last:4`).
+
+        Raises:
+            InputError: it takes a model to say it, or PEFT has no way to say it.
+        """
+        if model is None:
+            return config_values(self, self._peft)
+        return _config(_Adapter(inject(model, self, rngs=nnx.Rngs(0))))[0]
 
 
 def _sites(model: nnx.Module, names: PeftNames) -> list[_Site]:
     by_place = {(m.site.name, m.layer): m for m in names.modules.values()}
     found = []
     for name, module in site_modules(model).items():
-        a, b, scale = (np.asarray(jax.device_get(v[...])) for v in (module.lora_a, module.lora_b, module.scale))
-        if scale.ndim == 0:
-            a, b, scale = a[None], b[None], scale[None]
-        depth = len(by_place[name, 0].site.names)
-        for i in range(len(a)):
-            if scale[i] != 0:
-                used = np.abs(a[i]).reshape(-1, a.shape[-1]).sum(0) + np.abs(b[i]).sum(-1).reshape(-1, b.shape[-2]).sum(0) > 0
-                rank = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 1
-                found.append(_Site(by_place[name, depth - len(a) + i], a[i], b[i], scale[i], rank))
+        factors = Factors.of(module)
+        first = len(by_place[name, 0].site.names) - len(factors.scale)
+        for i, scale in enumerate(factors.scale):
+            if scale != 0:
+                found.append(_Site(by_place[name, first + i], factors.a[i], factors.b[i], scale, factors.used_rank(i)))
     return sorted(found, key=lambda s: list(names.modules).index(s.module.name))
 
 
@@ -153,7 +202,7 @@ def _says(peft: PeftConfig, adapter: _Adapter) -> bool:
             if not site.rank <= rank <= site.a.shape[-1] or np.float32(scale) != site.scale:
                 return False
     saved = {p.name for p in adapter.saved}
-    if any(saved_with(peft, n.rpartition(".")[0]) != (n in saved) for n in adapter.names.parameters):
+    if any(peft.saves_part_of(n.rpartition(".")[0]) != (n in saved) for n in adapter.names.parameters):
         return False
     return not (_shares_saved_embedding(adapter) and not peft.saves(PROJECTION))
 
@@ -163,22 +212,21 @@ def _as_loaded(adapter: _Adapter) -> dict[str, Any] | None:
 
 
 def _as_asked(adapter: _Adapter) -> dict[str, Any] | None:
-    if adapter.record is None:
+    if adapter.section is None:
         return None
-    config = LoraConfig.model_validate_json(adapter.record.config)
     try:
-        return config.to_peft() | _facts(adapter)
+        return config_values(adapter.section) | _facts(adapter)
     except InputError:  # it speaks of layers or modules in a way that PEFT does not
         return None
 
 
 def _outright(adapter: _Adapter) -> dict[str, Any]:
     """Every module by name, with numbers of its own where they are not the most common ones."""
-    rslora = adapter.record is not None and AdapterConfig.model_validate_json(adapter.record.config).rslora
+    section, rslora = adapter.section, adapter.section is not None and adapter.section.rslora
     ranks = {s.module.name: s.rank for s in adapter.sites}
-    if adapter.record is not None:
-        ranks = _asked_ranks(adapter, ranks)
-    alphas = {s.module.name: _alpha(s.scale, ranks[s.module.name], rslora=rslora) for s in adapter.sites}
+    if section is not None:
+        ranks = _asked_ranks(adapter, section, ranks)
+    alphas = {s.module.name: alpha_of(s.scale, ranks[s.module.name], rslora=rslora) for s in adapter.sites}
     rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     parameters = [s.module.name for s in adapter.sites if s.module.parameter]
     # PEFT looks for parameters among all of them.
@@ -189,7 +237,7 @@ def _outright(adapter: _Adapter) -> dict[str, Any]:
         "use_rslora": rslora,
         "target_modules": _shortest([n for n in ranks if n not in parameters], adapter.names.modules.keys()),
         "target_parameters": _shortest(parameters, everything) or None,
-        "lora_dropout": 0.0 if parameters or adapter.record is None else AdapterConfig.model_validate_json(adapter.record.config).dropout,
+        "lora_dropout": 0.0 if parameters or section is None else section.dropout,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -198,26 +246,16 @@ def _outright(adapter: _Adapter) -> dict[str, Any]:
     } | _facts(adapter)  # fmt: skip
 
 
-def _asked_ranks(adapter: _Adapter, least: dict[str, int]) -> dict[str, int]:
+def _asked_ranks(adapter: _Adapter, config: LoraSection, least: dict[str, int]) -> dict[str, int]:
     """The ranks that the config asked for where they fit: trained numbers may happen to be 0."""
-    assert adapter.record is not None
-    config = AdapterConfig.model_validate_json(adapter.record.config)
-    found = {}
+    found, patterns = {}, Patterns("adapter.rank_pattern")
     for site in adapter.sites:
         names = (*site.module.site.names[site.module.layer], site.module.name)
-        pattern = next((p for p in config.rank_pattern for n in names if re.fullmatch(rf"(.*\.)?({p})", n)), None)
+        pattern = next((p for p in config.rank_pattern for n in names if patterns.match(rf"(.*\.)?({p})", n)), None)
         asked = config.rank if pattern is None else config.rank_pattern[pattern]
         name = site.module.name
         found[name] = asked if least[name] <= asked <= site.a.shape[-1] else least[name]
     return found
-
-
-def _alpha(scale: np.float32, rank: int, *, rslora: bool) -> float:
-    """The shortest number that gives this scale, bit for bit: 16 rather than 15.999999."""
-    root = math.sqrt(rank) if rslora else rank
-    exact = float(scale) * root
-    rounded: Iterable[float] = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
-    return next((a for a in rounded if np.float32(a / root) == scale), exact)
 
 
 def _shortest(wanted: list[str], names: Collection[str]) -> list[str]:
@@ -241,35 +279,21 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
 
 
-_TASKS = {"classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "question_answering": "QUESTION_ANS"}
-# What PEFT saves of its own accord with a task, whatever of it there is.
-_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
-
-
 def _facts(adapter: _Adapter) -> dict[str, Any]:
     """What is trained beside LoRA, and what kind of model it is for."""
     biases = adapter.trained.get("bias", [])
     untrained = [p for p in adapter.trained.get("frozen", []) if p.name.endswith(".bias")]
-    record = adapter.record and AdapterConfig.model_validate_json(adapter.record.config)
-    bias = "none" if not biases else record.bias if record and record.bias != "none" else "lora_only" if untrained else "all"
+    section = adapter.section
+    bias = "none" if not biases else section.bias if section and section.bias != "none" else "lora_only" if untrained else "all"
     return {
-        "task_type": adapter.foreign.get("peft", {}).get("task_type") or _task(adapter),
+        "task_type": adapter.foreign.get("peft", {}).get("task_type") or (adapter.kind and adapter.kind.task_type),
         "bias": bias,
         "modules_to_save": _saved_names(adapter) or None,
     }
 
 
-def _task(adapter: _Adapter) -> str | None:
-    classifier = next((m for _, m in nnx.iter_modules(adapter.model) if isinstance(m, Classifier)), None)
-    if classifier is not None:
-        return _TASKS.get(head_kind(classifier) or "")
-    if adapter.decoder is not None:
-        return "CAUSAL_LM"
-    return "FEATURE_EXTRACTION" if any(isinstance(m, Encoder) for _, m in nnx.iter_modules(adapter.model)) else None
-
-
 def _saved_names(adapter: _Adapter) -> list[str]:
-    head = _HEADS.get(_task(adapter) or "", [])
+    head = list(adapter.kind.head_modules) if adapter.kind else []
     names = {name for p in adapter.saved if not set(head) & set((name := p.name.rpartition(".")[0]).split("."))}
     if _shares_saved_embedding(adapter):
         names.add(PROJECTION)
@@ -323,3 +347,33 @@ def _tensors(adapter: _Adapter, config: PeftConfig, ranks: dict[str, int]) -> di
 def _float32(array: np.ndarray) -> Tensor:
     array = np.ascontiguousarray(array, np.float32)
     return Tensor(array.shape, array.dtype, lambda: array)
+
+
+class PeftExporter(Exporter):
+    """An adapter in PEFT's format."""
+
+    summary = "The adapter alone, float32, for PEFT."
+
+    def can(self, restored: Restored) -> str | None:
+        """Why PEFT has no file for what was trained; None where it has."""
+        return None if site_modules(restored.model) else f"trained '{restored.member.config.adapter.method}', which is no adapter."
+
+    def write(self, restored: Restored, folder: Path, options: ExportOptions) -> None:
+        """Config, tensors and a model card."""
+        adapter, source = _Adapter(restored.model), restored.member.config.model.source
+        _write(adapter, folder, None)
+        auto = adapter.kind.auto_class if adapter.kind else "AutoModel"
+        base = public_name(source) if source.startswith("hf://") else "PATH OF THE BASE"
+        labels = f", num_labels={len(restored.classes)}" if restored.classes and adapter.kind and adapter.kind.head_modules else ""
+        usage = [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            "",
+            f'base = {auto}.from_pretrained("{base}"{labels})',
+            'model = PeftModel.from_pretrained(base, "PATH")',
+        ]
+        summary = "A low-rank adapter for `{base}`, in PEFT's format."
+        write_card(folder, model_card(restored, library="peft", relation="adapter", summary=summary, usage=usage))
+
+
+EXPORTERS.register("peft", PeftExporter())
