@@ -1,17 +1,14 @@
-"""Decoding: prompts to further tokens, with a cache, compiled once for each shape of them.
+"""Decoding with a KV cache: prompts to further tokens, compiled once for each shape.
 
-Prompts are padded on the left to a length from a short list, and so is what may follow, so that few shapes occur. Of each there
-are two programs: one runs the prompts and chooses the first token, the other goes on until every row has ended or as many tokens
-are there as were asked for, which is data: a caller that wants each token as it comes calls it again and again. A third, for models
-with `borders` alone, runs the rows so far as if they were prompts (`continuation.py` says when). All models of one structure share
-programs. Members of a pack are lanes of one program: their adapters differ, the base under them is one.
+Prompts are padded on the left to a length from a short list, and so is what may follow, so that few shapes occur. Each shape has two
+programs. Prefill runs the prompts and chooses the first token. Decode goes on until every row has ended or has as many tokens as were
+asked for; that number is data, so a stream calls the same program for each token. All models of one structure share programs. Members of
+a pack are decoded by one program under `vmap`: their adapters differ, the base is one.
 
-A batch of prompts while it is decoded, and what is to be computed anew on its way.
-
-Where the frequencies of rotary positions change with the length of the rows (`Decoder.borders`: longrope, as Phi-3 has it), keys kept
-from before the border are turned by the wrong ones. So the step that takes the longest row past it is not one more token with the
-cache, but all rows so far run as if they were prompts. The length of the longest row alone decides, padding not counted, and for all
-rows together, as in transformers: rotary positions go by the largest one of a batch.
+Rotary frequencies may change with the length of the rows (`Decoder.borders`: longrope, as Phi-3 has it). Keys cached before the border
+are then rotated by the wrong frequencies. The step that takes the longest row past a border therefore runs all rows so far again, as if
+they were prompts (a third program, for these models alone). The longest row of the batch decides for all rows, padding not counted, as
+in transformers: rotary positions go by the largest one of a batch.
 """
 
 from __future__ import annotations
@@ -29,8 +26,8 @@ from flax import nnx
 from ..models.cache import Cache, slots_for
 from ..models.decoder import Decoder
 from ..parallel.program import TraceCounter
-from .sampling import Numbers, choose
-from .unstack import Views, on_devices, on_one_cpu, unstacked
+from .sampling import SamplingParams, choose
+from .unstack import SliceCache, on_devices, on_one_cpu, unstacked
 
 Array = jax.Array
 
@@ -40,8 +37,8 @@ LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoded:
-    """Where decoding stands. With members, all but `cache.length` and `count` have them in front.
+class DecodingState:
+    """State of a batch that is being decoded. With members, all arrays but `cache.length` and `count` have them in front.
 
     Attributes:
         cache: of all tokens but the last one chosen.
@@ -58,25 +55,25 @@ class Decoded:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """How tokens are chosen and when a row ends: data.
+class DecodingParams:
+    """How tokens are chosen and when a row ends; traced data.
 
     Attributes:
-        numbers: of the sampling.
+        sampling: of `Sampling.params`.
         seeds: (rows,) uint32.
         stop: (n,) int32, tokens that end a row; -1 is none.
         pad: () int32, what follows in a row that has ended.
     """
 
-    numbers: Numbers
+    sampling: SamplingParams
     seeds: Array
     stop: Array
     pad: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Arranged:
-    """Models of one structure as a program takes them.
+class ModelArrays:
+    """The arrays of models of one structure, as a program takes them.
 
     Attributes:
         graphdef: their structure.
@@ -95,100 +92,111 @@ class Programs:
     """The compiled programs of models of one structure.
 
     Args:
-        first: the structure that runs prompts.
-        further: the structure that runs one token after the other.
-        layers: the layers of each segment of the latter.
+        prefill: structure of the model that runs prompts.
+        decode: structure of the model that runs one token after the other.
+        layers: how many layers each segment of the latter has.
         members: whether arrays have members in front.
 
     Attributes:
-        prefill, decode, repeat: `count` says how often each was traced: once for each shape and method.
+        prefill, decode, recompute: `count` says how often each was traced: once for each shape and method.
     """
 
-    def __init__(self, first: nnx.GraphDef[Any], further: nnx.GraphDef[Any], layers: tuple[int, ...], members: bool):
-        self._first, self._further, self._layers, self._members = first, further, layers, members
-        self.prefill, self.decode, self.repeat = (TraceCounter(f) for f in (self._prefill, self._decode, self._repeat))
+    def __init__(self, prefill: nnx.GraphDef[Any], decode: nnx.GraphDef[Any], layers: tuple[int, ...], members: bool):
+        self._prefill_def, self._decode_def, self._layers, self._members = prefill, decode, layers, members
+        self.prefill, self.decode, self.recompute = (TraceCounter(f) for f in (self._prefill, self._decode, self._recompute))
         self.start = jax.jit(self.prefill, static_argnums=(5, 6, 7))
         self.advance = jax.jit(self.decode, static_argnums=5, donate_argnums=2)
-        # The old cache is not read, but kept as an argument: the new one goes into its arrays.
-        self.again = jax.jit(self.repeat, static_argnums=(6, 7, 8), donate_argnums=2, keep_unused=True)
+        # The old cache is not read; it is an argument so that the new one reuses its buffers.
+        self.run_again = jax.jit(self.recompute, static_argnums=(6, 7, 8), donate_argnums=2, keep_unused=True)
 
-    def _prefill(self, own: Any, shared: Any, tokens: Array, mask: Array, choice: Choice, method: str, room: int, total: int) -> Decoded:
+    def _prefill(
+        self, own: Any, shared: Any, tokens: Array, mask: Array, params: DecodingParams, method: str, room: int, total: int
+    ) -> DecodingState:
         """Runs prompts, (rows, length) int32 padded on the left, and chooses the token after each; see `Decoding.start`."""
         rows = tokens.shape[0]
 
-        def run(own: Any) -> Decoded:
-            cache, logits = self._whole(own, shared, tokens, mask, total)
-            blank = jnp.full((rows, room), choice.pad, jnp.int32)
-            nothing = Decoded(cache, blank, jnp.zeros(rows, bool), jnp.int32(0))
-            return accept(nothing, cache, logits, choice, method)
+        def run(own: Any) -> DecodingState:
+            cache, logits = self._run_rows(own, shared, tokens, mask, total)
+            blank = jnp.full((rows, room), params.pad, jnp.int32)
+            nothing = DecodingState(cache, blank, jnp.zeros(rows, bool), jnp.int32(0))
+            return append_token(nothing, cache, logits, params, method)
 
         if not self._members:
             return run(own)
-        kinds = nnx.eval_shape(lambda: nnx.merge(self._first, jax.tree.map(lambda a: a[0], own), shared)).config.kinds
-        return jax.vmap(run, out_axes=_lanes(slots_for(kinds, total)[1]))(own)
+        kinds = nnx.eval_shape(lambda: nnx.merge(self._prefill_def, jax.tree.map(lambda a: a[0], own), shared)).config.kinds
+        return jax.vmap(run, out_axes=_member_axes(slots_for(kinds, total)[1]))(own)
 
-    def _repeat(
-        self, own: Any, shared: Any, decoded: Decoded, tokens: Array, mask: Array, choice: Choice, method: str, length: int, total: int
-    ) -> Decoded:
-        """Runs the rows so far, the longest of which has `length` tokens, and chooses the next token; see `Decoding.again`."""
+    def _recompute(
+        self,
+        own: Any,
+        shared: Any,
+        decoded: DecodingState,
+        tokens: Array,
+        mask: Array,
+        params: DecodingParams,
+        method: str,
+        length: int,
+        total: int,
+    ) -> DecodingState:
+        """Runs the rows so far, the longest of which has `length` tokens, and chooses the next token; see `Decoding.recompute`."""
 
-        def run(own: Any, decoded: Decoded) -> Decoded:
+        def run(own: Any, decoded: DecodingState) -> DecodingState:
             rows = jnp.concatenate([tokens, decoded.tokens], axis=1)
             real = jnp.concatenate([mask, jnp.ones_like(decoded.tokens)], axis=1)
             start = tokens.shape[1] + decoded.count - length
             rows, real = (jax.lax.dynamic_slice_in_dim(a, start, length, axis=1) for a in (rows, real))
-            return accept(decoded, *self._whole(own, shared, rows, real, total), choice, method)
+            return append_token(decoded, *self._run_rows(own, shared, rows, real, total), params, method)
 
         if self._members:
-            lanes = _lanes(decoded.cache.rolling)
+            lanes = _member_axes(decoded.cache.rolling)
             run = jax.vmap(run, in_axes=(0, lanes), out_axes=lanes)
         return run(own, decoded)
 
-    def _whole(self, own: Any, shared: Any, tokens: Array, mask: Array, total: int) -> tuple[Cache, Array]:
+    def _run_rows(self, own: Any, shared: Any, tokens: Array, mask: Array, total: int) -> tuple[Cache, Array]:
         """The cache of rows, (rows, length) int32 padded on the left, and the logits after each, (rows, vocab)."""
-        model: Decoder = nnx.merge(self._first, own, shared)
+        model: Decoder = nnx.merge(self._prefill_def, own, shared)
         hidden, cache = model.extend(model.empty_cache(tokens.shape[0], total), tokens, mask, first=True)
         return cache.regrouped(self._layers), model.head(hidden[:, -1])
 
-    def _decode(self, own: Any, shared: Any, decoded: Decoded, choice: Choice, upto: Array, method: str) -> Decoded:
+    def _decode(self, own: Any, shared: Any, decoded: DecodingState, params: DecodingParams, upto: Array, method: str) -> DecodingState:
         """Goes on until there are `upto` tokens, or all rows have ended. What `decoded` holds is used up."""
 
-        def step(own: Any, decoded: Decoded) -> Decoded:
-            model: Decoder = nnx.merge(self._further, own, shared)
+        def step(own: Any, decoded: DecodingState) -> DecodingState:
+            model: Decoder = nnx.merge(self._decode_def, own, shared)
             last = jax.lax.dynamic_slice_in_dim(decoded.tokens, decoded.count - 1, 1, axis=1)
             hidden, cache = model.extend(decoded.cache, last)
-            return accept(decoded, cache, model.head(hidden[:, 0]), choice, method)
+            return append_token(decoded, cache, model.head(hidden[:, 0]), params, method)
 
         if self._members:
             # Inside of the loop: a loop of a lane each would have to copy the lanes that have ended.
-            lanes = _lanes(decoded.cache.rolling)
+            lanes = _member_axes(decoded.cache.rolling)
             step = jax.vmap(step, in_axes=(0, lanes), out_axes=lanes)
         return jax.lax.while_loop(lambda d: (d.count < upto) & ~jnp.all(d.done), lambda d: step(own, d), decoded)
 
 
-def accept(decoded: Decoded, cache: Cache, logits: Array, choice: Choice, method: str) -> Decoded:
+def append_token(decoded: DecodingState, cache: Cache, logits: Array, params: DecodingParams, method: str) -> DecodingState:
     """Chooses the next token of each row, from logits (rows, vocab), unless it has ended."""
-    chosen = choose(method, logits, choice.numbers, choice.seeds, decoded.count)
-    chosen = jnp.where(decoded.done, choice.pad, chosen)
+    chosen = choose(method, logits, params.sampling, params.seeds, decoded.count)
+    chosen = jnp.where(decoded.done, params.pad, chosen)
     tokens = jax.lax.dynamic_update_slice_in_dim(decoded.tokens, chosen[:, None], decoded.count, axis=1)
-    return Decoded(cache, tokens, decoded.done | jnp.isin(chosen, choice.stop), decoded.count + 1)
+    return DecodingState(cache, tokens, decoded.done | jnp.isin(chosen, params.stop), decoded.count + 1)
 
 
-def _lanes(rolling: bool) -> Decoded:
-    """Which axis of each array of a `Decoded` counts members."""
+def _member_axes(rolling: bool) -> DecodingState:
+    """Which axis of each array of a `DecodingState` counts members."""
     axes: Any = {"keys": 0, "values": 0, "real": 0, "length": None, "counts": 0}
     lanes: Any = {"tokens": 0, "done": 0, "count": None}
-    return Decoded(Cache(**axes, rolling=rolling), **lanes)
+    return DecodingState(Cache(**axes, rolling=rolling), **lanes)
 
 
 @functools.lru_cache(maxsize=16)
-def programs_for(first: nnx.GraphDef[Any], further: nnx.GraphDef[Any], layers: tuple[int, ...], members: bool) -> Programs:
+def programs_for(prefill: nnx.GraphDef[Any], decode: nnx.GraphDef[Any], layers: tuple[int, ...], members: bool) -> Programs:
     """The programs of these structures: the same for equal ones, so that nothing is compiled again for another model."""
-    return Programs(first, further, layers, members)
+    return Programs(prefill, decode, layers, members)
 
 
 class Decoding:
-    """Decoding with a model, or with several of one structure at once.
+    """A model, or several of one structure, with their compiled programs.
 
     Args:
         models: decoders, with adapters or without. Several share one program: what they have in common (by identity of the
@@ -199,15 +207,17 @@ class Decoding:
     """
 
     def __init__(self, models: Sequence[Decoder]):
-        views, self.members = Views(), len(models) if len(models) > 1 else None
+        views, self.members = SliceCache(), len(models) if len(models) > 1 else None
         models = [nnx.view(on_devices(m), raise_if_not_found=False, deterministic=True) for m in models]
-        self.first = self.further = _arrange(models)
+        self.prefill_arrays = self.decode_arrays = _arrays_of(models)
         self.borders = models[0].borders
         if all(on_one_cpu(m) for m in models):
-            self.further = _arrange([unstacked(m, views) for m in models])
-        self.programs = programs_for(self.first.graphdef, self.further.graphdef, self.further.layers, self.members is not None)
+            self.decode_arrays = _arrays_of([unstacked(m, views) for m in models])
+        self.programs = programs_for(
+            self.prefill_arrays.graphdef, self.decode_arrays.graphdef, self.decode_arrays.layers, self.members is not None
+        )
 
-    def start(self, tokens: Any, mask: Any, choice: Choice, method: str, room: int, total: int) -> Decoded:
+    def start(self, tokens: Any, mask: Any, params: DecodingParams, method: str, room: int, total: int) -> DecodingState:
         """Runs prompts and chooses the first token after each.
 
         Args:
@@ -216,20 +226,24 @@ class Decoding:
             room: how many tokens may follow.
             total: how long a row may become, prompt and all.
         """
-        return self.programs.start(self.first.own, self.first.shared, tokens, mask, choice, method, room, total)
+        return self.programs.start(self.prefill_arrays.own, self.prefill_arrays.shared, tokens, mask, params, method, room, total)
 
-    def advance(self, decoded: Decoded, choice: Choice, upto: int, method: str) -> Decoded:
+    def advance(self, decoded: DecodingState, params: DecodingParams, upto: int, method: str) -> DecodingState:
         """Goes on until there are `upto` tokens, or all rows have ended; `decoded` is used up."""
-        return self.programs.advance(self.further.own, self.further.shared, decoded, choice, jnp.int32(upto), method)
+        return self.programs.advance(self.decode_arrays.own, self.decode_arrays.shared, decoded, params, jnp.int32(upto), method)
 
-    def again(self, decoded: Decoded, tokens: Any, mask: Any, choice: Choice, method: str, length: int, total: int) -> Decoded:
+    def recompute(
+        self, decoded: DecodingState, tokens: Any, mask: Any, params: DecodingParams, method: str, length: int, total: int
+    ) -> DecodingState:
         """Runs prompts and all tokens that followed, and chooses the next token; `decoded` is used up.
 
         Args:
-            tokens, mask, choice, method, total: as for `start`.
+            tokens, mask, params, method, total: as for `start`.
             length: how many tokens the longest row has by now, without padding.
         """
-        return self.programs.again(self.first.own, self.first.shared, decoded, tokens, mask, choice, method, length, total)
+        return self.programs.run_again(
+            self.prefill_arrays.own, self.prefill_arrays.shared, decoded, tokens, mask, params, method, length, total
+        )
 
 
 def padded_length(length: int) -> int:
@@ -238,7 +252,7 @@ def padded_length(length: int) -> int:
     return next((n for n in LENGTHS if n >= length), -(-length // last) * last)
 
 
-def _arrange(models: Sequence[Decoder]) -> Arranged:
+def _arrays_of(models: Sequence[Decoder]) -> ModelArrays:
     """The models' arrays: those that are not the same array in all of them are stacked, the others are there once."""
     split = [nnx.split(m, graph=True) for m in models]
     graphdef, layers = split[0][0], tuple(s.stop - s.start for s in models[0].layers.segments)
@@ -252,23 +266,25 @@ def _arrange(models: Sequence[Decoder]) -> Arranged:
             shared.append((path, variable))
         else:
             own.append((path, variable.replace(jnp.stack(arrays))))
-    return Arranged(graphdef, layers, nnx.from_flat_state(own), nnx.from_flat_state(shared))
+    return ModelArrays(graphdef, layers, nnx.from_flat_state(own), nnx.from_flat_state(shared))
 
 
 class Continuation:
-    """Prompts and what follows them.
+    """A batch of prompts and the tokens that follow.
 
     Args:
         decoding: of the models.
-        tokens, mask, choice, method, room, total: of `Decoding.start`; the mask as NumPy array.
+        tokens, mask, params, method, room, total: of `Decoding.start`; the mask as NumPy array.
     """
 
-    def __init__(self, decoding: Decoding, tokens: np.ndarray, mask: np.ndarray, choice: Choice, method: str, room: int, total: int):
+    def __init__(
+        self, decoding: Decoding, tokens: np.ndarray, mask: np.ndarray, params: DecodingParams, method: str, room: int, total: int
+    ):
         self._decoding, self._tokens, self._mask = decoding, tokens, mask
-        self._choice, self._method, self._total = choice, method, total
+        self._params, self._method, self._total = params, method, total
         self._longest = int(mask.sum(1).max())
         self._ahead = [border for border in decoding.borders if border >= self._longest]
-        self._decoded = decoding.start(tokens, mask, choice, method, room, total)
+        self._decoded = decoding.start(tokens, mask, params, method, room, total)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -288,8 +304,10 @@ class Continuation:
             if self.ended:
                 return
             length = self._ahead.pop(0) + 1
-            self._decoded = self._decoding.again(self._decoded, self._tokens, self._mask, self._choice, self._method, length, self._total)
+            self._decoded = self._decoding.recompute(
+                self._decoded, self._tokens, self._mask, self._params, self._method, length, self._total
+            )
         self._to(count)
 
     def _to(self, count: int) -> None:
-        self._decoded = self._decoding.advance(self._decoded, self._choice, count, self._method)
+        self._decoded = self._decoding.advance(self._decoded, self._params, count, self._method)

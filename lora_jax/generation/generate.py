@@ -12,11 +12,11 @@ from flax import nnx
 
 from ..errors import InputError
 from ..models.decoder import Decoder
-from ..models.heads import LabelWordClassifier, LanguageModel
+from ..models.heads import Classifier
 from ..weights.checkpoint import read_json
 from ..weights.load import HUB_FILES
 from ..weights.locations import resolve
-from .decoding import Choice, Continuation, Decoding, padded_length
+from .decoding import Continuation, Decoding, DecodingParams, padded_length
 from .prompts import Prompt, TextStream, encode_prompt
 from .sampling import Sampling, row_seeds
 
@@ -25,7 +25,7 @@ Stream = Callable[[int, Any], None]
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What followed a prompt.
+    """What a model generated after a prompt.
 
     Attributes:
         tokens: the new tokens, with the one that ended it, if one did.
@@ -39,13 +39,13 @@ class Generated:
 
 
 class Generator:
-    """A model, or several of one structure, ready to go on from prompts. What it compiles serves all models of that structure.
+    """A model, or several of one structure, ready to generate. Its compiled programs serve all models of that structure.
 
     Args:
-        models: a decoder with adapters or without; what `AdapterBank.use` and `mixed` give; what a causal-LM run trained. Or several
+        models: a decoder with adapters or without; what `AdapterBank.use` and `mixed` return; a trained causal-LM task model. Or several
             that differ in their adapters alone, such as a pack's members: they run as one program over one base.
         tokenizer: of the model; without one prompts and results are tokens.
-        length: how long rows may become at the least, prompt and answer: for a conversation, which else is compiled anew as it grows.
+        length: least length of the KV cache, prompt and answer together: for a conversation, which else is compiled again as it grows.
 
     Raises:
         InputError: a model is no decoder.
@@ -81,8 +81,8 @@ class Generator:
         stops = stop_tokens(model, self._tokenizer) if stop is None else [int(s) for s in stop]
         pad = getattr(self._tokenizer, "pad_token_id", None) or 0
         tokens, mask = left_padded(rows, pad)
-        choice = Choice(
-            sampling.numbers(model.config.vocab),
+        params = DecodingParams(
+            sampling.params(model.config.vocab),
             row_seeds(seed, len(rows)),
             # Of one shape for the usual few.
             jnp.asarray(stops + [-1] * max(0, 8 - len(stops)), jnp.int32),
@@ -90,18 +90,18 @@ class Generator:
         )
         method, room = sampling.method, padded_length(max_new_tokens)
         total = padded_length(max(tokens.shape[1] + room, self._length))
-        batch = Continuation(self.decoding, tokens, mask, choice, method, room, total)
+        batch = Continuation(self.decoding, tokens, mask, params, method, room, total)
         if stream is None:
             batch.advance(max_new_tokens)
         else:
-            tell = _Teller(stream, len(rows), self._tokenizer, stops)
-            tell(batch.tokens[:, :1])
+            streamer = _Streamer(stream, len(rows), self._tokenizer, stops)
+            streamer(batch.tokens[:, :1])
             for count in range(2, max_new_tokens + 1):
                 if batch.ended:
                     break
                 batch.advance(count)
-                tell(batch.tokens[:, count - 1 : count])
-            tell.finish()
+                streamer(batch.tokens[:, count - 1 : count])
+            streamer.finish()
         out = batch.tokens[..., :max_new_tokens]
         if self._single:
             return [self._result(row, stops) for row in out]
@@ -137,7 +137,7 @@ def generate(
 
 
 def generate(model: nnx.Module | Sequence[nnx.Module], prompts: Sequence[Prompt], tokenizer: Any = None, **options: Unpack[Options]) -> Any:
-    """Goes on from prompts: all of them as one batch, each until a stop token or its `max_new_tokens`.
+    """Generates text after prompts: all of them as one batch, each until a stop token or its `max_new_tokens`.
 
     Compiled once for each shape (prompts and what may follow are padded to a few lengths) and way of choosing, for all models of one
     structure. Keep a `Generator` to save preparing the model as well. Where the longest row grows past the context of `longrope`
@@ -194,8 +194,8 @@ def stop_tokens(model: Decoder, tokenizer: Any = None) -> list[int]:
     return sorted({i for i in flat if isinstance(i, int) and not isinstance(i, bool) and i >= 0})
 
 
-class _Teller:
-    """Tells a stream what each row adds."""
+class _Streamer:
+    """Passes each row's new tokens or text to a stream."""
 
     def __init__(self, stream: Stream, rows: int, tokenizer: Any, stops: Sequence[int]):
         self._stream, self._stops = stream, frozenset(stops)
@@ -218,8 +218,9 @@ class _Teller:
 
 
 def _decoder_of(model: nnx.Module) -> Decoder:
-    inner = model.base if isinstance(model, LanguageModel | LabelWordClassifier) else model
-    if not isinstance(inner, Decoder):
+    # A causal-LM or label-word task wraps a decoder whose own vocabulary logits are the answer; a classification head replaces them.
+    inner = model if isinstance(model, Decoder) else getattr(model, "base", None)
+    if not isinstance(inner, Decoder) or isinstance(model, Classifier):
         raise InputError(f"only decoders generate text, and {type(model).__name__} is none.")
     return inner
 

@@ -1,8 +1,8 @@
-"""Choosing the next token from its logits: the largest, or a draw at a temperature, from the best k, from the nucleus.
+"""Sampling: the next token from its logits, greedy, at a temperature, from the top k, from the nucleus (top p).
 
-The order is that of transformers: temperature, then the k best, then the nucleus of what is left. A draw is the argmax of logits
-plus Gumbel noise, which has the softmax's distribution; each row has noise of its own, from its own seed and its own count of
-tokens, so that what a row says depends on no other row.
+The order is that of transformers: temperature, top k, then top p of what is left. A draw is the argmax of logits plus Gumbel noise, which
+has the softmax's distribution (the Gumbel-max trick). Each row draws from its own seed and its own count of tokens, so that what a row
+says depends on no other row.
 """
 
 from __future__ import annotations
@@ -47,28 +47,28 @@ class Sampling:
 
     @property
     def method(self) -> str:
-        """`greedy`, `plain`, or `filtered`: each a program; the numbers in it are data."""
+        """`greedy`, `plain`, or `filtered`: each compiles to its own program; the numbers in it are data."""
         if self.temperature == 0.0:
             return "greedy"
         return "plain" if self.top_k is None and self.top_p is None else "filtered"
 
-    def numbers(self, vocab: int) -> Numbers:
+    def params(self, vocab: int) -> SamplingParams:
         """As arrays, for logits of `vocab` tokens."""
         top_k = vocab if self.top_k is None else min(self.top_k, vocab)
-        return Numbers(jnp.float32(self.temperature), jnp.int32(top_k), jnp.float32(1.0 if self.top_p is None else self.top_p))
+        return SamplingParams(jnp.float32(self.temperature), jnp.int32(top_k), jnp.float32(1.0 if self.top_p is None else self.top_p))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Numbers:
-    """What `Sampling` says, as scalars in a compiled program."""
+class SamplingParams:
+    """The numbers of `Sampling` as scalars () of a compiled program: float32, int32, float32."""
 
     temperature: Array
     top_k: Array
     top_p: Array
 
 
-def choose(method: str, logits: Array, numbers: Numbers, seeds: Array, count: Array) -> Array:
+def choose(method: str, logits: Array, params: SamplingParams, seeds: Array, count: Array) -> Array:
     """The next token of each row, (rows,) int32.
 
     Args:
@@ -80,9 +80,9 @@ def choose(method: str, logits: Array, numbers: Numbers, seeds: Array, count: Ar
     logits = logits.astype(jnp.float32)
     if method == "greedy":
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = logits / numbers.temperature
+    scaled = logits / params.temperature
     if method == "filtered":
-        scaled = filtered(scaled, numbers.top_k, numbers.top_p)
+        scaled = filtered(scaled, params.top_k, params.top_p)
 
     def draw(seed: Array, row: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(seed), count)
@@ -92,14 +92,14 @@ def choose(method: str, logits: Array, numbers: Numbers, seeds: Array, count: Ar
 
 
 def filtered(scaled: Array, top_k: Array, top_p: Array) -> Array:
-    """(rows, vocab) logits with those of tokens that are not drawn from set to -inf.
+    """Top-k and top-p filtering: logits (rows, vocab) with those of excluded tokens set to -inf.
 
-    Equal logits stay or go together.
+    Equal logits are kept or excluded together.
     """
     ordered = -jnp.sort(-scaled, axis=-1)
     ordered = jnp.where(jnp.arange(ordered.shape[-1]) < top_k, ordered, -jnp.inf)
-    shares = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(shares, axis=-1) - shares
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
     in_nucleus = (before < top_p) & (ordered > -jnp.inf)
     last = jnp.min(jnp.where(in_nucleus, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= last, scaled, -jnp.inf)

@@ -1,8 +1,7 @@
-"""A model whose layers are run one by one, each from weights of its own: what decoding on a CPU wants.
+"""Unstacked models: each layer in a segment of its own, with weights that are views of the stacked arrays. For decoding on a CPU.
 
-A step of decoding reads every weight once and computes next to nothing. A scan over stacked weights copies each layer's slice
-before it multiplies, twice the traffic; a program for a few rows is small enough to be written out layer by layer. The layers'
-weights are views of the stacked arrays: nothing is copied, and the model stays as it was.
+A decoding step reads every weight once and computes little. A scan over stacked weights copies each layer's slice before it multiplies,
+which doubles the memory traffic; a program for a few rows is small enough to be unrolled layer by layer.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..models.layers import PER_SEGMENT
 from ..models.stack import Segment, Stack
 
 
-class Views:
+class SliceCache:
     """Slices of arrays along their first axis; one and the same array gives one and the same slice."""
 
     def __init__(self) -> None:
@@ -33,7 +32,7 @@ class Views:
         return found[1]
 
 
-def unstacked(model: nnx.Module, views: Views) -> Any:
+def unstacked(model: nnx.Module, views: SliceCache) -> Any:
     """The model with a segment for each layer; `model` is left as it was.
 
     Args:
@@ -60,7 +59,7 @@ def on_one_cpu(model: nnx.Module) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def _layer(segment: Segment, layer: int, views: Views) -> Segment:
+def _layer(segment: Segment, layer: int, views: SliceCache) -> Segment:
     graphdef, state = nnx.split(segment.block, graph=True)
 
     def one(variable: nnx.Variable) -> nnx.Variable:

@@ -12,7 +12,7 @@ from flax import nnx
 
 import lora_jax
 from lora_jax.adapters.bank import AdapterBank
-from lora_jax.generation.decoding import Choice, Decoding
+from lora_jax.generation.decoding import Decoding, DecodingParams
 from lora_jax.generation.generate import Generator, left_padded
 from lora_jax.generation.sampling import Sampling, choose, row_seeds
 from lora_jax.models.layers import LayerKind
@@ -41,12 +41,12 @@ def _anew(model, prompts, new, sampling=GREEDY):
     graphdef, state = nnx.split(model, graph=True)
     logits = jax.jit(lambda state, *rows: nnx.merge(graphdef, state)(*rows))
     rows, places = [list(p) for p in prompts], np.arange(32)
-    numbers, seeds = sampling.numbers(tiny.VOCAB), row_seeds(0, len(rows))
+    params, seeds = sampling.params(tiny.VOCAB), row_seeds(0, len(rows))
     for count in range(new):
         lengths = np.array([len(r) for r in rows])[:, None]
         tokens = np.array([r + [0] * (len(places) - len(r)) for r in rows], np.int32)
         out = logits(state, tokens, (places < lengths).astype(np.int32), np.minimum(places, lengths - 1))
-        chosen = choose(sampling.method, out[jnp.arange(len(rows)), lengths[:, 0] - 1], numbers, seeds, jnp.int32(count))
+        chosen = choose(sampling.method, out[jnp.arange(len(rows)), lengths[:, 0] - 1], params, seeds, jnp.int32(count))
         for row, token in zip(rows, chosen.tolist(), strict=True):
             row.append(token)
     return [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
@@ -76,13 +76,13 @@ def generator(model):
 @pytest.fixture
 def passes(monkeypatch):
     """How long the longest row was in each pass over all of a batch's rows after the first."""
-    lengths, again = [], Decoding.again
+    lengths, again = [], Decoding.recompute
 
-    def counted(self, decoded, tokens, mask, choice, method, length, total):
+    def counted(self, decoded, tokens, mask, params, method, length, total):
         lengths.append(length)
-        return again(self, decoded, tokens, mask, choice, method, length, total)
+        return again(self, decoded, tokens, mask, params, method, length, total)
 
-    monkeypatch.setattr(Decoding, "again", counted)
+    monkeypatch.setattr(Decoding, "recompute", counted)
     return lengths
 
 
@@ -155,7 +155,7 @@ def test_members_at_once(model, passes):
     members = [tiny.trained(model, seed, targets="all-linear", rank=2) for seed in (1, 2)]
     generator, prompts = Generator(members), _prompts(CONTEXT - 1, 7)
     together = generator(prompts, max_new_tokens=NEW)
-    assert len(passes) == 1 and generator.decoding.programs.repeat.count == 1
+    assert len(passes) == 1 and generator.decoding.programs.recompute.count == 1
     assert [_tokens(m) for m in together] == [_anew(m, prompts, NEW) for m in members]
     assert together[0] != together[1]
 
@@ -163,10 +163,10 @@ def test_members_at_once(model, passes):
 def test_one_program_for_all_prompts_of_a_shape(generator):
     programs = generator.decoding.programs
     generator(_prompts(CONTEXT - 1, 7, 3, 3), max_new_tokens=NEW)
-    before = programs.repeat.count
+    before = programs.recompute.count
     generator(_prompts(CONTEXT, 1, 2, 3), max_new_tokens=4)
     Generator(_model(seed=3))(_prompts(CONTEXT - 4, 1, 2, 3), max_new_tokens=NEW)
-    assert programs.repeat.count == before > 0
+    assert programs.recompute.count == before > 0
 
 
 def test_dynamic_keeps_what_is_in_the_cache(passes):
@@ -174,13 +174,13 @@ def test_dynamic_keeps_what_is_in_the_cache(passes):
     dynamic = _model(LayerKind(None, Rotary(8, kind="dynamic", context=CONTEXT, factor=4.0)))
     generator = Generator(dynamic)
     generator(_prompts(CONTEXT - 1), max_new_tokens=NEW)
-    assert dynamic.borders == () and passes == [] and generator.decoding.programs.repeat.count == 0
+    assert dynamic.borders == () and passes == [] and generator.decoding.programs.recompute.count == 0
 
 
 def test_a_pass_writes_into_the_old_cache(generator):
     decoding, (tokens, mask) = generator.decoding, left_padded(_prompts(CONTEXT, 4), 0)
-    choice = Choice(GREEDY.numbers(tiny.VOCAB), row_seeds(0, 2), jnp.full(8, -1, jnp.int32), jnp.int32(0))
-    decoded = decoding.start(tokens, mask, choice, "greedy", 16, 32)
-    arguments = decoding.first.own, decoding.first.shared, decoded, tokens, mask, choice, "greedy", CONTEXT + 1, 32
-    memory = decoding.programs.again.lower(*arguments).compile().memory_analysis()
+    params = DecodingParams(GREEDY.params(tiny.VOCAB), row_seeds(0, 2), jnp.full(8, -1, jnp.int32), jnp.int32(0))
+    decoded = decoding.start(tokens, mask, params, "greedy", 16, 32)
+    arguments = decoding.prefill_arrays.own, decoding.prefill_arrays.shared, decoded, tokens, mask, params, "greedy", CONTEXT + 1, 32
+    memory = decoding.programs.run_again.lower(*arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(a.nbytes for a in (*decoded.cache.keys, *decoded.cache.values))

@@ -15,7 +15,7 @@ import lora_jax
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.errors import InputError
 from lora_jax.generation import decoding
-from lora_jax.generation.decoding import LENGTHS, Choice, padded_length
+from lora_jax.generation.decoding import LENGTHS, DecodingParams, padded_length
 from lora_jax.generation.generate import Generator, left_padded
 from lora_jax.generation.sampling import Sampling, row_seeds
 from lora_jax.models.head_shape import HeadShape
@@ -151,7 +151,7 @@ def test_all_members_of_a_pack_at_once(model):
     together = generator(prompts, max_new_tokens=NEW)
     assert [[o.tokens for o in m] for m in together] == [[o.tokens for o in Generator(m)(prompts, max_new_tokens=NEW)] for m in members]
     assert together[0] != together[1]
-    own = {path[-1] for path, _ in nnx.to_flat_state(generator.decoding.further.own)}
+    own = {path[-1] for path, _ in nnx.to_flat_state(generator.decoding.decode_arrays.own)}
     assert own <= {"lora_a", "lora_b", "scale"}
     with pytest.raises(ValueError, match="one structure"):
         Generator([members[0], model])
@@ -162,10 +162,10 @@ def test_a_step_copies_neither_weights_nor_cache():
     big = tiny.decoder(4, width=128, vocab=512)
     big_decoding = Generator(big).decoding
     tokens, mask = left_padded(_prompts(5, 2), 0)
-    choice = Choice(Sampling().numbers(512), row_seeds(0, 2), jnp.full(8, -1, jnp.int32), jnp.int32(0))
-    decoded = big_decoding.start(tokens, mask, choice, "greedy", 16, 4096)
-    arranged = big_decoding.further
-    lowered = big_decoding.programs.advance.lower(arranged.own, arranged.shared, decoded, choice, jnp.int32(5), "greedy")
+    params = DecodingParams(Sampling().params(512), row_seeds(0, 2), jnp.full(8, -1, jnp.int32), jnp.int32(0))
+    decoded = big_decoding.start(tokens, mask, params, "greedy", 16, 4096)
+    arranged = big_decoding.decode_arrays
+    lowered = big_decoding.programs.advance.lower(arranged.own, arranged.shared, decoded, params, jnp.int32(5), "greedy")
     memory = lowered.compile().memory_analysis()
     layer = sum(a.nbytes for a in jax.tree.leaves(nnx.state(big.layers))) / 4
     cache = sum(a.nbytes for a in (*decoded.cache.keys, *decoded.cache.values))
@@ -177,7 +177,7 @@ def test_layers_share_the_stacked_weights_memory(model):
     """What decoding runs layer by layer are views of the model's own arrays, where each is aligned as XLA asks."""
     big = tiny.decoder(2, width=64)
     stacked = big.layers.segments[0].block.mlp.up_proj.kernel.get_value()
-    further = Generator(big).decoding.further.shared
+    further = Generator(big).decoding.decode_arrays.shared
     slices = [v.get_value() for path, v in nnx.to_flat_state(further) if path[-3:] == ("mlp", "up_proj", "kernel")]
     start = stacked.unsafe_buffer_pointer()
     assert [s.unsafe_buffer_pointer() - start for s in slices] == [0, stacked.nbytes // 2]
@@ -190,7 +190,7 @@ def test_where_layers_are_scanned_the_tokens_are_the_same(model, generator, monk
     prompts = _prompts(3, 9, 1)
     adapted = tiny.trained(model, 4, layers="last:2")  # two segments
     scanned = Generator(adapted)
-    assert len(scanned.decoding.further.layers) == 2
+    assert len(scanned.decoding.decode_arrays.layers) == 2
     got = [o.tokens for o in scanned(prompts, max_new_tokens=NEW)]
     monkeypatch.undo()
     assert got == [o.tokens for o in Generator(adapted)(prompts, max_new_tokens=NEW)]

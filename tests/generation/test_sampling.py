@@ -47,7 +47,7 @@ def test_draws_have_the_references_distribution(sampling):
     expected = reference(logits, sampling)
     run = jax.jit(choose, static_argnums=0)
     rows = jnp.broadcast_to(logits, (DRAWS, VOCAB))
-    drawn = np.asarray(run(sampling.method, rows, sampling.numbers(VOCAB), row_seeds(7, DRAWS), jnp.int32(0)))
+    drawn = np.asarray(run(sampling.method, rows, sampling.params(VOCAB), row_seeds(7, DRAWS), jnp.int32(0)))
     counts = np.bincount(drawn, minlength=VOCAB)
     assert not counts[expected == 0].any(), "a token was drawn that is filtered out"
     seen = expected > 0
@@ -56,7 +56,7 @@ def test_draws_have_the_references_distribution(sampling):
     assert chi2 < freedom + 4 * np.sqrt(2 * freedom) + 4, (chi2, freedom)
     # The draws of one row, over its count of tokens, have it too.
     if sampling.method == "plain":
-        counted = jax.jit(jax.vmap(lambda n: choose("plain", rows[:1], sampling.numbers(VOCAB), row_seeds(1, 1), n)[0]))
+        counted = jax.jit(jax.vmap(lambda n: choose("plain", rows[:1], sampling.params(VOCAB), row_seeds(1, 1), n)[0]))
         more = np.bincount(np.asarray(counted(jnp.arange(DRAWS))), minlength=VOCAB)
         assert float(((more - DRAWS * expected) ** 2 / (DRAWS * expected)).sum()) < freedom + 4 * np.sqrt(2 * freedom) + 4
 
@@ -64,14 +64,14 @@ def test_draws_have_the_references_distribution(sampling):
 @pytest.mark.parametrize("sampling", [c for c in CASES if c.method == "filtered"], ids=str)
 def test_what_is_left_equals_the_reference_for_many_rows(sampling):
     logits = np.random.default_rng(5).normal(0, 3, (50, VOCAB)).astype(np.float32)
-    numbers = sampling.numbers(VOCAB)
+    numbers = sampling.params(VOCAB)
     got = np.asarray(jax.nn.softmax(filtered(logits / numbers.temperature, numbers.top_k, numbers.top_p), axis=-1))
     np.testing.assert_allclose(got, [reference(row, sampling) for row in logits], atol=1e-6)
 
 
 def test_greedy_takes_the_largest():
     logits = np.random.default_rng(0).normal(0, 1, (5, VOCAB)).astype(np.float32)
-    got = choose("greedy", jnp.asarray(logits), Sampling().numbers(VOCAB), row_seeds(0, 5), jnp.int32(0))
+    got = choose("greedy", jnp.asarray(logits), Sampling().params(VOCAB), row_seeds(0, 5), jnp.int32(0))
     np.testing.assert_array_equal(got, logits.argmax(1))
 
 

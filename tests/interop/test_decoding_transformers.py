@@ -78,7 +78,7 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(sampling: Sampling):
     llama = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=50)
     warpers = transformers.LlamaForCausalLM(llama)._get_logits_processor(config, input_ids_seq_length=1)
     expected = torch.softmax(warpers(torch.zeros(40, 1).long(), torch.tensor(logits)), -1).numpy()
-    numbers = sampling.numbers(50)
+    numbers = sampling.params(50)
     ours = np.asarray(filtered(jnp.asarray(logits) / numbers.temperature, numbers.top_k, numbers.top_p))
     ours = np.exp(ours - ours.max(-1, keepdims=True))
     np.testing.assert_allclose(ours / ours.sum(-1, keepdims=True), expected, atol=1e-5)
