@@ -9,13 +9,13 @@ zero, so padding needs no masks and is exact.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flax import nnx
 
 from ..config.doors import METHODS
+from ..config.patterns import fullmatch
 from ..config.schema import AdapterConfig
 from ..errors import InputError
 from .sites import Site, find_sites, modules_named, select
@@ -110,7 +110,7 @@ def resolve(model: nnx.Module, config: AdapterConfig) -> MemberSpec:
 
 
 def _first_match(patterns: dict[str, float] | dict[str, int], names: tuple[str, ...]) -> str:
-    return next((p for p in patterns for n in names if re.fullmatch(rf"(.*\.)?({p})", n)), "")
+    return next((p for p in patterns for n in names if fullmatch(rf"(.*\.)?({p})", n, "adapter.rank_pattern or adapter.alpha_pattern")), "")
 
 
 def unite(model: nnx.Module, members: list[MemberSpec]) -> Structure:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from ..config.patterns import fullmatch
 from ..errors import InputError, nearest
 from ..models.experts import ExpertLinear
 from ..models.head_shape import HEAD_MODULES
@@ -186,7 +187,7 @@ def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) ->
             named = own in ("embed", "embedding", "embed_tokens", "wte") if pattern == "embedding" else own not in HEADS
             return kind == KINDS[pattern] and named
         if pattern not in PRESETS:
-            return any(re.fullmatch(pattern, name) for name in site_names)
+            return any(fullmatch(pattern, name, "adapter.targets or adapter.exclude") for name in site_names)
         if kind != "linear":
             return False
         pattern = list(PRESETS[pattern])

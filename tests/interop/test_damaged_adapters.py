@@ -306,7 +306,7 @@ def test_it_is_the_damage_that_is_refused(base, good, tmp_path):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_refused(base, good, tmp_path, name, monkeypatch):
-    monkeypatch.setattr("lora_jax.interop.peft.options.PATIENCE", 0.2)
+    monkeypatch.setattr("lora_jax.config.patterns.TIMEOUT", 0.2)
     kinds = list(DAMAGES)
     seeds = [seed for seed in range(CASES) if kinds[seed % len(kinds)] == name]
     for seed in seeds:

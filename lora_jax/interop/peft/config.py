@@ -12,10 +12,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ...config.patterns import Patterns
 from ...errors import InputError
 from ...weights.checkpoint import read_json
 from ...weights.locations import resolve
-from .options import Patterns, Reader, check_options
+from .options import Reader, check_options
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

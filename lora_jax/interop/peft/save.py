@@ -22,6 +22,7 @@ from ...adapters.inject import LABEL, inject, recall, site_modules
 from ...adapters.merge import strip
 from ...adapters.methods.lora import LoraSection
 from ...config.doors import EXPORTERS
+from ...config.patterns import Patterns
 from ...errors import InputError
 from ...models.decoder import Decoder
 from ...sweeps.restore import Restored
@@ -33,7 +34,6 @@ from ..kinds import kind_of
 from .config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, PeftConfig, read_peft_config, to_json
 from .lora import Factors, alpha_of, config_values, factor_keys, plain, section_of, to_file
 from .names import PROJECTION, ROOT, Module, Parameter, PeftNames, Renaming
-from .options import Patterns
 
 
 @dataclasses.dataclass(frozen=True)
