@@ -253,7 +253,7 @@ def generate(
         ),
     ],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on from; repeatable.", show_default=False)
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt; repeatable.", show_default=False)
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", metavar="FILE", help="Prompts, one a line, as one batch.", show_default=False)
@@ -274,27 +274,25 @@ def generate(
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="--chat: the system message it begins with.", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="How many tokens may follow.")] = 256,
-    temperature: Annotated[
-        float, typer.Option("--temperature", metavar="T", help="Draw tokens at this temperature; 0 takes the likeliest each time.")
-    ] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", metavar="K", help="Draw from the K likeliest tokens alone.", show_default=False)
+        int | None, typer.Option("--top-k", metavar="K", help="Sample from the K likeliest tokens.", show_default=False)
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option("--top-p", metavar="P", help="Draw from the likeliest that together have probability P alone.", show_default=False),
+        typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens of total probability P (nucleus).", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the draws; prompt i has seed N + i.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Sampling seed; prompt i has seed N + i.")] = 0,
 ) -> None:
-    """Go on from prompts, or hold a conversation.
+    """Generate text after prompts, or hold a conversation.
 
-    With what a run trained, or with any model. The text comes as it is made; of several prompts each in turn, when all are done.
+    With a trained member of a run, or with any model. The text of one prompt is printed as it is generated; of several when all are done.
     """
-    from .generate import Asked, generate_command
+    from .generate import Request, generate_command
 
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    generate_command(Asked(source, member, adapter, tuple(prompt or ()), file, chat, system, options))
+    generate_command(Request(source, member, adapter, tuple(prompt or ()), file, chat, system, options))
 
 
 @app.command(cls=ExportHelp)
