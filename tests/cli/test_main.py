@@ -92,11 +92,11 @@ SWEPT = {"solo": False, "fresh": False, "many": False, "part": None, "plan": Fal
         (["compare", "runs/a", "--metric", "loss", "--reference", "a=1"], (["runs/a"], "loss", ["a=1"]), {}),
         (["evaluate", "runs/a"], ("runs/a",), {"member": None, "split": "eval"}),
         (["evaluate", "runs/a", "--member", "r4", "--split", "train"], ("runs/a",), {"member": "r4", "split": "train"}),
-        (["export", "runs/a"], ("runs/a",), {"form": "hf", "out": None, "member": None, "dtype": None, "largest": "5GB"}),
+        (["export", "runs/a"], ("runs/a",), {"form": None, "out": None, "member": None, "dtype": None, "max_shard_size": None}),
         (
             ["export", "runs/a", "--format", "peft", "--member", "r4", "--max-shard-size", "1MB"],
             ("runs/a",),
-            {"form": "peft", "out": None, "member": "r4", "dtype": None, "largest": "1MB"},
+            {"form": "peft", "out": None, "member": "r4", "dtype": None, "max_shard_size": "1MB"},
         ),
     ],
 )
