@@ -31,7 +31,7 @@ from ..weights.safetensors import DTYPES, Tensor, write_checkpoint
 from ..weights.tokenizer import load_tokenizer
 from .base import Exporter, ExportOptions
 from .card import model_card, write_card
-from .kinds import KINDS, head_kind, head_of, kind_of
+from .kinds import KINDS, head_of, kind_of
 
 SHARD = 5 * 10**9  # bytes; transformers' own choice for a long time, and what hubs like
 WRITTEN_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
@@ -113,7 +113,7 @@ def check_form(model: nnx.Module) -> _Form:
     form = _form_of(model)
     if form.classifier is None:
         return form
-    shape, kind = form.classifier.shape, head_kind(form.classifier)
+    shape, kind = form.classifier.shape, form.classifier.kind
     name = architecture(form.origin.model_type, kind)
     if form.head is None:
         raise InputError(f"the head has no counterpart in transformers, which knows no {name}.")
@@ -157,7 +157,7 @@ def _form_of(model: nnx.Module) -> _Form:
 def _stored_dtypes(form: _Form) -> dict[str, np.dtype]:
     """Parameter path -> dtype in the checkpoint, the base's paths from the base on. A new head is as exact as it was trained."""
     loaded = form.classifier is not None and not form.classifier.new
-    stored = BaseFiles(form.origin.source, head=head_kind(form.classifier) if form.classifier and loaded else None).stored_dtypes()
+    stored = BaseFiles(form.origin.source, head=form.classifier.kind if form.classifier and loaded else None).stored_dtypes()
     stored = {path.removeprefix("base."): dtype for path, dtype in stored.items()}
     new = {} if form.head is None else dict.fromkeys(form.head.weights(), DTYPES["F32"])
     return new | {"lm_head.kernel": stored["embed.embedding"]} | stored  # which is tied to the embedding, where it is not stored
@@ -190,7 +190,7 @@ def _head_tensors(classifier: Classifier, head: Head, dtypes: Mapping[str, np.dt
 
 def _config(form: _Form, classes: Sequence[str] | None, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     config = {key: value for key, value in form.origin.config.items() if key not in _DROPPED}
-    config["architectures"] = [architecture(form.origin.model_type, form.classifier and head_kind(form.classifier))]
+    config["architectures"] = [architecture(form.origin.model_type, form.classifier and form.classifier.kind)]
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
         sizes[str(tensor.dtype)] = sizes.get(str(tensor.dtype), 0) + tensor.nbytes
@@ -261,7 +261,7 @@ class HuggingFaceExporter(Exporter):
         classes = None if form.classifier is None else restored.classes
         _write(model, folder, classes=classes, dtype=options.dtype, largest=options.max_shard_size or SHARD)
         assert kind is not None
-        name = architecture(form.origin.model_type, form.classifier and head_kind(form.classifier))
+        name = architecture(form.origin.model_type, form.classifier and form.classifier.kind)
         usage = [
             f"from transformers import {kind.auto_class}, AutoTokenizer",
             "",

@@ -10,7 +10,7 @@ from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.families import families
 from ..models.families.base import Head
-from ..models.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
+from ..models.heads import Classifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,6 @@ KINDS = {
     "token_classification": Kind("ForTokenClassification", "token-classification", "TOKEN_CLS", ("classifier", "score")),
     "question_answering": Kind("ForQuestionAnswering", "question-answering", "QUESTION_ANS", ("qa_outputs",)),
 }
-_HEADS = {SequenceClassifier: "classification", TokenClassifier: "token_classification", QuestionAnswerer: "question_answering"}
 
 
 def kind_of(model: nnx.Module) -> Kind | None:
@@ -55,17 +54,12 @@ def kind_of(model: nnx.Module) -> Kind | None:
     modules = [m for _, m in nnx.iter_modules(model)]
     classifier = next((m for m in modules if isinstance(m, Classifier)), None)
     if classifier is not None:
-        return KINDS.get(head_kind(classifier) or "")
+        return KINDS.get(classifier.kind or "")
     base = next((m for m in modules if isinstance(m, Encoder | Decoder)), None)
     return None if base is None else KINDS["decoder" if base.is_decoder else "encoder"]
 
 
-def head_kind(model: Classifier) -> str | None:
-    """The kind of a head, as `models/head_shape.py` names it."""
-    return next((kind for one, kind in _HEADS.items() if isinstance(model, one)), None)
-
-
 def head_of(model: Classifier) -> Head | None:
     """The head as the base's family has it; None where the base was not loaded from a checkpoint."""
-    origin, kind = model.base.origin, head_kind(model)
-    return None if origin is None or kind is None else families()[origin.model_type].heads(origin.config).get(kind)
+    origin = model.base.origin
+    return None if origin is None or model.kind is None else families()[origin.model_type].heads(origin.config).get(model.kind)
