@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax.adapters.inject import inject, site_modules
+from lora_jax.adapters.inject import inject
+from lora_jax.adapters.members import site_modules
 from lora_jax.config.schema import AdapterConfig, Config
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.encoder import Encoder, EncoderConfig
