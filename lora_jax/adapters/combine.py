@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-
 from flax import nnx
 
 from ..errors import InputError, hint

@@ -190,9 +190,9 @@ def trainable_spec(part: Partition, name: str, mesh: AnyMesh) -> PartitionSpec:
         return parameter_sharding(mesh, array.shape, axes).spec
     weight = part.frozen[own.weight] if own.weight in part.frozen else part.trainable[own.weight]
     *_, inputs, outputs = parameter_sharding(mesh, weight.shape, part.axes[own.weight]).spec
-    along = {"in": inputs, "out": outputs}
+    along: dict[str | None, Any] = {"in": inputs, "out": outputs}
     lead = [None] * (array.ndim - len(own.parameter.axes))
-    return PartitionSpec(*lead, *(along.get(axis or "") for axis in own.parameter.axes))
+    return PartitionSpec(*lead, *(along.get(axis) for axis in own.parameter.axes))
 
 
 def member_shardings(part: Partition, mesh: Mesh, tree: Any) -> Any:

@@ -118,8 +118,8 @@ def parameter_name(path: Path, adapted: Collection[Path]) -> str:
     >>> parameter_name(("base", "q_proj", "base", "kernel"), {("base", "q_proj")})
     'base.q_proj.kernel'
     """
-    inside = len(path) > 1 and path[:-2] in adapted and path[-2] == "base"
-    return logical_name((*path[:-2], path[-1]) if inside else path)
+    *owner, inner, name = path if len(path) > 1 else ("", *path)
+    return logical_name((*owner, name) if tuple(owner) in adapted and inner == "base" else path)
 
 
 def named_variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:

@@ -22,8 +22,6 @@ from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
 from ..labels import Table, base_labels
 from ..sites import Site, SiteModule
 
-Axis = Literal["experts", "in", "out"]
-
 # Metadata key of a site's variables: their `Parameter`.
 PARAMETER = "parameter"
 
@@ -36,7 +34,7 @@ class Parameter:
         shape: of one layer; at an expert site an array of each expert's has the experts in front.
         label: its optimizer group. The optimizer knows `adapter_a` and `adapter_b` (LoRA+'s learning rate ratio); any other label trains
             at the plain learning rate.
-        axes: for each axis, which axis of the site's weight it lies along on a mesh; None: it is replicated.
+        axes: for each axis, which axis of the site's weight it lies along on a mesh: `in`, `out` or `experts`; None: it is replicated.
         rank_axes: the axes whose size is the rank; a pack pads them.
         fill: value of the padding, and of a layer that the member does not adapt. With it, and settings of 0, the site computes what the
             base does.
@@ -45,7 +43,7 @@ class Parameter:
 
     shape: tuple[int, ...]
     label: str = "adapter"
-    axes: tuple[Axis | None, ...] = ()
+    axes: tuple[str | None, ...] = ()
     rank_axes: tuple[int, ...] = ()
     fill: float = 0.0
     trained: bool = True
@@ -209,8 +207,8 @@ class AdaptedSite(SiteModule):
             variable.set_metadata(PARAMETER, parameter)
             if axes:
                 # Along the weight's axes; what is along none of them has no name, and is replicated.
-                along = dict(zip(("out", "in", "experts"), reversed(axes[len(lead) :])))
-                own = (along.get(axis or "") for axis in parameter.axes or (None,) * len(parameter.shape))
+                along: dict[str | None, str] = dict(zip(("out", "in", "experts"), reversed(axes[len(lead) :]), strict=False))
+                own = (along.get(axis) for axis in parameter.axes or (None,) * len(parameter.shape))
                 variable.set_metadata(AXES, (*axes[: len(lead)], *own))
             setattr(self, name, variable)
         for name in method.setting_names:
