@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
-from lora_jax.adapters.inject import site_modules
+from lora_jax.adapters.members import site_modules
 from lora_jax.analysis import Estimate
 from lora_jax.weights.locations import resolve
 

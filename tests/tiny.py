@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax.adapters.inject import inject, site_modules
+from lora_jax.adapters.inject import inject
+from lora_jax.adapters.members import site_modules
+from lora_jax.adapters.methods.base import AdaptedSite
+from lora_jax.config.doors import METHODS
 from lora_jax.config.schema import AdapterConfig, Config
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.encoder import Encoder, EncoderConfig
@@ -184,14 +187,25 @@ def _micro(rng: np.random.Generator, rows: int, length: int, causal: bool, class
     return {name: a.astype(np.int32) for name, a in arrays.items()} | {"target_weights": weights}
 
 
+def adapter(**values: Any) -> AdapterConfig:
+    """The section of a method, LoRA's by default."""
+    return METHODS.get(values.get("method", "lora"), "method").section(**values)
+
+
 def trained(model: nnx.Module, seed: int = 1, **values: Any) -> Any:
-    """The model with an adapter whose factors are far from their start; `values` are of `AdapterConfig`."""
-    adapted = inject(model, AdapterConfig(**({"rank": 4} | values)), rngs=nnx.Rngs(seed))
+    """The model with an adapter whose factors are far from their start; `values` are of LoRA's section."""
+    adapted = inject(model, adapter(**({"rank": 4} | values)), rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     for site in site_modules(adapted).values():
         for factor in (site.lora_a, site.lora_b):
             factor[...] = factor[...] + jnp.asarray(0.1 * rng.standard_normal(factor.shape), jnp.float32)
     return adapted
+
+
+def update_of(site: AdaptedSite) -> jax.Array:
+    """What an adapter adds to the weight of its site, of the layers that it has arrays for: (..., inputs, outputs) float32."""
+    weight = getattr(site.base, site.weight)
+    return site.method.merged(site, jnp.zeros((*site.scale.shape, *weight.shape[site.scale.ndim :])), None)[0]
 
 
 def arrays_equal(a: Any, b: Any) -> bool:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax.adapters.inject import inject_structure
+from lora_jax.adapters.inject import inject_layout
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
 from lora_jax.config.schema import Config
@@ -52,7 +52,7 @@ def compile_seconds(depth: int) -> float:
             "training": {"steps": 10},
         }
     )
-    part = partition(inject_structure(model, unite(model, [resolve(model, config.adapter)])))
+    part = partition(inject_layout(model, unite(model, [resolve(model, config.adapter)])))
     fixed = MemberFixed(hyper_of(config, 10), part.settings, None)
     state = jax.eval_shape(lambda t, f: init_member(part, t, f), part.trainable, fixed)
     packed = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *np.shape(a)), a.dtype), (state, fixed))

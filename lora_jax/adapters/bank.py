@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..config.doors import METHODS
 from ..errors import InputError, hint
 from ..parallel.mesh import to_host
-from .combine import Combination
-from .factors import Factors, factors_of, is_factor, shapes_of
-from .inject import LABEL, inject_structure, replace_sites, site_modules
-from .layout import SiteShape, Structure
+from .combine import Combination, Factors, factors_of, layouts_of
+from .inject import LABEL, inject_layout, replace_sites
+from .layout import Layout, SiteLayout
+from .members import site_modules
+from .methods.base import Method
 from .mixed import MIXED_MODULES, NO_ADAPTER, with_rows
 from .partition import Partition, partition
-from .sites import Site, find_sites, logical_name
+from .sites import Site, find_sites, named_variables
 
 
 class AdapterBank:
@@ -54,7 +56,7 @@ class AdapterBank:
     def __init__(self, base: nnx.Module):
         self.base = base
         self._sites: list[Site] = find_sites(base)
-        self._arrays = {logical_name(path): v.get_value() for path, v in nnx.to_flat_state(nnx.state(base))}
+        self._arrays = {name: v.get_value() for name, v in named_variables(base)}
         self._adapters: dict[str, _Adapter] = {}
         self._active: str | None = None
         self._disabled = False
@@ -121,11 +123,17 @@ class AdapterBank:
         """What `with_rows` takes: (batch,) int32, the number of each row's adapter, -1 for none.
 
         Raises:
-            InputError: there is no adapter of a name, or it trains weights of the base, of which a batch has one copy.
+            InputError: there is no adapter of a name, its method is not low-rank, or it trains weights of the base, of which a batch
+                has one copy.
         """
         numbers = {adapter.name: i for i, adapter in enumerate(self._mixable())}
         for name in dict.fromkeys(r for r in rows if r is not None):
             adapter = self._known(name)
+            if not adapter.low_rank:
+                raise InputError(
+                    f"adapter '{name}': the change that its method '{adapter.method}' makes is not low-rank, and only those can be "
+                    "mixed in a batch. Use it by itself: bank.use(name)."
+                )
             if adapter.changed:
                 raise InputError(
                     f"adapter '{name}': it trains weights of the base ({', '.join(sorted(adapter.changed)[:4])}), and the rows of a "
@@ -177,31 +185,34 @@ class AdapterBank:
             weights: name -> weight, of any sign.
             method: one of `combine.METHODS`.
             rank: of the result, of all methods but `linear` and `cat`; by default the largest of those combined, layer by layer.
-            density: the share of entries that pruning keeps.
+            density: the fraction of entries that pruning keeps.
             majority: of the ties methods: `total` (the default) compares sums of entries, `frequency` counts their signs.
             seed: of the dare methods; 0 by default.
 
         Raises:
-            InputError: the name is taken, a name, method or option is unknown, or an option is missing or does not go with it.
+            InputError: the name is taken, a name, method or option is unknown, an option is missing or does not go with it, or an
+                adapter's method is not low-rank.
         """
         self._check_new(name)
         how = Combination(method, {self._known(n).name: w for n, w in weights.items()}, rank, density, majority, seed)
         adapters = [self._adapters[n] for n in weights]
+        for adapter in adapters:
+            if not adapter.low_rank:
+                raise InputError(f"combine: the change that '{adapter.method}' makes ('{adapter.name}') is not low-rank.")
         combined = {}
         for site in self._sites:
             here = {a.name: f for a in adapters if (f := a.factors.get(site.name)) is not None}
             if here:
                 combined[site.name] = how.factors(here, site.name, site.depth or 1)
-        shapes = shapes_of(self._sites, [combined])
-        model = inject_structure(self.base, Structure(shapes, False, "lora", "none", ()))
+        layouts = layouts_of(self._sites, [combined])
+        model = inject_layout(self.base, Layout(layouts, False, _holder(adapters), "none", ()))
         modules = site_modules(model)
-        for shape in shapes:
-            fitted, module = combined[shape.site.name].fitted(shape), modules[shape.site.name]
-            for variable, value in ((module.lora_a, fitted.a), (module.lora_b, fitted.b), (module.scale, fitted.scale)):
-                variable.set_value(jnp.asarray(value.reshape(variable.shape)))
-        for path, variable in nnx.iter_graph(model):
-            weight = logical_name(path)
-            if isinstance(variable, nnx.Variable) and (changed := [a for a in adapters if weight in a.changed]):
+        for layout in layouts:
+            fitted, module = combined[layout.site.name].fitted(layout), modules[layout.site.name]
+            module.fill(module.method.of_low_rank(fitted.a, fitted.b, fitted.scale) or {})
+            module.ranks = nnx.static(tuple(int(r) for r in fitted.ranks))
+        for weight, variable in named_variables(model):
+            if changed := [a for a in adapters if weight in a.changed]:
                 base = _host(self._arrays[weight])
                 change = how.changes({a.name: _host(a.part.trainable[weight]) - base for a in changed}, weight)
                 variable.set_value(jnp.asarray(base + change))
@@ -210,19 +221,20 @@ class AdapterBank:
 
     def _keep(self, name: str, adapted: nnx.Module) -> None:
         part = partition(adapted)
-        own = {n: a.shape for n, a in (part.frozen | part.trainable).items() if not is_factor(n)}
+        own = {n: a.shape for n, a in (part.frozen | part.trainable).items() if n not in part.parameters}
         wanted = {n: a.shape for n, a in self._arrays.items()}
         unlike = sorted(n for n in own.keys() | wanted.keys() if own.get(n) != wanted.get(n))
         if unlike:
             raise InputError(f"adapter '{name}': its model is not of the bank's base; they differ in {', '.join(unlike[:4])}.")
         part = dataclasses.replace(part, frozen={n: self._arrays[n] for n in part.frozen})
-        trained = {n: a for n, a in part.trainable.items() if not is_factor(n)}
+        trained = {n: a for n, a in part.trainable.items() if n not in part.parameters}
         changed = frozenset(n for n, a in trained.items() if not np.array_equal(_host(a), _host(self._arrays[n])))
-        self._adapters[name] = _Adapter(name, part, changed)
+        methods = {module.method: module.method.low_rank(module) is not None for module in site_modules(adapted).values()}
+        self._adapters[name] = _Adapter(name, part, changed, next(iter(methods), None), all(methods.values()))
         self._mixed = None
 
     def _mixable(self) -> list[_Adapter]:
-        return [a for a in self._adapters.values() if not a.changed]
+        return [a for a in self._adapters.values() if a.low_rank and not a.changed]
 
     def _known(self, name: str) -> _Adapter:
         if name not in self._adapters:
@@ -242,37 +254,47 @@ class _Adapter:
         name: in the bank.
         part: its model in parts, `part.frozen` being the base's own arrays.
         changed: weights of the base that are others in it.
+        method: whose arrays it has at sites; None where it has none.
+        low_rank: whether all it changes at sites is low-rank.
     """
 
     name: str
     part: Partition
     changed: frozenset[str]
+    method: Method | None
+    low_rank: bool
 
     @property
     def factors(self) -> dict[str, Factors]:
         """Site name -> factors, on the host."""
-        return factors_of(self.part)
+        return factors_of(self.model())
 
     def model(self) -> nnx.Module:
         """The base with the adapter, for inference."""
         return self.part.merge(self.part.trainable, self.part.settings, self.part.frozen, training=False)
 
 
+def _holder(adapters: Sequence[_Adapter]) -> Method:
+    """A method that can hold every low-rank change: the adapters' own, or another one."""
+    one = np.zeros((1, 1, 1), np.float32)
+    methods = [a.method for a in adapters if a.method is not None] + list(METHODS.all().values())
+    return next(m for m in methods if m.of_low_rank(one, one, one[0, 0]) is not None)
+
+
 def _mixed_model(base: nnx.Module, sites: list[Site], adapters: list[dict[str, Factors]]) -> nnx.Module:
     """The base with the factors of all adapters at each site that any of them adapts."""
-    shapes = shapes_of(sites, adapters)
 
-    def make(shape: SiteShape, module: nnx.Module) -> nnx.Module:
-        site = shape.site
+    def make(layout: SiteLayout, module: nnx.Module) -> nnx.Module:
+        site = layout.site
         lead = (1,) if site.experts is None else (1, site.experts)
         a, b = np.zeros((*lead, site.inputs, 0), np.float32), np.zeros((*lead, 0, site.outputs), np.float32)
         none = Factors(a, b, np.zeros(1, np.float32))
-        each = [adapter.get(site.name, none).fitted(shape) for adapter in adapters]
+        each = [adapter.get(site.name, none).fitted(layout) for adapter in adapters]
         a, b, scale = (np.stack(column, 1) for column in zip(*((f.a, f.b, f.scale) for f in each), strict=True))
         arrays = [jnp.asarray(x if site.depth is not None else x[0]) for x in (a, b, scale)]
-        return MIXED_MODULES[site.kind](module, *arrays, stacked=site.depth is not None)
+        return MIXED_MODULES[site.kind](module, site, *arrays)
 
-    return replace_sites(base, shapes, make)
+    return replace_sites(base, layouts_of(sites, adapters), make)
 
 
 def _host(array: jax.Array) -> np.ndarray:

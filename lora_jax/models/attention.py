@@ -15,7 +15,7 @@ from flax import nnx
 
 from ..parallel.constraints import take_positions
 from .cache import Cache, Memory
-from .layers import Array, BlockConfig, LayerKind, dropout, linear, norm_of
+from .layers import Array, BlockConfig, LayerKind, Rows, dropout, linear, norm_of, project
 from .relative import of_pairs
 from .rotary import rotary_angles, rotate
 
@@ -48,11 +48,11 @@ class Context:
             return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, kind, keepdims=False), (self.mask, self.rotary))
         return jax.tree.map(lambda a: a[0], (self.mask, self.rotary))
 
-    def drop(self, x: Array, layer: Array | int, place: int) -> Array:
-        """Dropout of `x` in layer `layer`; each `place` in a layer has noise of its own."""
+    def drop(self, x: Array, layer: Array | int, place: int, rows: Rows | None = None) -> Array:
+        """Dropout of `x` in layer `layer`; each `place` in a layer has a key of its own. `rows` says where a gathered `x` is."""
         if self.noise is None or not self.dropout:
             return x
-        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.noise, layer), place))
+        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.noise, layer), place), rows)
 
 
 def make_context(
@@ -137,7 +137,8 @@ class Attention(nnx.Module):
             self.k_norm = norm_of(cfg, kv_inner if whole else cfg.head_dim, rngs=rngs)
         self.config = nnx.static(cfg)
 
-    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None, memory: Memory | None = None) -> Array:
+    def __call__(self, x: Array, context: Context, layer: Array | int, rows: Rows | None, memory: Memory | None = None) -> Array:
+        """(rows, length, width) -> the same, or (n, width) at the positions `rows`."""
         mask, rotary = context.of_layer(layer)
         q, k, v = self.heads(x)
         if rotary is not None:
@@ -145,7 +146,7 @@ class Attention(nnx.Module):
         if memory is not None:
             k, v = memory.add(k, v)
         mixed = self.mix(q, k, v, mask, context, layer)
-        return self.o_proj(take_positions(mixed, gather))
+        return project(self.o_proj, take_positions(mixed, None if rows is None else rows.index), rows=rows)
 
     def heads(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries (rows, length, heads, head_dim), keys and values (rows, length, kv_heads, head_dim), before rotation."""

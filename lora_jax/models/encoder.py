@@ -15,7 +15,7 @@ from .attention import Context, make_context
 from .block import Block
 from .convolution import TokenConvolution
 from .head_shape import HeadShape
-from .layers import AXES, Array, BlockConfig, LayerKind, activation, embedding, linear, norm_of, row_layout
+from .layers import AXES, Array, BlockConfig, LayerKind, Rows, activation, embedding, linear, norm_of, project, row_layout
 from .stack import Stack
 
 
@@ -195,6 +195,11 @@ class Encoder(nnx.Module):
 
         return add
 
-    def pool(self, first: Array) -> Array:
-        """BERT's pooled output of the first tokens' hidden states, (n, width) -> (n, width); as they are without a pooler."""
-        return jnp.tanh(self.pooler(first)) if self.config.pooler else first
+    def pool(self, first: Array, rows: Rows | None = None) -> Array:
+        """BERT's pooled output of the first tokens' hidden states, (n, width) -> (n, width); as they are without a pooler.
+
+        Args:
+            first: the hidden states.
+            rows: where in the batch they are, if they were gathered.
+        """
+        return jnp.tanh(project(self.pooler, first, rows=rows)) if self.config.pooler else first

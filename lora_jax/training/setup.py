@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ..adapters.inject import inject_structure
+from ..adapters.inject import inject_layout
 from ..adapters.layout import resolve, unite
 from ..adapters.partition import Partition
 from ..config.schema import Config
@@ -256,4 +256,4 @@ def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
         setup: what the configs share.
         configs: members of one pack.
     """
-    inject_structure(setup.model, unite(setup.model, [resolve(setup.model, c.adapter) for c in configs]))
+    inject_layout(setup.model, unite(setup.model, [resolve(setup.model, c.adapter) for c in configs]))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.adapters.inject import inject_structure
+from lora_jax.adapters.inject import inject_layout
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
 from lora_jax.config.load import with_values
@@ -126,7 +126,7 @@ def test_what_trains(hub, tmp_path, key):
     setup = set_up(base)
 
     def labels(config):
-        return partition(inject_structure(setup.model, unite(setup.model, [resolve(setup.model, config.adapter)]))).labels
+        return partition(inject_layout(setup.model, unite(setup.model, [resolve(setup.model, config.adapter)]))).labels
 
     assert labels(with_values(base, {key: STRUCTURAL[key]})) != labels(base)
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ...adapters.inject import LABEL, inject_structure, remember, site_modules
+from ...adapters.inject import LABEL, inject_layout, remember
 from ...adapters.labels import FROZEN
-from ...adapters.layout import MemberSite, MemberSpec, unite
+from ...adapters.layout import ResolvedAdapter, ResolvedSite, unite
+from ...adapters.members import site_modules
 from ...adapters.merge import copy_of
-from ...adapters.methods.lora import LowRank
+from ...adapters.methods.base import AdaptedSite
 from ...adapters.sites import logical_name
 from ...errors import InputError, hint, nearest
 from ...models.decoder import Decoder
@@ -85,7 +86,7 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
         InputError: there is no adapter, it is damaged, asks for what is not supported, or does not fit the model: the message lists
             the tensors that are missing or too many.
     """
-    if any(isinstance(m, LowRank) for _, m in nnx.iter_modules(model)):
+    if any(isinstance(m, AdaptedSite) for _, m in nnx.iter_modules(model)):
         raise InputError("the model bears adapters already: load onto the base.")
     config = read_peft_config(path)
     file = _open(adapter_folder(path))
@@ -98,10 +99,10 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
             parameter.write(arrays[key])
     saved = sorted(plan.saved)
     ours = LoraConfig.of_peft(config)
-    spec = MemberSpec(ours.model_copy(update={"modules_to_save": saved}), _member_sites(plan.sites))
-    adapted = inject_structure(base, unite(base, [spec]))
+    spec = ResolvedAdapter(ours.model_copy(update={"modules_to_save": saved}), _member_sites(plan.sites))
+    adapted = inject_layout(base, unite(base, [spec]))
     _freeze_unsaved(adapted, plan.saved)
-    _fill(adapted, plan.sites, arrays, config.dropout)
+    _fill(adapted, spec, plan.sites, arrays, config.dropout)
     copies = sorted(key for key in plan.copies if key in arrays)
     idle = {key: _read(file, key).tolist() for key in sorted(plan.idle & set(file.names())) if ".original_module." in key}
     foreign = {"peft": config.raw, "renaming": dataclasses.astuple(names.renaming), "copies": copies, "idle": idle}
@@ -234,18 +235,18 @@ def _read(file: Checkpoint, key: str) -> np.ndarray:
     return array
 
 
-def _member_sites(sites: list[_Site]) -> dict[str, MemberSite]:
-    members: dict[str, MemberSite] = {}
+def _member_sites(sites: list[_Site]) -> dict[str, ResolvedSite]:
+    members: dict[str, ResolvedSite] = {}
     for one in sites:
         site = one.module.site
         if site.name not in members:
-            members[site.name] = MemberSite(np.zeros(len(site.names), int), np.zeros(len(site.names), np.float32))
+            members[site.name] = ResolvedSite(np.zeros(len(site.names), int), {"scale": np.zeros(len(site.names), np.float32)})
         members[site.name].ranks[one.module.layer] = one.rank
-        members[site.name].scales[one.module.layer] = one.scale
+        members[site.name].settings["scale"][one.module.layer] = one.scale
     return members
 
 
-def _fill(adapted: nnx.Module, sites: list[_Site], arrays: dict[str, np.ndarray], dropout: float) -> None:
+def _fill(adapted: nnx.Module, spec: ResolvedAdapter, sites: list[_Site], arrays: dict[str, np.ndarray], dropout: float) -> None:
     """Puts the factors where they belong, in place: a rank below the stack's largest leaves the rest 0."""
     by_site: dict[str, list[_Site]] = {}
     for one in sites:
@@ -261,6 +262,7 @@ def _fill(adapted: nnx.Module, sites: list[_Site], arrays: dict[str, np.ndarray]
             scale[where] = one.scale
         for variable, value in ((module.lora_a, a), (module.lora_b, b), (module.scale, scale)):
             variable.set_value(jnp.asarray(value))
+        module.ranks = nnx.static(tuple(int(r) for r in spec.sites[name].ranks[-len(module.ranks) :]))
         module.deterministic = True
         if hasattr(module, "dropout_rate"):
             module.dropout_rate.set_value(jnp.full(module.dropout_rate.shape, dropout, jnp.float32))

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ...adapters.inject import LABEL, Record, inject, recall, site_modules
+from ...adapters.inject import LABEL, Record, inject, recall
+from ...adapters.members import site_modules
 from ...adapters.merge import strip
 from ...config.schema import AdapterConfig
 from ...errors import InputError
