@@ -25,10 +25,10 @@ from .sites import Site, find_sites, named_variables
 
 
 class AdapterBank:
-    """Named adapters over one base, of which there is one copy however many they are.
+    """Named adapters over one base, of which there is one copy however many adapters there are.
 
-    Models of a bank share the base's arrays; an adapter costs its own trained arrays alone. They are made for inference
-    (no dropout), and stay as they are whatever the bank does later.
+    Models of a bank share the base's arrays; an adapter takes memory only for its own arrays. The models are for inference (no
+    dropout). They stay valid whatever happens to the bank later.
 
     Args:
         base: a model without adapters, with its task's head if it has one.
@@ -64,37 +64,38 @@ class AdapterBank:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters, in the order they were added."""
+        """The names of the adapters, in the order they were added."""
         return tuple(self._adapters)
 
     @property
     def active(self) -> str | None:
-        """The adapter that `model` has; None where it is the base."""
+        """The adapter in use; None for the base alone."""
         return None if self._disabled else self._active
 
     @property
     def model(self) -> nnx.Module:
-        """The base with the adapter last used, or alone where there is none."""
+        """The base with the adapter in use, or alone if there is none."""
         return self.base if self.active is None else self._adapters[self.active].model()
 
     def add(self, name: str, adapted: nnx.Module) -> None:
-        """Takes the adapter of an adapted model: everything it trains, weights of the base included.
+        """Adds the adapter of an adapted model: everything it trains, weights of the base included.
 
         Args:
-            name: not one of the bank's.
-            adapted: made by `inject` on this base or one like it. What is frozen in it is not kept: the bank's own base takes its place.
+            name: a new name.
+            adapted: made by `inject` on this base or one of the same structure. Only its trained arrays are kept; the frozen ones come
+                from the bank's base.
 
         Raises:
-            InputError: the name is taken, or the model is of another shape than the base.
+            InputError: the name is taken, or the model's structure differs from the base's.
         """
         self._check_new(name)
         self._keep(name, adapted)
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter; where it was in use, the base is.
+        """Removes an adapter. If it is in use, the bank falls back to the base.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: there is no adapter of this name.
         """
         del self._adapters[self._known(name).name]
         self._mixed = None
@@ -105,14 +106,14 @@ class AdapterBank:
         """Switches to an adapter (None: to the base) and returns `model`.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: there is no adapter of this name.
         """
         self._active = None if name is None else self._known(name).name
         return self.model
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[nnx.Module]:
-        """Inside, the bank's model is the base, and rows of mixed batches have no adapters."""
+        """A context in which the bank's model is the base, and rows of mixed batches have no adapters."""
         before, self._disabled = self._disabled, True
         try:
             yield self.base
@@ -120,11 +121,11 @@ class AdapterBank:
             self._disabled = before
 
     def row_ids(self, rows: Sequence[str | None]) -> np.ndarray:
-        """What `with_rows` takes: (batch,) int32, the number of each row's adapter, -1 for none.
+        """The adapter indices of the rows, for `with_rows`: (batch,) int32, -1 for no adapter.
 
         Raises:
             InputError: there is no adapter of a name, its method is not low-rank, or it trains weights of the base, of which a batch
-                has one copy.
+                has only one copy.
         """
         numbers = {adapter.name: i for i, adapter in enumerate(self._mixable())}
         for name in dict.fromkeys(r for r in rows if r is not None):
@@ -142,13 +143,13 @@ class AdapterBank:
         return np.array([NO_ADAPTER if r is None or self._disabled else numbers[r] for r in rows], np.int32)
 
     def mixed(self, rows: Sequence[str | None]) -> nnx.Module:
-        """A model for a batch each of whose rows names its adapter.
+        """A model for a batch in which each row has its own adapter.
 
-        The model has all adapters that can be mixed; for other rows it is the same compiled program (`with_rows` changes them
-        inside of one). Adding and removing adapters changes its shape.
+        The model holds all adapters that can be mixed. `with_rows` changes the rows, also inside a compiled function, without a new
+        compilation. Adding or removing adapters changes the model's shapes.
 
         Args:
-            rows: one a row of the batch: an adapter's name, or None for the base alone.
+            rows: for each row of the batch an adapter's name, or None for the base alone.
 
         Raises:
             InputError: as in `row_ids`.
@@ -171,27 +172,27 @@ class AdapterBank:
         majority: str | None = None,
         seed: int | None = None,
     ) -> None:
-        """Adds a combination of adapters: of what each changes in the base's weights, and never of A with another's B.
+        """Adds a combination of adapters: of their weight updates, so the A of one never meets the B of another.
 
-        `linear`: the weighted sum, exactly, at the rank it takes. `cat`: the same with the factors side by side, the ranks added up.
-        `svd`: its best approximation of a rank (Eckart-Young). The rest work on the whole change of a weight, and take the best
-        approximation of what comes out: `magnitude_prune` keeps the largest entries of each; `ties` (arXiv:2306.01708) also
-        leaves out what differs from the majority in sign and takes the mean; `dare_linear` and `dare_ties` (arXiv:2311.03099)
-        keep random entries, scaled up. These are PEFT's `cat`, `svd` and `..._svd`. Weights of the base that adapters train
-        (heads, biases) are combined by the same method without any approximation.
+        `linear`: the exact weighted sum, at the rank it needs. `cat`: the same, with the factors concatenated and the ranks added.
+        `svd`: the best approximation of the sum at a given rank (Eckart-Young). The other methods work on full updates and return the
+        best approximation of the result: `magnitude_prune` keeps the largest entries of each update; `ties` (arXiv:2306.01708) also
+        drops entries whose sign differs from the majority's, and takes the mean; `dare_linear` and `dare_ties` (arXiv:2311.03099) keep
+        random entries, scaled up. These are PEFT's `cat`, `svd` and `..._svd`. Weights of the base that adapters train (heads, biases)
+        are combined by the same method without approximation.
 
         Args:
-            name: of the new adapter.
+            name: the name of the new adapter.
             weights: name -> weight, of any sign.
             method: one of `combine.METHODS`.
-            rank: of the result, of all methods but `linear` and `cat`; by default the largest of those combined, layer by layer.
+            rank: the rank of the result, for all methods but `linear` and `cat`. Default: in each layer the largest of those combined.
             density: the fraction of entries that pruning keeps.
-            majority: of the ties methods: `total` (the default) compares sums of entries, `frequency` counts their signs.
-            seed: of the dare methods; 0 by default.
+            majority: for the ties methods: `total` (default) compares sums of entries, `frequency` counts their signs.
+            seed: for the dare methods; 0 by default.
 
         Raises:
-            InputError: the name is taken, a name, method or option is unknown, an option is missing or does not go with it, or an
-                adapter's method is not low-rank.
+            InputError: the name is taken, a name, method or option is unknown, an option is missing, the method does not take it, or
+                an adapter's method is not low-rank.
         """
         self._check_new(name)
         how = Combination(method, {self._known(n).name: w for n, w in weights.items()}, rank, density, majority, seed)

@@ -35,19 +35,19 @@ class TrainableRow:
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """What trains in a model, and how much that is of all its parameters."""
+    """The trainable arrays of a model, and their fraction of all parameters."""
 
     rows: tuple[TrainableRow, ...]
     total: int
 
     @property
     def count(self) -> int:
-        """Trained numbers."""
+        """The number of trainable parameters."""
         return sum(r.count for r in self.rows)
 
     @property
     def fraction(self) -> float:
-        """Trained numbers over all, the adapters' own included."""
+        """Trainable parameters over all parameters, adapters included."""
         return self.count / self.total
 
     def __rich__(self) -> Table:
@@ -60,9 +60,9 @@ class Trainable:
 
 
 def describe(model: nnx.Module) -> Trainable:
-    """The table of what trains in an adapted model (`inject`); print it with rich, or read its `rows`.
+    """A table of the trainable arrays of an adapted model (`inject`). Print it with rich, or read its `rows`.
 
-    Layers that a config leaves out, and padding, are not counted.
+    Layers that the config excludes, and padding, are not counted.
     """
     part = partition(model)
     rows = []

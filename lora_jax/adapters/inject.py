@@ -28,9 +28,10 @@ LABEL = "label"
 
 
 def inject(model: nnx.Module, config: AdapterConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    """A model with adapters on `model`'s sites; `model` itself is left as it was.
+    """A copy of `model` with adapters at its sites. `model` itself is unchanged.
 
-    Both share the base's arrays, so nothing is copied. With the default init the new model's outputs equal the base's, bit for bit.
+    Both models share the base's arrays; no weight is copied. With the default init the new model's outputs equal the base's, bit
+    for bit.
 
     Args:
         model: any NNX model.
@@ -38,7 +39,7 @@ def inject(model: nnx.Module, config: AdapterConfig, *, rngs: nnx.Rngs) -> nnx.M
         rngs: gives the seed of the adapter's arrays.
 
     Raises:
-        InputError: the model bears adapters already, or a target, layer or pattern matches nothing.
+        InputError: the model has adapters already, or a target, layer or pattern matches nothing.
 
     >>> layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     >>> net = nnx.Sequential(layer)

@@ -35,10 +35,10 @@ class Merged(nnx.Module):
 
 
 def merge(model: nnx.Module) -> nnx.Module:
-    """A model whose sites compute with one weight each, `W + scale * A B` of LoRA. `model` is left as it was.
+    """A model that computes with one weight at every site, `W + scale * A B` for LoRA. `model` itself is unchanged.
 
-    The weight is computed in float32 and rounded once to its dtype. In a stack whose lower layers have no adapters the weight still
-    holds all layers; those below are the base's own.
+    The weight is computed in float32 and rounded once to its dtype. A stacked weight keeps all its layers; those without an adapter
+    are equal to the base's.
 
     >>> from lora_jax.config.schema import AdapterConfig
     >>> from lora_jax.adapters.inject import inject
@@ -50,7 +50,7 @@ def merge(model: nnx.Module) -> nnx.Module:
 
 
 def unmerge(model: nnx.Module) -> nnx.Module:
-    """The model that `merge` was given: base weights and adapters, bit for bit."""
+    """The model that was given to `merge`: its base weights and adapters, bit for bit."""
     return _replace(model, Merged, lambda module: module.original)
 
 

@@ -95,14 +95,14 @@ MIXED_MODULES: dict[str, type[MixedSite]] = {"linear": MixedLinear, "embedding":
 
 
 def with_rows(model: nnx.Module, rows: ArrayLike | Sequence[int]) -> nnx.Module:
-    """The mixed model for another batch: the same arrays, other rows. `model` is left as it was; `rows` may be traced.
+    """The mixed model for another batch: the same arrays, other rows. `model` itself is unchanged; `rows` may be traced.
 
     Args:
-        model: of `AdapterBank.mixed`.
-        rows: (batch,) int32, each row's adapter as `AdapterBank.row_ids` gives it, -1 for none.
+        model: from `AdapterBank.mixed`.
+        rows: (batch,) int32, the adapter index of each row (`AdapterBank.row_ids`), -1 for no adapter.
 
     Raises:
-        ValueError: the model is not made for mixed batches.
+        ValueError: the model is not from `AdapterBank.mixed`.
     """
     ids = jnp.asarray(rows, jnp.int32)
     graphdef, state = nnx.split(model, graph=True)

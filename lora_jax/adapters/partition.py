@@ -48,19 +48,19 @@ class SiteArray:
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A model in parts.
+    """An adapted model in parts: static structure, and dicts of arrays by name.
 
     Attributes:
-        graphdef: its structure while training.
-        eval_graphdef: its structure while evaluating (no dropout).
-        paths: name -> where the variable stands; the names are dotted and say layers only where they are not stacked.
+        graphdef: the structure for training.
+        eval_graphdef: the structure for evaluation (no dropout).
+        paths: name -> path of the variable in the model. Names are dotted, and contain a layer index only where layers are not stacked.
         labels: name of a trainable array -> its label.
-        axes: name -> the array's logical axes, of those that have names for them.
-        parameters: name -> its site and `Parameter`, of the methods' arrays (among `trainable`, or `settings` if they do not train).
+        axes: name -> the array's logical axes, for arrays whose axes are named.
+        parameters: name -> its site and `Parameter`, for the arrays of methods (in `trainable`, or in `settings` if they are not trained).
         dropout_keys: names of the settings that are dropout keys.
         trainable: float32 arrays that are differentiated.
-        settings: a member's untrained numbers (scales, dropout).
-        frozen: everything else: the base.
+        settings: untrained numbers of a member (scales, dropout rates).
+        frozen: everything else, which is the base.
     """
 
     graphdef: nnx.GraphDef[Any]
@@ -86,7 +86,7 @@ class Partition:
 
 
 def partition(model: nnx.Module) -> Partition:
-    """Cuts an adapted model (`inject`) by its labels.
+    """Splits an adapted model (`inject`) into trainable, settings and frozen arrays, by label.
 
     Raises:
         ValueError: nothing is trainable, as in a model without adapters.

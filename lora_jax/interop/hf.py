@@ -72,21 +72,21 @@ def save_pretrained(
     largest: int = SHARD,
     card: str | None = None,
 ) -> None:
-    """Writes a model as transformers does: weights, config, tokenizer and generation config. An adapter is merged into the weights.
+    """Writes a model in the format of transformers: weights, config, tokenizer and generation config. An adapter is merged.
 
-    W + scale * A B is summed in the dtype of the loaded base, so load that in float32; each weight is then rounded once, to what it has
-    in the base's own checkpoint.
+    W + scale * A B is computed in the dtype of the loaded base, so load that in float32. Each weight is then rounded once, to the
+    dtype it has in the base's own checkpoint.
 
     Args:
         model: a base from `load_model`, with or without an adapter and a head.
         path: a folder that does not exist yet, or is empty.
-        classes: names of the classes, in the order of a head's logits; a loaded head brings its own.
-        dtype: `float32`, `bfloat16` or `float16` for all weights, in place of the checkpoint's.
-        largest: bytes of weights in one file; what is more goes into further ones, and an index.
+        classes: names of the classes, in the order of the head's logits. A loaded head has its own.
+        dtype: `float32`, `bfloat16` or `float16` for all weights, instead of the checkpoint's.
+        largest: maximal bytes of weights in one file; larger models are written as shards with an index.
         card: text of a `README.md`.
 
     Raises:
-        InputError: something is at `path`, the model has no counterpart in transformers, or the base's files are gone.
+        InputError: `path` is not empty, transformers has no such model, or the base's files are gone.
     """
     if dtype is not None and dtype not in WRITTEN_DTYPES:
         raise InputError(f"dtype: '{dtype}'. {hint(dtype, WRITTEN_DTYPES)}")

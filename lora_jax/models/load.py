@@ -218,15 +218,16 @@ def load_model(
     """A pretrained base: `BaseFiles(source, ...).load(mesh)`.
 
     Args:
-        head: `classification`, `token_classification` or `question_answering` loads a checkpoint that was saved with such a head, head
-            and all; a base alone bears a new one after `add_head`.
+        head: `classification`, `token_classification` or `question_answering` also loads the checkpoint's head of this kind. A base
+            without a head gets a new one from `add_head`.
 
     Returns:
-        an `Encoder` or `Decoder`, or with `head` a `Classifier`. Host memory stays below the weights that lie on this process's devices
-        plus one stacked parameter.
+        an `Encoder` or `Decoder`; with `head` a `Classifier`. Host memory stays below the size of the weights on this process's
+        devices plus one stacked parameter.
 
     Raises:
-        InputError: no such source, an unsupported `model_type`, damaged files, missing tensors or wrong shapes, no such head.
+        InputError: the source does not exist, the `model_type` is unsupported, files are damaged, tensors are missing or of wrong
+            shapes, or there is no such head.
     """
     return BaseFiles(source, dtype=dtype, remat=remat, scan_layers=scan_layers, dropout=dropout, key=key, head=head).load(mesh)
 

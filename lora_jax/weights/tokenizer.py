@@ -49,18 +49,17 @@ _USUAL_NAMES = {
 
 
 def load_tokenizer(source: str | Path, *, key: str = "model.source") -> PreTrainedTokenizerFast:
-    """The tokenizer at `source`: its folder's files, or a GGUF file's metadata.
+    """The tokenizer of a model: from the files in its folder, or from a GGUF file's metadata.
 
     Args:
-        source: what `open_checkpoint` takes. For a `.safetensors` file its folder is read.
-        key: the config key `source` came from, for messages.
+        source: as for `load_model`. For a `.safetensors` file its folder is used.
+        key: the config key that `source` came from, for messages.
 
     Returns:
-        A tokenizer with a pad token (eos where none is named), no truncation or padding of its own, and the chat template if
-        there is one.
+        a tokenizer with a pad token (eos if it has none), without truncation or padding, and with the chat template if there is one.
 
     Raises:
-        InputError: there is no tokenizer, or it is broken or needs code that is not run.
+        InputError: there is no tokenizer, it is damaged, or it needs remote code.
     """
     path = resolve(str(source), key=key, hub_patterns=HUB_FILES)
     folder = path if path.is_dir() else path.parent

@@ -194,7 +194,7 @@ def to_json(raw: dict[str, Any]) -> str:
 
 
 class LoraConfig(LoraSection):
-    """`AdapterConfig` with PEFT's config in and out.
+    """`AdapterConfig` that reads and writes PEFT's config.
 
     >>> config = LoraConfig(rank=4, alpha=8, targets=["q_proj"])
     >>> config.to_peft()["lora_alpha"], config.to_peft()["target_modules"]
@@ -212,7 +212,7 @@ class LoraConfig(LoraSection):
             path: its folder, the `adapter_config.json` in it, or `hf://org/name`.
 
         Raises:
-            InputError: there is none, it is damaged, or it asks for what is not supported.
+            InputError: there is no config, it is damaged, or it has an unsupported option.
         """
         return cls.of_peft(read_peft_config(path))
 
@@ -224,13 +224,13 @@ class LoraConfig(LoraSection):
         return config
 
     def to_peft(self, model: nnx.Module | None = None) -> dict[str, Any]:
-        """What PEFT's `adapter_config.json` says of it: `peft.LoraConfig(**config.to_peft())` is the same.
+        """The contents of PEFT's `adapter_config.json`; `peft.LoraConfig(**config.to_peft())` is the same config.
 
         Args:
-            model: the base; needed where the config speaks of layers or modules in a way that PEFT does not (`attention`, `last:4`).
+            model: the base; required if the config names layers or modules in a way that PEFT does not have (`attention`, `last:4`).
 
         Raises:
-            InputError: it takes a model to say it, or PEFT has no way to say it.
+            InputError: a model is required, or PEFT cannot express the config.
         """
         if model is not None:
             from .save import config_for_base

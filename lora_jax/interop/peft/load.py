@@ -73,18 +73,18 @@ class _Plan:
 
 
 def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
-    """A model with a PEFT adapter on it; `model` is left as it was, and both share the base's arrays.
+    """A copy of `model` with a PEFT adapter. `model` itself is unchanged, and both share the base's arrays.
 
-    Every scale is computed anew from the config, alpha / rank or alpha / sqrt(rank), module by module. As PEFT's `from_pretrained`
-    does, this gives a model for inference: its dropout is off until `nnx.view(adapted, deterministic=False)`.
+    Scales are computed from the config, alpha / rank or alpha / sqrt(rank), for each module. As with PEFT's `from_pretrained` the
+    result is for inference: dropout is off until `nnx.view(adapted, deterministic=False)`.
 
     Args:
-        model: the base, without adapters; with a head where the adapter holds one.
+        model: the base without adapters; with a head if the adapter contains one.
         path: the adapter's folder, or `hf://org/name`.
 
     Raises:
-        InputError: there is no adapter, it is damaged, asks for what is not supported, or does not fit the model: the message lists
-            the tensors that are missing or too many.
+        InputError: there is no adapter, it is damaged, has an unsupported option, or does not fit the model. The message lists
+            missing and unexpected tensors.
     """
     if any(isinstance(m, AdaptedSite) for _, m in nnx.iter_modules(model)):
         raise InputError("the model bears adapters already: load onto the base.")

@@ -77,19 +77,19 @@ class _Adapter:
 
 
 def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, card: str | None = None) -> None:
-    """Writes an adapted model's adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`, float32.
+    """Writes an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, float32.
 
-    Ranks that were padded are trimmed. An adapter that came from `load_peft` keeps its config and the bits of its tensors.
+    Padded ranks are trimmed. An adapter from `load_peft` keeps its config and the bits of its tensors.
 
     Args:
-        model: from `inject`, `load_peft` or `training`.
+        model: an adapted model from `inject`, `load_peft` or `training`.
         path: a folder that does not exist yet, or is empty.
-        base: what the config calls the base (`base_model_name_or_path`); what it was called before by default, or where the base was
-            loaded from.
+        base: the base's name in the config (`base_model_name_or_path`). Default: its name in the loaded adapter's config, or the
+            source the base was loaded from.
         card: text of a `README.md`.
 
     Raises:
-        InputError: the model bears no LoRA, or something is at `path` already.
+        InputError: the model has no LoRA adapter, or `path` is not empty.
     """
     adapter = _Adapter(model)
     config, ranks = _config(adapter)
