@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lora_jax import load_model, load_peft
 from lora_jax.adapters.partition import partition
-from lora_jax.config.load import load_config
+from lora_jax.config.load import dump_config, load_config, with_values
 from lora_jax.models.heads import add_head
 from lora_jax.sweeps.restore import restore_member, run_members
 from tests import tiny
@@ -252,7 +252,9 @@ def test_what_cannot_be_taken_away_is_told(copied, tmp_path):
     save_file({k: v for k, v in tensors.items() if "pooler" not in k}, bare / "model.safetensors")
     (run / "config.yaml").write_text(text.replace(load_config(path).model.source, str(bare)))
     assert "was saved without a pooler" in last(call("export", run, "--out", out))
-    (run / "config.yaml").write_text(text.replace("method: lora", "method: full"))
+    (run / "config.yaml").write_text(text)
+    full = with_values(load_config(run / "config.yaml"), {"adapter.method": "full"})
+    (run / "config.yaml").write_text(dump_config(full))
     assert "trained 'full', no adapter. Take --format hf" in last(call("export", run, "--format", "peft", "--out", out))
     (run / "config.yaml").write_text(text)
     shutil.rmtree(bare)
