@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/compile_time.py [--rounds 5] [--output FILE.json]
 
-Lowers and compiles the packed train step (one member, rank 8 on q_proj and v_proj, batch 8 x 128) for 6 and for 30 layers in turn,
-from shapes alone: no weights are made. Reports the medians and their ratio.
+Lowers and compiles the packed train step (one member, rank 8 on q_proj and v_proj, batch 8 x 128) for 6 and for 30 layers, alternately,
+from shapes alone: no weights are allocated. Reports the medians and their ratio.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_configs_that_are_wrong_in_themselves(train, changes, told):
         ({"tracking.log_every": [1, 2]}, ["'tracking.log_every' cannot be swept"]),
         ({"adapter.rank": [2, 2]}, ["'adapter.rank' lists 2 twice"]),
         ({"adapter.rank": []}, ["'adapter.rank' has no values"]),
-        ({}, ["names no key to sweep over"]),
+        ({}, ["has no key to sweep over"]),
         ({"optimizer.learning_rate": [0.1, "fast"]}, ["optimizer.learning_rate", "got 'fast'"]),
     ],
 )

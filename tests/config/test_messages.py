@@ -46,11 +46,11 @@ FROM_YAML = [
     ("adapter: {bias: lora}", "adapter.bias: must be one of none, all, lora_only, got 'lora'. Did you mean 'lora_only'?"),
     ("optimizer: {schedule: cosin}", "must be one of linear, cosine, constant, got 'cosin'. Did you mean 'cosine'?"),
     # rules between keys
-    ("mesh: {data: 0}", "c.yaml, line 5: mesh: each axis is a positive number, and at most one is -1."),
+    ("mesh: {data: 0}", "c.yaml, line 5: mesh: each axis must be a positive number, and at most one may be -1."),
     ("adapter: {rank_pattern: {'(': 4}}", "adapter.rank_pattern: '(' is not a regular expression"),
     ("adapter: {targets: []}", "c.yaml, line 5: adapter.targets: must name at least one target."),
     # sweeps
-    ("sweep: {grid: {}}", "c.yaml, line 5: sweep: names no key to sweep over: give a 'grid'"),
+    ("sweep: {grid: {}}", "c.yaml, line 5: sweep: has no key to sweep over: give a 'grid'"),
     ("sweep: {grid: {adapter.rank: []}}", "c.yaml, line 5: sweep.grid: 'adapter.rank' has no values."),
     ("sweep:\n  grid:\n    adapter.rnk: [1]", "c.yaml, line 7: sweep.grid: no config key 'adapter.rnk'. Did you mean 'adapter.rank'?"),
     ("sweep: {grid: {name: [a, b]}}", "c.yaml, line 5: sweep.grid: 'name' cannot be swept: the members of a sweep share it."),
