@@ -4,8 +4,8 @@
 
 Compares attention and MLP in the first, middle and last two of six layers. An update of rank 1 has 4 x 768 parameters in a layer's
 attention and 2 x 1,920 in its MLP, so equal ranks have unequal sizes. The ranks are therefore computed from a budget of
-parameters. Each of the six settings is compared at the better of two learning rates, with 3 seeds (36 members in three packs). MLP is compared with attention on the
-same layers, paired by seed.
+parameters. Each of the six settings is compared at the better of two learning rates, with 3 seeds (36 members in three packs).
+MLP is compared with attention on the same layers, paired by seed.
 
 Expected: ranks 5 and 4, with 30,720 parameters each (and a head of 770). Attention in the middle layers is best with 77.6 +- 0.5 %
 accuracy. Attention is 1.5 to 1.9 points ahead of MLP on the same layers; with 3 seeds that may be chance.
