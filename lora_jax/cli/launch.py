@@ -188,7 +188,7 @@ def _submit(command: list[str], options: LaunchOptions, slurm: SlurmOptions, run
 
 def _check(options: LaunchOptions, *, has_sweep: bool) -> None:
     if options.on not in PLACES:
-        raise InputError(f"--on: '{options.on}'. {hint(options.on, PLACES)}")
+        raise InputError(f"--on: unknown place '{options.on}'. {hint(options.on, PLACES)}")
     if options.on == "local" and (
         foreign := [*options.slurm, *(["parts"] if options.parts > 1 else []), *(["wait"] if options.wait else [])]
     ):

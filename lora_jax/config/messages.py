@@ -124,7 +124,7 @@ def why_not_swept(dotted: str) -> str | None:
     if top not in _NOT_SWEPT:
         return None
     swept = sorted({key.split(".")[0] for key in valid_keys()} - set(_NOT_SWEPT))
-    return f"'{dotted}' cannot be swept: the members of a sweep share it. Keys of these sections can: {', '.join(swept)}."
+    return f"'{dotted}' cannot be swept, because all members share it. Sections that can be swept: {', '.join(swept)}."
 
 
 def _children(section: str) -> list[str]:
@@ -352,7 +352,7 @@ def _sentence(path: Path, item: Mapping[str, Any], data: Any) -> str:
     if key in section_keys() or schema is None:
         return f"{prefix}must be a section (keys with values, indented below it), got {show(value)}."
     if item["type"] == "string_pattern_mismatch":
-        return f"{prefix}may hold letters, digits, '.', '_' and '-' and begins with a letter or digit, got {show(value)}."
+        return f"{prefix}must start with a letter or digit and contain only letters, digits, '.', '_' and '-', got {show(value)}."
     if item["type"] == "finite_number":
         return f"{prefix}must be a finite number, got {show(value)}."
     return f"{prefix}must be {expected(schema)}, got {show(value)}.{_advice(schema, value)}"

@@ -119,9 +119,9 @@ def _inspect(root: yaml.Node, path: Path, lines: dict[Path, int], where: str) ->
         nonlocal count
         count += 1
         if count > _MOST_NODES:
-            raise InputError(f"{where}: holds more than {_MOST_NODES} values (aliases unfolded); that is no config.")
+            raise InputError(f"{where}: holds more than {_MOST_NODES} values (aliases unfolded); a config is smaller.")
         if id(node) in open_nodes:
-            raise InputError(f"{where}, line {node.start_mark.line + 1}: an alias refers to what it is part of.")
+            raise InputError(f"{where}, line {node.start_mark.line + 1}: an alias refers to a node that contains it.")
         open_nodes.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):

@@ -69,7 +69,7 @@ def test_slurm_is_asked_for_what_was_given(hub, tmp_path, started):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--on", "slrum"], "--on: 'slrum'. Did you mean 'slurm'?"),
+        (["--on", "slrum"], "--on: unknown place 'slrum'. Did you mean 'slurm'?"),
         (["--nodes", "2"], "--nodes: needs --on slurm"),
         (["--cpus-per-task", "2"], "--cpus-per-task: needs --on slurm"),
         (["--parts", "2"], "--parts: needs --on slurm"),
