@@ -126,32 +126,53 @@ def test_each_file_of_the_reading_order_is_imported_by_one_before_it() -> None:
         assert any(module in IMPORTS[before] for before in chain[:number]), f"no file before {module} imports it"
 
 
+def test_the_examples_of_the_page_register_one_thing_at_each_door() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == len(TAGS) + 1
+    code = "\n".join(
+        [
+            *blocks,
+            "import json",
+            "from lora_jax.config import doors",
+            "print(json.dumps({n: list(getattr(doors, n).all()) for n in DOORS}))",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", f"DOORS = {DOORS}\n{code}"], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    more = {door: set(names) - registered()[door].keys() for door, names in json.loads(done.stdout).items()}
+    assert all(len(names) == 1 for names in more.values()), more
+
+
 # Registered names that also mean something else (a package, a tokenizer of GGUF, a plain word): as a string they prove nothing.
-COMMON = {"full", "head", "hf", "peft", "classification", "distillation", "bert", "llama", "gpt2", "gemma", "mistral"}
+COMMON = {"full", "head", "hf", "peft", "classification", "distillation", "bert", "llama", "gpt2", "qwen2", "gemma", "mistral"}
+DOORS = ("METHODS", "TASKS", "FAMILIES", "TRANSFORMS", "EXPORTERS")
 # Attributes and keys that hold a registered name, and the door it belongs to.
 TAGS = {"method": "METHODS", "kind": "TASKS", "model_type": "FAMILIES", "form": "EXPORTERS"}
-# Runs in a fresh process, where no door is loaded yet, and notes which file registers each name.
+# Runs in a fresh process, where no door is open yet, and notes which file registers each name.
 RECORD = """
 import json, sys
 from lora_jax.config import doors
-found, register = {}, doors.Door.register
-def noting(door, name, thing):
-    frame = sys._getframe(1)
-    while frame.f_globals["__name__"] in ("lora_jax", "lora_jax.config.doors"):
-        frame = frame.f_back
-    found[door.what, name] = frame.f_globals["__name__"]
-    return register(door, name, thing)
-doors.Door.register = noting
-names = ("METHODS", "TASKS", "FAMILIES", "TRANSFORMS", "EXPORTERS")
-things = {name: getattr(doors, name).all() for name in names}
-print(json.dumps({name: {k: found[getattr(doors, name).what, k] for k in things[name]} for name in names}))
+found = {name: {} for name in DOORS}
+def watch(name, door):
+    def note():
+        frame = sys._getframe(1)
+        while frame.f_globals["__name__"] in ("lora_jax", "lora_jax.config.doors"):
+            frame = frame.f_back
+        for new in door.all().keys() - found[name].keys():
+            found[name][new] = frame.f_globals["__name__"]
+    door.on_change(note)
+for name in DOORS:
+    watch(name, getattr(doors, name))
+for name in DOORS:
+    getattr(doors, name).all()
+print(json.dumps(found))
 """
 
 
 @functools.cache
 def registered() -> dict[str, dict[str, str]]:
     """Door -> registered name -> the module that registers it."""
-    done = subprocess.run([sys.executable, "-c", RECORD], capture_output=True, text=True, cwd=ROOT.parent)
+    done = subprocess.run([sys.executable, "-c", f"DOORS = {DOORS}\n{RECORD}"], capture_output=True, text=True, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

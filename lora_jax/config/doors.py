@@ -89,6 +89,12 @@ FAMILIES: Door[Any] = Door("family", "lora_jax.models.families", "lora_jax.famil
 TRANSFORMS: Door[Any] = Door("base transform", "lora_jax.models.transforms", "lora_jax.transforms")
 EXPORTERS: Door[Any] = Door("exporter", "lora_jax.interop", "lora_jax.exporters")
 
+register_method = METHODS.register
+register_task = TASKS.register
+register_family = FAMILIES.register
+register_transform = TRANSFORMS.register
+register_exporter = EXPORTERS.register
+
 
 class OneOf:
     """Says of a config field that its section is that of a door's thing (its attribute `section`), told apart by one key.
