@@ -18,16 +18,13 @@ from ..weights.load import open_checkpoint
 from ..weights.provenance import Origin
 from .decoder import Decoder
 from .encoder import Encoder
-from .families import find_family
-from .families.base import Family, Head, Weight
-from .head_shape import HEADS, HeadShape
+from .families import find_family, gguf_architectures
+from .families.base import HEAD_CLASSES, Family, Head, Weight
+from .head_shape import HeadShape
 from .heads import Classifier, add_head, check_head
 from .layers import AXES
 
 Base = Encoder | Decoder
-
-# Kind of head -> how the names of transformers' classes that have one end.
-_ARCHITECTURES = dict(zip(HEADS, ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"), strict=True))
 
 
 class BaseFiles:
@@ -60,7 +57,7 @@ class BaseFiles:
         key: str = "model.source",
         head: str | None = None,
     ):
-        self._checkpoint = open_checkpoint(source, key=key)
+        self._checkpoint = open_checkpoint(source, key=key, architectures=gguf_architectures())
         self._where = f"{key}: {source}"
         hf = self._checkpoint.config
         family = find_family(hf, self._where)
@@ -112,7 +109,7 @@ class BaseFiles:
         check_head(kind)
         # Several kinds may go by the same tensor names: what the checkpoint says it is decides.
         saved = [
-            k for k, suffix in _ARCHITECTURES.items() if any(a.endswith(suffix) for a in self._checkpoint.config.get("architectures") or [])
+            k for k, suffix in HEAD_CLASSES.items() if any(a.endswith(suffix) for a in self._checkpoint.config.get("architectures") or [])
         ]
         missing = sorted(w.name for w in heads[kind].weights().values() if w.name not in names)
         if missing or (saved and kind not in saved):
