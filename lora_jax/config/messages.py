@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InputError, hint, nearest
-from .doors import METHODS, TASKS, TRANSFORMS
+from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS
 from .schema import Config
 from .yaml import Path
 
@@ -246,7 +246,10 @@ def problems(error: ValidationError, data: Any) -> list[Problem]:
     for item in error.errors(include_url=False):
         loc = without_kinds(item["loc"])
         path = _known_part(loc)
-        if item["type"] in _UNKNOWN:
+        if path in SECTION_LISTS and len(loc) > len(path):
+            at, (number, *below) = loc[: len(path) + 1], loc[len(path) :]
+            others.setdefault(at, Problem(at, f"{'.'.join(path)}.{number}: {SECTION_LISTS[path].wrong(item, below)}"))
+        elif item["type"] in _UNKNOWN:
             dotted = ".".join(str(part) for part in loc)
             kinds = belongs_to(dotted)
             text = f"'{dotted}' belongs to {' or '.join(kinds)}." if kinds else unknown_key(dotted)

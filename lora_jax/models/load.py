@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack, overload
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from ..config.schema import TransformConfig
 from ..errors import InputError
 from ..parallel.mesh import parameter_sharding
 from ..weights.load import open_checkpoint
@@ -23,8 +24,7 @@ from .families.base import HEAD_CLASSES, Family, Head, Weight
 from .head_shape import HeadShape
 from .heads import Classifier, add_head, check_head
 from .layers import AXES
-
-Base = Encoder | Decoder
+from .transforms.base import Base, TransformContext, apply_transforms
 
 
 class BaseFiles:
@@ -38,9 +38,11 @@ class BaseFiles:
         dropout: rate of the model's own dropout while training: on the embeddings, attention's shares and each sub-layer's output.
         key: what to call the source in error messages.
         head: the kind of trained head to load with it (`models/head_shape.py`), if any.
+        transforms: sections of what is done to the base once it is loaded (`models/transforms/`), in this order.
 
     Attributes:
-        model: the `Encoder` or `Decoder`, or with a head the `Classifier`; its parameters are shapes (`jax.ShapeDtypeStruct`).
+        model: the `Encoder` or `Decoder`, or with a head the `Classifier`, before any transform; its parameters are shapes
+            (`jax.ShapeDtypeStruct`).
 
     Raises:
         InputError: no such source, an unsupported `model_type`, damaged files or missing tensors.
@@ -56,7 +58,9 @@ class BaseFiles:
         dropout: float = 0.0,
         key: str = "model.source",
         head: str | None = None,
+        transforms: Sequence[TransformConfig] = (),
     ):
+        self._source, self._transforms = source, transforms
         self._checkpoint = open_checkpoint(source, key=key, architectures=gguf_architectures())
         self._where = f"{key}: {source}"
         hf = self._checkpoint.config
@@ -133,7 +137,12 @@ class BaseFiles:
             axes = variable.get_metadata().get(AXES, (None,) * len(variable.shape))
             sharding = None if mesh is None else parameter_sharding(mesh, variable.shape, axes)
             filled.append((path, variable.replace(self._read(self._weight(path), variable.shape, variable.dtype, sharding))))
-        return nnx.merge(graphdef, nnx.from_flat_state(filled))
+        model = nnx.merge(graphdef, nnx.from_flat_state(filled))
+        context = TransformContext(self._source, mesh)
+        if isinstance(model, Classifier):
+            model.base = apply_transforms(model.base, self._transforms, context)
+            return model
+        return apply_transforms(model, self._transforms, context)
 
     def _weight(self, path: tuple[Any, ...]) -> Weight:
         return self._table[".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")]
@@ -187,6 +196,7 @@ class _Options(TypedDict, total=False):
     dropout: float
     key: str
     mesh: Mesh | None
+    transforms: Sequence[TransformConfig]
 
 
 @overload
@@ -211,8 +221,9 @@ def load_model(
     key: str = "model.source",
     mesh: Mesh | None = None,
     head: str | None = None,
+    transforms: Sequence[TransformConfig] = (),
 ) -> Base | Classifier:
-    """A pretrained base: `BaseFiles(source, ...).load(mesh)`.
+    """A pretrained base: `BaseFiles(source, ...).load(mesh)`, which says what the other arguments are.
 
     Args:
         head: `classification`, `token_classification` or `question_answering` loads a checkpoint that was saved with such a head, head
@@ -225,7 +236,8 @@ def load_model(
     Raises:
         InputError: no such source, an unsupported `model_type`, damaged files, missing tensors or wrong shapes, no such head.
     """
-    return BaseFiles(source, dtype=dtype, remat=remat, scan_layers=scan_layers, dropout=dropout, key=key, head=head).load(mesh)
+    options = {"dtype": dtype, "remat": remat, "scan_layers": scan_layers, "dropout": dropout, "key": key}
+    return BaseFiles(source, **options, head=head, transforms=transforms).load(mesh)
 
 
 def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:

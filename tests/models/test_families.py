@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from lora_jax.errors import InputError
 from lora_jax.config.doors import FAMILIES
+from lora_jax.errors import InputError
 from lora_jax.models.families import find_family
 from lora_jax.models.layers import LayerType
 from lora_jax.models.rotary import Rotary

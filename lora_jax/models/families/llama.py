@@ -10,9 +10,9 @@ from typing import Any
 
 from ...config.doors import FAMILIES
 from ...errors import InputError
+from ...weights.checkpoint import GGUFArchitecture
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig, LayerType
-from ...weights.checkpoint import GGUFArchitecture
 from .base import Family, Weight, activation, decoder_heads, only, projections, size
 from .rope import rotary
 

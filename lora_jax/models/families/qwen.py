@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...config.doors import FAMILIES
+from ...weights.checkpoint import GGUFArchitecture
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig, LayerType
-from ...weights.checkpoint import GGUFArchitecture
 from .base import Family, Weight, only, size
 from .llama import HEADS, ROOT, block, decoder, full_rotary, layer_types, weights, window
 from .mistral import expert_weights, experts
