@@ -14,11 +14,10 @@ from flax import nnx
 from lora_jax.adapters.inject import inject
 from lora_jax.adapters.members import site_modules
 from lora_jax.adapters.methods.base import AdaptedSite
-from lora_jax.config.doors import METHODS
+from lora_jax.config.doors import FAMILIES, METHODS
 from lora_jax.config.schema import AdapterConfig, Config
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.encoder import Encoder, EncoderConfig
-from lora_jax.config.doors import FAMILIES
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
 from lora_jax.models.layers import BlockConfig, LayerType
 from lora_jax.models.load import aliases

@@ -35,7 +35,7 @@ class BaseFiles:
         dtype: of weights and matmuls, `float32` or `bfloat16`.
         remat: what each layer keeps for the backward pass: `none` (all but weight slices), `dots` (matmul results), `full` (its input).
         scan_layers: one loop over the layers; otherwise each is compiled by itself (`Stack.scan`).
-        dropout: rate of the model's own dropout while training: on the embeddings, attention's shares and each sub-layer's output.
+        dropout: rate of the model's own dropout while training: on the embeddings, attention's weights and each sub-layer's output.
         key: what to call the source in error messages.
         head: the kind of trained head to load with it (`models/head_shape.py`), if any.
         transforms: sections of what is done to the base once it is loaded (`models/transforms/`), in this order.

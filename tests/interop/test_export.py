@@ -19,8 +19,8 @@ peft = pytest.importorskip("peft")
 from safetensors.torch import load_file
 
 from lora_jax import load_model, save_pretrained
-from lora_jax.interop.hf import architecture
 from lora_jax.config.doors import FAMILIES
+from lora_jax.interop.hf import architecture
 from lora_jax.models.heads import LanguageModel
 from lora_jax.sweeps.restore import restore_member
 from lora_jax.sweeps.run import run_sweep

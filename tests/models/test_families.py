@@ -9,7 +9,7 @@ import pytest
 
 from lora_jax.config.doors import FAMILIES
 from lora_jax.errors import InputError
-from lora_jax.models.families import find_family
+from lora_jax.models.families import find_family, gguf_architectures
 from lora_jax.models.layers import LayerType
 from lora_jax.models.rotary import Rotary
 
@@ -145,3 +145,25 @@ def test_an_unknown_family_lists_the_known():
     message = str(error.value)
     assert "'gemma3' is not supported. Did you mean" in message
     assert message.endswith(f"Known: {', '.join(sorted(FAMILIES))}.") and "gemma3_text" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "name"),
+    [
+        ("bert", "classification", "BertForSequenceClassification"),
+        ("xlm-roberta", None, "XLMRobertaModel"),
+        ("gpt2", None, "GPT2LMHeadModel"),
+        ("gpt2", "token_classification", "GPT2ForTokenClassification"),
+        ("gemma3_text", None, "Gemma3ForCausalLM"),
+        ("smollm3", "question_answering", "SmolLM3ForQuestionAnswering"),
+    ],
+)
+def test_the_names_of_transformers_classes(family: str, head: str | None, name: str):
+    """All are compared with transformers' own in `tests/interop/test_export.py`."""
+    assert FAMILIES.get(family, "model_type").class_name(head) == name
+
+
+def test_families_read_from_gguf_are_families():
+    found = gguf_architectures()
+    assert {"llama", "qwen2", "qwen3"} <= set(found)
+    assert all(FAMILIES.get(one.model_type, "model_type").gguf is one for one in found.values())
