@@ -155,4 +155,4 @@ class OneOf:
 
 
 # Where the config holds a list of sections: path -> of what.
-SECTION_LISTS = {("model", "transforms"): OneOf(TRANSFORMS, "kind")}
+SECTION_LISTS: dict[tuple[str | int, ...], OneOf] = {("model", "transforms"): OneOf(TRANSFORMS, "kind")}

@@ -1,7 +1,4 @@
-"""The config's dotted keys: which there are, what each holds, and which one a wrong one was probably meant to be.
-
-Says in a person's words what the schema found wrong with a config: which key, what it must be, what it is.
-"""
+"""The config's dotted keys, the one that a wrong one was probably meant to be, and what the schema found wrong, in words."""
 
 from __future__ import annotations
 
@@ -188,13 +185,9 @@ def _tree() -> _Tree:
     return _Tree(leaves, tuple(sections), kinds, own)
 
 
-def _forget() -> None:
-    _schema.cache_clear()
-    _tree.cache_clear()
-
-
 for _door in (METHODS, TASKS, TRANSFORMS):
-    _door.on_change(_forget)
+    _door.on_change(_schema.cache_clear)
+    _door.on_change(_tree.cache_clear)
 
 
 def without_kinds(loc: tuple[str | int, ...]) -> Path:
@@ -248,7 +241,7 @@ def problems(error: ValidationError, data: Any) -> list[Problem]:
         path = _known_part(loc)
         if path in SECTION_LISTS and len(loc) > len(path):
             at, (number, *below) = loc[: len(path) + 1], loc[len(path) :]
-            others.setdefault(at, Problem(at, f"{'.'.join(path)}.{number}: {SECTION_LISTS[path].wrong(item, below)}"))
+            others.setdefault(at, Problem(at, f"{'.'.join(map(str, path))}.{number}: {SECTION_LISTS[path].wrong(item, below)}"))
         elif item["type"] in _UNKNOWN:
             dotted = ".".join(str(part) for part in loc)
             kinds = belongs_to(dotted)

@@ -128,7 +128,9 @@ def decoder_heads(*, tokens: str = "score", renamed: tuple[str, str] | None = No
 _DECODER_HEADS = decoder_heads()
 
 # Kind of head -> the end of the name of transformers' class that has one.
-HEAD_CLASSES = dict(zip(HEADS, ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"), strict=True))
+HEAD_CLASSES: dict[str, str] = dict(
+    zip(HEADS, ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"), strict=True)
+)
 
 
 def encoder_heads(classification: Head) -> dict[str, Head]:
