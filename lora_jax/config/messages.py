@@ -1,7 +1,4 @@
-"""The config's dotted keys: which there are, what each holds, and which one a wrong one was probably meant to be.
-
-Says in a person's words what the schema found wrong with a config: which key, what it must be, what it is.
-"""
+"""The config's dotted keys, the one that a wrong one was probably meant to be, and what the schema found wrong, in words."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InputError, hint, nearest
-from .doors import METHODS, TASKS, TRANSFORMS
+from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS
 from .schema import Config
 from .yaml import Path
 
@@ -188,13 +185,9 @@ def _tree() -> _Tree:
     return _Tree(leaves, tuple(sections), kinds, own)
 
 
-def _forget() -> None:
-    _schema.cache_clear()
-    _tree.cache_clear()
-
-
 for _door in (METHODS, TASKS, TRANSFORMS):
-    _door.on_change(_forget)
+    _door.on_change(_schema.cache_clear)
+    _door.on_change(_tree.cache_clear)
 
 
 def without_kinds(loc: tuple[str | int, ...]) -> Path:
@@ -246,7 +239,10 @@ def problems(error: ValidationError, data: Any) -> list[Problem]:
     for item in error.errors(include_url=False):
         loc = without_kinds(item["loc"])
         path = _known_part(loc)
-        if item["type"] in _UNKNOWN:
+        if path in SECTION_LISTS and len(loc) > len(path):
+            at, (number, *below) = loc[: len(path) + 1], loc[len(path) :]
+            others.setdefault(at, Problem(at, f"{'.'.join(map(str, path))}.{number}: {SECTION_LISTS[path].wrong(item, below)}"))
+        elif item["type"] in _UNKNOWN:
             dotted = ".".join(str(part) for part in loc)
             kinds = belongs_to(dotted)
             text = f"'{dotted}' belongs to {' or '.join(kinds)}." if kinds else unknown_key(dotted)

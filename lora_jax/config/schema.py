@@ -7,12 +7,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from .doors import METHODS, TASKS, TRANSFORMS, OneOf
+from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS, OneOf
 from .sweep import SweepConfig
 from .types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
+class TransformConfig(Section):
+    """What the sections of all base transforms have in common; each transform's own adds its keys (`models/transforms/`)."""
+
+    kind: str = Field(description="Which transform.")
+
+
 class ModelConfig(Section):
+    # Its transforms are known when the first config is read, and may become more.
+    model_config = ConfigDict(defer_build=True)
+
     source: str = Field(
         description="A Hugging Face folder, a .gguf or .safetensors file, hf://org/name[@revision], or package://import_name/path."
     )
@@ -38,6 +47,19 @@ class ModelConfig(Section):
         default=0.0,
         description="Dropout of the base during training (embeddings, attention, outputs of sublayers). Shared by all members.",
     )
+    transforms: list[Annotated[TransformConfig, SECTION_LISTS["model", "transforms"]]] = Field(
+        default_factory=list,
+        description="What is done to the base once it is loaded, in this order: [{kind: ..., ...}]; each kind has keys of its own.",
+    )
+
+    @field_validator("transforms")
+    @classmethod
+    def _transforms(cls, value: list[TransformConfig]) -> list[TransformConfig]:
+        kinds = [section.kind for section in value]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice is not None:
+            raise ValueError(f"lists '{twice}' twice")
+        return value
 
 
 class TaskConfig(Section):
@@ -221,5 +243,7 @@ class Config(Section):
     sweep: SweepConfig | None = None
 
 
+# A model's section is rebuilt first: the whole config's takes it as it finds it.
+TRANSFORMS.on_change(lambda: ModelConfig.model_rebuild(force=True))
 for _door in (METHODS, TASKS, TRANSFORMS):
     _door.on_change(lambda: Config.model_rebuild(force=True))

@@ -124,7 +124,7 @@ class Programs:
 
         if not self._members:
             return run(own)
-        kinds = nnx.eval_shape(lambda: nnx.merge(self._first, jax.tree.map(lambda a: a[0], own), shared)).config.kinds
+        kinds = nnx.eval_shape(lambda: nnx.merge(self._first, jax.tree.map(lambda a: a[0], own), shared)).config.layer_types
         return jax.vmap(run, out_axes=_lanes(slots_for(kinds, total)[1]))(own)
 
     def _repeat(

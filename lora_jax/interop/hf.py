@@ -16,7 +16,7 @@ from ..adapters.merge import merged_base
 from ..errors import InputError, hint
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
-from ..models.families import families
+from ..models.families import find_family
 from ..models.families.base import Head
 from ..models.heads import Classifier, HiddenStates, LanguageModel
 from ..models.load import Base, BaseFiles
@@ -38,15 +38,6 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 # What says where a checkpoint came from, or names code or numbers that the new one does not have.
 _DROPPED = ("_name_or_path", "auto_map", "num_labels", "quantization_config", "torch_dtype", "dtype")
-_ENDINGS = {
-    "encoder": "Model",
-    "decoder": "ForCausalLM",
-    "classification": "ForSequenceClassification",
-    "token_classification": "ForTokenClassification",
-    "question_answering": "ForQuestionAnswering",
-}
-# Where transformers' class is not called as the family's config is.
-_OTHER_NAMES = {"GPT2ForCausalLM": "GPT2LMHeadModel", "Gemma3TextForCausalLM": "Gemma3ForCausalLM"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +128,7 @@ def architecture(model_type: str, head: str | None = None) -> str:
     >>> architecture("bert", "classification"), architecture("gpt2")
     ('BertForSequenceClassification', 'GPT2LMHeadModel')
     """
-    from transformers import CONFIG_MAPPING  # takes a second, and little of the library needs it
-
-    name = CONFIG_MAPPING[model_type].__name__.removesuffix("Config") + _ENDINGS[head or families()[model_type].kind]
-    return _OTHER_NAMES.get(name, name)
+    return find_family({"model_type": model_type}, "model_type").class_name(head)
 
 
 def _form_of(model: nnx.Module) -> _Form:
@@ -165,7 +153,7 @@ def _stored_dtypes(form: _Form) -> dict[str, np.dtype]:
 
 def _tensors(form: _Form, dtypes: Mapping[str, np.dtype]) -> dict[str, Tensor]:
     """All tensors under transformers' names."""
-    family = families()[form.origin.model_type]
+    family = find_family(form.origin.config, form.origin.source)
     tensors = base_tensors(form.base, dtypes)
     if form.head is None or form.classifier is None:
         return tensors

@@ -242,7 +242,7 @@ class MLP(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerKind:
+class LayerType:
     """What layers of one stack may differ in.
 
     Attributes:

@@ -94,7 +94,7 @@ def restore_member(run: Path, member: Member) -> Restored:
     folder, config = adapter_folder_of(run, member), member.config
     section, task = config.task, task_of(config.task)
     classes = saved_classes(folder) or task.named_classes(section)
-    loaded = load_model(config.model.source, head=task.loaded_head(section))
+    loaded = load_model(config.model.source, head=task.loaded_head(section), transforms=config.model.transforms)
     base = loaded.base if isinstance(loaded, Classifier) else loaded
     if classes is None and task.needs_classes(section, decoder=base.is_decoder):
         raise InputError(f"{folder}: does not say what its classes are; name them, in order, as task.labels in {run / 'config.yaml'}.")

@@ -214,7 +214,7 @@ class Preparer:
 def _load(config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | Classifier:
     model = config.model
     options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
-    return load_model(model.source, **options, mesh=mesh, head=head)
+    return load_model(model.source, **options, mesh=mesh, head=head, transforms=model.transforms)
 
 
 def _check_length(base: Encoder | Decoder, data: TaskData) -> None:

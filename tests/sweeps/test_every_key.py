@@ -97,6 +97,7 @@ OTHERS = {
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
     "task.messages",
+    "model.transforms",  # tests/models/transforms
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip
 
