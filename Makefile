@@ -1,6 +1,6 @@
-# Needs make and Python 3.11 or newer, nothing else. Everything installed goes into .venv; `make clean` removes it.
-#   make PYTHON=python3.12 install    choose the Python (used when .venv is made)
-#   make test PYTEST="tests/config -x"    hand words on to pytest
+# Needs only make and Python 3.11 or newer. Everything is installed into .venv; `make clean` removes it.
+#   make PYTHON=python3.12 install    choose the Python that makes .venv
+#   make test PYTEST="tests/config -x"    pass arguments to pytest
 .DEFAULT_GOAL := help
 .PHONY: help install dev quickstart test test-slow test-interop test-slurm test-long lint types format notebook clean
 .NOTPARALLEL:
@@ -9,19 +9,19 @@ SHELL := /bin/sh
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 RUN_PYTEST = $(BIN)/python -m pytest --durations=10 $(PYTEST)
-# Tests compile many small programs, which uses one core each; more workers than this only use up memory.
+# Tests compile many small programs, one core each. More than 8 workers only use more memory.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 8 ] && n=8; echo $$n)
 PYTEST ?=
-# Tests compile thousands of programs that run for milliseconds. XLA's older way of writing fused loops compiles them in half the
-# time; the longer, interop and notebook targets compile as users do. (JAX stops at a flag it no longer knows: constraints.txt pins it.)
+# Tests compile thousands of programs that run for milliseconds. XLA's older emitters compile fused loops in half the time. The long,
+# interop and notebook targets compile as users do. (JAX fails on an unknown flag; constraints.txt pins JAX.)
 QUICK_COMPILE = XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
-# The one build of PyTorch that the interop tests are written against, read from the extra that names it.
+# The version of PyTorch for the interop tests, read from the extra in pyproject.toml.
 TORCH = $(shell grep -o 'torch==[0-9.]*' pyproject.toml)
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / /' | awk '{name = $$1; $$1 = ""; printf "  make %-14s%s\n", name, $$0}'
 
-# Each stamp depends on what decides its content, so a second call does nothing and a changed pin installs again.
+# Each stamp depends on the files that determine its content: a second call does nothing, a changed pin installs again.
 .venv/.made:
 	@python=$$(PYTHON="$(PYTHON)" sh .ci/find_python.sh) && echo "making .venv with $$python" && "$$python" -m venv .venv
 	@touch $@
@@ -41,49 +41,49 @@ help:  ## List the targets
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# PyTorch goes first and by itself: peft would otherwise take the newest build, with CUDA.
+# PyTorch is installed first and alone: peft would otherwise install the newest build, with CUDA.
 .venv/.interop: .venv/.dev .ci/cpu_torch.py
 	@echo "installing PyTorch (CPU) and PEFT"
 	@$(BIN)/python .ci/cpu_torch.py $(TORCH)
 	@$(PIP) --constraint constraints.txt --editable '.[interop]'
 	@touch $@
 
-install: .venv/.installed .venv/.assets  ## Make .venv and install lora-jax, the example models and the corpus
+install: .venv/.installed .venv/.assets  ## Install lora-jax, the example models and the corpus into .venv
 
-dev: .venv/.dev .venv/.assets  ## The same with the development tools
+dev: .venv/.dev .venv/.assets  ## Install the development tools too
 
-quickstart: install  ## Install, then run the example sweep
+quickstart: install  ## Install, then run the example sweep (minutes)
 	$(BIN)/lora-jax sweep configs/quickstart.yaml
 
-test: dev  ## The ordinary tests (minutes)
+test: dev  ## Run the ordinary tests (minutes)
 	$(QUICK_COMPILE) $(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "not slow and not long and not interop and not slurm"
 
-test-slow: dev  ## The longer tests: real models, meshes, processes, kills
+test-slow: dev  ## Run the longer tests: real models, meshes, processes, kills
 	$(QUICK_COMPILE) $(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "slow and not long and not interop and not slurm"
 
-test-long: dev .venv/.interop  ## More of the longer tests: every mesh, with real models too, every adapter (an hour; not in CI)
+test-long: dev .venv/.interop  ## Run the longest tests: every mesh and adapter, with real models too (an hour; not in CI)
 	$(RUN_PYTEST) -m "long and not slurm"
 
-test-interop: dev .venv/.interop  ## Agreement with PyTorch and PEFT (installs both, CPU build)
+test-interop: dev .venv/.interop  ## Compare with PyTorch and PEFT (installs both, CPU build)
 	$(RUN_PYTEST) -n $(WORKERS) --dist loadscope -m "interop and not long" tests/interop
 
-test-slurm: dev  ## Tests on a real Slurm of their own (as root; installs Debian's slurm-wlm where it is missing)
+test-slurm: dev  ## Run tests on a local Slurm (as root; installs Debian's slurm-wlm if it is missing)
 	@sh tests/slurm/install_slurm.sh
 	$(RUN_PYTEST) -m slurm tests/slurm
 
-lint: .venv/.dev  ## Rules and formatting
+lint: .venv/.dev  ## Check rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/.dev  ## Static types
+types: .venv/.dev  ## Check static types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: .venv/.dev  ## Mend what lint can mend by itself
+format: .venv/.dev  ## Fix what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# In a copy, so that neither the notebooks' stored outputs nor the files they write change the working tree.
-notebook: dev  ## Run every notebook from top to bottom
+# Runs a copy, so that the working tree does not change.
+notebook: dev  ## Run every notebook
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && cp -R notebooks configs "$$copy" && bin=$$(pwd)/$(BIN) && cd "$$copy/notebooks" && \
 	for book in *.ipynb; do echo "running notebooks/$$book"; "$$bin/jupyter-execute" --timeout=900 "$$book" || exit 1; done
 

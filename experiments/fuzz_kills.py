@@ -1,10 +1,10 @@
-"""Does a sweep that is killed again and again end with the bits of one that is left alone?
+"""Does a sweep that is killed repeatedly end with the bits of an uninterrupted one?
 
     python experiments/fuzz_kills.py configs/quickstart.yaml training.steps=12 --kills 20 --seed 0
 
-Runs the sweep once to its end, then once more under `kill -9` at random moments (drawn between start and the time the first run
-took), each time resumed by the same command. Adapters, optimizer state and `results.csv` must be bit-identical. Exits with 1 and
-names what differs if they are not.
+Runs the sweep once to its end. Then runs it again, kills it with `kill -9` at random times (within the duration of the first run), and
+resumes it with the same command. Adapters, optimizer state and `results.csv` must be bit-identical. Otherwise the script lists the
+differences and exits with 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 
 def bits_of_run(run: Path) -> dict[str, str]:
-    """What a finished run left: a digest of `results.csv`, of every array of every adapter, and of each pack's newest checkpoint."""
+    """The results of a finished run: a digest of `results.csv`, of every array of every adapter, and of each pack's newest checkpoint."""
     found = {"results.csv": hashlib.sha256((run / "results.csv").read_bytes()).hexdigest()}
     folders = [p / "arrays" for kind in ("final", "best") for p in run.glob(f"*/{kind}")]
     for pack in (run / "checkpoints").iterdir():

@@ -1,19 +1,20 @@
-"""Ground truth: does a sweep find the rank and the layers of an update that is known?
+"""Does a sweep find the rank and the layers of a known update?
 
-    python experiments/planted_rank.py                      # all of it: 165 members in 15 packs
+    python experiments/planted_rank.py                      # 165 members in 15 packs
     python experiments/planted_rank.py --ranks 4 --seeds 1  # one teacher
 
-A teacher is a base with an update of known rank added to two of its four layers (to the first MLP projection; all directions equally
-strong, drawn by the seed). Students are adapters on the same base that learn the teacher's hidden states, a pack for each teacher:
+A teacher is a base with an update of known rank added to the first MLP projection of two of its four layers. All directions of the update
+have the same norm and are drawn from the seed. Students are adapters on the same base that learn the teacher's hidden states, one pack
+per teacher:
 
 - the rank sweep: ranks 1 to 32 on the planted layers;
 - the layer sweep: the planted rank on each of the six pairs of layers.
 
-The elbow is the rank at which the held-out loss falls by the largest factor against the rank before it: a rule that knows nothing of the
-answer. It cannot name the smallest rank of a sweep.
+The elbow is the rank at which the held-out loss falls by the largest factor relative to the rank before it. This rule does not use the
+answer. It cannot return the smallest rank of a sweep.
 
-Expect: the elbow at the planted rank (2, 4, 8) and the planted pair of layers first, for each of 5 seeds; figures in
-results/planted_rank.json. Time: 12 minutes on 2 cores that had other work too.
+Expected: for each of 5 seeds, the elbow is the planted rank (2, 4, 8), and the planted pair of layers has the lowest loss. Figures are in
+results/planted_rank.json. Time: 12 minutes on 2 busy cores.
 The base is a random BERT in MiniLM's shape, but a sixth as wide and with four layers; the sentences are film reviews.
 """
 
@@ -34,7 +35,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
-from lora_jax.adapters.inject import site_modules
+from lora_jax.adapters.members import site_modules
 from lora_jax.analysis import Estimate
 from lora_jax.weights.locations import resolve
 
@@ -49,11 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="planted ranks")
     parser.add_argument("--seeds", type=int, default=5, help="teachers of each rank")
-    parser.add_argument("--work", type=Path, default=Path("runs/planted_rank"), help="where base, teachers and the run go")
+    parser.add_argument("--work", type=Path, default=Path("runs/planted_rank"), help="folder for the base, the teachers and the run")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "planted_rank.json")
     parser.add_argument("--figure", type=Path, default=HERE / "figures" / "planted_rank.png")
     args = parser.parse_args()
-    # The packs differ in their teachers' numbers alone, so one compilation serves them all.
+    # The packs differ only in their teachers' numbers, so one compilation serves all of them.
     jax.config.update("jax_compilation_cache_dir", str((args.work / "xla").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -1,14 +1,15 @@
-"""Which rank, and is the difference real? A MiniLM encoder on film reviews, adapters on the attention of its last two layers.
+"""Which rank, and is the difference real? MiniLM on film reviews, with adapters on the attention of its last two layers.
 
     python experiments/rank_sweep.py [key=value ...]
 
-Ranks 1 to 32, each at two learning rates and with 3 seeds: 24 members in two packs. Each rank is judged at its own best rate, by means
-and 95 % intervals over seeds, and by differences to rank 1 that are paired by seed: members of one seed see the same batches, and start
-alike (a smaller rank as the leading part of a larger one).
+Ranks 1 to 32, each at two learning rates and with 3 seeds: 24 members in two packs. Each rank is compared at its own best learning rate, by
+means and 95 % intervals over seeds, and by differences to rank 1, paired by seed. Members of one seed see the same batches and start from
+the same factors (those of a smaller rank are the leading part of those of a larger one).
 
-Expect: 75.7 % accuracy at rank 1; 0.4 +- 0.1 points more at rank 2, 0.8 +- 0.1 at rank 8, 0.7 +- 0.9 at rank 32. All are best at the lower
-rate, so the table says that one below it may be better yet: add it to the grid, and the same command trains the new members alone.
-The figures are in results/rank_sweep.csv. Time: 14 minutes on 2 cores that had other work too.
+Expected: 75.7 % accuracy at rank 1; 0.4 +- 0.1 points more at rank 2, 0.8 +- 0.1 at rank 8, 0.7 +- 0.9 at rank 32. All are best at the
+lower learning rate, so the table says that a still lower one may be better: add it to the grid, and the same command trains only
+the new members.
+The figures are in results/rank_sweep.csv. Time: 14 minutes on 2 busy cores.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Attention or MLP, and which layers, with equally many parameters? A MiniLM encoder on film reviews.
+"""Attention or MLP, and which layers, at equal numbers of parameters? MiniLM on film reviews.
 
     python experiments/target_layers.py [key=value ...]
 
-Attention against MLP in the first, middle and last two of six layers. An update of rank 1 costs 4 x 768 parameters in a layer's attention
-and 2 x 1,920 in its MLP, so equal ranks would not be equal sizes: the ranks are computed from a budget. Each of the six settings is
-judged at its own best of two learning rates, with 3 seeds (36 members in three packs), and MLP by its difference to attention on the same
-layers, paired by seed.
+Compares attention and MLP in the first, middle and last two of six layers. An update of rank 1 has 4 x 768 parameters in a layer's
+attention and 2 x 1,920 in its MLP, so equal ranks have unequal sizes. The ranks are therefore computed from a budget of
+parameters. Each of the six settings is compared at the better of two learning rates, with 3 seeds (36 members in three packs).
+MLP is compared with attention on the same layers, paired by seed.
 
-Expect: ranks 5 and 4, with 30,720 parameters each (and a head of 770). Attention in the middle layers comes first with 77.6 +- 0.5 %
-accuracy; attention is 1.5 to 1.9 points ahead of MLP on the same layers, which 3 seeds do not tell from chance.
-The figures are in results/target_layers.csv. Time: 19 minutes on 2 cores that had other work too.
+Expected: ranks 5 and 4, with 30,720 parameters each (and a head of 770). Attention in the middle layers is best with 77.6 +- 0.5 %
+accuracy. Attention is 1.5 to 1.9 points ahead of MLP on the same layers; with 3 seeds that may be chance.
+The figures are in results/target_layers.csv. Time: 19 minutes on 2 busy cores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
         "zip": {"adapter.targets": list(ranks), "adapter.rank": list(ranks.values())},
         "seeds": 3,
         "reference": reference,
-        "max_pack": 12,  # a pack for each pair of layers: what lies below them is computed once for all twelve
+        "max_pack": 12,  # one pack per pair of layers: its trunk is computed once for all twelve members
     }
     outcome = lora_jax.sweep(lora_jax.load_config("configs/quickstart.yaml", [*overrides, f"sweep={json.dumps(sweep)}"]))
     sizes = {result.parameters for result in outcome.results}

@@ -1,6 +1,6 @@
 """LoRA for any Flax NNX model: a sweep over ranks and layers is one compiled program over one frozen base.
 
-Names are loaded when they are first used, so that `import lora_jax` is instant.
+Names are imported on first use, so that `import lora_jax` takes no time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from .adapters.merge import unmerge as unmerge
     from .adapters.mixed import with_rows as with_rows
     from .adapters.partition import partition as partition
+    from .config.doors import register_exporter as register_exporter
+    from .config.doors import register_family as register_family
+    from .config.doors import register_method as register_method
+    from .config.doors import register_task as register_task
+    from .config.doors import register_transform as register_transform
     from .config.load import load_config as load_config
     from .config.schema import Config as Config
     from .errors import InputError as InputError
     from .errors import RunError as RunError
     from .generation.generate import Generator as Generator
     from .generation.generate import generate as generate
-    from .interop.base import register_exporter as register_exporter
     from .interop.hf import save_pretrained as save_pretrained
     from .interop.peft.load import load_peft as load_peft
     from .interop.peft.save import LoraConfig as LoraConfig
@@ -49,7 +53,11 @@ _NAMES = {
     "load_tokenizer": "weights.tokenizer",
     "merge": "adapters.merge",
     "partition": "adapters.partition",
-    "register_exporter": "interop.base",
+    "register_exporter": "config.doors",
+    "register_family": "config.doors",
+    "register_method": "config.doors",
+    "register_task": "config.doors",
+    "register_transform": "config.doors",
     "save_peft": "interop.peft.save",
     "save_pretrained": "interop.hf",
     "sweep": "sweeps.api",

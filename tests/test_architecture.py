@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +95,135 @@ def test_a_file_holds_one_idea_in_at_most_400_lines(path: Path) -> None:
 
 def test_the_library_has_at_most_125_files() -> None:
     assert len(FILES) <= 125
+
+
+PAGE = ROOT.parent / "docs" / "architecture.md"
+
+
+def chain_of(page: str) -> list[str]:
+    """The modules of the page's numbered list, in reading order."""
+    files = re.findall(r"^\d+\. `([\w/]+\.py)`", page, flags=re.MULTILINE)
+    return ["lora_jax." + file.removesuffix(".py").replace("/", ".") for file in files]
+
+
+def test_the_page_names_files_that_exist() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[\w.]+/)*[\w.]+\.py|(?:[\w.]+/)+)`", page)
+    assert len(named) > 30
+    missing = [name for name in named if not (ROOT / name).exists() and not (ROOT.parent / name).exists()]
+    assert not missing
+
+
+def test_the_page_lists_every_folder_in_the_order_of_imports() -> None:
+    rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert rows == ORDER
+
+
+def test_each_file_of_the_reading_order_is_imported_by_one_before_it() -> None:
+    chain = chain_of(PAGE.read_text(encoding="utf-8"))
+    assert chain[0] == "lora_jax.cli.sweep" and chain[-1] == "lora_jax.training.step" and len(chain) <= 12
+    for number, module in enumerate(chain[1:], 1):
+        assert any(module in IMPORTS[before] for before in chain[:number]), f"no file before {module} imports it"
+
+
+def test_the_examples_of_the_page_register_one_thing_at_each_door() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == len(TAGS) + 1
+    code = "\n".join(
+        [
+            *blocks,
+            "import json",
+            "from lora_jax.config import doors",
+            "print(json.dumps({n: list(getattr(doors, n).all()) for n in DOORS}))",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", f"DOORS = {DOORS}\n{code}"], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    more = {door: set(names) - registered()[door].keys() for door, names in json.loads(done.stdout).items()}
+    assert all(len(names) == 1 for names in more.values()), more
+
+
+# Registered names that also mean something else (a package, a tokenizer of GGUF, a plain word): as a string they prove nothing.
+COMMON = {"full", "head", "hf", "peft", "classification", "distillation", "bert", "llama", "gpt2", "qwen2", "gemma", "mistral"}
+DOORS = ("METHODS", "TASKS", "FAMILIES", "TRANSFORMS", "EXPORTERS")
+# Attributes and keys that hold a registered name, and the door it belongs to.
+TAGS = {"method": "METHODS", "kind": "TASKS", "model_type": "FAMILIES", "form": "EXPORTERS"}
+# Runs in a fresh process, where no door is open yet, and notes which file registers each name.
+RECORD = """
+import json, sys
+from lora_jax.config import doors
+found = {name: {} for name in DOORS}
+def watch(name, door):
+    def note():
+        frame = sys._getframe(1)
+        while frame.f_globals["__name__"] in ("lora_jax", "lora_jax.config.doors"):
+            frame = frame.f_back
+        for new in door.all().keys() - found[name].keys():
+            found[name][new] = frame.f_globals["__name__"]
+    door.on_change(note)
+for name in DOORS:
+    watch(name, getattr(doors, name))
+for name in DOORS:
+    getattr(doors, name).all()
+print(json.dumps(found))
+"""
+
+
+@functools.cache
+def registered() -> dict[str, dict[str, str]]:
+    """Door -> registered name -> the module that registers it."""
+    done = subprocess.run([sys.executable, "-c", f"DOORS = {DOORS}\n{RECORD}"], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def foreign_names(here: str, source: str) -> list[str]:
+    """Where a module names a method, task, family, transform or exporter that another file registers."""
+    owners = {name: module for things in registered().values() for name, module in things.items()}
+    tree, found = ast.parse(source), []
+    docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+
+    def texts(node: ast.AST) -> set[str]:
+        return {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+
+    def tags(node: ast.AST) -> set[str]:
+        if isinstance(node, ast.Attribute):
+            return {node.attr} & TAGS.keys()
+        return texts(node.slice) & TAGS.keys() if isinstance(node, ast.Subscript) else set()
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            for tag in set().union(*map(tags, sides)):
+                for name in sorted(set().union(*map(texts, sides)) & registered()[TAGS[tag]].keys()):
+                    if owners[name] != here:
+                        found.append(f"{here}, line {node.lineno}: compares {tag} with '{name}'")
+        if isinstance(node, ast.Constant) and node.value in owners.keys() - COMMON and id(node) not in docstrings:
+            # The config's defaults are names.
+            if owners[node.value] == here or here.startswith("lora_jax.config."):
+                continue
+            found.append(f"{here}, line {node.lineno}: names '{node.value}'")
+    return found
+
+
+def test_every_door_is_used() -> None:
+    assert [name for name, things in registered().items() if not things] in ([], ["TRANSFORMS"])
+
+
+def test_no_file_names_what_another_registers() -> None:
+    found = [place for name, path in MODULES.items() for place in foreign_names(name, path.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if config.adapter.method == 'full': pass",
+        "if config['adapter']['method'] != 'head': pass",
+        "chosen = config.adapter.method in ('lora', 'other')",
+        "scales = {'lora': 1}",
+    ],
+)
+def test_the_check_of_names_sees_a_planted_line(line: str) -> None:
+    assert foreign_names("lora_jax.training.planted", line)
+    assert not foreign_names(registered()["METHODS"]["lora"], "if config.adapter.method == 'lora': pass")

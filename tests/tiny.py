@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax.adapters.inject import inject, site_modules
+from lora_jax.adapters.inject import inject
+from lora_jax.adapters.members import site_modules
+from lora_jax.adapters.methods.base import AdaptedSite
+from lora_jax.config.doors import FAMILIES, METHODS
 from lora_jax.config.schema import AdapterConfig, Config
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.encoder import Encoder, EncoderConfig
-from lora_jax.models.families import families
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
-from lora_jax.models.layers import BlockConfig, LayerKind
+from lora_jax.models.layers import BlockConfig, LayerType
 from lora_jax.models.load import aliases
 from lora_jax.models.rotary import Rotary
 
@@ -73,7 +75,7 @@ def decoder_of(family: str, *, seed: int = 0, **options: Any) -> Decoder:
     """A family's decoder, likewise, with two key/value heads where the family has them and four experts where it has those."""
     config = _config_of(family, options)
     model = random_model(lambda: Decoder(config, rngs=nnx.Rngs(0)), seed)
-    model.site_aliases = nnx.static(aliases(families()[family].weights(config)))
+    model.site_aliases = nnx.static(aliases(FAMILIES.all()[family].weights(config)))
     return model
 
 
@@ -81,14 +83,14 @@ def _config_of(family: str, options: dict[str, Any]) -> Any:
     shape = {"hidden_size": WIDTH, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 2 * WIDTH, "vocab_size": VOCAB}
     shape |= {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     shape |= {"n_embd": WIDTH, "n_head": 4, "n_layer": 3, "n_positions": 64}  # GPT-2's words
-    return families()[family].config(shape | options, jnp.float32)
+    return FAMILIES.all()[family].config(shape | options, jnp.float32)
 
 
 def smollm2_config(depth: int = 30) -> DecoderConfig:
     """The real SmolLM2-135M's shapes, in float32."""
     shape = {"width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 1536}
     block = BlockConfig(**shape, activation="silu", gated=True, norm="rms", norm_eps=1e-5)
-    return DecoderConfig(block, depth, 49152, (LayerKind(rotary=Rotary(64, 100000.0)),), tied=True)
+    return DecoderConfig(block, depth, 49152, (LayerType(rotary=Rotary(64, 100000.0)),), tied=True)
 
 
 def decoder(
@@ -105,7 +107,7 @@ def decoder(
     shape = {"width": width, "heads": 4, "kv_heads": 2, "head_dim": width // 4, "hidden": 2 * width}
     options = {"activation": "silu", "gated": True, "norm": "rms", "norm_eps": 1e-5}
     block = BlockConfig(**shape, **options, qkv_bias=bias, out_bias=bias, dtype=dtype)
-    config = DecoderConfig(block, depth, vocab, (LayerKind(rotary=Rotary(width // 4)),), tied)
+    config = DecoderConfig(block, depth, vocab, (LayerType(rotary=Rotary(width // 4)),), tied)
     model = random_model(lambda: Decoder(config, rngs=nnx.Rngs(0)), seed)
     model.site_aliases = nnx.static(LLAMA_ALIASES)
     return model
@@ -184,14 +186,25 @@ def _micro(rng: np.random.Generator, rows: int, length: int, causal: bool, class
     return {name: a.astype(np.int32) for name, a in arrays.items()} | {"target_weights": weights}
 
 
+def adapter(**values: Any) -> AdapterConfig:
+    """The section of a method, LoRA's by default."""
+    return METHODS.get(values.get("method", "lora"), "method").section(**values)
+
+
 def trained(model: nnx.Module, seed: int = 1, **values: Any) -> Any:
-    """The model with an adapter whose factors are far from their start; `values` are of `AdapterConfig`."""
-    adapted = inject(model, AdapterConfig(**({"rank": 4} | values)), rngs=nnx.Rngs(seed))
+    """The model with an adapter whose factors are far from their start; `values` are of LoRA's section."""
+    adapted = inject(model, adapter(**({"rank": 4} | values)), rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     for site in site_modules(adapted).values():
         for factor in (site.lora_a, site.lora_b):
             factor[...] = factor[...] + jnp.asarray(0.1 * rng.standard_normal(factor.shape), jnp.float32)
     return adapted
+
+
+def update_of(site: AdaptedSite) -> jax.Array:
+    """What an adapter adds to the weight of its site, of the layers that it has arrays for: (..., inputs, outputs) float32."""
+    weight = getattr(site.base, site.weight)
+    return site.method.merged(site, jnp.zeros((*site.scale.shape, *weight.shape[site.scale.ndim :])), None)[0]
 
 
 def arrays_equal(a: Any, b: Any) -> bool:

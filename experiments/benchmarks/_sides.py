@@ -1,4 +1,4 @@
-"""A side of a benchmark in a process of its own, spoken to in lines of JSON; both sides stay alive and take turns."""
+"""One side of a benchmark in its own process, controlled by lines of JSON. Both sides stay alive and alternate."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Side:
     """A process that answers each line with one of JSON.
 
     Args:
-        name: of the side.
-        arguments: of Python: a script and what it takes. It prints a first line when it is ready.
+        name: the side's name.
+        arguments: arguments of Python: a script and its arguments. The script prints a first line when it is ready.
 
     Attributes:
         ready: that first line.

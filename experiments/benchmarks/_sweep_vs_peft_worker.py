@@ -1,4 +1,4 @@
-"""The PEFT side of `sweep_vs_peft.py`: trains the members one after the other in this process, then says how they came out.
+"""The PEFT side of `sweep_vs_peft.py`: trains the members one after the other in this process, then prints their results.
 
 Started as `_sweep_vs_peft_worker.py CASE FOLDER STEPS RANK ...`. The last line it prints is JSON.
 """

@@ -1,4 +1,4 @@
-"""What `vs_peft.py` compares on, and the files that both sides start from. Imports neither JAX nor PyTorch by itself."""
+"""The cases of `vs_peft.py`, and the files that both sides start from. Imports neither JAX nor PyTorch at module level."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Case:
     """One comparison.
 
     Attributes:
-        config: the lora-jax config but for `name`, `optimizer` and the number of steps.
+        config: the lora-jax config without `name`, `optimizer` and the number of steps.
         task_type: PEFT's name of the task.
     """
 

@@ -1,4 +1,4 @@
-"""One side of `vs_peft.py`, in a process of its own: sets up, then trains when told to and says how it went.
+"""One side of `vs_peft.py`, in its own process: sets up, then trains on request and prints its measurements.
 
 Started as `_vs_peft_worker.py SIDE CASE FOLDER STEPS STARTED`. One JSON line out for each line in: `train N` or `finish`.
 """
@@ -20,11 +20,11 @@ from _vs_peft_cases import CASES, OPTIMIZER, Case
 
 
 class Side(ABC):
-    """Trains one adapter. Constructing it does everything that comes before the first step."""
+    """Trains one adapter. The constructor does everything before the first step."""
 
     @abstractmethod
     def train(self, steps: int) -> int:
-        """Takes so many optimizer steps and waits for the last; returns the tokens trained on, padding not counted."""
+        """Takes `steps` optimizer steps and waits for the last. Returns the number of tokens trained on, without padding."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""What saving checkpoints costs: time of the steps they are written beside, and their size on disk.
+"""The cost of checkpoints: the time of steps during a save, and the size on disk.
 
     python experiments/benchmarks/checkpoint_cost.py [--rounds 7] [--every 10] [--output FILE.json]
 
-Trains a rank-8 adapter of SmolLM2-135M (the example model) on film reviews, in blocks of `--every` steps: one block with a
-checkpoint started at its first step, one without, in turn. Reports the medians, their ratio, and a checkpoint's bytes beside those
+Trains a rank-8 adapter of SmolLM2-135M (the example model) on film reviews, in blocks of `--every` steps. Blocks with a checkpoint
+started at their first step alternate with blocks without one. Reports the medians, their ratio, the bytes of a checkpoint, and the bytes
 of the arrays in it.
 """
 

@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/compile_time.py [--rounds 5] [--output FILE.json]
 
-Lowers and compiles the packed train step (one member, rank 8 on q_proj and v_proj, batch 8 x 128) for 6 and for 30 layers in turn,
-from shapes alone: no weights are made. Reports the medians and their ratio.
+Lowers and compiles the packed train step (one member, rank 8 on q_proj and v_proj, batch 8 x 128) for 6 and for 30 layers, alternately,
+from shapes alone: no weights are allocated. Reports the medians and their ratio.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax.adapters.inject import inject_structure
+from lora_jax.adapters.inject import inject_layout
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
 from lora_jax.config.schema import Config
@@ -52,7 +52,7 @@ def compile_seconds(depth: int) -> float:
             "training": {"steps": 10},
         }
     )
-    part = partition(inject_structure(model, unite(model, [resolve(model, config.adapter)])))
+    part = partition(inject_layout(model, unite(model, [resolve(model, config.adapter)])))
     fixed = MemberFixed(hyper_of(config, 10), part.settings, None)
     state = jax.eval_shape(lambda t, f: init_member(part, t, f), part.trainable, fixed)
     packed = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *np.shape(a)), a.dtype), (state, fixed))

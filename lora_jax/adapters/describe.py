@@ -1,27 +1,26 @@
-"""What is trainable: sites, shapes, counts, and their share of all parameters."""
+"""What is trainable: sites, shapes, counts, and their fraction of all parameters."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from flax import nnx
 from rich.table import Table
 
 from ..config.schema import AdapterConfig
-from .factors import factors_of, is_factor
 from .layout import resolve
+from .members import site_modules
 from .partition import partition
 from .sites import find_sites
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainableRow:
-    """One line of the table: a site's factors, or another trainable parameter.
+    """One line of the table: a site's adapter, or another trainable parameter.
 
     Attributes:
         name: of the site or parameter.
-        label: its optimizer group (`lora` for a site's two factors).
+        label: the method of a site's adapter, or the parameter's optimizer group.
         layers: how many layers it is adapted in, or None where it is not stacked.
         shape: of one layer: `(in, rank, out)` of a site, with the experts in front where it has them, else the parameter's own.
         count: trained numbers.
@@ -36,23 +35,23 @@ class TrainableRow:
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """What trains in a model, and how much that is of all its parameters."""
+    """The trainable arrays of a model, and their fraction of all parameters."""
 
     rows: tuple[TrainableRow, ...]
     total: int
 
     @property
     def count(self) -> int:
-        """Trained numbers."""
+        """The number of trainable parameters."""
         return sum(r.count for r in self.rows)
 
     @property
-    def share(self) -> float:
-        """Trained numbers over all, the adapters' own included."""
+    def fraction(self) -> float:
+        """Trainable parameters over all parameters, adapters included."""
         return self.count / self.total
 
     def __rich__(self) -> Table:
-        table = Table(caption=f"{self.count:,} of {self.total:,} parameters train ({100 * self.share:.3f} %)")
+        table = Table(caption=f"{self.count:,} of {self.total:,} parameters train ({100 * self.fraction:.3f} %)")
         for heading in ("name", "label", "layers", "shape", "count"):
             table.add_column(heading, justify="left" if heading in ("name", "label") else "right")
         for r in self.rows:
@@ -61,20 +60,20 @@ class Trainable:
 
 
 def describe(model: nnx.Module) -> Trainable:
-    """The table of what trains in an adapted model (`inject`); print it with rich, or read its `rows`.
+    """A table of the trainable arrays of an adapted model (`inject`). Print it with rich, or read its `rows`.
 
-    Layers that a config leaves out (their scale is 0) are not counted.
+    Layers that the config excludes, and padding, are not counted.
     """
     part = partition(model)
     rows = []
-    for name, factors in factors_of(part).items():
-        ranks, inputs, outputs = factors.ranks, factors.a.shape[-2], factors.b.shape[-1]
-        layers = int((ranks > 0).sum()) if part.settings[f"{name}.scale"].ndim else None
-        experts = factors.a.shape[1:-2]
-        count = math.prod(experts) * int(ranks.sum()) * (inputs + outputs)
-        rows.append(TrainableRow(name, "lora", layers, (*experts, inputs, int(ranks.max()), outputs), count))
+    for name, module in site_modules(model).items():
+        site, ranks = module.site, module.ranks
+        layers = sum(r > 0 for r in ranks) if module.stacked else None
+        count = sum(module.method.count(site, r) for r in ranks if r)
+        shape = (*(() if site.experts is None else (site.experts,)), site.inputs, max(ranks), site.outputs)
+        rows.append(TrainableRow(name, module.method.name, layers, shape, count))
     for name, label in part.labels.items():
-        if not is_factor(name):
+        if name not in part.parameters:
             array = part.trainable[name]
             rows.append(TrainableRow(name, label, None, tuple(array.shape), array.size))
     frozen = sum(a.size for a in part.frozen.values())
@@ -82,7 +81,7 @@ def describe(model: nnx.Module) -> Trainable:
 
 
 def rank_for(model: nnx.Module, config: AdapterConfig, parameters: int) -> int:
-    """The rank at which a config's factors have as nearly as possible this many parameters, for comparisons at equal size.
+    """The rank at which a config's adapter has as nearly as possible this many parameters, for comparisons at equal size.
 
     A rank-1 update of a matrix (in, out) has in + out of them, so attention and MLP of one size have different ranks. Ranks that a
     `rank_pattern` fixes are left out of account.
@@ -90,12 +89,12 @@ def rank_for(model: nnx.Module, config: AdapterConfig, parameters: int) -> int:
     Args:
         model: a base, or one with a task's head, without adapters.
         config: targets and layers; its rank is not looked at.
-        parameters: wanted in all factors together.
+        parameters: wanted in the whole adapter.
 
     Raises:
         InputError: a target or layer matches nothing.
     """
-    spec = resolve(model, config.model_copy(update={"rank": 1, "rank_pattern": {}}))
-    sizes = {site.name: site.inputs + site.outputs for site in find_sites(model)}
-    each = sum(int(member.ranks.sum()) * sizes[name] for name, member in spec.sites.items())
+    member = resolve(model, config.model_copy(update={"rank": 1, "rank_pattern": {}}))
+    sites = {site.name: site for site in find_sites(model)}
+    each = sum(int((own.ranks > 0).sum()) * member.method.count(sites[name], 1) for name, own in member.sites.items())
     return max(1, round(parameters / each))

@@ -1,18 +1,24 @@
-"""Labels: one ordered `regex -> label` table says of every parameter whether it trains, and in which optimizer group."""
+"""Labels: one ordered `regex -> label` table says of every parameter whether it trains, and in which optimizer group.
+
+A layout's table has its adapters' own parameters first (`layout.label_table`), then what the method says of the base's.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ..errors import nearest
 from ..models.head_shape import HEAD_MODULES
-from .layout import Structure
 
 FROZEN = "frozen"
-# Trainable labels; the optimizer has a transform for each.
+# The labels of a base's parameters and of low-rank factors; the optimizer always has a transform for each.
 TRAINABLE = ("adapter_a", "adapter_b", "head", "saved", "norm", "bias", "full")
 
 Table = tuple[tuple[str, str], ...]
+
+# A task's head trains whatever the method.
+HEAD: Table = ((rf"(.*\.)?({'|'.join(HEAD_MODULES)})\..*", "head"),)
 
 
 def label_of(name: str, table: Table) -> str:
@@ -31,18 +37,18 @@ def label_of(name: str, table: Table) -> str:
     raise ValueError(f"parameter '{name}' matches no regex of the label table; nearest: {', '.join(near)}")
 
 
-def label_table(structure: Structure) -> Table:
-    """The table of a structure. A task's head always trains; then what the method, `bias` and `modules_to_save` ask for."""
-    head = ((rf"(.*\.)?({'|'.join(HEAD_MODULES)})\..*", "head"),)
-    if structure.method == "head":
-        return (*head, (r".*", FROZEN))
-    if structure.method == "full":
-        return (*head, (r"(.*\.)?[a-z_]*norm\..*", "norm"), (r".*\.bias", "bias"), (r".*", "full"))
-    saved = tuple((rf"(.*\.)?{re.escape(name)}\..*", "saved") for name in structure.modules_to_save)
+def base_labels(sites: Sequence[str], bias: str, modules_to_save: Sequence[str]) -> Table:
+    """The base's parameters under a method that adapts sites: the head, the modules to save, the biases; the rest is frozen.
+
+    Args:
+        sites: names of the adapted sites.
+        bias: as `adapter.bias`.
+        modules_to_save: by our own names.
+    """
+    saved = tuple((rf"(.*\.)?{re.escape(name)}\..*", "saved") for name in modules_to_save)
     biases: Table = ()
-    if structure.bias == "all":
+    if bias == "all":
         biases = ((r"(.*\.)?bias", "bias"),)
-    elif structure.bias == "lora_only":
-        biases = tuple((rf"{re.escape(s.site.name)}\.bias", "bias") for s in structure.sites)
-    factors = ((r".*\.lora_a", "adapter_a"), (r".*\.lora_b", "adapter_b"))
-    return (*factors, *head, *saved, *biases, (r".*", FROZEN))
+    elif bias == "lora_only":
+        biases = tuple((rf"{re.escape(site)}\.bias", "bias") for site in sites)
+    return (*HEAD, *saved, *biases, (r".*", FROZEN))

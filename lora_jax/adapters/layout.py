@@ -1,50 +1,67 @@
-"""What a config asks of a model (`MemberSpec`), and the shapes that hold several members at once (`Structure`).
+"""What a config adapts in a model (`ResolvedAdapter`), and the padded shapes that hold several members at once (`Layout`).
 
-A member's own ranks, scales, layers and targets are numbers in arrays; a structure says only how large the arrays are. Several
-members fit one structure by padding: unused columns of A and rows of B are zero, and so is all of a site that a member does not
-target. Zero factors get zero gradients (dA = x^T dy B^T, dB = A^T x^T dy), and AdamW leaves what is zero with zero gradient at
-zero, so padding needs no masks and is exact.
+A member's own ranks, scales, layers and targets are numbers in arrays; a layout says only how large the arrays are. Members fit one
+layout by padding: along the rank, and in the layers and sites that a member does not adapt. Padding has its parameter's fill value. In
+LoRA that is 0, zero factors get zero gradients (dA = x^T dy B^T, dB = A^T x^T dy), and AdamW leaves what is zero with zero gradient at
+zero: its padding needs no masks and is exact. Where a method cannot promise that, updates of the padding are masked (`update_mask`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flax import nnx
 
-from ..config.doors import METHODS
 from ..config.patterns import fullmatch
 from ..config.schema import AdapterConfig
 from ..errors import InputError
+from .labels import Table
+from .methods.base import Method, method_of
 from .sites import Site, find_sites, modules_named, select
 
 
 @dataclasses.dataclass(frozen=True)
-class MemberSite:
-    """One member at one site: rank and scale of each layer, (depth,) or (1,); rank 0 where the layer is not adapted."""
+class ResolvedSite:
+    """One member at one site.
+
+    Attributes:
+        ranks: of each layer, (depth,) or (1,) int; 0 where the layer is not adapted.
+        settings: the method's numbers of each layer, of the same shape, float32; 0 likewise.
+    """
 
     ranks: np.ndarray
-    scales: np.ndarray
+    settings: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class MemberSpec:
-    """What one config asks for, resolved against one model."""
+class ResolvedAdapter:
+    """What one config asks for, resolved against one model.
+
+    Attributes:
+        config: as the method's own section.
+        sites: site name -> the member there.
+        method: the config's.
+    """
 
     config: AdapterConfig
-    sites: dict[str, MemberSite]
+    sites: dict[str, ResolvedSite]
+
+    @property
+    def method(self) -> Method:
+        return method_of(self.config)
 
     @property
     def needs(self) -> dict[str, tuple[int, int]]:
-        """Site name -> (lowest adapted layer, largest rank): what a structure must hold."""
+        """Site name -> (lowest adapted layer, largest rank): what a layout must hold."""
         return {name: (int(np.flatnonzero(site.ranks)[0]), int(site.ranks.max())) for name, site in self.sites.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class SiteShape:
-    """A site of a structure: its layers from `first` to the top of the stack get factors of the padded `rank`."""
+class SiteLayout:
+    """A site of a layout: its layers from `first` to the top of the stack have arrays of the padded `rank`."""
 
     site: Site
     first: int
@@ -52,13 +69,13 @@ class SiteShape:
 
     @property
     def layers(self) -> int | None:
-        """Layers that have factors, or None where the weight is not stacked."""
+        """Layers that have arrays, or None where the weight is not stacked."""
         return None if self.site.depth is None else self.site.depth - self.first
 
 
 @dataclasses.dataclass(frozen=True)
-class Structure:
-    """The static shape of a pack: equal structures compile to equal programs.
+class Layout:
+    """The static shape of a pack: equal layouts compile to equal programs.
 
     Attributes:
         sites: the union of the members' sites.
@@ -67,68 +84,77 @@ class Structure:
             trains.
     """
 
-    sites: tuple[SiteShape, ...]
+    sites: tuple[SiteLayout, ...]
     dropout: bool
-    method: str
+    method: Method
     bias: str
     modules_to_save: tuple[str, ...]
 
 
-def resolve(model: nnx.Module, config: AdapterConfig) -> MemberSpec:
-    """Finds the sites a config adapts, with the rank and scale of each layer.
+def resolve(model: nnx.Module, config: AdapterConfig) -> ResolvedAdapter:
+    """Finds the sites a config adapts, with the rank and the method's settings of each layer.
 
-    The scale is alpha / rank, or alpha / sqrt(rank) with `rslora` (arXiv:2312.03732). Patterns follow PEFT: the first key that
-    matches the end of a site's name decides.
+    Patterns follow PEFT: the first key that matches the end of a site's name decides.
 
     Raises:
-        InputError: a target, layer or pattern matches nothing.
+        InputError: a target, layer or pattern matches nothing, or the method cannot do at a site what is asked for.
     """
-    config = METHODS.get(config.method, "adapter.method").configured(config)
-    if config.method != "lora":
-        return MemberSpec(config, {})
+    method = method_of(config)
+    config = method.configured(config)
+    if not method.kinds:
+        return ResolvedAdapter(config, {})
     sites = {s.name: s for s in find_sites(model)}
     chosen = select(list(sites.values()), config.targets, config.exclude, config.layers)
-    members = {}
-    expert = next((name for name in chosen if sites[name].kind == "expert"), None)
-    if config.dropout > 0 and expert is not None:
-        raise InputError(f"adapter.dropout: there is none on experts ({expert}), here as in PEFT.")
+    _check_kinds(method, config, [sites[name] for name in chosen])
     unused = {("rank_pattern", p) for p in config.rank_pattern} | {("alpha_pattern", p) for p in config.alpha_pattern}
+    resolved = {}
     for name, wanted in chosen.items():
-        ranks, scales = np.zeros(len(wanted), int), np.zeros(len(wanted), np.float32)
+        ranks = np.zeros(len(wanted), int)
+        settings = {setting: np.zeros(len(wanted), np.float32) for setting in method.setting_names}
         for i in np.flatnonzero(wanted):
             rank_key = _first_match(config.rank_pattern, sites[name].names[i])
             alpha_key = _first_match(config.alpha_pattern, sites[name].names[i])
             unused -= {("rank_pattern", rank_key), ("alpha_pattern", alpha_key)}
-            rank = config.rank_pattern.get(rank_key, config.rank)
+            ranks[i] = config.rank_pattern.get(rank_key, config.rank)
             alpha = config.alpha_pattern.get(alpha_key, config.alpha)
-            ranks[i] = rank
-            scales[i] = alpha / np.sqrt(rank) if getattr(config, "rslora", False) else alpha / rank
-        members[name] = MemberSite(ranks, scales)
+            for setting, value in method.settings(config, int(ranks[i]), alpha).items():
+                settings[setting][i] = value
+        resolved[name] = ResolvedSite(ranks, settings)
     for key, pattern in sorted(unused):
         raise InputError(f"adapter.{key}: '{pattern}' matches no adapted module; those are {', '.join(list(chosen)[:12])}.")
-    return MemberSpec(config, members)
+    return ResolvedAdapter(config, resolved)
 
 
-def _first_match(patterns: dict[str, float] | dict[str, int], names: tuple[str, ...]) -> str:
+def _check_kinds(method: Method, config: AdapterConfig, sites: Sequence[Site]) -> None:
+    for site in sites:
+        if site.kind not in method.kinds:
+            kinds = " and ".join(method.kinds)
+            raise InputError(f"adapter.targets: '{method.name}' adapts {kinds} sites, and {site.name} is an {site.kind} site.")
+        if config.dropout > 0 and site.kind not in method.dropout_kinds:
+            raise InputError(f"adapter.dropout: '{method.name}' has none at {site.kind} sites ({site.name}).")
+
+
+def _first_match(patterns: Mapping[str, float], names: tuple[str, ...]) -> str:
     return next((p for p in patterns for n in names if fullmatch(rf"(.*\.)?({p})", n, "adapter.rank_pattern or adapter.alpha_pattern")), "")
 
 
-def unite(model: nnx.Module, members: list[MemberSpec]) -> Structure:
-    """The smallest structure that holds all members.
+def unite(model: nnx.Module, members: Sequence[ResolvedAdapter]) -> Layout:
+    """The smallest layout that holds all members.
 
     Raises:
-        ValueError: members differ in what is static (method, bias, modules_to_save), so that no structure holds them all.
+        ValueError: members differ in what is static (method, bias, modules_to_save), so that no layout holds them all.
     """
     statics = {(m.config.method, m.config.bias, tuple(m.config.modules_to_save)) for m in members}
     if len(statics) != 1:
         raise ValueError(f"members differ in method, bias or modules_to_save: {sorted(statics)}")
-    method, bias, saved = statics.pop()
+    _, bias, saved = statics.pop()
     own = tuple(dict.fromkeys(n for name in saved for n in modules_named(model, name) or (name,)))
-    return Structure(hold(find_sites(model), [m.needs for m in members]), any(m.config.dropout > 0 for m in members), method, bias, own)
+    sites = site_layouts(find_sites(model), [m.needs for m in members])
+    return Layout(sites, any(m.config.dropout > 0 for m in members), members[0].method, bias, own)
 
 
-def hold(sites: list[Site], needs: Sequence[Mapping[str, tuple[int, int]]]) -> tuple[SiteShape, ...]:
-    """The smallest shapes that hold several adapters at once.
+def site_layouts(sites: Sequence[Site], needs: Sequence[Mapping[str, tuple[int, int]]]) -> tuple[SiteLayout, ...]:
+    """The smallest site layouts that hold several adapters at once.
 
     In one stack all sites start at the lowest layer any of them adapts: the layers below are one segment without adapters.
 
@@ -140,8 +166,19 @@ def hold(sites: list[Site], needs: Sequence[Mapping[str, tuple[int, int]]]) -> t
     lowest: dict[object, int] = {}
     for name, (first, _) in ((n, v) for need in needs for n, v in need.items()):
         lowest[stacks[name]] = min(lowest.get(stacks[name], first), first)
-    shapes = []
+    layouts = []
     for site in sites:
         if ranks := [need[site.name][1] for need in needs if site.name in need]:
-            shapes.append(SiteShape(site, lowest[site.stack] if site.stack is not None else 0, max(ranks)))
-    return tuple(shapes)
+            layouts.append(SiteLayout(site, lowest[site.stack] if site.stack is not None else 0, max(ranks)))
+    return tuple(layouts)
+
+
+def label_table(layout: Layout) -> Table:
+    """The label table of a layout: the adapters' own parameters, then what the method says of the base's."""
+    own = tuple(
+        (re.escape(f"{s.site.name}.{name}"), parameter.label)
+        for s in layout.sites
+        for name, parameter in layout.method.parameters(s.site, s.rank).items()
+        if parameter.trained
+    )
+    return (*own, *layout.method.labels([s.site.name for s in layout.sites], layout.bias, layout.modules_to_save))

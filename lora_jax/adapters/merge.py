@@ -1,4 +1,4 @@
-"""Merging: folds each update into its weight, and back."""
+"""Merging: folds each adapter into its weight, and back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..models.decoder import Decoder
-from .methods.lora import LowRank
+from .inject import set_child
+from .methods.base import AdaptedSite
 
 
 class Merged(nnx.Module):
-    """A site whose update is folded into its weight; keeps what it was made of, so that unmerging gives the same bits."""
+    """A site whose adapter is folded into its weight; keeps what it was made of, so that unmerging gives the same bits."""
 
-    def __init__(self, merged: nnx.Module, original: LowRank):
+    def __init__(self, merged: nnx.Module, original: AdaptedSite):
         self.merged = merged
         self.original: Any = original
 
@@ -34,51 +35,67 @@ class Merged(nnx.Module):
 
 
 def merge(model: nnx.Module) -> nnx.Module:
-    """A model that computes `W + scale * A B` as one weight at every site. `model` is left as it was.
+    """A model that computes with one weight at every site, `W + scale * A B` for LoRA. `model` itself is unchanged.
 
-    The sum is taken in float32 and rounded once to the weight's dtype. In a stack whose lower layers have no adapters the weight
-    holds all layers still; those below are the base's own.
+    The weight is computed in float32 and rounded once to its dtype. A stacked weight keeps all its layers; those without an adapter
+    are equal to the base's.
 
     >>> from lora_jax.config.schema import AdapterConfig
     >>> from lora_jax.adapters.inject import inject
     >>> net = inject(nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0))), AdapterConfig(targets="all-linear"), rngs=nnx.Rngs(1))
     >>> type(unmerge(merge(net)).layers[0]).__name__
-    'LoRALinear'
+    'AdaptedSite'
     """
-    return _replace(model, LowRank, lambda module: Merged(_folded(module), module))
+    return _replace(model, AdaptedSite, lambda module: Merged(_folded(module), module))
 
 
 def unmerge(model: nnx.Module) -> nnx.Module:
-    """The model that `merge` was given: base weights and factors, bit for bit."""
+    """The model that was given to `merge`: its base weights and adapters, bit for bit."""
     return _replace(model, Merged, lambda module: module.original)
 
 
 def strip(model: nnx.Module) -> nnx.Module:
     """The model without its adapters: the base's own modules at every site. What else was trained stays as it is."""
-    return _replace(model, LowRank, lambda module: module.base)
+    return _replace(model, AdaptedSite, lambda module: module.base)
 
 
 def merged_base(model: nnx.Module) -> nnx.Module:
-    """A plain model, of the same classes as the base, with the merged weights: for export. Keeps no factors.
+    """A plain model, of the same classes as the base, with the merged weights: for export. Keeps no adapters.
 
-    LoRA on an embedding leaves the vocabulary projection as it is, so a projection tied to a merged embedding gets weights of its own.
+    An adapter on an embedding leaves the vocabulary projection as it is, so a projection tied to a merged embedding gets weights of its
+    own.
     """
     copy = copy_of(model)
     for _, module in nnx.iter_modules(copy):
-        if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, LowRank):
+        if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, AdaptedSite):
             module.untie()
-    return _replace(copy, LowRank, _folded)
+    return _replace(copy, AdaptedSite, _folded)
 
 
-def _folded(module: LowRank) -> nnx.Module:
+def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
+    """The merged weight and bias of the layers that a site has arrays for, float32."""
+    layers = len(module.ranks) if module.stacked else None
+    own = [getattr(module.base, name, None) for name in (module.weight, "bias")]
+    weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
+    assert weight is not None
+    return module.method.merged(module, weight, bias)
+
+
+def _folded(module: AdaptedSite) -> nnx.Module:
     folded: Any = copy_of(module.base)
-    weight = folded.kernel if hasattr(folded, "kernel") else folded.embedding
-    update = module.update()
-    full = weight[...]
-    if module.scale.ndim and update.shape[0] != full.shape[0]:
-        update = jnp.concatenate([jnp.zeros((full.shape[0] - update.shape[0], *full.shape[1:]), update.dtype), update])
-    weight[...] = (full.astype(jnp.float32) + update).astype(full.dtype)
+    weight, bias = merged_arrays(module)
+    _set_top(getattr(folded, module.weight), weight)
+    if bias is not None:
+        _set_top(folded.bias, bias)
     return folded
+
+
+def _set_top(variable: nnx.Variable, layers: jax.Array) -> None:
+    """Sets the topmost layers of a base's array, or all of it, rounded to its dtype."""
+    whole = variable[...]
+    layers = layers.astype(whole.dtype)
+    below = whole.shape[0] - layers.shape[0]
+    variable[...] = jnp.concatenate([whole[:below], layers]) if below else layers
 
 
 def copy_of(model: nnx.Module) -> nnx.Module:
@@ -89,15 +106,10 @@ def copy_of(model: nnx.Module) -> nnx.Module:
 
 def _replace(model: nnx.Module, kind: type, make: Callable[[Any], nnx.Module]) -> nnx.Module:
     copy = copy_of(model)
-    module: Any
     for _, module in list(nnx.iter_modules(copy)):
         for name, child in list(_children(module)):
             if isinstance(child, kind) and not isinstance(module, Merged):
-                new = make(child)
-                if isinstance(name, int):
-                    module[name] = new
-                else:
-                    setattr(module, name, new)
+                set_child(module, name, make(child))
     return copy
 
 

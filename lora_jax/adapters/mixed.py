@@ -15,29 +15,29 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from ..models.experts import grouped_matmul
-from ..models.layers import PER_SEGMENT
-from ..models.positions import targets_of
+from ..models.layers import PER_SEGMENT, Rows
 from ..parallel.constraints import take_positions
-from .methods.lora import AdapterSetting, LoRAParam
+from .methods.base import AdapterParam, AdapterSetting
+from .sites import Site, SiteModule
 
 NO_ADAPTER = -1
 
 
-class MixedSite(nnx.Module):
+class MixedSite(SiteModule):
     """What stands at a site in a mixed batch.
 
     Args:
         base: the module that stood there.
+        site: which one it is.
         a, b, scale: (..., adapters, inputs, rank), (..., adapters, rank, outputs) and (..., adapters) float32; the layers of a
             stacked site in front, the experts of an expert site after the adapters.
-        stacked: whether they are.
     """
 
-    def __init__(self, base: nnx.Module, a: jax.Array, b: jax.Array, scale: jax.Array, *, stacked: bool):
-        own: dict[str, Any] = {PER_SEGMENT: True} if stacked else {}
-        self.base: Any = base
-        self.lora_a = LoRAParam(a, **own)
-        self.lora_b = LoRAParam(b, **own)
+    def __init__(self, base: nnx.Module, site: Site, a: jax.Array, b: jax.Array, scale: jax.Array):
+        super().__init__(base, site)
+        own: dict[str, Any] = {} if site.depth is None else {PER_SEGMENT: True}
+        self.lora_a = AdapterParam(a, **own)
+        self.lora_b = AdapterParam(b, **own)
         self.scale = AdapterSetting(scale, **own)
         # Each layer's copy: a scan hands each layer its own part of every array.
         self.rows = AdapterSetting(jnp.full((*scale.shape[:-1], 1), NO_ADAPTER, jnp.int32), **own)
@@ -58,60 +58,51 @@ class MixedSite(nnx.Module):
 class MixedLinear(MixedSite):
     """A linear site."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y, rows = self.base(x), self.rows[...]
+    def __call__(self, x: jax.Array, rows: Rows | None = None) -> jax.Array:
+        y, adapters = self.base(x), self.rows[...]
         if x.ndim > 2 and x.shape[0] == 1:  # what all rows share (relative positions): from here on each has its own
-            x, y = (jnp.broadcast_to(a, (rows.shape[0], *a.shape[1:])) for a in (x, y))
-        rows = _rows_of(rows, x)
-        return self.add(y, jnp.einsum("n...i,nir->n...r", x.astype(y.dtype), self.lora_a[...][rows].astype(y.dtype)), rows)
+            x, y = (jnp.broadcast_to(a, (adapters.shape[0], *a.shape[1:])) for a in (x, y))
+        own = _adapters_of(adapters, x, rows)
+        return self.add(y, jnp.einsum("n...i,nir->n...r", x.astype(y.dtype), self.lora_a[...][own].astype(y.dtype)), own)
 
 
 class MixedEmbed(MixedSite):
     """An embedding site."""
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, rows: Rows | None = None) -> jax.Array:
         y = self.base(tokens)
-        rows = _rows_of(self.rows[...], y)
-        return self.add(y, self.lora_a[...][_along(rows, tokens), tokens].astype(y.dtype), rows)
-
-    def attend(self, query: jax.Array) -> jax.Array:
-        """The base's output projection with the same weights, which LoRA on an embedding leaves as it is."""
-        return self.base.attend(query)
-
-    @property
-    def embedding(self) -> nnx.Param:
-        """The base's weights."""
-        return self.base.embedding
+        own = _adapters_of(self.rows[...], y, rows)
+        return self.add(y, self.lora_a[...][_along(own, tokens), tokens].astype(y.dtype), own)
 
 
 class MixedExperts(MixedSite):
     """An expert site, (tokens * used, inputs): each row with its expert's factors out of its token's adapter's."""
 
-    def __call__(self, x: jax.Array, expert: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, expert: jax.Array, rows: Rows | None = None) -> jax.Array:
         y = self.base(x, expert)
         used = self.base.used
-        rows = jnp.repeat(_rows_of(self.rows[...], x[::used]), used)
+        own = jnp.repeat(_adapters_of(self.rows[...], x[::used], rows), used)
         a, b = (f[...].astype(y.dtype) for f in (self.lora_a, self.lora_b))
         adapters, experts = a.shape[:2]
-        which = jnp.clip(rows, 0, adapters - 1) * experts + expert
+        which = jnp.clip(own, 0, adapters - 1) * experts + expert
         low = grouped_matmul(x.astype(y.dtype), a.reshape(-1, *a.shape[2:]), which)
-        scale = _along(self.scale[...][rows], y).astype(y.dtype)
+        scale = _along(self.scale[...][own], y).astype(y.dtype)
         updated = y + grouped_matmul(low * scale, b.reshape(-1, *b.shape[2:]), which)
-        return jnp.where(_along(rows, y) < 0, y, updated)
+        return jnp.where(_along(own, y) < 0, y, updated)
 
 
 MIXED_MODULES: dict[str, type[MixedSite]] = {"linear": MixedLinear, "embedding": MixedEmbed, "expert": MixedExperts}
 
 
 def with_rows(model: nnx.Module, rows: ArrayLike | Sequence[int]) -> nnx.Module:
-    """The mixed model for another batch: the same arrays, other rows. `model` is left as it was; `rows` may be traced.
+    """The mixed model for another batch: the same arrays, other rows. `model` itself is unchanged; `rows` may be traced.
 
     Args:
-        model: of `AdapterBank.mixed`.
-        rows: (batch,) int32, each row's adapter as `AdapterBank.row_ids` gives it, -1 for none.
+        model: from `AdapterBank.mixed`.
+        rows: (batch,) int32, the adapter index of each row (`AdapterBank.row_ids`), -1 for no adapter.
 
     Raises:
-        ValueError: the model is not made for mixed batches.
+        ValueError: the model is not from `AdapterBank.mixed`.
     """
     ids = jnp.asarray(rows, jnp.int32)
     graphdef, state = nnx.split(model, graph=True)
@@ -129,21 +120,22 @@ def _along(rows: jax.Array, x: jax.Array) -> jax.Array:
     return rows.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _rows_of(rows: jax.Array, x: jax.Array) -> jax.Array:
-    """The adapter of each x[i]: x has a row of the batch for each i; or it is flat, (n, width), and has positions of rows.
+def _adapters_of(adapters: jax.Array, x: jax.Array, rows: Rows | None) -> jax.Array:
+    """The adapter of each x[i], (len(x),) int32.
 
-    Flat activations that a model gathered are at the positions it says (`models/positions.py`), others have equally many
-    positions of each row, in order.
+    Args:
+        adapters: (batch,), of each row of the batch.
+        x: an activation with a row of the batch for each i; or a flat one, (n, width), with equally many positions of each row, in order.
+        rows: where in the batch the x[i] are, if they were gathered.
 
     Raises:
-        ValueError: neither is the case.
+        ValueError: x belongs to a batch of another number of rows.
     """
-    if (targets := targets_of(x)) is not None:
-        index, shape = targets
-        if shape[0] != rows.shape[0]:
-            raise ValueError(f"a batch of {shape[0]} rows, and {rows.shape[0]} of them have adapters")
-        return take_positions(jnp.broadcast_to(rows[:, None, None], (*shape, 1)), index)[:, 0]
-    each, rest = divmod(x.shape[0], rows.shape[0])
+    if rows is not None:
+        if rows.shape[0] != adapters.shape[0]:
+            raise ValueError(f"a batch of {rows.shape[0]} rows, and {adapters.shape[0]} of them have adapters")
+        return take_positions(jnp.broadcast_to(adapters[:, None, None], (*rows.shape, 1)), rows.index)[:, 0]
+    each, rest = divmod(x.shape[0], adapters.shape[0])
     if each == 0 or rest or (each > 1 and x.ndim != 2):
-        raise ValueError(f"an activation of shape {x.shape} in a batch whose {rows.shape[0]} rows have adapters")
-    return jnp.repeat(rows, each)
+        raise ValueError(f"an activation of shape {x.shape} in a batch whose {adapters.shape[0]} rows have adapters")
+    return jnp.repeat(adapters, each)

@@ -1,11 +1,9 @@
 """Cutting an adapted model into what the compiled step takes: trainable, settings, frozen. Plain dicts of arrays, by name.
 
-Where a pack's arrays lie on a mesh: everything follows from the weight at a site.
-
-A's input axis lies as its weight's input axis does, B's output axis as its weight's output axis; the rank is whole everywhere. A
-trained weight of the base lies where it lay before. Optimizer state follows the array it belongs to. All of them have the
-members in front, along the mesh's `sweep` axis; members that it does not divide lie on all of its devices, and a step adds
-members that do not count (`even_members`).
+Where a pack's arrays lie on a mesh follows from the weight at a site: an axis of a method's parameter lies as the weight's axis that it
+goes along (`Parameter.axes`), and is replicated where there is none. A trained weight of the base lies where it lay before. Optimizer
+state follows the array it belongs to. All of them have the members in front, along the mesh's `sweep` axis; members that it does not
+divide lie on all of its devices, and a step adds members that do not count (`even_members`).
 """
 
 from __future__ import annotations
@@ -26,26 +24,43 @@ from ..parallel.constraints import gathered, looked_up
 from ..parallel.mesh import AnyMesh, parameter_sharding, place
 from .inject import LABEL
 from .labels import FROZEN
-from .layout import MemberSpec, Structure
-from .methods.lora import AdapterSetting
-from .sites import logical_name
+from .layout import Layout, ResolvedAdapter, SiteLayout
+from .methods.base import PARAMETER, AdapterSetting, DropoutKey, Parameter
+from .sites import adapted_paths, logical_name, parameter_name
 
 Arrays = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Partition:
-    """A model in parts.
+class SiteArray:
+    """An array of a method, and where it belongs.
 
     Attributes:
-        graphdef: its structure while training.
-        eval_graphdef: its structure while evaluating (no dropout).
-        paths: name -> where the variable stands; the names are dotted and say layers only where they are not stacked.
+        site: name of its site.
+        weight: name of the base's weight there.
+        parameter: what the method says of it.
+    """
+
+    site: str
+    weight: str
+    parameter: Parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """An adapted model in parts: static structure, and dicts of arrays by name.
+
+    Attributes:
+        graphdef: the structure for training.
+        eval_graphdef: the structure for evaluation (no dropout).
+        paths: name -> path of the variable in the model. Names are dotted, and contain a layer index only where layers are not stacked.
         labels: name of a trainable array -> its label.
-        axes: name -> the array's logical axes, of those that have names for them.
+        axes: name -> the array's logical axes, for arrays whose axes are named.
+        parameters: name -> its site and `Parameter`, for the arrays of methods (in `trainable`, or in `settings` if they are not trained).
+        dropout_keys: names of the settings that are dropout keys.
         trainable: float32 arrays that are differentiated.
-        settings: a member's untrained numbers (scales, dropout).
-        frozen: everything else: the base.
+        settings: untrained numbers of a member (scales, dropout rates).
+        frozen: everything else, which is the base.
     """
 
     graphdef: nnx.GraphDef[Any]
@@ -53,6 +68,8 @@ class Partition:
     paths: dict[str, tuple[Any, ...]]
     labels: dict[str, str]
     axes: dict[str, tuple[str | None, ...]]
+    parameters: dict[str, SiteArray]
+    dropout_keys: tuple[str, ...]
     trainable: Arrays
     settings: Arrays
     frozen: Arrays
@@ -69,7 +86,7 @@ class Partition:
 
 
 def partition(model: nnx.Module) -> Partition:
-    """Cuts an adapted model (`inject`) by its labels.
+    """Splits an adapted model (`inject`) into trainable, settings and frozen arrays, by label.
 
     Raises:
         ValueError: nothing is trainable, as in a model without adapters.
@@ -77,15 +94,21 @@ def partition(model: nnx.Module) -> Partition:
     graphdef, state = nnx.split(model, graph=True)
     eval_graphdef = nnx.graphdef(nnx.view(model, raise_if_not_found=False, deterministic=True, use_running_average=True))
     parts: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
-    paths, labels, axes = {}, {}, {}
+    adapted, modules = adapted_paths(model), dict(nnx.iter_modules(model))
+    paths, labels, axes, parameters, keys = {}, {}, {}, {}, []
     for path, variable in nnx.to_flat_state(state):
-        name = logical_name(path)
+        name = parameter_name(path, adapted)
         if name in paths:
             raise ValueError(f"two parameters are called '{name}'")
         paths[name] = path
         if len(named := variable.get_metadata().get(AXES, ())) == variable.ndim > 0:
             axes[name] = tuple(named)
         label = variable.get_metadata().get(LABEL, FROZEN)
+        if (parameter := variable.get_metadata().get(PARAMETER)) is not None:
+            site: Any = modules[path[:-1]]
+            parameters[name] = SiteArray(logical_name(path[:-1]), f"{logical_name(path[:-1])}.{site.weight}", parameter)
+        if isinstance(variable, DropoutKey):
+            keys.append(name)
         if isinstance(variable, AdapterSetting):
             parts[1][name] = variable.get_value()
         elif label != FROZEN:
@@ -95,49 +118,67 @@ def partition(model: nnx.Module) -> Partition:
             parts[2][name] = variable.get_value()
     if not labels:
         raise ValueError("nothing is trainable: inject adapters first")
-    return Partition(graphdef, eval_graphdef, paths, labels, axes, *parts)
+    return Partition(graphdef, eval_graphdef, paths, labels, axes, parameters, tuple(keys), *parts)
 
 
-def with_dropout_keys(settings: Arrays, key: jax.Array) -> Arrays:
-    """The settings with this step's dropout keys: one for each site and layer, whatever the structure around them.
+def with_dropout_keys(part: Partition, settings: Arrays, key: jax.Array) -> Arrays:
+    """The settings with this step's dropout keys: one for each site and layer, whatever the layout around them.
 
     Args:
+        part: that the settings are of.
+        settings: a member's.
         key: the member's key for this step.
     """
     out = dict(settings)
-    for name, keys in settings.items():
-        if not name.endswith(".dropout_key"):
-            continue
-        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    for name in part.dropout_keys:
+        keys, own = settings[name], jax.random.fold_in(key, zlib.crc32(name.encode()))
         if keys.ndim == 0:
             out[name] = own
         else:
-            # Counted from the top layer down: a member's top layer is the same in every structure, its lowest is not.
+            # Counted from the top layer down: a member's top layer is the same in every layout, its lowest is not.
             out[name] = jax.vmap(lambda i, own=own: jax.random.fold_in(own, i))(jnp.arange(keys.shape[0])[::-1])
     return out
 
 
-def update_mask(part: Partition, spec: MemberSpec, structure: Structure) -> Arrays | None:
-    """Which layers of a trained base weight a member trains: 1 or 0 for each layer, shaped to multiply the gradient.
+def update_mask(part: Partition, member: ResolvedAdapter, layout: Layout) -> Arrays | None:
+    """What of a trained array a member trains: 1 or 0, float32, shaped to multiply the gradient. None where nothing needs a mask.
 
-    `bias: lora_only` trains the biases of adapted layers alone, but a stacked bias holds those of all layers. None where nothing
-    needs a mask. Factors never do: their padding stays zero by itself.
+    `bias: lora_only` trains the biases of adapted layers alone, but a stacked bias holds those of all layers. A method's own arrays
+    need masks unless their padding keeps its value by itself (`Method.self_padding`).
     """
-    if structure.bias != "lora_only":
-        return None
     masks: dict[str, jax.Array] = {}
-    for shape in structure.sites:
-        name = f"{shape.site.name}.bias"
-        if shape.site.biased:
-            member = spec.sites.get(shape.site.name)
-            on = np.zeros(len(shape.site.names)) if member is None else (member.ranks > 0).astype(np.float32)
-            array = part.trainable[name]
-            masks[name] = jnp.asarray(on, jnp.float32).reshape(-1, *([1] * (array.ndim - 1))) if shape.site.depth else jnp.float32(on[0])
-    return masks
+    if layout.bias == "lora_only":
+        for of in layout.sites:
+            name = f"{of.site.name}.bias"
+            if of.site.biased:
+                on = (_ranks(member, of) > 0).astype(np.float32)
+                array = part.trainable[name]
+                masks[name] = jnp.asarray(on).reshape(-1, *([1] * (array.ndim - 1))) if of.site.depth else jnp.float32(on[0])
+    if not layout.method.self_padding:
+        ranks = {of.site.name: _ranks(member, of)[of.first :] for of in layout.sites}
+        for name, own in part.parameters.items():
+            if own.parameter.trained:
+                on = np.stack([_used(own.parameter, int(rank)) for rank in ranks[own.site]])
+                masks[name] = jnp.asarray(on if part.trainable[name].ndim == on.ndim else on[0])
+    return masks or None
+
+
+def _ranks(member: ResolvedAdapter, of: SiteLayout) -> np.ndarray:
+    """(depth,) or (1,): the member's rank at each layer of a site."""
+    own = member.sites.get(of.site.name)
+    return np.zeros(len(of.site.names), int) if own is None else own.ranks
+
+
+def _used(parameter: Parameter, rank: int) -> np.ndarray:
+    """1 where a layer of this rank has numbers of its own, 0 where it is padding: float32, of size 1 along the other axes."""
+    on = np.zeros([n if i in parameter.rank_axes else 1 for i, n in enumerate(parameter.shape)], np.float32)
+    if rank:
+        on[parameter.own(rank)] = 1
+    return on
 
 
 def trainable_spec(part: Partition, name: str, mesh: AnyMesh) -> PartitionSpec:
-    """How one member's trainable array lies; whole everywhere where its axes have no names.
+    """How one member's trainable array lies; replicated where its axes have no names.
 
     Args:
         part: `name` is one of `part.trainable`.
@@ -145,14 +186,13 @@ def trainable_spec(part: Partition, name: str, mesh: AnyMesh) -> PartitionSpec:
     array, axes = part.trainable[name], part.axes.get(name)
     if axes is None:
         return PartitionSpec(*[None] * array.ndim)
-    site, _, factor = name.rpartition(".")
-    if factor not in ("lora_a", "lora_b"):
+    if (own := part.parameters.get(name)) is None:
         return parameter_sharding(mesh, array.shape, axes).spec
-    whole = part.frozen | part.trainable
-    weight = next(n for n in (f"{site}.kernel", f"{site}.embedding") if n in whole)
-    *_, inputs, outputs = parameter_sharding(mesh, whole[weight].shape, part.axes[weight]).spec
-    lead = [None] * (array.ndim - 2)
-    return PartitionSpec(*lead, inputs, None) if factor == "lora_a" else PartitionSpec(*lead, None, outputs)
+    weight = part.frozen[own.weight] if own.weight in part.frozen else part.trainable[own.weight]
+    *_, inputs, outputs = parameter_sharding(mesh, weight.shape, part.axes[own.weight]).spec
+    along: dict[str | None, Any] = {"in": inputs, "out": outputs}
+    lead = [None] * (array.ndim - len(own.parameter.axes))
+    return PartitionSpec(*lead, *(along.get(axis) for axis in own.parameter.axes))
 
 
 def member_shardings(part: Partition, mesh: Mesh, tree: Any) -> Any:

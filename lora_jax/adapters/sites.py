@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -15,8 +16,6 @@ from ..errors import InputError, nearest
 from ..models.experts import ExpertLinear
 from ..models.head_shape import HEAD_MODULES
 from ..models.stack import Stack
-from .methods.lora import LowRank
-from .mixed import MixedSite
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "query", "key", "value", "out"),
@@ -42,6 +41,7 @@ class Site:
         names: for each layer (one entry where it is not stacked) all names that targets are matched against, our own first:
             `("layers.0.attn.q_proj", "model.layers.0.self_attn.q_proj")`.
         depth: how many layers are stacked in it; None where it is a single weight.
+        weight: what the module calls its weight: `kernel` or `embedding`.
         experts: how many there are, at a site of that kind.
         inputs, outputs: features in and out (of an embedding: rows, width).
         stack: path of the `Stack` that runs it, if one does.
@@ -53,6 +53,7 @@ class Site:
     name: str
     names: tuple[tuple[str, ...], ...]
     depth: int | None
+    weight: str
     experts: int | None
     inputs: int
     outputs: int
@@ -60,8 +61,34 @@ class Site:
     biased: bool
 
 
+class SiteModule(nnx.Module):
+    """What stands at a site in the place of the base's module, and holds that as `base`. Its class tells an adapted site.
+
+    Args:
+        base: the module that stood there.
+        site: which one it is.
+    """
+
+    # `models.layers.project` then says where the rows of a gathered input are.
+    takes_rows = True
+
+    def __init__(self, base: nnx.Module, site: Site):
+        self.base: Any = base
+        self.kind = site.kind
+        self.weight = site.weight
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """An embedding's output projection with the base's weights: an adapter on the embedding leaves it as it is (so does PEFT)."""
+        return self.base.attend(query)
+
+    @property
+    def embedding(self) -> nnx.Param:
+        """An embedding's weights, as the base has them."""
+        return self.base.embedding
+
+
 def logical_name(path: Iterable[Any], layer: int | str | None = None) -> str:
-    """The path as people write it: a stack's inner `segments.N.block` is left out, and an adapter's `base`.
+    """The path as people write it: a stack's inner `segments.N.block` is left out.
 
     >>> logical_name(("layers", "segments", 0, "block", "attn", "q_proj"), layer=3)
     'layers.3.attn.q_proj'
@@ -74,10 +101,34 @@ def logical_name(path: Iterable[Any], layer: int | str | None = None) -> str:
             parts = parts[3:]
         else:
             out.append(parts.pop(0))
-    # An adapted module holds the base's own as `base`; its parameters keep the names they had.
-    if len(out) > 1 and out[-2] == "base" and out[-1] in ("kernel", "bias", "embedding"):
-        del out[-2]
     return ".".join(out)
+
+
+def adapted_paths(model: nnx.Module) -> set[Path]:
+    """Where the adapted sites of a model are."""
+    return {path for path, module in nnx.iter_modules(model) if isinstance(module, SiteModule)}
+
+
+def parameter_name(path: Path, adapted: Collection[Path]) -> str:
+    """A variable's logical name. At an adapted site the base's own parameters keep the names they had.
+
+    Args:
+        path: of the variable.
+        adapted: `adapted_paths` of its model.
+
+    >>> parameter_name(("base", "q_proj", "base", "kernel"), {("base", "q_proj")})
+    'base.q_proj.kernel'
+    """
+    *owner, inner, name = path if len(path) > 1 else ("", *path)
+    return logical_name((*owner, name) if tuple(owner) in adapted and inner == "base" else path)
+
+
+def named_variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+    """Logical name and variable, of all variables of a model."""
+    adapted = adapted_paths(model)
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Variable):
+            yield parameter_name(path, adapted), variable
 
 
 def find_sites(model: nnx.Module) -> list[Site]:
@@ -87,30 +138,30 @@ def find_sites(model: nnx.Module) -> list[Site]:
         InputError: the model bears adapters already.
     """
     modules: dict[Path, nnx.Module] = dict(nnx.iter_modules(model))
-    if any(isinstance(m, LowRank | MixedSite) for m in modules.values()):
+    if any(isinstance(m, SiteModule) for m in modules.values()):
         raise InputError("the model bears adapters already: inject into the base.")
     sites = []
     for path, module in modules.items():
         shape = _weight_shape(module)
         if shape is None:
             continue
-        kind, leading, inputs, outputs = shape
+        kind, weight, leading, inputs, outputs = shape
         stack = next((path[:i] for i in range(len(path)) if isinstance(modules.get(path[:i]), Stack)), None)
         experts = leading.pop() if kind == "expert" else None
         depth = leading[0] if leading else None
         layers: list[int | None] = [None] if depth is None else list(range(depth))
         names = tuple(names_of(modules, path, i) for i in layers)
         biased = getattr(module, "bias", None) is not None
-        sites.append(Site(path, kind, logical_name(path), names, depth, experts, inputs, outputs, stack, biased))
+        sites.append(Site(path, kind, logical_name(path), names, depth, weight, experts, inputs, outputs, stack, biased))
     return sorted(sites, key=lambda s: [(isinstance(p, str), str(p).zfill(6)) for p in s.path])
 
 
-def _weight_shape(module: nnx.Module) -> tuple[str, list[int], int, int] | None:
-    """(kind, leading axes, inputs, outputs) of a module that can be a site, else None."""
+def _weight_shape(module: nnx.Module) -> tuple[str, str, list[int], int, int] | None:
+    """(kind, name of the weight, leading axes, inputs, outputs) of a module that can be a site, else None."""
     for kind, type_, weight, axes in _SITE_TYPES:
         if isinstance(module, type_):
             *leading, inputs, outputs = getattr(module, weight).shape
-            return (kind, leading, inputs, outputs) if len(leading) in axes else None
+            return (kind, weight, leading, inputs, outputs) if len(leading) in axes else None
     return None
 
 

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..config.messages import split_key
-from ..config.yaml import parse
+import typer
+
 from ..errors import InputError
-from .console import results_console
+from .options import results_console
 
 
-def compare_command(runs: list[Path], metric: str | None, reference: list[str]) -> None:
-    """Prints one table of all members of the runs, and one of each setting at its best learning rate."""
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, such as runs/quickstart.", show_default=False)],
+    metric: Annotated[str | None, typer.Option("--metric", metavar="NAME", help="The metric to compare by, such as loss.")] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reference", metavar="KEY=VALUE", help="Take differences to the members with this value. Repeatable. Default: the best."
+        ),
+    ] = None,
+) -> None:
+    """Compare finished runs.
+
+    Prints a table of all members, with confidence intervals over seeds and differences paired by seed. Members are paired only if they
+    trained on the same data for the same number of steps. A second table shows each setting at its best learning rate.
+    """
     from ..analysis import compare_runs
 
-    for table in compare_runs(runs, metric, _reference(reference)):
+    for table in compare_runs(runs, metric, _reference(reference or [])):
         results_console().print(table)
 
 
 def _reference(pairs: list[str]) -> dict[str, Any]:
+    from ..config.messages import split_key
+    from ..config.yaml import parse
+
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")

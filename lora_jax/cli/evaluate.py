@@ -1,16 +1,27 @@
-"""`lora-jax evaluate`: a run's saved adapters, again."""
+"""`lora-jax evaluate`: the metrics of a run's saved adapters."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Annotated
 
-from rich.table import Table
+import typer
 
-from .console import results_console
+from .options import RunPath, results_console
 
 
-def evaluate_command(run: Path, *, member: str | None, split: str) -> None:
-    """Prints the metrics of a run's saved adapters."""
+def evaluate(
+    run: RunPath,
+    member: Annotated[
+        str | None, typer.Option("--member", metavar="NAME", help="A member of a sweep. Default: all.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="The rows to use: eval (held out) or train.")] = "eval",
+) -> None:
+    """Evaluate the saved adapters of a run.
+
+    Loads the base and each member's saved adapter, and prints the metrics of the task.
+    """
+    from rich.table import Table
+
     from ..sweeps.restore import evaluate_run
     from ..tracking import Progress
 

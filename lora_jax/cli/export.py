@@ -1,21 +1,49 @@
-"""`lora-jax export`: a run's best member in the format of an exporter."""
+"""`lora-jax export`: a member of a run, written in a format that other programs read."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import click
+import typer
 import typer.core
 
-from ..config.types import size_text, to_bytes
 from ..errors import InputError
-from .console import results_console
+from .options import results_console
 
 
-def export_command(
-    run: Path, *, form: str | None, out: Path | None, member: str | None, dtype: str | None, max_shard_size: str | None
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN[/MEMBER]", help="A run directory, or the folder of a member in it.", show_default=False)
+    ],
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help="Name of an exporter; the list is below.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="A new folder. Default: FORMAT in the member's folder.", show_default=False),
+    ] = None,
+    member: Annotated[
+        str | None,
+        typer.Option("--member", metavar="NAME", help="A member of a sweep. Default: the best finished one.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="DTYPE", help="Dtype of the weights. Default: that of the base's files.", show_default=False),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", metavar="SIZE", help="The largest size of a weights file. Default: 5GB.", show_default=False),
+    ] = None,
 ) -> None:
-    """Writes a member of a run, and prints the folder and its files."""
+    """Export a member of a run for other programs.
+
+    Uses the member's best adapter if it was saved, else its final one. Weights are merged in float32 and rounded once. A README.md
+    records how the member was trained. An existing folder is never overwritten.
+    """
+    from ..config.types import size_text, to_bytes
     from ..interop.base import ExportOptions
     from ..interop.export import export_run
 
@@ -32,10 +60,10 @@ def export_command(
 
 
 class ExportHelp(typer.core.TyperCommand):
-    """A command whose `--help` ends with the list of exporters, those of other packages among them."""
+    """A command whose `--help` ends with the list of exporters, those of other packages included."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Imports the exporters, so `lora-jax export --help` alone waits for them."""
+        """Imports the exporters, so only `lora-jax export --help` waits for them."""
         from ..interop.export import format_list
 
         with formatter.section("Formats"):

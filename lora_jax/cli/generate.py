@@ -1,4 +1,4 @@
-"""`lora-jax generate`: text after prompts, or a conversation, by a model or by a trained member of a run."""
+"""`lora-jax generate`: text from prompts, or a conversation, with a model or a member of a run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import InputError
 
-# Tokens that a conversation may have before its program is compiled again.
+# Tokens a conversation may reach before its program is compiled again.
 _CHAT_LENGTH = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """The arguments of the command line.
+class Asked:
+    """The arguments of the command.
 
     Attributes:
         source: a run directory or a member's folder in it, a config, or a model.
-        member, adapter: which member of a run; a PEFT adapter for a model.
-        prompts, file: texts to go on from; a file with one a line.
-        chat, system: whether prompts are messages of a user; the system message.
-        options: of `generate`.
+        member, adapter: a member of a run; a PEFT adapter for a model.
+        prompts, file: texts to continue; a file with one per line.
+        chat, system: whether prompts are user messages; the system message.
+        options: keyword arguments of `lora_jax.generate`.
     """
 
     source: str
@@ -36,52 +38,104 @@ class Request:
     options: dict[str, Any]
 
 
-def generate_command(request: Request) -> None:
-    """Prints what follows each prompt; a single one's as it comes."""
-    prompts = _prompts(request)
+def generate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CONFIG|MODEL",
+            help="RUN: a run directory or the folder of a member in it. CONFIG: its run, or the base alone if it is not trained yet. "
+            "MODEL: a folder, a .safetensors or .gguf file, hf://org/name, package://import_name/path.",
+            show_default=False,
+        ),
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A text to continue. Repeatable.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="FILE", help="A file of prompts, one per line; they run as one batch.", show_default=False),
+    ] = None,
+    member: Annotated[
+        str | None,
+        typer.Option("--member", metavar="NAME", help="A member of a sweep. Default: the best finished one.", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="MODEL only: a PEFT adapter to load.", show_default=False)
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Treat prompts as user messages. Without prompts: a conversation in the terminal, or from stdin by line."
+        ),
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="With --chat: the system message.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="The largest number of new tokens.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="Sampling temperature. 0 decodes greedily.")] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="K", help="Sample from the K most likely tokens.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", metavar="P", help="Sample from the most likely tokens of total probability P.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling. Prompt i uses seed N + i.")] = 0,
+) -> None:
+    """Generate text from prompts, or hold a conversation.
+
+    Uses a member of a run, or any language model. A single answer is printed as it is generated, several after all are done.
+    """
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    generate_command(Asked(source, member, adapter, tuple(prompt or ()), file, chat, system, options))
+
+
+def generate_command(asked: Asked) -> None:
+    """Prints the continuation of each prompt; a single one is streamed."""
+    prompts = _prompts(asked)
     from ..generation.generate import Generator
     from ..generation.sampling import Sampling
     from ..weights.tokenizer import load_tokenizer
 
-    Sampling(*(request.options[k] for k in ("temperature", "top_k", "top_p")))  # refused before anything is loaded
-    model, source = _model(request)
+    Sampling(*(asked.options[k] for k in ("temperature", "top_k", "top_p")))  # refused before anything is loaded
+    model, source = _model(asked)
     tokenizer = load_tokenizer(source)
-    if request.chat and not tokenizer.chat_template:
+    if asked.chat and not tokenizer.chat_template:
         raise InputError(f"--chat: the tokenizer of {source} has no chat template.")
-    in_conversation = request.chat and not prompts
-    generator = Generator(model, tokenizer, length=_CHAT_LENGTH if in_conversation else 0)
-    if in_conversation:
-        _converse(generator, request)
+    talk = asked.chat and not prompts
+    generator = Generator(model, tokenizer, length=_CHAT_LENGTH if talk else 0)
+    if talk:
+        _converse(generator, asked)
         return
-    rows = [_opening(request) + [{"role": "user", "content": p}] for p in prompts] if request.chat else prompts
+    rows = [_opening(asked) + [{"role": "user", "content": p}] for p in prompts] if asked.chat else prompts
     if len(rows) == 1:
-        generator(rows, **request.options, stream=_show)
+        generator(rows, **asked.options, stream=_show)
         print()
         return
-    for number, (prompt, output) in enumerate(zip(prompts, generator(rows, **request.options), strict=True)):
+    for number, (prompt, output) in enumerate(zip(prompts, generator(rows, **asked.options), strict=True)):
         print(f"[{number}] {prompt}\n{output.text}\n")
 
 
-def _prompts(request: Request) -> list[str]:
-    if request.prompts and request.file is not None:
-        raise InputError("--prompt and --file: give one of them.")
-    if request.system is not None and not request.chat:
-        raise InputError("--system: goes with --chat.")
-    if request.file is None:
-        if not request.prompts and not request.chat:
+def _prompts(asked: Asked) -> list[str]:
+    if asked.prompts and asked.file is not None:
+        raise InputError("--prompt and --file: give only one of them.")
+    if asked.system is not None and not asked.chat:
+        raise InputError("--system: needs --chat.")
+    if asked.file is None:
+        if not asked.prompts and not asked.chat:
             raise InputError("no prompt: give --prompt TEXT or --file FILE, or --chat for a conversation.")
-        return list(request.prompts)
+        return list(asked.prompts)
     try:
-        lines = [line for line in request.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in asked.file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--file: {request.file} cannot be read ({error}).") from None
+        raise InputError(f"--file: {asked.file} cannot be read ({error}).") from None
     if not lines:
-        raise InputError(f"--file: {request.file} has no line with a prompt in it.")
+        raise InputError(f"--file: {asked.file} contains no prompt.")
     return lines
 
 
-def _model(request: Request) -> tuple[Any, str]:
-    """The model, and where its tokenizer is."""
+def _model(asked: Asked) -> tuple[Any, str]:
+    """The model, and the source of its tokenizer."""
     from ..analysis.best import choose_member
     from ..config.load import load_config
     from ..interop.peft.load import load_peft
@@ -89,35 +143,35 @@ def _model(request: Request) -> tuple[Any, str]:
     from ..sweeps.restore import restore_member
     from ..tracking import holds_run
 
-    path, run, source = Path(request.source), None, request.source
+    path, run, source = Path(asked.source), None, asked.source
     if path.is_file() and path.suffix in (".yaml", ".yml"):
         config = load_config(path)
         source, run = config.model.source, Path(config.tracking.dir) / config.name
         if not run.exists() or not holds_run(run):
-            _note(f"{run} was not trained yet: this is the base alone")
+            _say(f"{run} is not trained yet; using the base model alone")
             run = None
     elif (path / "config.yaml").is_file() or (path.parent / "config.yaml").is_file():
         run = path
     if run is None:
-        if request.member is not None:
-            raise InputError(f"--member: {request.source} is no run with members.")
+        if asked.member is not None:
+            raise InputError(f"--member: {asked.source} is a model, not a run with members.")
         model = load_model(source, key="model.source")
-        return (model if request.adapter is None else load_peft(model, request.adapter)), source
-    if request.adapter is not None:
-        raise InputError("--adapter: goes with a model; a run has adapters of its own (--member).")
-    run, member, why = choose_member(run, request.member)
-    _note(f"member {member.name}" + (f" ({why})" if why else ""))
+        return (model if asked.adapter is None else load_peft(model, asked.adapter)), source
+    if asked.adapter is not None:
+        raise InputError("--adapter: needs a MODEL. A run has its own adapters; choose one with --member.")
+    run, member, why = choose_member(run, asked.member)
+    _say(f"member {member.name}" + (f" ({why})" if why else ""))
     return restore_member(run, member).model, member.config.model.source
 
 
-def _converse(generator: Any, request: Request) -> None:
-    """One turn a line, until the input ends; empty lines are skipped."""
-    messages = _opening(request)
+def _converse(generator: Any, asked: Asked) -> None:
+    """A turn per line until the input ends. Empty lines are skipped."""
+    messages = _opening(asked)
     for line in _turns():
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        output = generator([messages], **request.options, stream=_show)[0]
+        output = generator([messages], **asked.options, stream=_show)[0]
         print(flush=True)
         messages.append({"role": "assistant", "content": output.text})
 
@@ -126,7 +180,7 @@ def _turns() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
-    _note("a conversation; an end of file (Ctrl-D) ends it")
+    _say("end the conversation with Ctrl-D")
     while True:
         try:
             yield input("> ")
@@ -135,13 +189,13 @@ def _turns() -> Iterator[str]:
             return
 
 
-def _opening(request: Request) -> list[dict[str, str]]:
-    return [] if request.system is None else [{"role": "system", "content": request.system}]
+def _opening(asked: Asked) -> list[dict[str, str]]:
+    return [] if asked.system is None else [{"role": "system", "content": asked.system}]
 
 
 def _show(_: int, piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _note(text: str) -> None:
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

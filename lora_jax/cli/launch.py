@@ -1,4 +1,4 @@
-"""`lora-jax launch`: `train` or `sweep` as several processes of this machine, or as jobs of a Slurm cluster."""
+"""`lora-jax launch`: `train` or `sweep` as several processes on this machine, or as jobs of a Slurm cluster."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from ..config.load import load_config
+import typer
+
 from ..errors import InputError, hint
+from .options import ConfigPath, Fresh, Overrides, Yes
 
 if TYPE_CHECKING:
     from ..launch.slurm import SlurmOptions
@@ -24,13 +26,13 @@ class LaunchOptions:
 
     Attributes:
         on: `local` or `slurm`.
-        processes: of one program, on this machine.
-        devices: CPU devices each process is to see; its own by default.
-        parts: jobs that share a sweep.
-        fresh: set an old run aside first.
+        processes: number of processes of one program, on this machine.
+        devices: CPU devices per process; the real ones by default.
+        parts: number of jobs that share a sweep.
+        fresh: rename an old run directory first.
         many: train a sweep of more than 10,000 members.
         wait: return when the jobs have ended.
-        slurm: what to ask Slurm for; keys of `SlurmOptions`.
+        slurm: options of the Slurm jobs; keys of `SlurmOptions`.
     """
 
     on: str = "local"
@@ -43,11 +45,95 @@ class LaunchOptions:
     slurm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def launch(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    on: Annotated[str, typer.Option("--on", metavar="PLACE", help="Where to run: local (this machine) or slurm.")] = "local",
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", metavar="N", min=1, help="local: the number of processes of one program.", show_default=False),
+    ] = None,
+    devices_per_process: Annotated[
+        int | None,
+        typer.Option("--devices-per-process", metavar="N", min=1, help="CPU only: virtual devices per process.", show_default=False),
+    ] = None,
+    fresh: Fresh = False,
+    yes: Yes = False,
+    parts: Annotated[
+        int, typer.Option("--parts", metavar="N", min=1, help="slurm: run a sweep as an array of N jobs that share its members.")
+    ] = 1,
+    wait: Annotated[bool, typer.Option("--wait", help="slurm: wait for the jobs, and exit with the exit code of one that failed.")] = False,
+    partition: Annotated[str | None, typer.Option("--partition", metavar="NAME", help="slurm: the partition.", show_default=False)] = None,
+    account: Annotated[str | None, typer.Option("--account", metavar="NAME", help="slurm: the account.", show_default=False)] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", metavar="N", min=1, help="slurm: nodes per job. Default: 1.", show_default=False)
+    ] = None,
+    tasks_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--tasks-per-node",
+            metavar="N",
+            min=1,
+            help="slurm: processes per node. Default: --gpus-per-node if given, else 1.",
+            show_default=False,
+        ),
+    ] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option("--cpus-per-task", metavar="N", min=1, help="slurm: cores per process.", show_default=False)
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", metavar="N", min=1, help="slurm: GPUs per node.", show_default=False)
+    ] = None,
+    mem: Annotated[
+        str | None, typer.Option("--mem", metavar="SIZE", help="slurm: memory per node, such as 64G.", show_default=False)
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option("--time", metavar="LIMIT", help="slurm: MINUTES or HOURS:MINUTES:SECONDS. Default: 60.", show_default=False),
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--setup",
+            metavar="LINE",
+            help="slurm: a shell line before the run, such as 'module load cuda'. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sbatch", metavar="KEY=VALUE", help="slurm: another option of sbatch, such as qos=high. Repeatable.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Run a config as several processes, or on a Slurm cluster.
+
+    Runs `sweep` if the config has a sweep, else `train`. All processes share each training step, so the config's mesh must use all
+    devices (mesh.data: -1). On Slurm a job has --nodes x --tasks-per-node processes. --parts splits a sweep over an array of jobs.
+    """
+    slurm = slurm_options(
+        partition=partition,
+        account=account,
+        nodes=nodes,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        gpus_per_node=gpus_per_node,
+        mem=mem,
+        time=time,
+        setup=setup,
+        sbatch=sbatch,
+    )
+    options = LaunchOptions(on, processes, devices_per_process, parts, fresh, yes, wait, slurm)
+    if code := launch_command(config, overrides or [], options):
+        raise typer.Exit(code)
+
+
 def slurm_options(**given: Any) -> dict[str, Any]:
-    """The options that were given, as `SlurmOptions` takes them.
+    """The given options, as keyword arguments of `SlurmOptions`.
 
     Raises:
-        InputError: an `--sbatch` is not KEY=VALUE.
+        InputError: an `--sbatch` value is not KEY=VALUE.
     """
     options = {key: value for key, value in given.items() if value not in (None, [])}
     if "setup" in options:
@@ -63,12 +149,14 @@ def slurm_options(**given: Any) -> dict[str, Any]:
 
 
 def launch_command(config: Path, overrides: Sequence[str], options: LaunchOptions) -> int:
-    """Starts the run of a config; returns the exit code of what was waited for.
+    """Starts the run of a config; returns the exit code of the processes or jobs it waited for.
 
     Raises:
-        InputError: the config or the options will not do. Nothing was started or written.
-        RunError: it could not be started.
+        InputError: the config or an option is wrong. Nothing was started or written.
+        RunError: the processes or jobs could not be started.
     """
+    from ..config.load import load_config
+
     loaded = load_config(config, list(overrides))
     _check(options, has_sweep=loaded.sweep is not None)
     from ..launch.local import run_locally, virtual_devices
@@ -76,7 +164,7 @@ def launch_command(config: Path, overrides: Sequence[str], options: LaunchOption
 
     run = Path(loaded.tracking.dir) / loaded.name
     if holds_run(run) and options.fresh:
-        print(f"{run}: set aside as {set_aside(run)}", file=sys.stderr)
+        print(f"{run}: renamed to {set_aside(run)}", file=sys.stderr)
     command = [sys.executable, "-m", "lora_jax.cli.main", "train" if loaded.sweep is None else "sweep", str(config), *overrides]
     command += ["--yes"] if options.many and loaded.sweep is not None else []
     environment = virtual_devices(options.devices, os.environ) if options.devices else {}
@@ -100,12 +188,12 @@ def _submit(command: list[str], options: LaunchOptions, slurm: SlurmOptions, run
 
 def _check(options: LaunchOptions, *, has_sweep: bool) -> None:
     if options.on not in PLACES:
-        raise InputError(f"--on: '{options.on}'. {hint(options.on, PLACES)}")
+        raise InputError(f"--on: unknown place '{options.on}'. {hint(options.on, PLACES)}")
     if options.on == "local" and (
         foreign := [*options.slurm, *(["parts"] if options.parts > 1 else []), *(["wait"] if options.wait else [])]
     ):
-        raise InputError(f"--{foreign[0].replace('_', '-')} belongs to --on slurm.")
+        raise InputError(f"--{foreign[0].replace('_', '-')}: needs --on slurm.")
     if options.on == "slurm" and options.processes is not None:
-        raise InputError("--processes belongs to --on local; on Slurm their number is --nodes times --tasks-per-node.")
+        raise InputError("--processes: needs --on local. On Slurm use --nodes and --tasks-per-node.")
     if options.parts > 1 and not has_sweep:
-        raise InputError(f"--parts: {options.parts}, but the config has no 'sweep' to share.")
+        raise InputError(f"--parts: {options.parts}, but the config has no 'sweep' to split.")

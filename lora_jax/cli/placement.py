@@ -12,7 +12,7 @@ from ..config.load import load_config
 from ..packing.forecast import Forecast, forecast
 from ..packing.planner import plan_packs
 from ..sweeps.space import members_of
-from .console import results_console
+from .options import results_console
 
 
 def placement_command(config: Path, overrides: list[str]) -> None:

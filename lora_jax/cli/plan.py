@@ -8,7 +8,7 @@ from ..config.schema import Config
 from ..config.types import size_text
 from ..packing.planner import Part
 from ..sweeps.outlook import Outlook, PackOutlook, look_ahead
-from .console import results_console
+from .options import results_console
 
 _NAMES = 20
 

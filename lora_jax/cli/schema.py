@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
-from ..config.messages import config_schema
+import typer
+
 from ..errors import InputError
 
 
-def schema_command(output: Path | None) -> None:
-    """Print the schema, or write it to `output` (which is replaced)."""
+def schema(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to this file instead of the screen.", show_default=False)
+    ] = None,
+) -> None:
+    """Print the JSON schema of the config.
+
+    Editors use it to complete and check configs. Write it to a file, and name the file in the first line of the YAML:
+    # yaml-language-server: $schema=FILE
+    """
+    from ..config.messages import config_schema
+
     text = json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
     if output is None:
         print(text, end="")

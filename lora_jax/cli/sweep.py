@@ -1,64 +1,129 @@
-"""`lora-jax sweep`: all members of a grid, packed."""
+"""`lora-jax train` and `lora-jax sweep`: train one adapter, or all members of a sweep."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config.load import load_config
-from ..config.schema import Config
 from ..errors import InputError, RunError
 from ..parallel.processes import Joining, is_writer, join
-from ..sweeps.space import MANY, points
-from .console import results_console
+from .options import (
+    ConfigPath,
+    Coordinator,
+    ExtendSteps,
+    Fresh,
+    Overrides,
+    ProcessCount,
+    ProcessId,
+    StartTimeout,
+    Yes,
+    results_console,
+    with_extension,
+)
 
 if TYPE_CHECKING:
+    from ..config.schema import Config
     from ..packing.planner import Part
     from ..sweeps.run import SweepOutcome
     from ..tracking import Progress
 
 
-def sweep_command(
-    config: Path,
-    overrides: list[str],
-    *,
-    solo: bool,
-    fresh: bool,
-    many: bool,
-    part: str | None,
-    plan: bool,
-    retry: list[str],
-    joining: Joining,
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    extend_steps: ExtendSteps = None,
+    coordinator: Coordinator = None,
+    process_id: ProcessId = None,
+    process_count: ProcessCount = None,
+    start_timeout: StartTimeout = 300.0,
 ) -> None:
-    """Trains a config's sweep, or a part of it, and shows what it came to; with `plan` shows what that would take and trains nothing."""
-    loaded = load_config(config, overrides)
+    """Train one adapter.
+
+    The run directory runs/NAME/ holds the resolved config, TensorBoard events, results and checkpoints. The same command resumes an
+    interrupted run. A run directory of another config is refused. On SIGTERM or Ctrl-C the run saves a checkpoint, then exits with
+    code 75 or 130.
+    """
+    from ..config.load import load_config
+
+    loaded = load_config(config, with_extension(overrides, extend_steps))
+    if loaded.sweep is not None:
+        raise InputError(f"{config}: has a 'sweep'. Run: lora-jax sweep {config}, or train one adapter with the override sweep=null.")
+    joining = Joining(coordinator, process_id, process_count, start_timeout)
+    run_and_report(loaded, solo=True, fresh=fresh, joining=joining)
+
+
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    solo: Annotated[bool, typer.Option("--solo", help="Train each member alone, for comparison: same results, more time.")] = False,
+    fresh: Fresh = False,
+    extend_steps: ExtendSteps = None,
+    yes: Yes = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            metavar="I/N",
+            help="Train part I of N of the members. Other processes train the other parts into the same run directory.",
+            show_default=False,
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show packs, members, memory, FLOPs and estimated time. Trains and writes nothing.")
+    ] = False,
+    retry: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--retry",
+            metavar="NAME",
+            help="Train a failed or diverged member again, by name or pattern such as 'rank=8,*'. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    coordinator: Coordinator = None,
+    process_id: ProcessId = None,
+    process_count: ProcessCount = None,
+    start_timeout: StartTimeout = 300.0,
+) -> None:
+    """Train all members of a sweep over one frozen base.
+
+    The config's `sweep` section (grid, zip, random, members, seeds) defines the members. They are packed into as few compiled
+    programs as possible. The run directory runs/NAME/ holds one folder per member, results.csv and a report.
+    """
+    from ..config.load import load_config
+    from ..sweeps.space import MANY, points
+
+    loaded = load_config(config, with_extension(overrides, extend_steps))
     if loaded.sweep is None:
-        raise InputError(f"{config}: has no 'sweep'. Add sweep.grid or another way to name members, or run: lora-jax train {config}")
+        raise InputError(f"{config}: has no 'sweep'. Add one (sweep.grid, for example), or run: lora-jax train {config}")
     if part is not None and fresh:
-        raise InputError("--fresh: not with --part, whose run others share. Give another 'name=', or let `lora-jax launch --fresh` do it.")
-    if not many and sys.stdin.isatty() and sum(1 for _ in itertools.islice(points(loaded), MANY + 1)) > MANY:
-        many = typer.confirm(f"{config} names more than {MANY:,} members. Train them all?")
+        raise InputError(
+            "--fresh: not with --part, because other parts use the run directory. Use another 'name=', or lora-jax launch --fresh."
+        )
+    if not yes and sys.stdin.isatty() and sum(1 for _ in itertools.islice(points(loaded), MANY + 1)) > MANY:
+        yes = typer.confirm(f"{config} defines more than {MANY:,} members. Train them all?")
     if plan:
         from ..packing.planner import Part
         from .plan import plan_command
 
-        plan_command(loaded, solo=solo, fresh=fresh, many=many, part=Part.parse(part) if part is not None else None)
+        plan_command(loaded, solo=solo, fresh=fresh, many=yes, part=Part.parse(part) if part is not None else None)
         return
-    run_and_report(loaded, solo=solo, fresh=fresh, many=many, part=part, retry=retry, joining=joining)
+    joining = Joining(coordinator, process_id, process_count, start_timeout)
+    run_and_report(loaded, solo=solo, fresh=fresh, many=yes, part=part, retry=retry or [], joining=joining)
 
 
 def run_and_report(
     config: Config, *, solo: bool, fresh: bool, many: bool = False, part: str | None = None, retry: Sequence[str] = (), joining: Joining
 ) -> None:
-    """Runs, then writes heat map and report, then prints the table and where things are: of several processes, the first does so.
+    """Trains a config's members, then writes the report and prints the results; of several processes only the first writes.
 
     Raises:
-        RunError: members failed; all the rest is done.
+        RunError: members failed. All other members are trained and reported.
     """
     from ..packing.planner import Part
     from ..sweeps.failures import told_failures
@@ -76,12 +141,12 @@ def run_and_report(
         raise RunError(failures)
 
 
-def _report(config: Config, outcome: SweepOutcome, share: Part | None, progress: Progress) -> None:
+def _report(config: Config, outcome: SweepOutcome, part: Part | None, progress: Progress) -> None:
     from ..analysis import rates_table, report_run, results_table, write_heatmap, write_summary_csv
 
     if outcome.unfinished:
         left = outcome.unfinished
-        progress.print(f"part {share} is done; members of other parts yet to end: {left}. The last part writes the report.")
+        progress.print(f"part {part} is done; unfinished members of other parts: {left}. The last part writes the report.")
         return
     console = results_console()
     reference = config.sweep.reference if config.sweep else None

@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ..errors import InputError, hint
 
@@ -89,6 +89,12 @@ FAMILIES: Door[Any] = Door("family", "lora_jax.models.families", "lora_jax.famil
 TRANSFORMS: Door[Any] = Door("base transform", "lora_jax.models.transforms", "lora_jax.transforms")
 EXPORTERS: Door[Any] = Door("exporter", "lora_jax.interop", "lora_jax.exporters")
 
+register_method = METHODS.register
+register_task = TASKS.register
+register_family = FAMILIES.register
+register_transform = TRANSFORMS.register
+register_exporter = EXPORTERS.register
+
 
 class OneOf:
     """Says of a config field that its section is that of a door's thing (its attribute `section`), told apart by one key.
@@ -108,6 +114,8 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         choices = {name: handler.generate_schema(section) for name, section in self.sections().items()}
+        if not choices:  # pydantic has no union of nothing
+            return core_schema.no_info_plain_validator_function(self._none)
         return core_schema.no_info_before_validator_function(
             self._without_defaults_of_others, core_schema.tagged_union_schema(choices, discriminator=self._tag)
         )
@@ -125,5 +133,32 @@ class OneOf:
 
         return {key: held for key, held in value.items() if key in own.model_fields or not says_nothing(key, held)}
 
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) if self.sections() else {"type": "object"}
+
+    def _none(self, value: Any) -> Any:
+        raise PydanticCustomError("union_tag_invalid", "nothing is registered")
+
+    def wrong(self, error: Mapping[str, Any], below: Sequence[str | int]) -> str:
+        """The sentence for what pydantic found wrong in a section that stands in a list.
+
+        Args:
+            error: one of `ValidationError.errors()`.
+            below: the rest of its path: the section's kind and key, as far as it got.
+        """
+        value, kind, key = error["input"], str(below[0]) if below else "", ".".join(map(str, below[1:]))
+        if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            if not isinstance(value, dict) or self.key not in value:
+                return f"must be a section such as {{{self.key}: ...}}, got {value!r}. {hint('', self.door)}".rstrip()
+            return f"there is no {self.door.what} '{value[self.key]}'. {hint(str(value[self.key]), self.door)}".rstrip()
+        if error["type"] == "extra_forbidden":
+            return f"'{kind}' has no key '{key}'. {hint(key, self.door.all()[kind].section.model_fields)}".rstrip()
+        said = error["ctx"]["error"] if error["type"] == "value_error" else f"{error['msg'][0].lower()}{error['msg'][1:]}"
+        return f"{kind}: {key + ': ' if key else ''}{said}" + ("." if error["type"] in ("missing", "value_error") else f", got {value!r}.")
+
     def _tag(self, value: Any) -> Any:
         return value.get(self.key, self.default) if isinstance(value, dict) else getattr(value, self.key, None)
+
+
+# Where the config holds a list of sections: path -> of what.
+SECTION_LISTS: dict[tuple[str | int, ...], OneOf] = {("model", "transforms"): OneOf(TRANSFORMS, "kind")}

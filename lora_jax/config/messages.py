@@ -1,7 +1,4 @@
-"""The config's dotted keys: which there are, what each holds, and which one a wrong one was probably meant to be.
-
-Says in a person's words what the schema found wrong with a config: which key, what it must be, what it is.
-"""
+"""The config's dotted keys, the one that a wrong one was probably meant to be, and what the schema found wrong, in words."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InputError, hint, nearest
-from .doors import METHODS, TASKS, TRANSFORMS
+from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS
 from .schema import Config
 from .yaml import Path
 
@@ -124,7 +121,7 @@ def why_not_swept(dotted: str) -> str | None:
     if top not in _NOT_SWEPT:
         return None
     swept = sorted({key.split(".")[0] for key in valid_keys()} - set(_NOT_SWEPT))
-    return f"'{dotted}' cannot be swept: the members of a sweep share it. Keys of these sections can: {', '.join(swept)}."
+    return f"'{dotted}' cannot be swept, because all members share it. Sections that can be swept: {', '.join(swept)}."
 
 
 def _children(section: str) -> list[str]:
@@ -188,13 +185,9 @@ def _tree() -> _Tree:
     return _Tree(leaves, tuple(sections), kinds, own)
 
 
-def _forget() -> None:
-    _schema.cache_clear()
-    _tree.cache_clear()
-
-
 for _door in (METHODS, TASKS, TRANSFORMS):
-    _door.on_change(_forget)
+    _door.on_change(_schema.cache_clear)
+    _door.on_change(_tree.cache_clear)
 
 
 def without_kinds(loc: tuple[str | int, ...]) -> Path:
@@ -246,7 +239,10 @@ def problems(error: ValidationError, data: Any) -> list[Problem]:
     for item in error.errors(include_url=False):
         loc = without_kinds(item["loc"])
         path = _known_part(loc)
-        if item["type"] in _UNKNOWN:
+        if path in SECTION_LISTS and len(loc) > len(path):
+            at, (number, *below) = loc[: len(path) + 1], loc[len(path) :]
+            others.setdefault(at, Problem(at, f"{'.'.join(map(str, path))}.{number}: {SECTION_LISTS[path].wrong(item, below)}"))
+        elif item["type"] in _UNKNOWN:
             dotted = ".".join(str(part) for part in loc)
             kinds = belongs_to(dotted)
             text = f"'{dotted}' belongs to {' or '.join(kinds)}." if kinds else unknown_key(dotted)
@@ -352,7 +348,7 @@ def _sentence(path: Path, item: Mapping[str, Any], data: Any) -> str:
     if key in section_keys() or schema is None:
         return f"{prefix}must be a section (keys with values, indented below it), got {show(value)}."
     if item["type"] == "string_pattern_mismatch":
-        return f"{prefix}may hold letters, digits, '.', '_' and '-' and begins with a letter or digit, got {show(value)}."
+        return f"{prefix}must start with a letter or digit and contain only letters, digits, '.', '_' and '-', got {show(value)}."
     if item["type"] == "finite_number":
         return f"{prefix}must be a finite number, got {show(value)}."
     return f"{prefix}must be {expected(schema)}, got {show(value)}.{_advice(schema, value)}"

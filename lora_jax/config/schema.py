@@ -1,4 +1,4 @@
-"""The typed config: one YAML file, one `Config`. Every field's description is what the JSON schema shows in an editor."""
+"""The typed config: one YAML file, one `Config`. The descriptions of fields appear in the JSON schema."""
 
 from __future__ import annotations
 
@@ -7,87 +7,111 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from .doors import METHODS, TASKS, TRANSFORMS, OneOf
+from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS, OneOf
 from .sweep import SweepConfig
 from .types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
+class TransformConfig(Section):
+    """What the sections of all base transforms have in common; each transform's own adds its keys (`models/transforms/`)."""
+
+    kind: str = Field(description="Which transform.")
+
+
 class ModelConfig(Section):
+    # Its transforms are known when the first config is read, and may become more.
+    model_config = ConfigDict(defer_build=True)
+
     source: str = Field(
         description="A Hugging Face folder, a .gguf or .safetensors file, hf://org/name[@revision], or package://import_name/path."
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="The base's weights and matmuls; adapters stay float32.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Dtype of the base's weights and matmuls. Adapters stay float32."
+    )
     remat: Literal["none", "dots", "full"] = Field(
         default="dots",
         description=(
-            "What each layer keeps for the backward pass: everything but weight slices (none), "
+            "Rematerialisation. What each layer keeps for the backward pass: everything but weight slices (none), "
             "matmul results (dots), or only its input (full)."
         ),
     )
     scan_layers: bool = Field(
         default=True,
         description=(
-            "One loop over the layers, compiled once for all. false: each is compiled by itself, and a step takes about a tenth less "
-            "time on CPUs, but compiling more with depth, and a copy of the layers' weights may be held while a step runs. "
-            "(Where a mesh cuts the weights up it is a loop all the same.)"
+            "Run the layers as one loop, compiled once. false: compile each layer separately. A step then takes about a tenth less time "
+            "on CPUs, but compile time grows with depth, and a copy of the layers' weights may be held during a step. "
+            "A mesh that shards the weights always uses the loop."
         ),
     )
     dropout: Fraction = Field(
         default=0.0,
-        description="The base's own dropout while training: embeddings, attention, sub-layers' outputs. The same for all members.",
+        description="Dropout of the base during training (embeddings, attention, outputs of sublayers). Shared by all members.",
     )
+    transforms: list[Annotated[TransformConfig, SECTION_LISTS["model", "transforms"]]] = Field(
+        default_factory=list,
+        description="What is done to the base once it is loaded, in this order: [{kind: ..., ...}]; each kind has keys of its own.",
+    )
+
+    @field_validator("transforms")
+    @classmethod
+    def _transforms(cls, value: list[TransformConfig]) -> list[TransformConfig]:
+        kinds = [section.kind for section in value]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice is not None:
+            raise ValueError(f"lists '{twice}' twice")
+        return value
 
 
 class TaskConfig(Section):
     """What the sections of all tasks have in common; each task's own adds its keys (`tasks/`)."""
 
-    kind: str = Field(description="What is learned; each kind of task has keys of its own.")
+    kind: str = Field(description="The kind of task. Each kind has its own keys.")
     source: str = Field(
         description="A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision], or package://import_name/path."
     )
     eval_source: str | None = Field(
-        default=None, description="A separate held-out file; without it `eval_size` rows of `source` are held out."
+        default=None, description="A separate held-out file. Without it, `eval_size` rows of `source` are held out."
     )
     eval_size: PositiveInt = Field(
-        default=500, description="How many rows are held out (with `eval_source`: how many of its rows are used)."
+        default=500, description="Number of held-out rows (with `eval_source`: the number of its rows that are used)."
     )
-    train_size: PositiveInt | None = Field(
-        default=None, description="Use only this many training rows (after the shuffle); all by default."
-    )
+    train_size: PositiveInt | None = Field(default=None, description="Number of training rows to use, after shuffling. Default: all.")
     split_seed: NonNegativeInt = Field(default=0, description="Seed of the train / held-out split.")
-    max_length: PositiveInt = Field(default=128, description="Examples are cut to this many tokens.")
-    drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to leave out: column -> values.")
+    max_length: PositiveInt = Field(default=128, description="Maximal number of tokens of an example; longer ones are truncated.")
+    drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to exclude: column -> values.")
 
 
 class AdapterConfig(Section):
     """What the sections of all methods have in common; each method's own adds its keys (`adapters/methods/`)."""
 
-    method: str = Field(default="lora", description="How the base is adapted; each method has keys of its own.")
+    method: str = Field(default="lora", description="The adaptation method. Each method has its own keys.")
     rank: PositiveInt = Field(default=8, description="Rank r of the update.")
     alpha: PositiveFloat = Field(default=16.0, description="The update is scaled by alpha / rank.")
     targets: str | list[str] = Field(
         default="attention",
         description=(
-            "A preset (attention, mlp, all-linear, embedding, experts), a list of names (a name matches a module whose path ends with it), "
-            "or a regex matched against the full path."
+            "Modules to adapt: a preset (attention, mlp, all-linear, embedding, experts), a list of names (each matches modules whose path "
+            "ends with it), or a regex for the full path."
         ),
     )
-    exclude: str | list[str] | None = Field(default=None, description="Sites to leave out; same forms as targets.")
+    exclude: str | list[str] | None = Field(default=None, description="Modules to exclude, in the same forms as targets.")
     layers: int | str | list[int] | None = Field(
-        default=None, description="Layer indices: 3, [0, 5], '2-5', 'last:4', 'first:2', or comma-joined; all by default."
+        default=None, description="Layers to adapt: 3, [0, 5], '2-5', 'last:4', 'first:2', or several joined by commas. Default: all."
     )
-    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict, description="regex -> rank, for sites whose path ends with a match.")
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="Regex -> rank, for modules whose path ends with a match."
+    )
     alpha_pattern: dict[str, PositiveFloat] = Field(
-        default_factory=dict, description="regex -> alpha, for sites whose path ends with a match."
+        default_factory=dict, description="Regex -> alpha, for modules whose path ends with a match."
     )
-    dropout: Fraction = Field(default=0.0, description="Dropout on the input of A while training.")
+    dropout: Fraction = Field(default=0.0, description="Dropout of the input of A during training.")
     nested_init: bool = Field(
         default=True,
-        description="With one seed, a smaller rank starts as the leading part of a larger one; false: each rank draws its own.",
+        description="At one seed, start a smaller rank with the leading part of a larger rank's factors. false: each rank draws its own.",
     )
-    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases of the base train too.")
+    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Biases of the base to train.")
     modules_to_save: list[str] = Field(
-        default_factory=list, description="Modules of the base trained in full, in all layers (names as in a list of targets)."
+        default_factory=list, description="Modules of the base to train in full, in all layers (names as in a list of targets)."
     )
 
     @field_validator("targets")
@@ -111,7 +135,7 @@ class AdapterConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: PositiveFloat = Field(default=1e-3, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="After warm-up: down to 0 linearly, along a half cosine, or flat."
+        default="linear", description="Learning rate after warm-up: linear decay to 0, cosine decay to 0, or constant."
     )
     warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up from 0.")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW's decoupled weight decay.")
@@ -119,31 +143,35 @@ class OptimizerConfig(Section):
     b2: Fraction = Field(default=0.999, description="Decay of the second moment.")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
     clip_norm: PositiveFloat | None = Field(default=None, description="Clip the gradient to this global norm.")
-    b_lr_ratio: PositiveFloat = Field(default=1.0, description="LoRA+ (arXiv:2402.12354): B's learning rate over A's.")
-    head_lr_ratio: PositiveFloat = Field(default=1.0, description="The head's learning rate over A's.")
+    b_lr_ratio: PositiveFloat = Field(default=1.0, description="LoRA+ (arXiv:2402.12354): ratio of B's learning rate to A's.")
+    head_lr_ratio: PositiveFloat = Field(default=1.0, description="Ratio of the head's learning rate to A's.")
 
 
 class TrainingConfig(Section):
-    steps: PositiveInt | None = Field(default=None, description="Optimizer steps; or give epochs.")
-    epochs: PositiveFloat | None = Field(default=None, description="Passes over the training rows; or give steps.")
-    batch_size: PositiveInt = Field(default=32, description="Examples in an optimizer step.")
-    accumulate: PositiveInt = Field(default=1, description="Micro-batches an optimizer step is cut into; divides batch_size.")
-    batching: Literal["packed", "padded"] = Field(
-        default="packed", description="Several examples a row, kept apart by segment ids; or one example a row."
+    steps: PositiveInt | None = Field(default=None, description="Number of optimizer steps. Give either steps or epochs.")
+    epochs: PositiveFloat | None = Field(default=None, description="Passes over the training rows. Give either steps or epochs.")
+    batch_size: PositiveInt = Field(default=32, description="Examples per optimizer step.")
+    accumulate: PositiveInt = Field(
+        default=1, description="Micro-batches per optimizer step (gradient accumulation); must divide batch_size."
     )
-    seed: NonNegativeInt = Field(default=0, description="Seed of the factors, the head and dropout; may differ between members.")
+    batching: Literal["packed", "padded"] = Field(
+        default="packed", description="packed: several examples per row, separated by segment ids. padded: one example per row."
+    )
+    seed: NonNegativeInt = Field(default=0, description="Seed of the factors, the head and dropout. Members may differ in it.")
     data_seed: NonNegativeInt = Field(
-        default=0, description="Seed of the order of the training rows and of the base's dropout; the same for all members of a pack."
+        default=0, description="Seed of the order of the training rows and of the base's dropout. Shared by all members of a pack."
     )
     pack: Literal["auto", "vmap", "scan", "chunk"] = Field(
         default="auto",
         description=(
             "How one program runs the members of a pack: side by side (vmap), one after the other in the memory of one (scan), "
-            "or some at a time (chunk); auto measures on the device at hand."
+            "or `chunk` members at a time (chunk). auto measures the modes on the device."
         ),
     )
-    chunk: PositiveInt = Field(default=4, description="Members that run side by side in the mode chunk.")
-    eval_every: NonNegativeInt = Field(default=0, description="Evaluate every this many steps (and always at the end); 0: only at the end.")
+    chunk: PositiveInt = Field(default=4, description="Number of members that run side by side with pack: chunk.")
+    eval_every: NonNegativeInt = Field(
+        default=0, description="Steps between evaluations. The last step is always evaluated; 0: only the last step."
+    )
     cache_prefix: Literal["off", "on"] = Field(
         default="off",
         description=(
@@ -158,7 +186,7 @@ class TrainingConfig(Section):
         default=20.0, description="Most that files of prefix caches take below tracking.dir; those used longest ago are removed. 0: none."
     )
     extend_steps: NonNegativeInt = Field(
-        default=0, description="Optimizer steps beyond 'steps' or 'epochs'; raised later, it takes a finished run further."
+        default=0, description="Additional optimizer steps after 'steps' or 'epochs'. Raise it to extend a finished run."
     )
 
     @model_validator(mode="after")
@@ -171,35 +199,37 @@ class TrainingConfig(Section):
 
 
 class MeshConfig(Section):
-    data: int = Field(default=1, description="Devices along the batch; -1 takes the rest.")
-    fsdp: int = Field(default=1, description="Devices the base is cut over (and the batch too); -1 takes the rest.")
-    tensor: int = Field(default=1, description="Devices heads and hidden units are cut over; -1 takes the rest.")
-    sweep: int = Field(default=1, description="Devices the members of a pack are spread over; -1 takes the rest.")
+    data: int = Field(default=1, description="Devices that split the batch. -1: all remaining devices.")
+    fsdp: int = Field(default=1, description="Devices that split the base and the batch. -1: all remaining devices.")
+    tensor: int = Field(default=1, description="Devices that split attention heads and hidden units. -1: all remaining devices.")
+    sweep: int = Field(default=1, description="Devices that split the members of a pack. -1: all remaining devices.")
 
     @model_validator(mode="after")
     def _sizes(self) -> MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor, self.sweep)
         if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
-            raise ValueError("each axis is a positive number, and at most one is -1")
+            raise ValueError("each axis must be a positive number, and at most one may be -1")
         return self
 
 
 class TrackingConfig(Section):
-    dir: str = Field(default="runs", description="Run directories are made below it.")
+    dir: str = Field(default="runs", description="Parent of the run directories.")
     log_every: PositiveInt = Field(default=10, description="Steps between logged scalars.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events.")
-    save: Literal["best", "final", "both", "none"] = Field(default="both", description="Which adapters of each member are kept.")
+    save: Literal["best", "final", "both", "none"] = Field(default="both", description="Adapters of each member to save.")
     checkpoint_every: NonNegativeInt = Field(
-        default=100, description="Steps between checkpoints to resume from; 0: only at the end and when the run is told to stop."
+        default=100, description="Steps between checkpoints. 0: only at the end and when the run is stopped."
     )
-    keep_checkpoints: PositiveInt = Field(default=2, description="How many of the newest checkpoints are kept.")
-    profile: NonNegativeInt = Field(default=0, description="Trace this many steps, from the third on, for TensorBoard's profiler; 0: none.")
+    keep_checkpoints: PositiveInt = Field(default=2, description="Number of newest checkpoints to keep.")
+    profile: NonNegativeInt = Field(
+        default=0, description="Number of steps to trace for TensorBoard's profiler, from the third step on. 0: none."
+    )
 
 
 class Config(Section):
     """One experiment."""
 
-    # The sections of methods and tasks are known when the first config is read, and may become more.
+    # Methods and tasks bring their sections when the first config is read; more can be registered later.
     model_config = ConfigDict(defer_build=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")]
@@ -213,5 +243,7 @@ class Config(Section):
     sweep: SweepConfig | None = None
 
 
+# A model's section is rebuilt first: the whole config's takes it as it finds it.
+TRANSFORMS.on_change(lambda: ModelConfig.model_rebuild(force=True))
 for _door in (METHODS, TASKS, TRANSFORMS):
     _door.on_change(lambda: Config.model_rebuild(force=True))

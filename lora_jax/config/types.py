@@ -1,16 +1,12 @@
-"""What every section of the config is made of: its base class, and the kinds of numbers.
-
-Amounts of memory as people write them.
-"""
+"""What every section of the config is made of: its base class, kinds of numbers, and amounts of memory."""
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = TypeAdapter(ByteSize)
 
 
 def to_bytes(size: object) -> int:
@@ -22,9 +18,10 @@ def to_bytes(size: object) -> int:
     Raises:
         ValueError: it is none, or is not above 0.
     """
-    text = str(size).strip() if isinstance(size, (int, float, str)) and not isinstance(size, bool) else ""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.upper())
-    value = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    try:
+        value = int(_SIZE.validate_python(size, strict=True))
+    except ValidationError:
+        value = 0
     if value < 1:
         raise ValueError(f"must be bytes or a size such as 8GB or 512MiB, got {size!r}")
     return value
@@ -36,8 +33,11 @@ def size_text(size: int) -> str:
     >>> size_text(1610612736)
     '1.61 GB'
     """
-    unit = next((u for u in ("TB", "GB", "MB", "KB") if size >= _UNITS[u[0]]), "B")
-    return f"{size} B" if unit == "B" else f"{size / _UNITS[unit[0]]:.3g} {unit}"
+    # Not ByteSize.human_readable, which keeps one decimal: 1.6GB, and 1023.9MB.
+    for unit, count in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size >= count:
+            return f"{size / count:.3g} {unit}"
+    return f"{size} B"
 
 
 PositiveInt = Annotated[int, Field(gt=0)]

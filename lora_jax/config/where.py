@@ -6,6 +6,9 @@
 
 Names are config keys, whole or by their last part. There are comparisons, `in`, `and`, `or`, `not`, brackets, numbers, text, lists and
 the four arithmetic operations on numbers; nothing else is understood, so nothing else can happen.
+
+Not on simpleeval: its calls, attributes, subscripts, comprehensions, bit shifts and powers would have to be taken out again and
+dotted keys put in, in as many lines as are here; and unknown names would be found when a member has a value, not when it is read.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ class Where:
         except InputError:
             raise
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise InputError(f"{where}: '{self._shown}' is not an expression, such as \"rank <= 8 or targets != 'mlp'\".") from None
+            raise InputError(f"{where}: '{self._shown}' is not a valid expression. Example: rank <= 8 or targets != 'mlp'") from None
 
     def __call__(self, values: Mapping[str, Any]) -> bool:
         """Whether it holds for the values of (at least) the keys it names.
@@ -72,7 +75,7 @@ class Where:
         try:
             return bool(self._test(values))
         except (TypeError, ZeroDivisionError, OverflowError, RecursionError) as error:
-            raise InputError(f"{self._where}: '{self._shown}' has no value for one of the members: {error}.") from None
+            raise InputError(f"{self._where}: '{self._shown}' cannot be evaluated for a member: {error}.") from None
 
     @property
     def _shown(self) -> str:
@@ -106,7 +109,7 @@ class Where:
                 key = self._key(node)
                 return lambda v: v[key]
         kind = {"Call": "a call", "Subscript": "an index", "Pow": "a power"}.get(type(node).__name__, "this")
-        raise InputError(f"{self._where}: {kind} ({ast.unparse(node)[:60]}) is not understood; only keys, values, comparisons and + - * /.")
+        raise InputError(f"{self._where}: {kind} ({ast.unparse(node)[:60]}) is not supported; use keys, values, comparisons and + - * /.")
 
     def _key(self, node: ast.expr) -> str:
         parts: list[str] = []
@@ -114,7 +117,7 @@ class Where:
             parts.append(node.attr)
             node = node.value
         if not isinstance(node, ast.Name):
-            raise InputError(f"{self._where}: '.{parts[-1]}' follows something that is no config key.")
+            raise InputError(f"{self._where}: '.{parts[-1]}' follows something that is not a config key.")
         name = ".".join([node.id, *reversed(parts)])
         keys = [key for key in valid_keys() if key == name or key.endswith(f".{name}")]
         if name in keys:
@@ -122,7 +125,7 @@ class Where:
         if len(keys) == 1:
             return keys[0]
         if keys:
-            raise InputError(f"{self._where}: '{name}' may be {' or '.join(keys)}; write it in full.")
+            raise InputError(f"{self._where}: '{name}' is ambiguous: {' or '.join(keys)}. Write the full key.")
         raise InputError(f"{self._where}: {unknown_key(name)}")
 
 

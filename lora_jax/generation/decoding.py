@@ -123,8 +123,8 @@ class Programs:
 
         if not self._members:
             return run(own)
-        kinds = nnx.eval_shape(lambda: nnx.merge(self._prefill_def, jax.tree.map(lambda a: a[0], own), shared)).config.kinds
-        return jax.vmap(run, out_axes=_member_axes(slots_for(kinds, total)[1]))(own)
+        layer_types = nnx.eval_shape(lambda: nnx.merge(self._prefill_def, jax.tree.map(lambda a: a[0], own), shared)).config.layer_types
+        return jax.vmap(run, out_axes=_member_axes(slots_for(layer_types, total)[1]))(own)
 
     def _recompute(
         self,

@@ -39,16 +39,16 @@ class Generated:
 
 
 class Generator:
-    """A model, or several of one structure, ready to generate. Its compiled programs serve all models of that structure.
+    """A model, or several of one structure, prepared for generation. Compiled programs are shared by all models of that structure.
 
     Args:
-        models: a decoder with adapters or without; what `AdapterBank.use` and `mixed` return; a trained causal-LM task model. Or several
-            that differ in their adapters alone, such as a pack's members: they run as one program over one base.
-        tokenizer: of the model; without one prompts and results are tokens.
-        length: least length of the KV cache, prompt and answer together: for a conversation, which else is compiled again as it grows.
+        models: a decoder with or without adapters (from `load_model`, `inject`, `AdapterBank.use` or `mixed`, or a run). Or several
+            that differ only in their adapters, such as the members of a pack: they run as one program over one base.
+        tokenizer: the model's tokenizer; without one, prompts and results are token ids.
+        length: minimal number of tokens, prompt and answer, that the KV cache has room for. A conversation sets it, to compile once.
 
     Raises:
-        InputError: a model is no decoder.
+        InputError: a model is not a decoder.
     """
 
     def __init__(self, models: nnx.Module | Sequence[nnx.Module], tokenizer: Any = None, *, length: int = 0):
@@ -137,31 +137,31 @@ def generate(
 
 
 def generate(model: nnx.Module | Sequence[nnx.Module], prompts: Sequence[Prompt], tokenizer: Any = None, **options: Unpack[Options]) -> Any:
-    """Generates text after prompts: all of them as one batch, each until a stop token or its `max_new_tokens`.
+    """Generates text from prompts: one batch, each row until a stop token or `max_new_tokens`.
 
-    Compiled once for each shape (prompts and what may follow are padded to a few lengths) and way of choosing, for all models of one
-    structure. Keep a `Generator` to save preparing the model as well. Where the longest row grows past the context of `longrope`
-    positions, as Phi-3 has them, all rows are run once more from their start, so that every key in the batch has the long factors:
-    what transformers does for Phi-3, here for every family. Of these models alone a row may say other things in another batch.
+    Compiles once per shape (prompts and new tokens are padded to a few lengths) and sampling mode, for all models of one structure.
+    Keep a `Generator` to reuse the prepared model too. If the longest row grows past the original context of `longrope` positions
+    (Phi-3), all rows are run again from their start, so that every key uses the long factors. transformers does this for Phi-3. Only
+    for these models does a row depend on the other rows of its batch.
 
     Args:
-        model: a decoder, with adapters or without; for a batch whose rows have adapters of their own, what `AdapterBank.mixed`
-            gives. Or a list of models that differ in their adapters alone, as the members of a pack do: they decode at once.
-        prompts: each text, or token ids, or messages `{role, content}` (through the chat template).
-        tokenizer: of `load_tokenizer`; None where prompts are token ids.
-        max_new_tokens: how many tokens may follow (64).
-        temperature: logits are divided by it before a token is drawn; 0, the default, takes the likeliest (greedy).
-        top_k: draw from so many of the likeliest alone.
-        top_p: draw from the likeliest that together have this probability alone; after `top_k`.
-        stop: token ids that end a row; by default what the model and its tokenizer say.
-        seed: row i draws by seed + i (0 + i); or a seed for each row. What a row says depends on its own seed and on no other row.
-        stream: called as `stream(row, piece)` with each token as it comes: its text, or token ids where there is no tokenizer.
+        model: a decoder, with or without adapters; for rows with adapters of their own, the model from `AdapterBank.mixed`. Or a list
+            of models that differ only in their adapters, such as the members of a pack, which decode together.
+        prompts: each a text, token ids, or messages `{role, content}` (formatted by the chat template).
+        tokenizer: from `load_tokenizer`; None if prompts are token ids.
+        max_new_tokens: the largest number of new tokens (64).
+        temperature: divides the logits before sampling; 0, the default, decodes greedily.
+        top_k: sample from the k most likely tokens.
+        top_p: sample from the most likely tokens of total probability p; applied after `top_k`.
+        stop: token ids that end a row; by default those of the model and its tokenizer.
+        seed: row i samples with seed + i; or one seed per row. A row's samples depend on its own seed alone.
+        stream: called as `stream(row, piece)` with each new piece of text, or token ids without a tokenizer.
 
     Returns:
-        one `Generated` a prompt; a list of these for each model where several were given.
+        one `Generated` per prompt; for several models a list of these per model.
 
     Raises:
-        InputError: a model is no decoder, a prompt is empty or too long, a number is out of range.
+        InputError: a model is not a decoder, a prompt is empty or too long, or a number is out of range.
 
     >>> outputs = generate(model, ["The film was"], tokenizer, max_new_tokens=8)  # doctest: +SKIP
     >>> outputs[0].text  # doctest: +SKIP
@@ -218,7 +218,7 @@ class _Streamer:
 
 
 def _decoder_of(model: nnx.Module) -> Decoder:
-    # A causal-LM or label-word task wraps a decoder whose own vocabulary logits are the answer; a classification head replaces them.
+    # A language-model task wraps a decoder whose own vocabulary logits are the answer; a classification head replaces them.
     inner = model if isinstance(model, Decoder) else getattr(model, "base", None)
     if not isinstance(inner, Decoder) or isinstance(model, Classifier):
         raise InputError(f"only decoders generate text, and {type(model).__name__} is none.")

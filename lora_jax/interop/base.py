@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from ..config.doors import EXPORTERS
+from ..config.doors import register_exporter as register_exporter
 from ..errors import InputError, hint
 from ..sweeps.restore import Restored
-
-register_exporter = EXPORTERS.register
 
 
 @dataclasses.dataclass(frozen=True)

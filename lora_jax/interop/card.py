@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapters.inject import site_modules
+from ..adapters.members import site_modules
 from ..config.schema import AdapterConfig, Config
 from ..sweeps.restore import Restored
 from ..tracking import MemberResult, member_folder, read_json

@@ -17,7 +17,7 @@ from ..config.doors import EXPORTERS
 from ..errors import InputError, hint
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
-from ..models.families import families
+from ..models.families import find_family
 from ..models.families.base import Head
 from ..models.heads import Classifier
 from ..models.load import Base, BaseFiles
@@ -31,7 +31,7 @@ from ..weights.safetensors import DTYPES, Tensor, write_checkpoint
 from ..weights.tokenizer import load_tokenizer
 from .base import Exporter, ExportOptions
 from .card import model_card, write_card
-from .kinds import KINDS, head_of, kind_of
+from .kinds import head_of, kind_of
 
 SHARD = 5 * 10**9  # bytes; transformers' own choice for a long time, and what hubs like
 WRITTEN_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
@@ -42,8 +42,6 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 # What says where a checkpoint came from, or names code or numbers that the new one does not have.
 _DROPPED = ("_name_or_path", "auto_map", "num_labels", "quantization_config", "torch_dtype", "dtype")
-# Where transformers' class is not called as the family's config is.
-_OTHER_NAMES = {"GPT2ForCausalLM": "GPT2LMHeadModel", "Gemma3TextForCausalLM": "Gemma3ForCausalLM"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +67,21 @@ def save_pretrained(
     largest: int = SHARD,
     card: str | None = None,
 ) -> None:
-    """Writes a model as transformers does: weights, config, tokenizer and generation config. An adapter is merged into the weights.
+    """Writes a model in the format of transformers: weights, config, tokenizer and generation config. An adapter is merged.
 
-    W + scale * A B is summed in the dtype of the loaded base, so load that in float32; each weight is then rounded once, to what it has
-    in the base's own checkpoint.
+    W + scale * A B is computed in the dtype of the loaded base, so load that in float32. Each weight is then rounded once, to the
+    dtype it has in the base's own checkpoint.
 
     Args:
         model: a base from `load_model`, with or without an adapter and a head.
         path: a folder that does not exist yet, or is empty.
-        classes: names of the classes, in the order of a head's logits; a loaded head brings its own.
-        dtype: `float32`, `bfloat16` or `float16` for all weights, in place of the checkpoint's.
-        largest: bytes of weights in one file; what is more goes into further ones, and an index.
+        classes: names of the classes, in the order of the head's logits. A loaded head has its own.
+        dtype: `float32`, `bfloat16` or `float16` for all weights, instead of the checkpoint's.
+        largest: maximal bytes of weights in one file; larger models are written as shards with an index.
         card: text of a `README.md`.
 
     Raises:
-        InputError: something is at `path`, the model has no counterpart in transformers, or the base's files are gone.
+        InputError: `path` is not empty, transformers has no such model, or the base's files are gone.
     """
     if dtype is not None and dtype not in WRITTEN_DTYPES:
         raise InputError(f"dtype: '{dtype}'. {hint(dtype, WRITTEN_DTYPES)}")
@@ -137,10 +135,7 @@ def architecture(model_type: str, head: str | None = None) -> str:
     >>> architecture("bert", "classification"), architecture("gpt2")
     ('BertForSequenceClassification', 'GPT2LMHeadModel')
     """
-    from transformers import CONFIG_MAPPING  # takes a second, and little of the library needs it
-
-    name = CONFIG_MAPPING[model_type].__name__.removesuffix("Config") + KINDS[head or families()[model_type].kind].ending
-    return _OTHER_NAMES.get(name, name)
+    return find_family({"model_type": model_type}, "model_type").class_name(head)
 
 
 def _form_of(model: nnx.Module) -> _Form:
@@ -165,7 +160,7 @@ def _stored_dtypes(form: _Form) -> dict[str, np.dtype]:
 
 def _tensors(form: _Form, dtypes: Mapping[str, np.dtype]) -> dict[str, Tensor]:
     """All tensors under transformers' names."""
-    family = families()[form.origin.model_type]
+    family = find_family(form.origin.config, form.origin.source)
     tensors = base_tensors(form.base, dtypes)
     if form.head is None or form.classifier is None:
         return tensors

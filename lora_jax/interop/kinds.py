@@ -8,8 +8,9 @@ from flax import nnx
 
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
-from ..models.families import families
-from ..models.families.base import Head
+from ..models.families import find_family
+from ..models.families.base import HEAD_CLASSES, Head
+from ..models.head_shape import HEADS
 from ..models.heads import Classifier
 
 
@@ -18,35 +19,29 @@ class Kind:
     """A kind of model.
 
     Attributes:
-        ending: of the names of transformers' classes.
+        auto_class: of transformers, that loads any family's model of this kind.
         pipeline: tag of a model card.
         task_type: in PEFT's config.
         head_modules: what PEFT saves with this task type, whichever of them the model has.
     """
 
-    ending: str
+    auto_class: str
     pipeline: str
     task_type: str
     head_modules: tuple[str, ...] = ()
 
-    @property
-    def auto_class(self) -> str:
-        """The class of transformers that loads any family's model of this kind.
 
-        >>> Kind("Model", "feature-extraction", "FEATURE_EXTRACTION").auto_class
-        'AutoModel'
-        """
-        return "AutoModel" + self.ending.removeprefix("Model")
-
-
-# A base by itself, or the kind of its head (`models/head_shape.py`).
+# Of each kind of head: pipeline tag, task type, PEFT's modules.
+_HEADS = (
+    ("text-classification", "SEQ_CLS", ("classifier", "score")),
+    ("token-classification", "TOKEN_CLS", ("classifier", "score")),
+    ("question-answering", "QUESTION_ANS", ("qa_outputs",)),
+)
+# A base by itself, or the kind of its head.
 KINDS = {
-    "encoder": Kind("Model", "feature-extraction", "FEATURE_EXTRACTION"),
-    "decoder": Kind("ForCausalLM", "text-generation", "CAUSAL_LM"),
-    "classification": Kind("ForSequenceClassification", "text-classification", "SEQ_CLS", ("classifier", "score")),
-    "token_classification": Kind("ForTokenClassification", "token-classification", "TOKEN_CLS", ("classifier", "score")),
-    "question_answering": Kind("ForQuestionAnswering", "question-answering", "QUESTION_ANS", ("qa_outputs",)),
-}
+    "encoder": Kind("AutoModel", "feature-extraction", "FEATURE_EXTRACTION"),
+    "decoder": Kind("AutoModelForCausalLM", "text-generation", "CAUSAL_LM"),
+} | {head: Kind(f"AutoModel{HEAD_CLASSES[head]}", *names) for head, names in zip(HEADS, _HEADS, strict=True)}
 
 
 def kind_of(model: nnx.Module) -> Kind | None:
@@ -62,4 +57,4 @@ def kind_of(model: nnx.Module) -> Kind | None:
 def head_of(model: Classifier) -> Head | None:
     """The head as the base's family has it; None where the base was not loaded from a checkpoint."""
     origin = model.base.origin
-    return None if origin is None or model.kind is None else families()[origin.model_type].heads(origin.config).get(model.kind)
+    return None if origin is None or model.kind is None else find_family(origin.config, origin.source).heads(origin.config).get(model.kind)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from ..parallel.constraints import take_positions
 from .cache import Cache, Memory
-from .layers import Array, BlockConfig, LayerKind, dropout, linear, norm_of
+from .layers import Array, BlockConfig, LayerType, Rows, dropout, linear, norm_of, project
 from .relative import of_pairs
 from .rotary import rotary_angles, rotate
 
@@ -26,11 +26,11 @@ class Context:
     """What all layers see alike.
 
     Attributes:
-        mask: (kinds, rows, 1, queries, keys) bool, which key each query sees in layers of each kind.
-        rotary: cos and sin, (kinds, rows, length, dims) each, or None.
+        mask: (layer types, rows, 1, queries, keys) bool, which key each query sees in layers of each type.
+        rotary: cos and sin, (layer types, rows, length, dims) each, or None.
         noise: a PRNG key for dropout, or None where nothing is dropped.
         relative: (1, 2 * span, width), the vectors of relative positions, or None.
-        kinds: for each layer the index of its kind; empty where there is one kind.
+        types: for each layer the index of its type; empty where there is one type.
         dropout: share of the values that are dropped; static.
     """
 
@@ -38,25 +38,25 @@ class Context:
     rotary: tuple[Array, Array] | None
     noise: Array | None = None
     relative: Array | None = None
-    kinds: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    types: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     def of_layer(self, layer: Array | int) -> tuple[Array, tuple[Array, Array] | None]:
         """The layer's mask (rows, 1, queries, keys) and rotary angles (rows, length, dims)."""
-        if self.kinds:
-            kind = jnp.asarray(self.kinds)[layer]
+        if self.types:
+            kind = jnp.asarray(self.types)[layer]
             return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, kind, keepdims=False), (self.mask, self.rotary))
         return jax.tree.map(lambda a: a[0], (self.mask, self.rotary))
 
-    def drop(self, x: Array, layer: Array | int, place: int) -> Array:
-        """Dropout of `x` in layer `layer`; each `place` in a layer has noise of its own."""
+    def drop(self, x: Array, layer: Array | int, place: int, rows: Rows | None = None) -> Array:
+        """Dropout of `x` in layer `layer`; each `place` in a layer has a key of its own. `rows` says where a gathered `x` is."""
         if self.noise is None or not self.dropout:
             return x
-        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.noise, layer), place))
+        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.noise, layer), place), rows)
 
 
 def make_context(
-    layers: tuple[LayerKind, ...],
+    layers: tuple[LayerType, ...],
     segment_ids: Array,
     positions: Array,
     *,
@@ -74,20 +74,20 @@ def make_context(
         noise, dropout, relative: as in `Context`.
         cache: that the keys are read from, these tokens' among them; None: they are the tokens' own alone.
     """
-    kinds = tuple(dict.fromkeys(layers))
+    types = tuple(dict.fromkeys(layers))
     if cache is None:
-        mask = jnp.stack([segment_mask(segment_ids, causal=causal, window=kind.window) for kind in kinds])
+        mask = jnp.stack([segment_mask(segment_ids, causal=causal, window=one.window) for one in types])
     else:
-        mask = jnp.stack([cache.seen(segment_ids.shape[1], kind.window) for kind in kinds])
-    index = tuple(kinds.index(kind) for kind in layers) if len(kinds) > 1 else ()
-    return Context(mask, rotary_tables(kinds, positions), noise, relative, index, dropout)
+        mask = jnp.stack([cache.seen(segment_ids.shape[1], one.window) for one in types])
+    index = tuple(types.index(one) for one in layers) if len(types) > 1 else ()
+    return Context(mask, rotary_tables(types, positions), noise, relative, index, dropout)
 
 
-def rotary_tables(kinds: tuple[LayerKind, ...], positions: Array) -> tuple[Array, Array] | None:
-    """Cosines and sines, (kinds, rows, length, dims) each; a kind without rotary positions gets angles of 0. None if none has any."""
-    if all(kind.rotary is None for kind in kinds):
+def rotary_tables(types: tuple[LayerType, ...], positions: Array) -> tuple[Array, Array] | None:
+    """Cosines and sines, (layer types, rows, length, dims) each; a type without rotary positions gets angles of 0. None if none has any."""
+    if all(one.rotary is None for one in types):
         return None
-    tables = [None if kind.rotary is None else rotary_angles(positions, kind.rotary) for kind in kinds]
+    tables = [None if one.rotary is None else rotary_angles(positions, one.rotary) for one in types]
     like = next(table[0] for table in tables if table is not None)
     still = jnp.ones_like(like), jnp.zeros_like(like)
     cos, sin = zip(*(table or still for table in tables), strict=True)
@@ -137,7 +137,8 @@ class Attention(nnx.Module):
             self.k_norm = norm_of(cfg, kv_inner if whole else cfg.head_dim, rngs=rngs)
         self.config = nnx.static(cfg)
 
-    def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None, memory: Memory | None = None) -> Array:
+    def __call__(self, x: Array, context: Context, layer: Array | int, rows: Rows | None, memory: Memory | None = None) -> Array:
+        """(rows, length, width) -> the same, or (n, width) at the positions `rows`."""
         mask, rotary = context.of_layer(layer)
         q, k, v = self.heads(x)
         if rotary is not None:
@@ -145,7 +146,7 @@ class Attention(nnx.Module):
         if memory is not None:
             k, v = memory.add(k, v)
         mixed = self.mix(q, k, v, mask, context, layer)
-        return self.o_proj(take_positions(mixed, gather))
+        return project(self.o_proj, take_positions(mixed, None if rows is None else rows.index), rows=rows)
 
     def heads(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries (rows, length, heads, head_dim), keys and values (rows, length, kv_heads, head_dim), before rotation."""

@@ -11,7 +11,7 @@ from ..parallel.constraints import take_positions
 from .attention import Attention, Context
 from .cache import Memory
 from .experts import MixtureOfExperts
-from .layers import MLP, Array, BlockConfig, norm_of
+from .layers import MLP, Array, BlockConfig, Rows, norm_of
 
 
 class Block(nnx.Module):
@@ -31,20 +31,24 @@ class Block(nnx.Module):
     def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None = None, memory: Memory | None = None) -> Array:
         """(rows, length, width) -> the same, or (n, width) at the positions `gather` (see `Stack`)."""
         cfg = self.config
+        rows = None if gather is None else Rows(gather, x.shape[:2])
 
         def add(x: Array, change: Array, place: int) -> Array:
-            change = context.drop(change, layer, place)
+            change = context.drop(change, layer, place, rows)
             return x + (change if cfg.residual_scale == 1.0 else change * cfg.residual_scale)
 
         def attend(x: Array) -> Array:
-            return self.attn(x, context, layer, gather, memory)
+            return self.attn(x, context, layer, rows, memory)
+
+        def transform(x: Array) -> Array:
+            return self.mlp(x, rows)
 
         kept = take_positions(x, gather)
         if cfg.norm_at == "residual":
             x = self.attn_norm(add(kept, attend(x), 1))
-            return self.mlp_norm(add(x, self.mlp(x), 2))
+            return self.mlp_norm(add(x, transform(x), 2))
         attended = add(kept, self._branch("attn", attend, x, layer), 1)
-        return add(attended, self._branch("mlp", self.mlp, kept if cfg.parallel else attended, layer), 2)
+        return add(attended, self._branch("mlp", transform, kept if cfg.parallel else attended, layer), 2)
 
     def _branch(self, name: str, run: Callable[[Array], Array], x: Array, layer: Array | int) -> Array:
         """`run` with the norms on its input and output that there are."""

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .layers import LayerKind
+from .layers import LayerType
 
 Array = jax.Array
 KeysValues = tuple[Array, Array]
@@ -152,7 +152,7 @@ class Cache:
         return dataclasses.replace(self, keys=regroup(self.keys), values=regroup(self.values))
 
 
-def slots_for(kinds: Sequence[LayerKind], length: int) -> tuple[int, bool]:
+def slots_for(kinds: Sequence[LayerType], length: int) -> tuple[int, bool]:
     """How many slots rows of up to `length` tokens need, and whether the oldest tokens have to make room then."""
     windows = [kind.window for kind in kinds]
     widest = max(w for w in windows if w is not None) if None not in windows else length

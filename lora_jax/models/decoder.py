@@ -14,7 +14,7 @@ from .attention import Context, make_context
 from .block import Block
 from .cache import Cache, slots_for
 from .head_shape import HeadShape
-from .layers import AXES, Array, BlockConfig, LayerKind, embedding, linear, norm_of, row_layout
+from .layers import AXES, Array, BlockConfig, LayerType, embedding, linear, norm_of, row_layout
 from .stack import Stack
 
 
@@ -23,7 +23,7 @@ class DecoderConfig:
     """A decoder of `depth` blocks over `vocab` tokens.
 
     Attributes:
-        kinds: what each layer's attention sees; a single kind is that of all layers.
+        layer_types: what each layer's attention sees; a single type is that of all layers.
         tied: the projection to the vocabulary has the embedding's own weights.
         positions: how many learned position vectors are added to the embedding, or None for none.
         embed_scale: what embeddings are multiplied by.
@@ -34,7 +34,7 @@ class DecoderConfig:
     block: BlockConfig
     depth: int
     vocab: int
-    kinds: tuple[LayerKind, ...]
+    layer_types: tuple[LayerType, ...]
     tied: bool
     positions: int | None = None
     embed_scale: float = 1.0
@@ -130,19 +130,19 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, Context]:
         """What the stack is called with: the embedded tokens, and what all layers see."""
         segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
-        context = make_context(self.config.kinds, segment_ids, positions, causal=True, noise=noise, dropout=self.dropout)
+        context = make_context(self.config.layer_types, segment_ids, positions, causal=True, noise=noise, dropout=self.dropout)
         return context.drop(self.embedded(tokens, positions), 0, 3), context
 
     @property
     def borders(self) -> tuple[int, ...]:
         """Lengths, ascending: when the longest row of a batch grows past one, what a cache holds of it is to be computed anew."""
-        found = {kind.rotary.border for kind in self.config.kinds if kind.rotary is not None}
+        found = {one.rotary.border for one in self.config.layer_types if one.rotary is not None}
         return tuple(sorted(border for border in found if border is not None))
 
     def empty_cache(self, rows: int, length: int) -> Cache:
         """Room for the keys and values of `rows` rows of up to `length` tokens, padding included; nothing is in it yet."""
         block = self.config.block
-        slots, rolling = slots_for(self.config.kinds, length)
+        slots, rolling = slots_for(self.config.layer_types, length)
         layers = [segment.stop - segment.start for segment in self.layers.segments]
         return Cache.empty(layers, (rows, block.kv_heads, slots, block.head_dim), block.dtype, rolling=rolling)
 
@@ -169,7 +169,7 @@ class Decoder(nnx.Module):
             raise ValueError("a rolling cache takes one token at a time after its first ones")
         mask = jnp.ones_like(tokens) if attention_mask is None else attention_mask.astype(jnp.int32)
         positions, grown = cache.positions(mask), cache.grown(mask)
-        context = make_context(self.config.kinds, mask, positions, causal=True, cache=None if first else grown)
+        context = make_context(self.config.layer_types, mask, positions, causal=True, cache=None if first else grown)
         x, memories = self.layers.extend(self.embedded(tokens, positions), context, cache, first=first)
         keys, values = zip(*memories, strict=True)
         return self.final_norm(x), dataclasses.replace(grown, keys=keys, values=values)

@@ -15,7 +15,7 @@ from .attention import Context, make_context
 from .block import Block
 from .convolution import TokenConvolution
 from .head_shape import HeadShape
-from .layers import AXES, Array, BlockConfig, LayerKind, activation, embedding, linear, norm_of, row_layout
+from .layers import AXES, Array, BlockConfig, LayerType, Rows, activation, embedding, linear, norm_of, project, row_layout
 from .stack import Stack
 
 
@@ -28,7 +28,7 @@ class EncoderConfig:
         token_types: rows of the table that tells two texts of a pair apart; 0 where there is none.
         pooler: BERT's tanh layer on the first token.
         padding_idx: where positions are counted from this number + 1 on and padding has this number (RoBERTa); None: from 0.
-        kinds: what each layer's attention sees; a single kind is that of all layers.
+        layer_types: what each layer's attention sees; a single type is that of all layers.
         final_norm: whether a norm follows the last layer.
         relative_norm: whether the vectors of relative positions (`BlockConfig.relative`) are normed.
         convolution: tokens that a convolution of the embeddings sees, whose activation is added to the output of layer 0 and normed
@@ -43,7 +43,7 @@ class EncoderConfig:
     token_types: int
     pooler: bool
     padding_idx: int | None = None
-    kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    layer_types: tuple[LayerType, ...] = (LayerType(),)
     final_norm: bool = False
     relative_norm: bool = False
     convolution: int = 0
@@ -175,7 +175,7 @@ class Encoder(nnx.Module):
             types = self.type_embed.embedding[...][0].astype(x.dtype) if token_types is None else self.type_embed(token_types)
             x += types
         shared = {"noise": noise, "dropout": self.dropout, "relative": self._relative()}
-        context = make_context(self.config.kinds, segment_ids, positions, causal=False, **shared)
+        context = make_context(self.config.layer_types, segment_ids, positions, causal=False, **shared)
         x = context.drop(self.embed_norm(x), 0, 3)
         return x, context, self._convolved(x, segment_ids, context) if self.config.convolution else None
 
@@ -195,6 +195,11 @@ class Encoder(nnx.Module):
 
         return add
 
-    def pool(self, first: Array) -> Array:
-        """BERT's pooled output of the first tokens' hidden states, (n, width) -> (n, width); as they are without a pooler."""
-        return jnp.tanh(self.pooler(first)) if self.config.pooler else first
+    def pool(self, first: Array, rows: Rows | None = None) -> Array:
+        """BERT's pooled output of the first tokens' hidden states, (n, width) -> (n, width); as they are without a pooler.
+
+        Args:
+            first: the hidden states.
+            rows: where in the batch they are, if they were gathered.
+        """
+        return jnp.tanh(project(self.pooler, first, rows=rows)) if self.config.pooler else first

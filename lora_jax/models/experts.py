@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.custom_batching import custom_vmap
 
-from .layers import AXES, Array, BlockConfig, gated, linear
+from .layers import AXES, Array, BlockConfig, Rows, gated, linear, project
 
 
 class ExpertLinear(nnx.Module):
@@ -55,9 +55,10 @@ class Experts(nnx.Module):
         self.down_proj = ExpertLinear(*counts, cfg.hidden, cfg.width, ("mlp", "embed"), dtype=cfg.dtype, rngs=rngs)
         self.activation = cfg.activation
 
-    def __call__(self, x: Array, expert: Array) -> Array:
-        """(tokens * used, width) -> the same."""
-        return self.down_proj(gated(self.activation, *jnp.split(self.gate_up_proj(x, expert), 2, axis=-1)), expert)
+    def __call__(self, x: Array, expert: Array, rows: Rows | None = None) -> Array:
+        """(tokens * used, width) -> the same; `rows` says where the tokens are in the batch if they were gathered."""
+        hidden = gated(self.activation, *jnp.split(project(self.gate_up_proj, x, expert, rows=rows), 2, axis=-1))
+        return project(self.down_proj, hidden, expert, rows=rows)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -69,14 +70,14 @@ class MixtureOfExperts(nnx.Module):
         self.experts = Experts(cfg, rngs=rngs)
         self.config = nnx.static(cfg)
 
-    def __call__(self, x: Array) -> Array:
-        """(..., width) -> the same."""
+    def __call__(self, x: Array, rows: Rows | None = None) -> Array:
+        """(..., width) -> the same; `rows` says where the rows of a gathered `x` are."""
         used = self.config.experts_used
         tokens = x.reshape(-1, x.shape[-1])
-        shares, expert = jax.lax.top_k(jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1), used)
+        shares, expert = jax.lax.top_k(jax.nn.softmax(project(self.router, tokens, rows=rows).astype(jnp.float32), axis=-1), used)
         if self.config.experts_normed:
             shares = shares / shares.sum(-1, keepdims=True)
-        y = self.experts(jnp.repeat(tokens, used, axis=0), expert.reshape(-1)).reshape(-1, used, x.shape[-1])
+        y = self.experts(jnp.repeat(tokens, used, axis=0), expert.reshape(-1), rows).reshape(-1, used, x.shape[-1])
         return jnp.einsum("tuw,tu->tw", y, shares.astype(y.dtype)).reshape(x.shape)
 
 

@@ -21,8 +21,7 @@ from ..parallel.constraints import by_rows, row_groups, take_positions
 from .decoder import Decoder
 from .encoder import Encoder
 from .head_shape import HEAD_MODULES, HEADS, HeadShape, head_shape
-from .layers import Array, activation, dropout, linear, norm
-from .positions import positions_of_targets
+from .layers import Array, Rows, activation, dropout, linear, norm, project
 
 # Logits of positions that are no part of a text: finite, so that no gradient is NaN.
 NOWHERE = float(jnp.finfo(jnp.float32).min)
@@ -119,9 +118,9 @@ class Classifier(nnx.Module):
         """(n, width): what the classifier sees, for each target of the batch."""
         mean = self.shape.reads == "mean"
         x = self._means(batch, self._hidden(batch, dropout_rng)) if mean else self._hidden(batch, dropout_rng, batch["target_index"])
-        with positions_of_targets(batch["target_index"], batch["tokens"].shape):
-            x = self._transform(x)
-        return x if mean or dropout_rng is None or not self.base.dropout else dropout(x, self.base.dropout, dropout_rng)
+        rows = Rows(batch["target_index"], batch["tokens"].shape)
+        x = self._transform(x, rows)
+        return x if mean or dropout_rng is None or not self.base.dropout else dropout(x, self.base.dropout, dropout_rng, rows)
 
     def readout(self) -> Callable[[Array], Array]:
         """(n, width) -> (n, classes) float32 logits."""
@@ -138,12 +137,12 @@ class Classifier(nnx.Module):
     def _hidden(self, batch: Mapping[str, Array], dropout_rng: Array | None, gather: Array | None = None) -> Array:
         return self.base.hidden(**rows_of(self.base, batch), gather=gather, noise=dropout_rng, trunk=batch.get("prefix"))
 
-    def _transform(self, x: Array) -> Array:
-        """What stands between the hidden states (..., width) and the classifier."""
+    def _transform(self, x: Array, rows: Rows | None = None) -> Array:
+        """What stands between the hidden states (..., width) and the classifier; `rows` says where a gathered `x` is."""
         if self.shape.reads == "first" and self.shape.pooler and isinstance(self.base, Encoder):
-            x = self.base.pool(x)
+            x = self.base.pool(x, rows)
         if self.shape.activation is not None:
-            x = activation(self.shape.activation, self.pre_classifier(x))
+            x = activation(self.shape.activation, project(self.pre_classifier, x, rows=rows))
         return self.classifier_norm(x) if self.shape.norm else x
 
     def _means(self, batch: Mapping[str, Array], hidden: Array) -> Array:

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..parallel.constraints import look_up
-from .noise import uniform
+from ..parallel.constraints import look_up, take_positions
 from .relative import Relative
 from .rotary import Rotary
 
@@ -99,9 +98,43 @@ class BlockConfig:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
 
-def dropout(x: Array, rate: float, key: Array) -> Array:
-    """`x` with a share `rate` of its values set to 0 and the others scaled up by 1 / (1 - rate)."""
-    return jnp.where(uniform(key, x) < 1.0 - rate, x / (1.0 - rate), 0).astype(x.dtype)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where in a batch the rows of a gathered activation (n, width) are: a model's top layer computes a few positions only.
+
+    Attributes:
+        index: (n,) int32, positions of the flattened batch (rows * length).
+        shape: (rows, length) of the batch; static.
+    """
+
+    index: Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def project(module: Any, *inputs: Array, rows: Rows | None) -> Array:
+    """`module(*inputs)`; a module with `takes_rows = True` (what a caller put in a layer's place) also gets `rows`.
+
+    Args:
+        module: a linear layer, or what replaced it.
+        rows: where the rows of a gathered input are; None where the input is not gathered.
+    """
+    return module(*inputs, rows=rows) if getattr(module, "takes_rows", False) else module(*inputs)
+
+
+def uniform(key: Array, x: Array, rows: Rows | None = None) -> Array:
+    """Float32 numbers in [0, 1) of the shape of `x`.
+
+    A number belongs to a position of the batch: a gathered `x` gets the numbers that its positions have in the whole batch.
+    """
+    if rows is None:
+        return jax.random.uniform(key, x.shape)
+    return take_positions(jax.random.uniform(key, (*rows.shape, x.shape[-1])), rows.index)
+
+
+def dropout(x: Array, rate: float, key: Array, rows: Rows | None = None) -> Array:
+    """`x` with a fraction `rate` of its values set to 0 and the others scaled by 1 / (1 - rate); `rows` as for `uniform`."""
+    return jnp.where(uniform(key, x, rows) < 1.0 - rate, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def linear(inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
@@ -196,18 +229,20 @@ class MLP(nnx.Module):
         self.down_proj = linear(cfg.hidden, cfg.width, ("mlp", "embed"), **shared)
         self.config = nnx.static(cfg)
 
-    def __call__(self, x: Array) -> Array:
-        """(..., width) -> the same."""
+    def __call__(self, x: Array, rows: Rows | None = None) -> Array:
+        """(..., width) -> the same; `rows` says where the rows of a gathered `x` are."""
         name = self.config.activation
         if self.config.joined_gate:
-            return self.down_proj(gated(name, *jnp.split(self.gate_up_proj(x), 2, axis=-1)))
-        if self.config.gated:
-            return self.down_proj(gated(name, self.gate_proj(x), self.up_proj(x)))
-        return self.down_proj(activation(name, self.up_proj(x)))
+            hidden = gated(name, *jnp.split(project(self.gate_up_proj, x, rows=rows), 2, axis=-1))
+        elif self.config.gated:
+            hidden = gated(name, project(self.gate_proj, x, rows=rows), project(self.up_proj, x, rows=rows))
+        else:
+            hidden = activation(name, project(self.up_proj, x, rows=rows))
+        return project(self.down_proj, hidden, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerKind:
+class LayerType:
     """What layers of one stack may differ in.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack, overload
 
 import jax
@@ -12,22 +12,19 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from ..config.schema import TransformConfig
 from ..errors import InputError
 from ..parallel.mesh import parameter_sharding
 from ..weights.load import open_checkpoint
 from ..weights.provenance import Origin
 from .decoder import Decoder
 from .encoder import Encoder
-from .families import find_family
-from .families.base import Family, Head, Weight
-from .head_shape import HEADS, HeadShape
+from .families import find_family, gguf_architectures
+from .families.base import HEAD_CLASSES, Family, Head, Weight
+from .head_shape import HeadShape
 from .heads import Classifier, add_head, check_head
 from .layers import AXES
-
-Base = Encoder | Decoder
-
-# Kind of head -> how the names of transformers' classes that have one end.
-_ARCHITECTURES = dict(zip(HEADS, ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"), strict=True))
+from .transforms.base import Base, TransformContext, apply_transforms
 
 
 class BaseFiles:
@@ -38,12 +35,14 @@ class BaseFiles:
         dtype: of weights and matmuls, `float32` or `bfloat16`.
         remat: what each layer keeps for the backward pass: `none` (all but weight slices), `dots` (matmul results), `full` (its input).
         scan_layers: one loop over the layers; otherwise each is compiled by itself (`Stack.scan`).
-        dropout: rate of the model's own dropout while training: on the embeddings, attention's shares and each sub-layer's output.
+        dropout: rate of the model's own dropout while training: on the embeddings, attention's weights and each sub-layer's output.
         key: what to call the source in error messages.
         head: the kind of trained head to load with it (`models/head_shape.py`), if any.
+        transforms: sections of what is done to the base once it is loaded (`models/transforms/`), in this order.
 
     Attributes:
-        model: the `Encoder` or `Decoder`, or with a head the `Classifier`; its parameters are shapes (`jax.ShapeDtypeStruct`).
+        model: the `Encoder` or `Decoder`, or with a head the `Classifier`, before any transform; its parameters are shapes
+            (`jax.ShapeDtypeStruct`).
 
     Raises:
         InputError: no such source, an unsupported `model_type`, damaged files or missing tensors.
@@ -59,8 +58,10 @@ class BaseFiles:
         dropout: float = 0.0,
         key: str = "model.source",
         head: str | None = None,
+        transforms: Sequence[TransformConfig] = (),
     ):
-        self._checkpoint = open_checkpoint(source, key=key)
+        self._source, self._transforms = source, transforms
+        self._checkpoint = open_checkpoint(source, key=key, architectures=gguf_architectures())
         self._where = f"{key}: {source}"
         hf = self._checkpoint.config
         family = find_family(hf, self._where)
@@ -112,7 +113,7 @@ class BaseFiles:
         check_head(kind)
         # Several kinds may go by the same tensor names: what the checkpoint says it is decides.
         saved = [
-            k for k, suffix in _ARCHITECTURES.items() if any(a.endswith(suffix) for a in self._checkpoint.config.get("architectures") or [])
+            k for k, suffix in HEAD_CLASSES.items() if any(a.endswith(suffix) for a in self._checkpoint.config.get("architectures") or [])
         ]
         missing = sorted(w.name for w in heads[kind].weights().values() if w.name not in names)
         if missing or (saved and kind not in saved):
@@ -136,7 +137,12 @@ class BaseFiles:
             axes = variable.get_metadata().get(AXES, (None,) * len(variable.shape))
             sharding = None if mesh is None else parameter_sharding(mesh, variable.shape, axes)
             filled.append((path, variable.replace(self._read(self._weight(path), variable.shape, variable.dtype, sharding))))
-        return nnx.merge(graphdef, nnx.from_flat_state(filled))
+        model = nnx.merge(graphdef, nnx.from_flat_state(filled))
+        context = TransformContext(self._source, mesh)
+        if isinstance(model, Classifier):
+            model.base = apply_transforms(model.base, self._transforms, context)
+            return model
+        return apply_transforms(model, self._transforms, context)
 
     def _weight(self, path: tuple[Any, ...]) -> Weight:
         return self._table[".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")]
@@ -190,6 +196,7 @@ class _Options(TypedDict, total=False):
     dropout: float
     key: str
     mesh: Mesh | None
+    transforms: Sequence[TransformConfig]
 
 
 @overload
@@ -214,21 +221,24 @@ def load_model(
     key: str = "model.source",
     mesh: Mesh | None = None,
     head: str | None = None,
+    transforms: Sequence[TransformConfig] = (),
 ) -> Base | Classifier:
-    """A pretrained base: `BaseFiles(source, ...).load(mesh)`.
+    """A pretrained base: `BaseFiles(source, ...).load(mesh)`, which says what the other arguments are.
 
     Args:
-        head: `classification`, `token_classification` or `question_answering` loads a checkpoint that was saved with such a head, head
-            and all; a base alone bears a new one after `add_head`.
+        head: `classification`, `token_classification` or `question_answering` also loads the checkpoint's head of this kind. A base
+            without a head gets a new one from `add_head`.
 
     Returns:
-        an `Encoder` or `Decoder`, or with `head` a `Classifier`. Host memory stays below the weights that lie on this process's devices
-        plus one stacked parameter.
+        an `Encoder` or `Decoder`; with `head` a `Classifier`. Host memory stays below the size of the weights on this process's
+        devices plus one stacked parameter.
 
     Raises:
-        InputError: no such source, an unsupported `model_type`, damaged files, missing tensors or wrong shapes, no such head.
+        InputError: the source does not exist, the `model_type` is unsupported, files are damaged, tensors are missing or of wrong
+            shapes, or there is no such head.
     """
-    return BaseFiles(source, dtype=dtype, remat=remat, scan_layers=scan_layers, dropout=dropout, key=key, head=head).load(mesh)
+    options = {"dtype": dtype, "remat": remat, "scan_layers": scan_layers, "dropout": dropout, "key": key}
+    return BaseFiles(source, **options, head=head, transforms=transforms).load(mesh)
 
 
 def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from ..weights.safetensors import Tensor
-from .families import families
+from .families import find_family
 from .families.base import Weight
 from .load import Base
 
@@ -29,7 +29,7 @@ def base_tensors(base: Base, dtypes: Mapping[str, np.dtype] | None = None) -> di
     if base.origin is None:
         raise ValueError("the model was not loaded from a checkpoint")
     tensors = {}
-    for path, weight in families()[base.origin.model_type].weights(base.config).items():
+    for path, weight in find_family(base.origin.config, base.origin.source).weights(base.config).items():
         variable = _parameter(base, path)
         dtype = (dtypes or {}).get(path, np.dtype(variable.dtype))
         for at, piece, name in weight.tensors(variable.shape):

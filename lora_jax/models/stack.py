@@ -20,7 +20,6 @@ from flax import nnx
 from ..parallel.constraints import by_rows, gathered, take_positions, weights_cut
 from .cache import Cache, KeysValues, Memory
 from .layers import AXES, PER_SEGMENT
-from .positions import positions_of_targets
 
 _SLICING = frozenset({"dynamic_slice", "slice", "squeeze", "gather", "convert_element_type", "transpose", "reshape", "sharding_constraint"})
 
@@ -194,8 +193,7 @@ class Stack(nnx.Module):
             layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), shared)
             block = nnx.merge(graphdef, *(_at_hand(part) for part in (own, layer)))
             memory = None if kept is None or remember is None else remember(kept, index)
-            with positions_of_targets(gather, x.shape[:2]):
-                x = by_rows(block(by_rows(x), context, index, gather, *(() if memory is None else (memory,))))
+            x = by_rows(block(by_rows(x), context, index, gather, *(() if memory is None else (memory,))))
             return (x, None if memory is None else (memory.keys, memory.values)), None
 
         one_by_one = not (self.scan or weights_cut())

@@ -21,8 +21,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
-from ..adapters.inject import inject_structure
-from ..adapters.layout import Structure, resolve, unite
+from ..adapters.inject import inject_layout
+from ..adapters.layout import Layout, resolve, unite
 from ..adapters.partition import Partition, member_shardings, partition, update_mask
 from ..config.schema import Config
 from ..parallel.batches import place_batch, row_sharding
@@ -103,10 +103,10 @@ class PackShapes:
 
     def __init__(self, setup: Setup, configs: Sequence[Config]):
         specs = [resolve(setup.model, c.adapter) for c in configs]
-        self.structure: Structure = unite(setup.model, specs)
+        self.structure: Layout = unite(setup.model, specs)
         self._setup, self._config = setup, configs[0]
         self._mode = told_mode(configs[0]) or VMAP  # the mode that needs most stands for one that is yet to be chosen
-        self.part: Partition = partition(inject_structure(setup.model, self.structure))
+        self.part: Partition = partition(inject_layout(setup.model, self.structure))
         own = MemberFixed(hyper_of(configs[0], setup.steps), self.part.settings, update_mask(self.part, specs[0], self.structure))
         self._fixed = own
         self._micro = {name: array[0] for name, array in setup.plan.batch(0).items()}

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from ..adapters.inject import inject_structure
-from ..adapters.layout import Structure, resolve, unite
+from ..adapters.inject import inject_layout
+from ..adapters.layout import Layout, resolve, unite
 from ..adapters.partition import Arrays, Partition, partition, trainable_spec
 from ..config.schema import Config
 from ..models.decoder import Decoder
@@ -94,15 +94,15 @@ def forecast(configs: Sequence[Config], devices: int) -> Forecast:
     return Forecast(sizes, len(configs), placements, memory | _activations(base, config, structure, sizes, members))
 
 
-def _parts(base: Encoder | Decoder, configs: Sequence[Config]) -> tuple[Partition, Structure]:
+def _parts(base: Encoder | Decoder, configs: Sequence[Config]) -> tuple[Partition, Layout]:
     """The adapted model in parts, of shapes."""
-    found: list[tuple[Partition, Structure]] = []
+    found: list[tuple[Partition, Layout]] = []
 
     def build(base: Encoder | Decoder) -> None:
         section, task = configs[0].task, task_of(configs[0].task)
         model = task.model(section, base, task.named_classes(section) or ("", ""))
         structure = unite(model, [resolve(model, c.adapter) for c in configs])
-        part = partition(inject_structure(model, structure))
+        part = partition(inject_layout(model, structure))
         shapes = {f: jax.tree.map(_shape, getattr(part, f)) for f in ("trainable", "settings", "frozen")}
         found.append((dataclasses.replace(part, **shapes), structure))
 
@@ -138,7 +138,7 @@ def _cut(axes: Sequence[str | None], sizes: dict[str, int]) -> int:
     return sizes["tensor"] if any(axis in ("heads", "kv_heads", "mlp", "vocab") for axis in axes) else 1
 
 
-def _activations(base: Encoder | Decoder, config: Config, structure: Structure, sizes: dict[str, int], members: int) -> dict[str, int]:
+def _activations(base: Encoder | Decoder, config: Config, structure: Layout, sizes: dict[str, int], members: int) -> dict[str, int]:
     """Layer inputs and what the rematerialisation keeps of each layer, one layer's own, and a chunk of the loss; bytes."""
     block = base.config.block
     width = np.dtype(block.dtype).itemsize

@@ -2,7 +2,7 @@
 
 Members half-way, moved from the packs they trained in to another: the winners of a rung go on together, without the rest.
 
-A member's arrays are cut out of the padded shapes of its old pack and put into those of the new one; padding is zero in both.
+A member's arrays are cut out of the padded shapes of its old pack and put into those of the new one, whose padding stays as it was built.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ..adapters.inject import draw_head, fill_member, inject_structure
-from ..adapters.layout import MemberSpec, Structure, resolve, unite
+from ..adapters.inject import inject_layout
+from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
+from ..adapters.members import draw_head, fill_member
 from ..adapters.partition import Arrays, Partition, member_shardings, partition, stack_members, update_mask
 from ..config.schema import Config
 from ..errors import RunError
@@ -50,8 +51,8 @@ class Pack:
     """
 
     configs: Sequence[Config]
-    specs: list[MemberSpec]
-    structure: Structure
+    specs: list[ResolvedAdapter]
+    structure: Layout
     part: Partition
     state: MemberState
     fixed: MemberFixed
@@ -79,7 +80,7 @@ class Pack:
         """
         specs = [resolve(model, c.adapter) for c in configs]
         structure = unite(model, specs + [resolve(model, c.adapter) for c in company])
-        adapted = inject_structure(model, structure)
+        adapted = inject_layout(model, structure)
         part = partition(adapted)
         members = []
         for config, spec in zip(configs, specs, strict=True):
@@ -112,15 +113,13 @@ class Pack:
         shared = {s.site.name: s for s in self.structure.sites}
         found: dict[str, Window] = {}
         for name in self.part.labels:
-            site, _, factor = name.rpartition(".")
-            if factor not in ("lora_a", "lora_b"):
+            if (array := self.part.parameters.get(name)) is None:
                 found[name] = (...,)
-            elif site not in own:
+            elif (alone := own.get(array.site)) is None:
                 found[name] = None
             else:
-                layers = () if own[site].layers is None else (slice(own[site].first - shared[site].first, None),)
-                rank = slice(own[site].rank)
-                found[name] = (*layers, ..., rank) if factor == "lora_a" else (*layers, ..., rank, slice(None))
+                layers = () if alone.layers is None else (slice(alone.first - shared[array.site].first, None),)
+                found[name] = (*layers, *array.parameter.own(alone.rank))
         return found
 
     def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> dict[str, Any]:
@@ -133,16 +132,13 @@ class Pack:
         return trainable_count(self.part, self.specs[index], self.structure)
 
 
-def trainable_count(part: Partition, spec: MemberSpec, structure: Structure) -> int:
-    """Trained numbers of a member: rank * (in + out) for each adapted layer (and expert) of a site, and all of the rest that trains."""
-    total = sum(
-        int(spec.sites[s.site.name].ranks.sum()) * (s.site.experts or 1) * (s.site.inputs + s.site.outputs)
-        for s in structure.sites
-        if s.site.name in spec.sites
-    )
+def trainable_count(part: Partition, spec: ResolvedAdapter, structure: Layout) -> int:
+    """Trained numbers of a member: the method's at each adapted layer of a site, and all of the rest that trains."""
+    sites = {s.site.name: s.site for s in structure.sites}
+    total = sum(spec.method.count(sites[name], int(rank)) for name, own in spec.sites.items() for rank in own.ranks if rank)
     mask = update_mask(part, spec, structure) or {}
     for name, array in part.trainable.items():
-        if not name.endswith((".lora_a", ".lora_b")):
+        if name not in part.parameters:
             layers = float(jnp.mean(mask[name])) if name in mask else 1.0
             total += round(array.size * layers)
     return total
@@ -161,7 +157,7 @@ def static_key(config: Config) -> tuple[object, ...]:
     )
 
 
-def form_of(configs: Sequence[Config], structure: Structure) -> Form:
+def form_of(configs: Sequence[Config], structure: Layout) -> Form:
     """The form of a pack of these members, whose arrays have these shapes."""
     return static_key(configs[0]), structure, len(configs)
 
@@ -198,7 +194,7 @@ def _moved(like: Any, trees: Sequence[Any], places: Sequence[int], windows: Sequ
     def leaf(path: Any, fresh: jax.Array) -> jax.Array:
         last = path[-1]
         name = last.key if isinstance(last, jax.tree_util.DictKey) else ""
-        rows = np.array(to_host(fresh))  # a site that a member lacks is as it was built: zero
+        rows = np.array(to_host(fresh))  # padding, and a site that a member lacks, stay as they were built
         for row, (old, place, (before, after)) in enumerate(zip(olds, places, windows, strict=True)):
             found = old.get(jax.tree_util.keystr(path))
             if name not in after:
@@ -206,7 +202,6 @@ def _moved(like: Any, trees: Sequence[Any], places: Sequence[int], windows: Sequ
                     rows[row] = to_host(found[place])
             elif after[name] is not None:
                 assert found is not None and before[name] is not None
-                rows[row] = 0
                 rows[row][after[name]] = to_host(found[place])[before[name]]
         return jax.device_put(rows, fresh.sharding)
 

@@ -60,7 +60,8 @@ class Weights:
     @classmethod
     def of(cls, setup: Setup, configs: Sequence[Config]) -> Weights | None:
         """Of members of one set-up, alike in what is static; None where all adapt the same, so that there is nothing to weigh."""
-        needs = [resolve(setup.model, c.adapter).needs for c in configs]
+        members = [resolve(setup.model, c.adapter) for c in configs]
+        needs = [m.needs for m in members]
         if all(n == needs[0] for n in needs):
             return None
         sites = [s for s in find_sites(setup.model) if any(s.name in n for n in needs)]
@@ -70,9 +71,9 @@ class Weights:
         below = np.array([s.stack is None and s.kind == "embedding" for s in sites])  # its gradient comes down through all layers
         lowest = [[n[s.name][0] if s.stack is not None else depth for s in sites if s.name in n] for n in needs]
         firsts = np.where((ranks[:, below] > 0).any(1), 0, np.array([min(row, default=depth) for row in lowest]))
-        # x A, its product with B, and the gradients of x, A and B: three times two products.
-        tokens = setup.plan.batch(0)["tokens"].size
-        slopes = np.array([6.0 * tokens * (s.inputs + s.outputs) for s in sites])
+        # Backward twice as much as forward: of LoRA x A, its product with B, and the gradients of x, A and B.
+        tokens, method = setup.plan.batch(0)["tokens"].size, members[0].method
+        slopes = np.array([3.0 * tokens * method.cost(s, 1) for s in sites])
         stacked = np.array([s.stack is not None for s in sites])
         free = cls(np.zeros(depth + 1), slopes, stacked, ranks, firsts)
         # All layers cost the same but the top one, which goes on where the labels are alone: three points of the line say it.

@@ -12,11 +12,11 @@ from .run import SweepOutcome, run_sweep
 
 
 def fit(config: Config | str, *, fresh: bool = False, **values: Any) -> MemberResult:
-    """Trains one adapter and returns its result; the run directory holds the rest.
+    """Trains one adapter and returns its result. Everything else is in the run directory.
 
     Args:
         config: a `Config`, or the path of a YAML file.
-        fresh: set an old run of this name aside in place of resuming it.
+        fresh: rename an old run directory of this name instead of resuming it.
         values: config keys with `__` for the dot: `adapter__rank=4`.
     """
     loaded = _loaded(config, {k.replace("__", "."): v for k, v in values.items()})
@@ -26,13 +26,13 @@ def fit(config: Config | str, *, fresh: bool = False, **values: Any) -> MemberRe
 def sweep(
     config: Config | str, grid: Mapping[str, Sequence[Any]] | None = None, *, solo: bool = False, fresh: bool = False
 ) -> SweepOutcome:
-    """Trains all members of a grid, packed.
+    """Trains all members of a sweep, in packs.
 
     Args:
         config: a `Config`, or the path of a YAML file.
-        grid: dotted config key -> values; in place of the config's own `sweep.grid`.
+        grid: dotted config key -> values; replaces the config's `sweep.grid`.
         solo: train each member alone.
-        fresh: set an old run of this name aside in place of resuming it.
+        fresh: rename an old run directory of this name instead of resuming it.
     """
     loaded = _loaded(config, {} if grid is None else {"sweep": {"grid": {k: list(v) for k, v in grid.items()}}})
     return run_sweep(loaded, solo=solo, fresh=fresh, progress=Progress())

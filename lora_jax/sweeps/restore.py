@@ -11,8 +11,9 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
-from ..adapters.inject import fill_member, inject_structure, remember
+from ..adapters.inject import inject_layout, remember
 from ..adapters.layout import resolve, unite
+from ..adapters.members import fill_member
 from ..adapters.partition import partition
 from ..config.load import load_config
 from ..errors import InputError, hint
@@ -97,13 +98,13 @@ def restore_member(run: Path, member: Member) -> Restored:
     folder, config = adapter_folder_of(run, member), member.config
     section, task = config.task, task_of(config.task)
     classes = saved_classes(folder) or task.named_classes(section)
-    loaded = load_model(config.model.source, head=task.loaded_head(section))
+    loaded = load_model(config.model.source, head=task.loaded_head(section), transforms=config.model.transforms)
     base = loaded.base if isinstance(loaded, Classifier) else loaded
     if classes is None and task.needs_classes(section, decoder=base.is_decoder):
         raise InputError(f"{folder}: does not say what its classes are; name them, in order, as task.labels in {run / 'config.yaml'}.")
     model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes)
     spec = resolve(model, config.adapter)
-    adapted = inject_structure(model, unite(model, [spec]))
+    adapted = inject_layout(model, unite(model, [spec]))
     fill_member(adapted, spec, config.training.seed)  # the scales; the factors are drawn and then replaced
     part = partition(adapted)
     filled = part.merge(load_adapter(folder, part.trainable), part.settings, part.frozen, training=False)

@@ -26,7 +26,7 @@ class HeadTaskConfig(TaskConfig):
     """The section of a task whose model bears a head over the base."""
 
     head: Literal["new", "loaded"] = Field(
-        default="new", description="A new head, drawn by the member's seed; or the one that the model was saved with, classes and all."
+        default="new", description="new: a head initialised by the member's seed. loaded: the checkpoint's own head and classes."
     )
 
 

@@ -22,14 +22,12 @@ class LabelledConfig(HeadTaskConfig):
 
     text: str = Field(description="Text column.")
     label: str = Field(description="Label column.")
-    labels: list[str] | None = Field(default=None, description="Class names in order; by default those found in the data, sorted.")
+    labels: list[str] | None = Field(default=None, description="Class names in order. Default: those in the data, sorted.")
 
 
 class ClassificationConfig(LabelledConfig):
     kind: Literal["classification"] = Field(default="classification", description="A class for each text.")
-    label_words: list[str] | None = Field(
-        default=None, description="On a decoder: the word that stands for each class; the class names by default."
-    )
+    label_words: list[str] | None = Field(default=None, description="On a decoder: the word for each class. Default: the class names.")
     template: str = Field(default="{text}\nAnswer:", description="On a decoder: the prompt around {text}.")
     pooling: Literal["cls", "mean"] = Field(
         default="cls", description="On an encoder: the first token (through BERT's pooler), or the mean of all."

@@ -32,9 +32,9 @@ class QuestionAnsweringConfig(HeadTaskConfig):
     context: str = Field(description="Column of the texts that hold the answers.")
     answers: str = Field(description="Answer column: {text: [...], answer_start: [...]} as SQuAD has it, or a text.")
     stride: NonNegativeInt = Field(
-        default=32, description="A context too long for max_length is read in windows that share so many tokens."
+        default=32, description="Contexts longer than max_length are split into windows that overlap by this many tokens."
     )
-    max_answer: PositiveInt = Field(default=30, description="Tokens of an answer at the most.")
+    max_answer: PositiveInt = Field(default=30, description="Maximal number of tokens of an answer.")
 
 
 class QuestionAnswering(Task):

@@ -24,7 +24,7 @@ Words = tuple[list[str], list[str]]
 
 class TokenClassificationConfig(LabelledConfig):
     kind: Literal["token_classification"] = Field(default="token_classification", description="A class for each word.")
-    text: str = Field(description="Column of the words: a list, or a text that white space cuts.")
+    text: str = Field(description="Column of the words: a list, or a text that is split at white space.")
     label: str = Field(description="Column of the words' labels, in the same form.")
 
 

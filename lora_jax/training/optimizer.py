@@ -93,6 +93,7 @@ def make_optimizer(hyper: Hyper, labels: dict[str, str]) -> optax.GradientTransf
             mask=_decayed,
         )
 
-    groups: dict[Hashable, optax.GradientTransformation] = {label: adamw(label) for label in TRAINABLE}
+    own = sorted(set(labels.values()) - {*TRAINABLE, FROZEN})  # of methods that have other groups
+    groups: dict[Hashable, optax.GradientTransformation] = {label: adamw(label) for label in (*TRAINABLE, *own)}
     groups[FROZEN] = optax.set_to_zero()
     return optax.chain(optax.clip_by_global_norm(hyper.clip_norm), optax.multi_transform(groups, labels))

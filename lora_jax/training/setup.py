@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ..adapters.inject import inject_structure
+from ..adapters.inject import inject_layout
 from ..adapters.layout import resolve, unite
 from ..adapters.partition import Partition
 from ..config.schema import Config
@@ -214,7 +214,7 @@ class Preparer:
 def _load(config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | Classifier:
     model = config.model
     options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
-    return load_model(model.source, **options, mesh=mesh, head=head)
+    return load_model(model.source, **options, mesh=mesh, head=head, transforms=model.transforms)
 
 
 def _check_length(base: Encoder | Decoder, data: TaskData) -> None:
@@ -256,4 +256,4 @@ def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
         setup: what the configs share.
         configs: members of one pack.
     """
-    inject_structure(setup.model, unite(setup.model, [resolve(setup.model, c.adapter) for c in configs]))
+    inject_layout(setup.model, unite(setup.model, [resolve(setup.model, c.adapter) for c in configs]))

@@ -10,7 +10,6 @@ import optax
 
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..models.heads import TaskModel
-from ..models.positions import positions_of_targets
 from ..parallel.batches import in_order, targets_by_rows
 from ..tasks.objectives import Objective
 from .optimizer import Hyper, learning_rate, make_optimizer
@@ -78,10 +77,9 @@ def train_step(
     total = jnp.maximum(batch["target_weights"].sum(), 1.0)
 
     def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        settings = with_dropout_keys(fixed.settings, jax.random.fold_in(key, index))
+        settings = with_dropout_keys(part, fixed.settings, jax.random.fold_in(key, index))
         model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
-        with positions_of_targets(micro["target_index"], micro["tokens"].shape):
-            features = model.features(micro, jax.random.fold_in(dropout_rng, index))
+        features = model.features(micro, jax.random.fold_in(dropout_rng, index))
         loss, correct = objective(model, features, micro)
         return loss / total, correct / total
 

@@ -7,9 +7,10 @@ closes it again, so a model never lies in memory twice and no mapping keeps it t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,25 @@ class Checkpoint(ABC):
 
     def _missing(self, name: str) -> InputError:
         return InputError(f"{self.path}: no tensor '{name}'. {hint(name, self.names())}".rstrip())
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFArchitecture:
+    """How GGUF files of one `general.architecture` map to Hugging Face; a family brings its own (`Family.gguf`).
+
+    Attributes:
+        name: of the architecture in GGUF.
+        model_type: Hugging Face's name of it.
+        layer: names inside a layer beside Llama's (`weights/gguf.py`), GGUF's to Hugging Face's.
+        interleaved: whether the converter reordered the rows of q and k for rotary pairs (2i, 2i + 1).
+        biases: config keys that are true when the tensor named beside them is there.
+    """
+
+    name: str
+    model_type: str
+    layer: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    interleaved: bool = False
+    biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

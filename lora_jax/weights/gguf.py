@@ -1,6 +1,6 @@
 """Checkpoints in GGUF: llama.cpp's names, layouts and block quantisation turned back into Hugging Face's.
 
-What differs between architectures is one row of `ARCHITECTURES`. Tensors are dequantised to float32 one at a time, a few rows
+What differs between architectures is said by a `GGUFArchitecture`. Tensors are dequantised to float32 one at a time, a few rows
 at a time, straight into the array that is returned.
 """
 
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from ..errors import InputError, hint
-from .checkpoint import Checkpoint, slice_bounds
+from .checkpoint import Checkpoint, GGUFArchitecture, slice_bounds
 from .gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -32,34 +31,9 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 
 # Tensors that say something about the config, or that every program works out for itself.
 _NOT_WEIGHTS = ("rope_freqs.weight",)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one `general.architecture` maps to Hugging Face.
-
-    Attributes:
-        model_type: Hugging Face's name for it.
-        layer: the names inside a layer, GGUF's to Hugging Face's.
-        interleaved: whether the converter reordered the rows of q and k for rotary pairs (2i, 2i + 1).
-        biases: config keys that are true when the tensor named beside them is there.
-    """
-
-    model_type: str
-    layer: dict[str, str] = field(default_factory=lambda: _LAYER)
-    interleaved: bool = False
-    biases: dict[str, str] = field(default_factory=dict)
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", interleaved=True, biases={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", layer=_LAYER | _QK_NORMS, biases={"attention_bias": "blk.0.attn_q.bias"}),
-}
 
 _CHUNK = 1 << 18  # elements dequantised at once: small beside a tensor, large beside the cost of a call
 
@@ -67,18 +41,22 @@ _CHUNK = 1 << 18  # elements dequantised at once: small beside a tensor, large b
 class GGUFCheckpoint(Checkpoint):
     """A GGUF file under Hugging Face names; every tensor reads as float32.
 
+    Args:
+        path: the file.
+        architectures: `general.architecture` -> what it maps to.
+
     Raises:
         InputError: a broken file, or an architecture, tensor or scaling that is not known here (rather than a wrong model).
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, architectures: Mapping[str, GGUFArchitecture]):
         self.path = path
         header = read_gguf_header(path)
-        self._architecture = _architecture(header)
+        self._architecture = _architecture(header, architectures)
         self._tensors = {
             _hf_name(header, self._architecture, name): tensor for name, tensor in header.tensors.items() if name not in _NOT_WEIGHTS
         }
-        self.config = gguf_config(header)
+        self.config = gguf_config(header, self._architecture)
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -146,32 +124,31 @@ def _dequantize(path: Path, tensor: GGUFTensor, raw: np.ndarray) -> np.ndarray:
     return values.reshape(len(raw), *rest)
 
 
-def _architecture(header: GGUFHeader) -> Architecture:
+def _architecture(header: GGUFHeader, known: Mapping[str, GGUFArchitecture]) -> GGUFArchitecture:
     name = header.get("general.architecture", str)
-    if name not in ARCHITECTURES:
-        raise InputError(f"{header.path}: the architecture '{name}' is not supported in GGUF. {hint(name, ARCHITECTURES)}".rstrip())
+    if name not in known:
+        raise InputError(f"{header.path}: the architecture '{name}' is not supported in GGUF. {hint(name, known)}".rstrip())
     if header.get(f"{name}.expert_count", int, 0):
         raise InputError(f"{header.path}: a mixture-of-experts '{name}' is not supported in GGUF; load its safetensors.")
-    return ARCHITECTURES[name]
+    return known[name]
 
 
-def _hf_name(header: GGUFHeader, architecture: Architecture, name: str) -> str:
+def _hf_name(header: GGUFHeader, architecture: GGUFArchitecture, name: str) -> str:
     match = re.fullmatch(r"(?:blk\.(?P<layer>0|[1-9]\d{0,5})\.)?(?P<stem>\w+)\.(?P<kind>weight|bias)", name)
-    names = architecture.layer if match and match["layer"] else _TOP
+    names = {**_LAYER, **architecture.layer} if match and match["layer"] else _TOP
     if match is None or match["stem"] not in names:
         raise InputError(f"{header.path}: the tensor '{name}' is not part of a {architecture.model_type} model as known here.")
     prefix = f"model.layers.{match['layer']}." if match["layer"] else ""
     return f"{prefix}{names[match['stem']]}.{match['kind']}"
 
 
-def gguf_config(header: GGUFHeader) -> dict[str, Any]:
-    """The `config.json` that the metadata amounts to.
+def gguf_config(header: GGUFHeader, architecture: GGUFArchitecture) -> dict[str, Any]:
+    """The metadata as a Hugging Face config.
 
     Raises:
         InputError: a needed key is missing, is of the wrong kind, or contradicts the embedding's shape.
     """
-    architecture = _architecture(header)
-    name = header.get("general.architecture", str)
+    name = architecture.name
     if "token_embd.weight" not in header.tensors:
         raise InputError(f"{header.path}: no 'token_embd.weight': this GGUF file holds no whole model.")
     embedding = header.tensors["token_embd.weight"].shape

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import InputError
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint, GGUFArchitecture, read_json
 from .locations import resolve
 
 # What a hub repository is asked for: weights in the one format that is read, configs, tokenizer files. Not its pickles, nor
 # the second copies that some keep (`original/`, `consolidated.safetensors`), nor dozens of GGUF quantisations.
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"]
 
-
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
 _NO_PICKLE = "pickle files are never loaded, for they can run code; convert it to safetensors (save_pretrained writes that)."
 
 
-def open_checkpoint(source: str | Path, *, key: str = "model.source") -> Checkpoint:
-    """The checkpoint that `source` names, without reading any weights yet.
+def open_checkpoint(
+    source: str | Path, *, key: str = "model.source", architectures: Mapping[str, GGUFArchitecture] | None = None
+) -> Checkpoint:
+    """The checkpoint that `source` names; no weights are read yet.
 
     Args:
         source: a Hugging Face folder (`model.safetensors`, or an index and its shards), one `.safetensors` file with a
             `config.json` beside it, a `.gguf` file or a folder holding one; also as `hf://` or `package://`.
         key: the config key `source` came from, for messages.
+        architectures: of GGUF files, those that can be read (`models.families.gguf_architectures`).
 
     Raises:
         InputError: nothing usable is there, or a file is broken; the message names the file.
@@ -36,7 +37,7 @@ def open_checkpoint(source: str | Path, *, key: str = "model.source") -> Checkpo
     if file.suffix == ".gguf":
         from .gguf import GGUFCheckpoint
 
-        return GGUFCheckpoint(file)
+        return GGUFCheckpoint(file, architectures or {})
     from .safetensors import SafetensorsCheckpoint
 
     return SafetensorsCheckpoint(file, read_json(file.parent / "config.json", "the model's config"))

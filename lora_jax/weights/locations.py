@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, nearest
 
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -27,7 +28,7 @@ def resolve(source: str, *, key: str, hub_kind: str = "model", hub_patterns: lis
     if source.startswith("package://"):
         return _package_file(source, key)
     if source.startswith("hf://"):
-        return _hub_snapshot(source, key, hub_kind, hub_patterns)
+        return _hub_folder(source, key, hub_kind, hub_patterns)
     if "://" in source:
         raise InputError(f"{key}: '{source}' has an unknown scheme; use a path, hf://org/name or package://import_name/path.")
     path = Path(source).expanduser()
@@ -37,8 +38,6 @@ def resolve(source: str, *, key: str, hub_kind: str = "model", hub_patterns: lis
 
 
 def _near_files(path: Path) -> str:
-    from ..errors import nearest
-
     if not path.parent.is_dir():
         return f" (nor the folder '{path.parent}')"
     near = nearest(path.name, [p.name for p in path.parent.iterdir()])
@@ -59,15 +58,20 @@ def _package_file(source: str, key: str) -> Path:
     return path
 
 
-def _hub_snapshot(source: str, key: str, kind: str, patterns: list[str] | None) -> Path:
+def _hub_folder(source: str, key: str, kind: str, patterns: list[str] | None) -> Path:
     match = _HUB.fullmatch(source)
     if match is None:
         raise InputError(f"{key}: '{source}' is not hf://org/name[@revision].")
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = snapshot_download(match["repo"], repo_type=kind, revision=match["revision"], allow_patterns=patterns)
+        return _snapshot(match["repo"], kind, match["revision"], None if patterns is None else tuple(patterns))
     except Exception as error:  # the hub client raises many unrelated kinds; all mean that the files cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{key}: cannot fetch '{source}' ({reason}).") from None
-    return Path(folder)
+
+
+@functools.cache
+def _snapshot(repo: str, kind: str, revision: str | None, patterns: tuple[str, ...] | None) -> Path:
+    """Asked once in a process: the weights, the tokenizer and an export read one commit, though a branch moves meanwhile."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=None if patterns is None else list(patterns)))

@@ -1,6 +1,6 @@
-"""Where a base came from: enough to find its files again and to name its parameters as they were named there.
+"""Which base it is: the checkpoint it came from, and the fingerprint of its parameters.
 
-A model's fingerprint: two models with equal names, shapes and bits have the same, wherever their weights lie.
+Two models with equal names, shapes and bits have the same fingerprint, wherever their weights lie.
 """
 
 from __future__ import annotations

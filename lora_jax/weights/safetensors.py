@@ -1,23 +1,21 @@
-"""Checkpoints in safetensors: one file, or an index and its shards.
+"""Checkpoints in safetensors: one file, or an index and its shards, read and written by the safetensors package.
 
-The format is an 8-byte length, a JSON header of that length, then raw tensors; it is read here directly because the
-safetensors package's NumPy side knows no bfloat16, and every offset is checked before it is believed.
-
-Writing safetensors: one file, or shards below a size with an index, one tensor in memory at a time.
+That package checks a file's header when it opens it, and reads slices of all dtypes but float8, which its NumPy side has no name
+for: those are read from the file directly. Bfloat16 and float8 are ml_dtypes' here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..errors import InputError
 from .checkpoint import Checkpoint, parse_json, read_json, slice_bounds
@@ -32,17 +30,16 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }  # fmt: skip
 
-_BLOCK = 16 * 1024 * 1024  # bytes read at a time where only a part of each row is wanted
-_LONGEST_HEADER = 100_000_000  # the reference implementation's limit
+_FLOAT8 = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor to be written: what it is, and how to get it when its turn comes.
+    """A tensor to be written: what it is, and how to get it when its file is written.
 
     Attributes:
         shape, dtype: of what `read` gives.
-        read: makes the array; nothing keeps it, so that of a whole checkpoint one tensor is in memory at a time.
+        read: makes the array; nothing keeps it once its file is written, so that a checkpoint takes the memory of one shard.
     """
 
     shape: tuple[int, ...]
@@ -59,7 +56,7 @@ class Tensor:
         return self if dtype == self.dtype else Tensor(self.shape, dtype, lambda: self.read().astype(dtype))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor lies: `offset` counts from the start of `file`."""
 
@@ -87,35 +84,22 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._entry(name).dtype
 
     def read(self, name: str) -> np.ndarray:
-        entry = self._entry(name)
-        count = math.prod(entry.shape)
-        flat = np.fromfile(entry.file, entry.dtype, count, offset=entry.offset)
-        if flat.size != count:
-            raise self._cut_short(name)
-        return flat.reshape(entry.shape)
+        return self.read_slice(name, ())
 
     def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
         entry = self._entry(name)
         bounds = slice_bounds(entry.shape, index)
-        out = np.empty([stop - start for start, stop in bounds], entry.dtype)
-        if not entry.shape or out.size == 0:
-            return self.read(name)[tuple(slice(*b) for b in bounds)]
-        # Whole rows are read and cut, a few at a time: a mapping of the file would count every page it touches as memory in use.
-        row = math.prod(entry.shape[1:])
-        inner, (first, last) = tuple(slice(*b) for b in bounds[1:]), bounds[0]
-        step = max(1, _BLOCK // (row * entry.dtype.itemsize))
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            offset = entry.offset + start * row * entry.dtype.itemsize
-            block = np.fromfile(entry.file, entry.dtype, (stop - start) * row, offset=offset)
-            if block.size != (stop - start) * row:
-                raise self._cut_short(name)
-            out[start - first : stop - first] = block.reshape(-1, *entry.shape[1:])[:, *inner]
-        return out
-
-    def _cut_short(self, name: str) -> InputError:
-        """It was whole when the header was read."""
-        return InputError(f"{self._entry(name).file}: '{name}' is cut short; the file has changed since it was opened.")
+        if any(start == stop for start, stop in bounds):  # safetensors refuses empty slices
+            return np.empty([stop - start for start, stop in bounds], entry.dtype)
+        part = tuple(slice(*b) for b in bounds)
+        try:
+            if entry.dtype in _FLOAT8:
+                return np.array(np.memmap(entry.file, np.uint8, "r", entry.offset, entry.shape)[part]).view(entry.dtype)
+            # Opened for each tensor: while a file is open, the pages that were read of it count as memory in use.
+            with safe_open(entry.file, "numpy") as file:
+                return file.get_slice(name)[part]
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{entry.file}: '{name}' cannot be read; the file has changed since it was opened ({error}).") from None
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
@@ -152,78 +136,43 @@ def _stays_inside(shard: str) -> bool:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, every size and offset checked against the file's length.
+    """The tensors of one safetensors file, in the header's order.
 
     Raises:
-        InputError: the file is cut short, is not safetensors, or contradicts itself.
+        InputError: the file is cut short, is not safetensors, contradicts itself, or holds a dtype that cannot be read.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with safe_open(path, "numpy"), path.open("rb") as file:  # safe_open checks sizes and offsets against the file's length
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise InputError(f"{path}: cut short or not a safetensors file (a header of {length} bytes, a file of {size}).")
-            if length > _LONGEST_HEADER:
-                raise InputError(f"{path}: a header of {length} bytes is absurd; this is not a safetensors file.")
             header = parse_json(file.read(length).decode("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: its header is not JSON ({error}); this is not a safetensors file.") from None
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: its header is not a JSON object; this is not a safetensors file.")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: not a safetensors file, or damaged ({error}).") from None
     header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
-    end = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
-        if entry.offset != end:
-            raise InputError(f"{path}: '{name}' starts at byte {entry.offset}, and what stands before it ends at {end}.")
-        end += math.prod(entry.shape) * entry.dtype.itemsize
-    if end != size:
-        raise InputError(f"{path}: its tensors end at byte {end}, the file at {size}.")
+    entries = {}
+    for name, value in header.items():
+        if value["dtype"] not in DTYPES:
+            raise InputError(f"{path}: '{name}' has dtype {value['dtype']}, which cannot be read; readable: {', '.join(DTYPES)}.")
+        entries[name] = TensorEntry(path, DTYPES[value["dtype"]], tuple(value["shape"]), 8 + length + value["data_offsets"][0])
     return entries
 
 
-def _entry(path: Path, name: str, value: Any, start: int, size: int) -> TensorEntry:
-    try:
-        kind, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        numbers = [*shape, begin, end]
-    except (TypeError, KeyError, ValueError):
-        raise InputError(f"{path}: the header's entry for '{name}' is broken.") from None
-    if not isinstance(kind, str) or kind not in DTYPES:
-        raise InputError(f"{path}: '{name}' has dtype {kind!r}, which cannot be read; readable: {', '.join(DTYPES)}.")
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise InputError(f"{path}: the header's entry for '{name}' is broken.")
-    if start + end > size:
-        raise InputError(f"{path}: cut short: '{name}' should end at byte {start + end}, the file at {size}.")
-    dtype = DTYPES[kind]
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise InputError(f"{path}: '{name}' is {kind} {tuple(shape)} but takes {end - begin} bytes.")
-    return TensorEntry(path, dtype, tuple(shape), start + begin)
-
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = {"format": "pt"}  # what transformers and PEFT ask for
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one file: an 8-byte length, a JSON header of that length, then the tensors' bytes, in the mapping's order."""
-    header: dict[str, object] = {"__metadata__": METADATA}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start aligned
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            array = tensor.read()
-            if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                raise ValueError(f"'{name}' is {array.dtype} {array.shape}, announced as {tensor.dtype} {tensor.shape}")
-            file.write(array.tobytes())
+    """Writes one file; all its tensors are in memory at once.
+
+    Raises:
+        ValueError: a tensor is not what it was announced as.
+    """
+    arrays = {name: np.ascontiguousarray(tensor.read()).reshape(tensor.shape) for name, tensor in tensors.items()}
+    for name, array in arrays.items():
+        if array.dtype != tensors[name].dtype:
+            raise ValueError(f"'{name}' is {array.dtype}, announced as {tensors[name].dtype}")
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(arrays, path, metadata=METADATA)
+    path.chmod(mode)  # safetensors lets the owner alone read what it writes
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], *, largest: int) -> list[str]:
@@ -231,7 +180,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], *, largest: in
 
     Args:
         folder: an existing one.
-        tensors: in the order they are to have.
+        tensors: in the order in which they are shared out among the files.
         largest: bytes of tensors in a file; a single larger tensor gets a file to itself.
 
     Returns:

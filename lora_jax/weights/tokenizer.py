@@ -1,10 +1,7 @@
-"""The tokenizer that belongs to a checkpoint, always a `transformers.PreTrainedTokenizerFast`.
+"""The tokenizer that belongs to a checkpoint, always a `transformers.PreTrainedTokenizerFast` that can pad.
 
-No network for local files, no remote code, no PyTorch. Every tokenizer that comes out of here can pad.
-
-A tokenizer from GGUF metadata: the vocabulary is in the file, the rules are llama.cpp's, by name.
-
-`tokenizer.ggml.model` says which algorithm (`gpt2`: byte-level BPE with merges; `llama`: SentencePiece BPE with scores) and
+It comes from the files beside the weights, without remote code and without PyTorch, or from a GGUF file's metadata:
+`tokenizer.ggml.model` names the algorithm (`gpt2`: byte-level BPE with merges; `llama`: SentencePiece BPE with scores),
 `tokenizer.ggml.pre` how text is cut into words first. Where transformers' own GGUF converter and llama.cpp disagree (it cuts
 `smollm` text by GPT-2's rule alone), this follows llama.cpp, whose rules repeat the original `tokenizer.json`.
 """
@@ -12,23 +9,20 @@ A tokenizer from GGUF metadata: the vocabulary is in the file, the rules are lla
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from ..errors import InputError, hint
 from .checkpoint import read_json
+from .gguf_header import GGUFHeader, read_gguf_header
 from .load import HUB_FILES, weights_file
 from .locations import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-from ..errors import hint
-from .gguf_header import GGUFHeader
 
 # Without PyTorch, importing transformers says so on stderr. Here that is no news: tokenizers are all that is wanted of it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -49,29 +43,28 @@ _USUAL_NAMES = {
 
 
 def load_tokenizer(source: str | Path, *, key: str = "model.source") -> PreTrainedTokenizerFast:
-    """The tokenizer at `source`: its folder's files, or a GGUF file's metadata.
+    """The tokenizer of a model: from the files in its folder, or from a GGUF file's metadata.
 
     Args:
-        source: what `open_checkpoint` takes. For a `.safetensors` file its folder is read.
-        key: the config key `source` came from, for messages.
+        source: as for `load_model`. For a `.safetensors` file its folder is used.
+        key: the config key that `source` came from, for messages.
 
     Returns:
-        A tokenizer with a pad token (eos where none is named), no truncation or padding of its own, and the chat template if
-        there is one.
+        a tokenizer with a pad token (eos if it has none), without truncation or padding, and with the chat template if there is one.
 
     Raises:
-        InputError: there is no tokenizer, or it is broken or needs code that is not run.
+        InputError: there is no tokenizer, it is damaged, or it needs remote code.
     """
     path = resolve(str(source), key=key, hub_patterns=HUB_FILES)
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".gguf":
-        tokenizer = _from_gguf(path)
+        tokenizer = tokenizer_from_metadata(read_gguf_header(path))
     elif (folder / "tokenizer.json").is_file():
         tokenizer = _from_tokenizer_json(folder)
     elif any((folder / name).is_file() for name in _OLDER_FILES):
         tokenizer = _from_older_files(folder)
     elif path.is_dir() and (file := weights_file(path, key=key)).suffix == ".gguf":
-        tokenizer = _from_gguf(file)
+        tokenizer = tokenizer_from_metadata(read_gguf_header(file))
     else:
         raise InputError(f"{key}: {folder} holds no tokenizer: neither tokenizer.json nor {', '.join(_OLDER_FILES)}.")
     # Some tokenizer.json files carry the limits of the program that wrote them (MiniLM's pads everything to 128).
@@ -81,13 +74,6 @@ def load_tokenizer(source: str | Path, *, key: str = "model.source") -> PreTrain
         # Padding is masked wherever it matters, so any token will do; eos is what everybody takes.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
-
-
-def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
-    # Imported on use: both import `gguf`, which takes a while and which folders do not need.
-    from .gguf_header import read_gguf_header
-
-    return tokenizer_from_metadata(read_gguf_header(path))
 
 
 def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from lora_jax.adapters.bank import AdapterBank
-from lora_jax.adapters.combine import METHODS, Combination, best_product, prune_random, prune_small
-from lora_jax.adapters.factors import factors_of
-from lora_jax.adapters.inject import random_of
+from lora_jax.adapters.combine import METHODS, Combination, best_product, factors_of, prune_random, prune_small
+from lora_jax.adapters.members import random_of
 from lora_jax.adapters.partition import partition
 from lora_jax.errors import InputError
 from tests import tiny
@@ -47,7 +46,7 @@ def combine(bank):
 
 
 def factors(bank, name):
-    return factors_of(partition(bank.use(name)))
+    return factors_of(bank.use(name))
 
 
 def changes(bank, name):

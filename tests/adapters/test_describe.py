@@ -38,7 +38,7 @@ def test_counts(values, layers, count):
     (row,) = table.rows
     assert (row.label, row.layers, row.count) == ("lora", layers, count)
     assert table.count == count and table.total == _size(model) + count
-    assert table.share == pytest.approx(count / (_size(model) + count))
+    assert table.fraction == pytest.approx(count / (_size(model) + count))
 
 
 def test_other_trained_parameters_have_rows_of_their_own():
@@ -51,7 +51,7 @@ def test_other_trained_parameters_have_rows_of_their_own():
 def test_full_training_is_all_of_it():
     model = tiny.encoder(2)
     table = _describe(model, method="full")
-    assert table.count == table.total == _size(model) and table.share == 1
+    assert table.count == table.total == _size(model) and table.fraction == 1
 
 
 def test_counts_stay_after_training():

@@ -8,7 +8,8 @@ import pytest
 
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.describe import describe
-from lora_jax.adapters.inject import inject, site_modules
+from lora_jax.adapters.inject import inject
+from lora_jax.adapters.members import site_modules
 from lora_jax.adapters.sites import find_sites
 from lora_jax.config.schema import AdapterConfig
 from lora_jax.errors import InputError
@@ -66,7 +67,7 @@ def test_a_smaller_rank_starts_as_the_leading_part_of_a_larger(mixtral):
 
 
 def test_dropout_on_experts_is_refused(mixtral):
-    with pytest.raises(InputError, match=r"adapter.dropout: there is none on experts \(layers.mlp.experts.down_proj\)"):
+    with pytest.raises(InputError, match=r"adapter\.dropout.*layers\.mlp\.experts\.down_proj"):
         inject(mixtral, AdapterConfig(targets="experts", dropout=0.1), rngs=tiny.nnx.Rngs(0))
 
 
@@ -92,6 +93,6 @@ def test_adapters_on_experts_mix_and_combine(mixtral):
     np.testing.assert_allclose(some, all_.reshape(-1, tiny.WIDTH)[index], rtol=1e-5, atol=1e-5)
     bank.combine("sum", {"a": 0.5, "b": -2.0})
     updates = {name: site_modules(bank.use(name)) for name in ("a", "b", "sum")}
-    expected = 0.5 * updates["a"][UP].update()
-    expected = expected.at[-1].add(-2.0 * updates["b"][UP].update()[0])
-    np.testing.assert_allclose(updates["sum"][UP].update(), expected, rtol=1e-4, atol=1e-5)
+    expected = 0.5 * tiny.update_of(updates["a"][UP])
+    expected = expected.at[-1].add(-2.0 * tiny.update_of(updates["b"][UP])[0])
+    np.testing.assert_allclose(tiny.update_of(updates["sum"][UP]), expected, rtol=1e-4, atol=1e-5)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.adapters.inject import LABEL, inject, site_modules
-from lora_jax.adapters.methods.lora import LoRAParam
+from lora_jax.adapters.inject import LABEL, inject
+from lora_jax.adapters.members import site_modules
+from lora_jax.adapters.methods.base import AdapterParam
 from lora_jax.adapters.partition import partition
-from lora_jax.config.schema import AdapterConfig
 from lora_jax.errors import InputError
 from lora_jax.models.layers import PER_SEGMENT
 from tests import tiny
@@ -58,7 +58,7 @@ class ScanNet(nnx.Module):
 
 
 def _adapt(model, **values):
-    return inject(model, AdapterConfig(**({"rank": 4} | values)), rngs=nnx.Rngs(7))
+    return inject(model, tiny.adapter(**({"rank": 4} | values)), rngs=nnx.Rngs(7))
 
 
 CASES = [
@@ -139,7 +139,7 @@ def test_layers_below_the_lowest_adapted_one_stay_plain():
 def test_factors_are_no_params():
     adapted = _adapt(tiny.encoder(2), targets=["q_proj"])
     assert not any("lora" in name for name in tiny.base_arrays(adapted))
-    state = nnx.state(adapted, LoRAParam)
+    state = nnx.state(adapted, AdapterParam)
     assert len(jax.tree.leaves(state)) == 2
 
 
@@ -151,12 +151,12 @@ def test_a_model_that_bears_adapters_is_refused():
 def test_every_variable_of_the_model_has_a_label():
     adapted = _adapt(tiny.classifier(3), layers="last:1")
     for path, variable in nnx.iter_graph(adapted):
-        if isinstance(variable, nnx.Param | LoRAParam):
+        if isinstance(variable, nnx.Param | AdapterParam):
             assert variable.get_metadata().get(LABEL), path
 
 
 def test_user_trained_under_grad():
-    """A notebook's own loop: `nnx.value_and_grad` over LoRAParam alone trains an injected model."""
+    """A notebook's own loop: `nnx.value_and_grad` over AdapterParam alone trains an injected model."""
     model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 1, rngs=nnx.Rngs(1)))
     adapted = _adapt(model, targets="all-linear")
 
@@ -164,9 +164,9 @@ def test_user_trained_under_grad():
         return jnp.mean((m(X) - 1.0) ** 2)
 
     before = float(loss(adapted))
-    grad = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, LoRAParam))
+    grad = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, AdapterParam))
     for _ in range(20):
         _, grads = grad(adapted)
-        nnx.update(adapted, jax.tree.map(lambda p, g: p - 0.05 * g, nnx.state(adapted, LoRAParam), grads))
+        nnx.update(adapted, jax.tree.map(lambda p, g: p - 0.05 * g, nnx.state(adapted, AdapterParam), grads))
     assert float(loss(adapted)) < 0.7 * before
     assert tiny.arrays_equal(list(tiny.base_arrays(adapted).values()), list(tiny.base_arrays(model).values()))

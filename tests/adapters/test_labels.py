@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from flax import nnx
 
-from lora_jax.adapters.inject import inject_structure
+from lora_jax.adapters.inject import inject_layout
 from lora_jax.adapters.labels import TRAINABLE, label_of
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
@@ -16,7 +16,7 @@ from tests import tiny
 
 def _labels(model, **values):
     spec = resolve(model, AdapterConfig(**({"targets": ["q_proj"], "rank": 2} | values)))
-    return partition(inject_structure(model, unite(model, [spec]))).labels
+    return partition(inject_layout(model, unite(model, [spec]))).labels
 
 
 def test_the_first_match_decides():

@@ -1,4 +1,4 @@
-"""Ranks and scales of each layer, and the structure that holds several members."""
+"""Ranks and scales of each layer, and the layout that holds several members."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from lora_jax.adapters.layout import resolve, unite
-from lora_jax.config.schema import AdapterConfig
 from lora_jax.errors import InputError
 from tests import tiny
 
@@ -17,12 +16,12 @@ def model():
 
 
 def _one(model, **values):
-    return resolve(model, AdapterConfig(**({"rank": 4, "alpha": 6.0, "targets": ["q_proj"]} | values)))
+    return resolve(model, tiny.adapter(**({"rank": 4, "alpha": 6.0, "targets": ["q_proj"]} | values)))
 
 
 def test_scale_is_alpha_over_rank_or_its_root(model):
-    assert _one(model).sites["layers.attn.q_proj"].scales.tolist() == [1.5] * 4
-    assert _one(model, rslora=True).sites["layers.attn.q_proj"].scales.tolist() == [3.0] * 4
+    assert _one(model).sites["layers.attn.q_proj"].settings["scale"].tolist() == [1.5] * 4
+    assert _one(model, rslora=True).sites["layers.attn.q_proj"].settings["scale"].tolist() == [3.0] * 4
 
 
 def test_patterns_give_ranks_and_alphas_of_their_own(model):
@@ -33,10 +32,10 @@ def test_patterns_give_ranks_and_alphas_of_their_own(model):
         alpha_pattern={r"3\.attn\.q_proj": 4.0},
     )
     q, v = spec.sites["layers.attn.q_proj"], spec.sites["layers.attn.v_proj"]
-    assert q.ranks.tolist() == [2, 2, 4, 4] and q.scales.tolist() == [3.0, 3.0, 1.5, 1.0]
-    assert v.ranks.tolist() == [8] * 4 and v.scales.tolist() == [0.75] * 4
+    assert q.ranks.tolist() == [2, 2, 4, 4] and q.settings["scale"].tolist() == [3.0, 3.0, 1.5, 1.0]
+    assert v.ranks.tolist() == [8] * 4 and v.settings["scale"].tolist() == [0.75] * 4
     rooted = _one(model, rank_pattern={"q_proj": 9}, rslora=True)
-    assert rooted.sites["layers.attn.q_proj"].scales.tolist() == [2.0] * 4
+    assert rooted.sites["layers.attn.q_proj"].settings["scale"].tolist() == [2.0] * 4
 
 
 def test_the_first_pattern_that_matches_decides(model):
@@ -52,21 +51,21 @@ def test_a_pattern_that_matches_nothing_is_an_error(model, key):
         _one(model, **{key: {"proj": 2}})
 
 
-def test_structure_is_the_smallest_that_holds_all(model):
+def test_layout_is_the_smallest_that_holds_all(model):
     members = [
         _one(model, layers="last:2", rank=2),
         _one(model, layers=[1], rank=8, targets=["up_proj"]),
         _one(model, layers=[3], dropout=0.1),
     ]
-    structure = unite(model, members)
-    shapes = {s.site.name: (s.first, s.rank, s.layers) for s in structure.sites}
+    layout = unite(model, members)
+    shapes = {s.site.name: (s.first, s.rank, s.layers) for s in layout.sites}
     assert shapes == {"layers.attn.q_proj": (1, 4, 3), "layers.mlp.up_proj": (1, 8, 3)}
-    assert structure.dropout and not unite(model, members[:2]).dropout
+    assert layout.dropout and not unite(model, members[:2]).dropout
 
 
 def test_a_single_weight_starts_at_0(model):
-    structure = unite(model, [_one(model, targets=["pooler", "embed", "q_proj"], layers=None), _one(model, layers="last:1")])
-    assert {s.site.name: (s.first, s.layers) for s in structure.sites} == {
+    layout = unite(model, [_one(model, targets=["pooler", "embed", "q_proj"], layers=None), _one(model, layers="last:1")])
+    assert {s.site.name: (s.first, s.layers) for s in layout.sites} == {
         "embed": (0, None),
         "pooler": (0, None),
         "layers.attn.q_proj": (0, 4),
@@ -86,4 +85,4 @@ def test_baselines_have_no_sites(model):
 def test_rank_0_where_a_layer_is_left_out(model):
     site = _one(model, layers=[1, 2]).sites["layers.attn.q_proj"]
     np.testing.assert_array_equal(site.ranks, [0, 4, 4, 0])
-    np.testing.assert_array_equal(site.scales, [0, 1.5, 1.5, 0])
+    np.testing.assert_array_equal(site.settings["scale"], [0, 1.5, 1.5, 0])

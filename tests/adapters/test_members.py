@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.adapters.inject import draw_head, fill_member, inject_structure, site_modules
+from lora_jax.adapters.inject import inject_layout
 from lora_jax.adapters.layout import resolve, unite
+from lora_jax.adapters.members import draw_head, fill_member, site_modules
 from lora_jax.adapters.partition import partition
 from lora_jax.config.schema import AdapterConfig
 from tests import tiny
@@ -18,10 +19,10 @@ def model():
     return tiny.encoder(4)
 
 
-def _filled(model, config, seed=0, company=()):
+def _filled(model, config, seed=0, others=()):
     """Site name -> (A, B, scale) as NumPy."""
-    specs = [resolve(model, c) for c in (config, *company)]
-    adapted = inject_structure(model, unite(model, specs))
+    specs = [resolve(model, c) for c in (config, *others)]
+    adapted = inject_layout(model, unite(model, specs))
     fill_member(adapted, specs[0], seed)
     return {n: tuple(np.asarray(v[...]) for v in (m.lora_a, m.lora_b, m.scale)) for n, m in site_modules(adapted).items()}
 
@@ -52,11 +53,11 @@ def test_seed_site_and_layer_each_matter(model):
     assert len({d.tobytes() for d in drawn}) == len(drawn)
 
 
-def test_a_member_starts_the_same_alone_and_in_any_company(model):
+def test_a_member_starts_the_same_alone_and_in_any_others(model):
     config = AdapterConfig(rank=3, targets=["q_proj"], layers="last:2")
     alone = _filled(model, config)["layers.attn.q_proj"]
-    company = (AdapterConfig(rank=8, targets="all-linear"), AdapterConfig(rank=2, targets="embedding"))
-    packed = _filled(model, config, company=company)
+    others = (AdapterConfig(rank=8, targets="all-linear"), AdapterConfig(rank=2, targets="embedding"))
+    packed = _filled(model, config, others=others)
     a, b, scale = packed.pop("layers.attn.q_proj")
     assert alone[0].shape == (2, 32, 3) and a.shape == (4, 32, 8)
     np.testing.assert_array_equal(a[2:, :, :3], alone[0])
@@ -70,8 +71,8 @@ def test_filling_again_leaves_nothing_of_the_member_before(model):
         resolve(model, AdapterConfig(rank=8, targets="all-linear", dropout=0.5)),
         resolve(model, AdapterConfig(rank=2, targets=["q_proj"])),
     ]
-    adapted = inject_structure(model, unite(model, specs))
-    fresh = inject_structure(model, unite(model, specs))
+    adapted = inject_layout(model, unite(model, specs))
+    fresh = inject_layout(model, unite(model, specs))
     fill_member(adapted, specs[0], 0)
     fill_member(adapted, specs[1], 1)
     fill_member(fresh, specs[1], 1)
@@ -84,7 +85,7 @@ def test_filling_again_leaves_nothing_of_the_member_before(model):
 def test_dropout_rate_only_where_the_member_is(model):
     config = AdapterConfig(rank=2, targets=["q_proj"], dropout=0.25)
     specs = [resolve(model, config), resolve(model, AdapterConfig(targets=["up_proj"]))]
-    adapted = inject_structure(model, unite(model, specs))
+    adapted = inject_layout(model, unite(model, specs))
     fill_member(adapted, specs[0], 0)
     rates = {n: np.asarray(m.dropout_rate[...]) for n, m in site_modules(adapted).items()}
     assert (rates["layers.attn.q_proj"] == 0.25).all() and not rates["layers.mlp.up_proj"].any()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.adapters.inject import site_modules
+from lora_jax.adapters.members import site_modules
 from lora_jax.adapters.merge import Merged, merge, merged_base, unmerge
-from lora_jax.adapters.methods.lora import LowRank
 from lora_jax.adapters.partition import partition
+from lora_jax.adapters.sites import SiteModule
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -60,7 +60,7 @@ def test_merged_outputs_agree_and_unmerging_gives_the_same_bits(case):
 def test_merged_base_has_the_classes_of_the_base(case):
     make, _, values = CASES[case]
     plain = merged_base(tiny.trained(make(), **values))
-    assert not any(isinstance(m, LowRank | Merged) for _, m in nnx.iter_modules(plain))
+    assert not any(isinstance(m, SiteModule | Merged) for _, m in nnx.iter_modules(plain))
     known = {type(m) for _, m in nnx.iter_modules(make())}
     assert {type(m) for _, m in nnx.iter_modules(plain)} <= known | {nnx.Linear}
 
@@ -80,11 +80,11 @@ def test_bfloat16_is_rounded_once():
     model = tiny.encoder(2, dtype=jnp.bfloat16)
     adapted = tiny.trained(model, targets=["q_proj"], alpha=0.37)
     site = site_modules(adapted)["layers.attn.q_proj"]
-    full = site.base.kernel[...].astype(jnp.float32) + site.update()
+    full = site.base.kernel[...].astype(jnp.float32) + tiny.update_of(site)
     merged = merged_base(adapted).layers.segments[0].block.attn.q_proj.kernel[...]
     assert merged.dtype == jnp.bfloat16
     np.testing.assert_array_equal(merged.astype(jnp.float32), full.astype(jnp.bfloat16).astype(jnp.float32))
-    twice = site.base.kernel[...] + site.update().astype(jnp.bfloat16)
+    twice = site.base.kernel[...] + tiny.update_of(site).astype(jnp.bfloat16)
     assert not np.array_equal(np.asarray(twice, np.float32), np.asarray(merged, np.float32))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.adapters.inject import inject
+from lora_jax.adapters.inject import inject, inject_layout
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition, update_mask, with_dropout_keys
 from lora_jax.config.schema import AdapterConfig
@@ -36,7 +36,7 @@ def test_dropout_while_training_alone():
     trained = {n: a + 0.3 for n, a in part.trainable.items()}
 
     def run(key, training):
-        settings = with_dropout_keys(part.settings, jax.random.key(key))
+        settings = with_dropout_keys(part, part.settings, jax.random.key(key))
         return np.asarray(part.merge(trained, settings, part.frozen, training=training)(TOKENS))
 
     assert not np.array_equal(run(0, True), run(1, True)) and np.array_equal(run(0, True), run(0, True))
@@ -47,13 +47,13 @@ def test_dropout_keys_depend_on_site_and_layer_from_the_top():
     wide = partition(_adapt(tiny.encoder(4), targets=["q_proj", "k_proj"], dropout=0.5))
     narrow = partition(_adapt(tiny.encoder(4), dropout=0.5, layers="last:2"))
     key = jax.random.key(3)
-    a, b = (with_dropout_keys(p.settings, key) for p in (wide, narrow))
+    a, b = (with_dropout_keys(p, p.settings, key) for p in (wide, narrow))
     bits = lambda keys: np.asarray(jax.random.key_data(keys))
     name = "layers.attn.q_proj.dropout_key"
     np.testing.assert_array_equal(bits(a[name])[2:], bits(b[name]))
     every = np.concatenate([bits(a[name]), bits(a["layers.attn.k_proj.dropout_key"])])
     assert len({k.tobytes() for k in every}) == 8
-    assert not np.array_equal(bits(with_dropout_keys(wide.settings, jax.random.key(4))[name]), bits(a[name]))
+    assert not np.array_equal(bits(with_dropout_keys(wide, wide.settings, jax.random.key(4))[name]), bits(a[name]))
 
 
 def test_what_trains_is_float32_whatever_the_base():
@@ -77,11 +77,9 @@ def test_update_mask_of_lora_only_biases():
         resolve(model, AdapterConfig(targets=["q_proj"], layers=[1, 3], bias="lora_only")),
         resolve(model, AdapterConfig(targets=["k_proj", "pooler"], bias="lora_only")),
     ]
-    structure = unite(model, specs)
-    from lora_jax.adapters.inject import inject_structure
-
-    part = partition(inject_structure(model, structure))
-    one, two = (update_mask(part, s, structure) for s in specs)
+    layout = unite(model, specs)
+    part = partition(inject_layout(model, layout))
+    one, two = (update_mask(part, s, layout) for s in specs)
     assert one["layers.attn.q_proj.bias"].ravel().tolist() == [0, 1, 0, 1]
     assert one["layers.attn.k_proj.bias"].ravel().tolist() == [0] * 4 and float(one["pooler.bias"]) == 0
     assert two["layers.attn.k_proj.bias"].ravel().tolist() == [1] * 4 and float(two["pooler.bias"]) == 1

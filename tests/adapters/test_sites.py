@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.adapters.sites import find_sites, logical_name, parse_layers, select
+from lora_jax.adapters.partition import partition
+from lora_jax.adapters.sites import find_sites, logical_name, named_variables, parameter_name, parse_layers, select
 from lora_jax.errors import InputError
 from tests import tiny
 
@@ -159,9 +160,24 @@ def test_user_models():
 
 def test_logical_names():
     path = ("base", "layers", "segments", 1, "block", "attn", "q_proj", "base", "bias")
-    assert logical_name(path) == "base.layers.attn.q_proj.bias"
+    assert parameter_name(path, {path[:-2]}) == "base.layers.attn.q_proj.bias"
     assert logical_name(path[:-2], 7) == "base.layers.7.attn.q_proj"
     assert logical_name(("base", "embed", "embedding")) == "base.embed.embedding"
+
+
+def test_a_users_own_module_may_be_called_base():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.base, self.inner = nnx.Linear(4, 4, rngs=rngs), nnx.List([Inner(rngs)])
+
+    class Inner(nnx.Module):
+        def __init__(self, rngs):
+            self.kernel, self.base = nnx.Param(np.ones(3)), nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+
+    plain = {"base.kernel", "base.bias", "inner.0.kernel", "inner.0.base.kernel"}
+    assert {name for name, _ in named_variables(Net(nnx.Rngs(0)))} == plain
+    part = partition(tiny.trained(Net(nnx.Rngs(0)), targets=["base"]))
+    assert set(part.frozen) == plain and {n.rpartition(".")[0] for n in part.trainable} == {"base", "inner.0.base"}
 
 
 def test_site_order_is_stable(bert):

@@ -107,7 +107,7 @@ def test_a_gpu_that_jax_does_not_use_is_marked(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "")
     assert doctor.devices()[0].remedy == "pip install 'lora-jax[cuda]'"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert doctor.devices()[0].remedy == "JAX_PLATFORMS=cpu forbids it"
+    assert doctor.devices()[0].remedy == "JAX_PLATFORMS=cpu excludes it"
 
 
 def test_command_tells_everything_and_whether_it_is_enough(installed, monkeypatch, capsys):

@@ -113,7 +113,7 @@ def test_a_conversation_keeps_what_was_said(hub, model, tokenizer):
         (["--prompt", "a", "--file", "x"], ["--prompt and --file"]),
         (["--file", "nowhere.txt"], ["--file", "nowhere.txt"]),
         (["--system", "s", "--prompt", "a"], ["--system", "--chat"]),
-        (["--prompt", "a", "--member", "m"], ["--member", "no run"]),
+        (["--prompt", "a", "--member", "m"], ["--member", "not a run"]),
         (["--prompt", "a", "--adapter", "nowhere"], ["nowhere"]),
         (["--prompt", "a", "--temperature", "-1"], ["temperature", "-1"]),
         (["--prompt", "a", "--top-p", "0"], ["top_p"]),

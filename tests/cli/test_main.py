@@ -1,15 +1,21 @@
 """The command line as a user meets it: exit codes, messages without tracebacks, complete help, a quick start."""
 
 import importlib.metadata
+import json
 import os
+import signal
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import pytest
 
 from lora_jax.cli import main as cli
-from lora_jax.errors import InputError, RunError
+from lora_jax.config.load import load_config
+from lora_jax.config.schema import Config
+from lora_jax.errors import InputError, RunError, Stopped
+from lora_jax.interop.base import ExportOptions
+from lora_jax.parallel.processes import Joining
 
 
 @pytest.fixture
@@ -26,24 +32,11 @@ def call(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """Puts a stand-in behind a command, and gives what it was called with."""
+def failing(error):
+    def stand_in(*args, **kwargs):
+        raise error
 
-    def put(name, result=None):
-        calls = []
-
-        def stand_in(*args, **kwargs):
-            calls.append((args, kwargs))
-            if isinstance(result, BaseException):
-                raise result
-
-        module = types.ModuleType(f"lora_jax.cli.{name}")
-        setattr(module, f"{name}_command", stand_in)
-        monkeypatch.setitem(sys.modules, f"lora_jax.cli.{name}", module)
-        return calls
-
-    return put
+    return stand_in
 
 
 @pytest.mark.parametrize(
@@ -52,61 +45,118 @@ def command(monkeypatch):
         (InputError("a.yaml, line 3: adapter.rank: must be above 0"), 2, "error: a.yaml, line 3: adapter.rank: must be above 0\n"),
         (InputError("two\n  lines"), 2, "error: two\n  lines\n"),
         (RunError("the disk is full"), 1, "error: the disk is full\n"),
-        (KeyError("surprise"), 1, "error: KeyError: 'surprise'\nThis was not foreseen. LORA_JAX_TRACEBACK=1 shows"),
+        (KeyError("surprise"), 1, "error: KeyError: 'surprise'\nThis error is unexpected. Set LORA_JAX_TRACEBACK=1"),
     ],
 )
-def test_failures_are_told_without_a_traceback(call, command, error, code, told):
-    command("train", error)
+def test_failures_are_told_without_a_traceback(call, monkeypatch, error, code, told):
+    monkeypatch.setattr("lora_jax.config.load.load_config", failing(error))
     got, out, err = call("train", "a.yaml")
     assert got == code
     assert err.startswith(told)
     assert "Traceback" not in err and out == ""
 
 
-def test_an_interrupt_exits_130(call, command):
-    command("train", KeyboardInterrupt())
+def test_an_interrupt_exits_130(call, monkeypatch):
+    monkeypatch.setattr("lora_jax.config.load.load_config", failing(KeyboardInterrupt()))
     assert call("train", "a.yaml")[0] == 130
 
 
-def test_the_traceback_can_be_asked_for(command, monkeypatch):
-    command("train", InputError("x"))
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_where_it_stopped(call, monkeypatch, number, code):
+    stopped = Stopped(7)
+    stopped.signal = number
+    monkeypatch.setattr("lora_jax.config.load.load_config", failing(stopped))
+    got, out, err = call("train", "a.yaml")
+    assert got == code and out == "" and err.startswith("stopped after step 7") and len(err.splitlines()) == 1
+
+
+def test_the_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr("lora_jax.config.load.load_config", failing(InputError("x")))
     monkeypatch.setenv("LORA_JAX_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["lora-jax", "train", "a.yaml"])
     with pytest.raises(InputError):
         cli.main()
 
 
-SWEPT = {"solo": False, "fresh": False, "many": False, "part": None, "plan": False, "retry": []}
+CONFIG = """
+name: a
+model: {source: base}
+task: {kind: classification, source: reviews.csv, text: text, label: label}
+training: {steps: 10}
+"""
+TRAINED = {"solo": True, "fresh": False}
+SWEPT = {"solo": False, "fresh": False, "many": False, "part": None, "retry": []}
+PLANNED = {"solo": False, "fresh": False, "many": False, "part": None}
+EXPORTED = {"form": None, "out": None, "member": None, "options": ExportOptions()}
+OVER_RANKS = "sweep={grid: {adapter.rank: [2, 4]}}"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "args", "kwargs"),
+    ("arguments", "function", "args", "kwargs"),
     [
-        (["train", "a.yaml"], ("a.yaml", []), {"fresh": False}),
-        (["train", "a.yaml", "adapter.rank=4", "name=b", "--fresh"], ("a.yaml", ["adapter.rank=4", "name=b"]), {"fresh": True}),
-        (["sweep", "a.yaml", "--solo", "x=[1, 2]"], ("a.yaml", ["x=[1, 2]"]), SWEPT | {"solo": True}),
-        (["sweep", "a.yaml", "--yes", "--part", "1/2"], ("a.yaml", []), SWEPT | {"many": True, "part": "1/2"}),
-        (["sweep", "a.yaml", "--plan"], ("a.yaml", []), SWEPT | {"plan": True}),
-        (["train", "a.yaml", "--extend-steps", "9"], ("a.yaml", ["training.extend_steps=9"]), {"fresh": False}),
-        (["compare", "runs/a", "runs/b"], (["runs/a", "runs/b"], "None", []), {}),
-        (["compare", "runs/a", "--metric", "loss", "--reference", "a=1"], (["runs/a"], "loss", ["a=1"]), {}),
-        (["evaluate", "runs/a"], ("runs/a",), {"member": None, "split": "eval"}),
-        (["evaluate", "runs/a", "--member", "r4", "--split", "train"], ("runs/a",), {"member": "r4", "split": "train"}),
-        (["export", "runs/a"], ("runs/a",), {"form": None, "out": None, "member": None, "dtype": None, "max_shard_size": None}),
+        (["train"], "cli.sweep.run_and_report", [{}], TRAINED),
+        (
+            ["train", "adapter.rank=4", "name=b", "--fresh"],
+            "cli.sweep.run_and_report",
+            [{"adapter.rank": 4, "name": "b"}],
+            TRAINED | {"fresh": True},
+        ),
+        (["train", "--extend-steps", "9"], "cli.sweep.run_and_report", [{"training.extend_steps": 9}], TRAINED),
+        (["sweep", OVER_RANKS, "--solo", "adapter.alpha=2"], "cli.sweep.run_and_report", [{"adapter.alpha": 2}], SWEPT | {"solo": True}),
+        (["sweep", OVER_RANKS, "--yes", "--part", "1/2"], "cli.sweep.run_and_report", [{}], SWEPT | {"many": True, "part": "1/2"}),
+        (["sweep", OVER_RANKS, "--retry", "a", "--retry", "b*"], "cli.sweep.run_and_report", [{}], SWEPT | {"retry": ["a", "b*"]}),
+        (["sweep", OVER_RANKS, "--plan"], "cli.plan.plan_command", [{}], PLANNED),
+        (["compare", "runs/a", "runs/b"], "analysis.compare_runs", [["runs/a", "runs/b"], None, {}], {}),
+        (
+            ["compare", "runs/a", "--metric", "loss", "--reference", "adapter.rank=1"],
+            "analysis.compare_runs",
+            [["runs/a"], "loss", {"adapter.rank": 1}],
+            {},
+        ),
+        (["evaluate", "runs/a"], "sweeps.restore.evaluate_run", ["runs/a"], {"member": None, "split": "eval"}),
+        (
+            ["evaluate", "runs/a", "--member", "r4", "--split", "train"],
+            "sweeps.restore.evaluate_run",
+            ["runs/a"],
+            {"member": "r4", "split": "train"},
+        ),
+        (["export", "runs/a"], "interop.export.export_run", ["runs/a"], EXPORTED),
         (
             ["export", "runs/a", "--format", "peft", "--member", "r4", "--max-shard-size", "1MB"],
-            ("runs/a",),
-            {"form": "peft", "out": None, "member": "r4", "dtype": None, "max_shard_size": "1MB"},
+            "interop.export.export_run",
+            ["runs/a"],
+            EXPORTED | {"form": "peft", "member": "r4", "options": ExportOptions(max_shard_size=10**6)},
         ),
     ],
 )
-def test_what_each_command_is_called_with(call, command, arguments, args, kwargs):
-    calls = command(arguments[0])
-    assert call(*arguments)[0] == 0
-    (got_args, got_kwargs) = calls[0]
-    got_kwargs.pop("joining", None)
-    plain = tuple([str(v) for v in a] if isinstance(a, list) else str(a) for a in got_args)
-    assert (plain, got_kwargs) == (args, kwargs)
+def test_what_each_command_calls(call, monkeypatch, tmp_path, arguments, function, args, kwargs):
+    calls = []
+
+    class Done(Exception):
+        pass
+
+    def stand_in(*args, **kwargs):
+        calls.append((args, kwargs))
+        raise Done
+
+    monkeypatch.setattr(f"lora_jax.{function}", stand_in)
+    (tmp_path / "a.yaml").write_text(CONFIG)
+    config = [str(tmp_path / "a.yaml")] if arguments[0] in ("train", "sweep") else []
+    code, _, err = call(arguments[0], *config, *arguments[1:])
+    assert code == 1 and err.startswith("error: Done"), err
+    ((got_args, got_kwargs),) = calls
+    joining = got_kwargs.pop("joining", None)
+    got_kwargs.pop("progress", None)
+    assert joining is None or joining == Joining(None, None, None, 300.0)
+    assert got_kwargs == kwargs
+    got_config = got_args[0] if isinstance(got_args[0], Config) else None
+    if got_config is not None:
+        changed = [f"{key}={json.dumps(value)}" for key, value in args[0].items()]
+        changed += [OVER_RANKS] if arguments[0] == "sweep" else []
+        assert got_config == load_config(tmp_path / "a.yaml", changed)
+    else:
+        plain = [[str(v) for v in a] if isinstance(a, list) else str(a) if isinstance(a, Path) else a for a in got_args]
+        assert plain == args
 
 
 @pytest.mark.parametrize(
@@ -128,7 +178,7 @@ def test_wrong_usage_exits_2(call, arguments, told):
 def test_help_is_complete(call):
     code, out, _ = call("--help")
     assert code == 0
-    for name in ("train", "sweep", "launch", "compare", "evaluate", "export", "doctor", "schema"):
+    for name in ("train", "sweep", "launch", "compare", "evaluate", "generate", "export", "doctor", "schema"):
         assert f"\n  {name} " in out
         code, text, _ = call(name, "--help")
         assert code == 0
@@ -146,16 +196,16 @@ def test_version(call, monkeypatch):
     assert call("--version")[:2] == (0, "lora-jax 9.8.7\n")
 
 
-def test_help_and_schema_do_not_import_jax():
+@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["--version"]])
+def test_help_does_not_import_jax(arguments):
     code = (
         "import sys\n"
-        "sys.argv = ['lora-jax', sys.argv[1]]\n"
+        "sys.argv = ['lora-jax', *sys.argv[1:]]\n"
         "from lora_jax.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code\n"
-        "heavy = {'jax', 'flax', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'jax', 'flax', 'numpy', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    for argument in ("--help", "schema"):
-        done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, env=dict(os.environ))
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr

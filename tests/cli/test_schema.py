@@ -4,15 +4,16 @@ import json
 
 import pytest
 
-from lora_jax.cli.schema import schema_command
+from lora_jax.cli.schema import schema as schema_command
 from lora_jax.errors import InputError
 
 
 def test_prints_json(capsys):
     schema_command(None)
     schema = json.loads(capsys.readouterr().out)
-    assert schema["properties"]["adapter"]["$ref"] == "#/$defs/AdapterConfig"
-    assert schema["$defs"]["AdapterConfig"]["properties"]["rank"]["exclusiveMinimum"] == 0
+    sections = [schema["$defs"][form["$ref"].rpartition("/")[2]] for form in schema["properties"]["adapter"]["oneOf"]]
+    lora = next(s for s in sections if s["properties"]["method"]["const"] == "lora")
+    assert lora["properties"]["rank"]["exclusiveMinimum"] == 0
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"name", "model", "task", "training"}
 

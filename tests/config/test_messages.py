@@ -46,14 +46,14 @@ FROM_YAML = [
     ("adapter: {bias: lora}", "adapter.bias: must be one of none, all, lora_only, got 'lora'. Did you mean 'lora_only'?"),
     ("optimizer: {schedule: cosin}", "must be one of linear, cosine, constant, got 'cosin'. Did you mean 'cosine'?"),
     # rules between keys
-    ("mesh: {data: 0}", "c.yaml, line 5: mesh: each axis is a positive number, and at most one is -1."),
+    ("mesh: {data: 0}", "c.yaml, line 5: mesh: each axis must be a positive number, and at most one may be -1."),
     ("adapter: {rank_pattern: {'(': 4}}", "adapter.rank_pattern: '(' is not a regular expression"),
     ("adapter: {targets: []}", "c.yaml, line 5: adapter.targets: must name at least one target."),
     # sweeps
-    ("sweep: {grid: {}}", "c.yaml, line 5: sweep: names no key to sweep over: give a 'grid'"),
+    ("sweep: {grid: {}}", "c.yaml, line 5: sweep: has no key to sweep over: give a 'grid'"),
     ("sweep: {grid: {adapter.rank: []}}", "c.yaml, line 5: sweep.grid: 'adapter.rank' has no values."),
     ("sweep:\n  grid:\n    adapter.rnk: [1]", "c.yaml, line 7: sweep.grid: no config key 'adapter.rnk'. Did you mean 'adapter.rank'?"),
-    ("sweep: {grid: {name: [a, b]}}", "c.yaml, line 5: sweep.grid: 'name' cannot be swept: the members of a sweep share it."),
+    ("sweep: {grid: {name: [a, b]}}", "c.yaml, line 5: sweep.grid: 'name' cannot be swept, because all members share it."),
     ("sweep: {grid: {sweep.max_pack: [1]}}", "sweep.grid: 'sweep.max_pack' cannot be swept"),
     ("sweep: {grid: {tracking.dir: [a]}}", "sweep.grid: 'tracking.dir' cannot be swept"),
     ("sweep: {grid: {mesh.data: [1]}}", "sweep.grid: 'mesh.data' cannot be swept"),
@@ -84,7 +84,10 @@ FROM_OVERRIDE = [
     ),
     ("training.epochs=3", "c.yaml, line 4, with override 'training.epochs=3': training: give exactly one of 'steps' and 'epochs'."),
     ("task.text=null", "override 'task.text=null': task.text: must be text, got nothing."),
-    ("name=a/b", "override 'name=a/b': name: may hold letters, digits, '.', '_' and '-' and begins with a letter or digit, got 'a/b'."),
+    (
+        "name=a/b",
+        "override 'name=a/b': name: must start with a letter or digit and contain only letters, digits, '.', '_' and '-'",
+    ),
 ]
 
 

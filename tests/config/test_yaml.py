@@ -57,7 +57,7 @@ def test_lines_of_keys():
         ("a:\n\tb: 1", "line 2, column 1: broken YAML: a tab stands where spaces are needed"),
         ("a: !!python/object/apply:os.system [echo]", "python/object/apply:os.system are not allowed"),
         ("a: !!python/name:os.system", "are not allowed"),
-        ("a: &x [*x]", "an alias refers to what it is part of"),
+        ("a: &x [*x]", "an alias refers to a node that contains it"),
         ("a: *nowhere", "line 1, column 4: broken YAML: found undefined alias"),
         ("a: 1\n---\nb: 2", "expected a single document"),
         ("a: \x00", "not allowed"),

@@ -11,18 +11,18 @@ import pytest
 from flax import nnx
 
 from lora_jax.models.cache import Cache, slots_for
-from lora_jax.models.layers import LayerKind
+from lora_jax.models.layers import LayerType
 from lora_jax.models.rotary import Rotary
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 ROWS, PROMPT, LENGTH = 3, 12, 20
-LOCAL, FAR = LayerKind(5, Rotary(8)), LayerKind(None, Rotary(8, 500.0))
+LOCAL, FAR = LayerType(5, Rotary(8)), LayerType(None, Rotary(8, 500.0))
 
 
 def _decoder(kinds, depth=3, cut=None):
     model = tiny.decoder(depth)
-    model.config = nnx.static(dataclasses.replace(model.config, kinds=kinds))
+    model.config = nnx.static(dataclasses.replace(model.config, layer_types=kinds))
     if cut is not None:
         model.layers.split_at(cut)
     return model
@@ -78,7 +78,7 @@ def test_piece_by_piece_equals_whole_rows(kinds, cut):
 def test_slots():
     assert slots_for((LOCAL,), 20) == (5, True)
     assert slots_for((LOCAL,), 4) == (4, False)
-    assert slots_for((LOCAL, LayerKind(7)), 20) == (7, True)
+    assert slots_for((LOCAL, LayerType(7)), 20) == (7, True)
     assert slots_for((LOCAL, FAR), 20) == (20, False)
 
 

@@ -15,7 +15,7 @@ from lora_jax.adapters.bank import AdapterBank
 from lora_jax.generation.decoding import Decoding, DecodingParams
 from lora_jax.generation.generate import Generator, left_padded
 from lora_jax.generation.sampling import Sampling, choose, row_seeds
-from lora_jax.models.layers import LayerKind
+from lora_jax.models.layers import LayerType
 from lora_jax.models.rotary import Rotary
 from tests import tiny
 
@@ -32,7 +32,7 @@ def _prompts(*lengths, seed=0):
 
 def _model(*kinds, seed=0):
     model = tiny.decoder(2, tied=False, seed=seed)
-    model.config = nnx.static(dataclasses.replace(model.config, kinds=kinds or (LayerKind(None, LONGROPE),)))
+    model.config = nnx.static(dataclasses.replace(model.config, layer_types=kinds or (LayerType(None, LONGROPE),)))
     return model
 
 
@@ -134,7 +134,7 @@ def test_rows_that_have_ended(generator, passes):
 def test_layers_of_several_contexts_and_windows(passes):
     """A pass at each border; and the cache may be a rolling one."""
     other = dataclasses.replace(LONGROPE, context=CONTEXT + 3)
-    for kinds in ((LayerKind(5, LONGROPE), LayerKind(4, other)), (LayerKind(None, LONGROPE), LayerKind(4, other))):
+    for kinds in ((LayerType(5, LONGROPE), LayerType(4, other)), (LayerType(None, LONGROPE), LayerType(4, other))):
         windowed, prompts = _model(*kinds), _prompts(CONTEXT - 1, 3)
         assert windowed.borders == (CONTEXT, CONTEXT + 3)
         assert _tokens(Generator(windowed)(prompts, max_new_tokens=NEW)) == _anew(windowed, prompts, NEW)
@@ -171,7 +171,7 @@ def test_one_program_for_all_prompts_of_a_shape(generator):
 
 def test_dynamic_keeps_what_is_in_the_cache(passes):
     """As transformers does; its frequencies change with each token, so that else each token would take a pass."""
-    dynamic = _model(LayerKind(None, Rotary(8, kind="dynamic", context=CONTEXT, factor=4.0)))
+    dynamic = _model(LayerType(None, Rotary(8, kind="dynamic", context=CONTEXT, factor=4.0)))
     generator = Generator(dynamic)
     generator(_prompts(CONTEXT - 1), max_new_tokens=NEW)
     assert dynamic.borders == () and passes == [] and generator.decoding.programs.recompute.count == 0

@@ -20,7 +20,7 @@ from lora_jax.generation.generate import Generator, left_padded
 from lora_jax.generation.sampling import Sampling, row_seeds
 from lora_jax.models.head_shape import HeadShape
 from lora_jax.models.heads import Classifier
-from lora_jax.models.layers import LayerKind
+from lora_jax.models.layers import LayerType
 from lora_jax.models.rotary import Rotary
 from lora_jax.packing.pack import Pack
 from tests import tiny
@@ -72,9 +72,9 @@ def test_greedy_equals_running_the_whole_text_for_each_token(model, generator):
 
 def test_windows_rolling_and_not():
     """Layers that all have windows keep a window's worth of tokens; with one that has none, all."""
-    for kinds in ((LayerKind(4, Rotary(8)),), (LayerKind(4, Rotary(8)), LayerKind(None, Rotary(8)))):
+    for kinds in ((LayerType(4, Rotary(8)),), (LayerType(4, Rotary(8)), LayerType(None, Rotary(8)))):
         windowed = tiny.decoder(2, tied=False)
-        windowed.config = nnx.static(dataclasses.replace(windowed.config, kinds=kinds))
+        windowed.config = nnx.static(dataclasses.replace(windowed.config, layer_types=kinds))
         prompts = _prompts(11, 2)
         assert [o.tokens for o in Generator(windowed)(prompts, max_new_tokens=NEW)] == [_one_by_one(windowed, p, NEW) for p in prompts]
 

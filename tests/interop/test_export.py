@@ -19,8 +19,8 @@ peft = pytest.importorskip("peft")
 from safetensors.torch import load_file
 
 from lora_jax import load_model, save_pretrained
+from lora_jax.config.doors import FAMILIES
 from lora_jax.interop.hf import architecture
-from lora_jax.models.families import families
 from lora_jax.models.heads import LanguageModel
 from lora_jax.sweeps.restore import restore_member
 from lora_jax.sweeps.run import run_sweep
@@ -145,7 +145,7 @@ def test_classes_are_called_as_transformers_calls_them():
         ("question_answering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
     ):
         names = getattr(modeling_auto, table)
-        for model_type, family in families().items():
+        for model_type, family in FAMILIES.all().items():
             if model_type in names and (head or family.kind == "decoder"):
                 assert architecture(model_type, head) == names[model_type], (model_type, head)
 

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from lora_jax.models.families import gguf_architectures
 from lora_jax.weights.load import open_checkpoint
 from lora_jax.weights.tokenizer import load_tokenizer
 
@@ -45,7 +46,7 @@ def test_weights_equal_transformers(folder):
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=NAME, dtype=torch.float32)
     theirs = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    ours = open_checkpoint(Path(folder) / NAME)
+    ours = open_checkpoint(Path(folder) / NAME, architectures=gguf_architectures())
     assert ours.config["tie_word_embeddings"] and set(ours.names()) == set(theirs)
     for name in ours.names():
         np.testing.assert_array_equal(ours.read(name), theirs[name].numpy(), err_msg=name)

@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from lora_jax.config.doors import FAMILIES
 from lora_jax.errors import InputError
-from lora_jax.models.families import families, find_family
-from lora_jax.models.layers import LayerKind
+from lora_jax.models.families import find_family, gguf_architectures
+from lora_jax.models.layers import LayerType
 from lora_jax.models.rotary import Rotary
 
 SHAPE = {
@@ -24,7 +25,7 @@ SHAPE = {
 
 
 def config_of(family: str, **options: Any) -> Any:
-    return families()[family].config(SHAPE | options, jnp.dtype("float32"))
+    return FAMILIES.all()[family].config(SHAPE | options, jnp.dtype("float32"))
 
 
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
@@ -89,8 +90,8 @@ def test_the_first_gemmas_gelu_is_its_approximation():
 
 
 def test_a_window_that_is_not_used_is_none():
-    assert config_of("qwen2", sliding_window=8).kinds == (LayerKind(rotary=Rotary(8)),) * 2
-    assert config_of("mistral", sliding_window=None).kinds == (LayerKind(rotary=Rotary(8)),)
+    assert config_of("qwen2", sliding_window=8).layer_types == (LayerType(rotary=Rotary(8)),) * 2
+    assert config_of("mistral", sliding_window=None).layer_types == (LayerType(rotary=Rotary(8)),)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_window_that_is_not_used_is_none():
         ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types = 'full_attention' is not supported"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types names 1 layers, and num_hidden_layers = 2"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types = 'chunked_attention' is not supported (only 'full_attention'"),
-        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers speaks of 1 layers, and there are 2"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers names 1 layers, and num_hidden_layers = 2"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
         ("gpt2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
@@ -143,4 +144,26 @@ def test_an_unknown_family_lists_the_known():
         find_family({"model_type": "gemma3"}, "model.source: here")
     message = str(error.value)
     assert "'gemma3' is not supported. Did you mean" in message
-    assert message.endswith(f"Known: {', '.join(families())}.") and "gemma3_text" in message
+    assert message.endswith(f"Known: {', '.join(sorted(FAMILIES))}.") and "gemma3_text" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "name"),
+    [
+        ("bert", "classification", "BertForSequenceClassification"),
+        ("xlm-roberta", None, "XLMRobertaModel"),
+        ("gpt2", None, "GPT2LMHeadModel"),
+        ("gpt2", "token_classification", "GPT2ForTokenClassification"),
+        ("gemma3_text", None, "Gemma3ForCausalLM"),
+        ("smollm3", "question_answering", "SmolLM3ForQuestionAnswering"),
+    ],
+)
+def test_the_names_of_transformers_classes(family: str, head: str | None, name: str):
+    """All are compared with transformers' own in `tests/interop/test_export.py`."""
+    assert FAMILIES.get(family, "model_type").class_name(head) == name
+
+
+def test_families_read_from_gguf_are_families():
+    found = gguf_architectures()
+    assert {"llama", "qwen2", "qwen3"} <= set(found)
+    assert all(FAMILIES.get(one.model_type, "model_type").gguf is one for one in found.values())

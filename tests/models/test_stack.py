@@ -10,7 +10,7 @@ from flax import nnx
 
 from lora_jax.config.schema import MeshConfig
 from lora_jax.models.attention import make_context
-from lora_jax.models.layers import AXES, LayerKind
+from lora_jax.models.layers import AXES, LayerType
 from lora_jax.models.stack import REMAT_POLICIES, Stack
 from lora_jax.parallel.constraints import on_mesh
 from lora_jax.parallel.mesh import make_mesh
@@ -23,7 +23,7 @@ ROWS, LENGTH = 3, 10
 def _inputs(model):
     x = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, tiny.WIDTH))
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
-    kinds = model.config.kinds if model.is_decoder else (LayerKind(),)
+    kinds = model.config.layer_types if model.is_decoder else (LayerType(),)
     return x, make_context(kinds, jnp.ones((ROWS, LENGTH), jnp.int32), positions, causal=model.is_decoder)
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.adapters.inject import inject_structure
+from lora_jax.adapters.inject import inject_layout
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
 from lora_jax.config.load import with_values
@@ -97,6 +97,7 @@ OTHERS = {
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
     "task.messages",
+    "model.transforms",  # tests/models/transforms
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip
 
@@ -126,7 +127,7 @@ def test_what_trains(hub, tmp_path, key):
     setup = set_up(base)
 
     def labels(config):
-        return partition(inject_structure(setup.model, unite(setup.model, [resolve(setup.model, config.adapter)]))).labels
+        return partition(inject_layout(setup.model, unite(setup.model, [resolve(setup.model, config.adapter)]))).labels
 
     assert labels(with_values(base, {key: STRUCTURAL[key]})) != labels(base)
 

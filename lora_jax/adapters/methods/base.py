@@ -1,23 +1,260 @@
-"""What a method says of itself; one file each beside this one."""
+"""What a method is. Each has one file beside this one, or in a package of its own (`register_method`, an entry point `lora_jax.methods`).
+
+A method says which arrays it has at a site (`parameters`), how they start (`init`, `settings`), what the site then computes (`apply`) and
+the weight that computes the same (`merged`). All the rest follows from these: padding, labels, sharding, counts, packs, files.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
+from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ..labels import Table, base_labels
+from ..sites import Site, SiteModule
+
+# Metadata key of a site's variables: their `Parameter`.
+PARAMETER = "parameter"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One array of a method at a site.
+
+    Attributes:
+        shape: of one layer; at an expert site an array of each expert's has the experts in front.
+        label: its optimizer group. The optimizer knows `adapter_a` and `adapter_b` (LoRA+'s learning rate ratio); any other label trains
+            at the plain learning rate.
+        axes: for each axis, which axis of the site's weight it lies along on a mesh: `in`, `out` or `experts`; None: it is replicated.
+        rank_axes: the axes whose size is the rank; a pack pads them.
+        fill: value of the padding, and of a layer that the member does not adapt. With it, and settings of 0, the site computes what the
+            base does.
+        trained: False for an array that a member draws and keeps; it is one of the settings then.
+    """
+
+    shape: tuple[int, ...]
+    label: str = "adapter"
+    axes: tuple[str | None, ...] = ()
+    rank_axes: tuple[int, ...] = ()
+    fill: float = 0.0
+    trained: bool = True
+
+    def own(self, rank: int) -> tuple[slice, ...]:
+        """The part of a padded array (its last axes are `shape`) that a member of this rank uses."""
+        return tuple(slice(rank) if i in self.rank_axes else slice(None) for i in range(len(self.shape)))
+
+
+class AdapterParam(nnx.Variable):
+    """An array that an adapter trains. A type of its own, so that `nnx.Param` means the base alone."""
+
+
+class AdapterSetting(nnx.Variable):
+    """A number or array that belongs to a member but is not trained: scale, dropout rate. Traced data, never a constant."""
+
+
+class DropoutKey(AdapterSetting):
+    """The PRNG key of a site's dropout; the training step sets a new one each time."""
 
 
 class Method:
-    """A way to adapt a base.
+    """A way to adapt a base; the defaults are those of a method without anything to train.
 
     Attributes:
         name: as `adapter.method` says it.
-        section: its config section.
+        section: its config section, with a field `method` of type `Literal[name]`.
+        kinds: the kinds of site it adapts (`Site.kind`); none: it has no arrays at sites.
+        dropout_kinds: those of them where `adapter.dropout` is allowed.
+        setting_names: numbers of each layer, (layers,) float32, 0 where a layer is not adapted; `settings` gives them.
+        packs: what a further member of a pack adds: `low-rank` work of the size of the rank, `activation` work on the input or output
+            alone, `weight-sized` an array of the weight's size.
+        self_padding: whether padding keeps its fill value by itself, as LoRA's zeros do: their gradients are 0, and AdamW leaves what
+            is 0 at 0. Otherwise the update of the padding is masked.
     """
 
     name: str
     section: type[AdapterConfig]
+    kinds: tuple[str, ...] = ()
+    dropout_kinds: tuple[str, ...] = ()
+    setting_names: tuple[str, ...] = ()
+    packs: Literal["low-rank", "activation", "weight-sized"] = "activation"
+    self_padding: bool = False
+
+    def __repr__(self) -> str:
+        return f"<method {self.name}>"
 
     def configured(self, config: AdapterConfig) -> Any:
         """The config as this method's section, with its keys' defaults where it was given without them."""
         return config if isinstance(config, self.section) else self.section.model_validate(config.model_dump())
+
+    def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
+        """Name -> array, of one layer at this rank."""
+        raise NotImplementedError(f"{self!r} adapts sites, but says no parameters")
+
+    def settings(self, config: Any, rank: int, alpha: float) -> dict[str, float]:
+        """The numbers of one adapted layer, by `setting_names`.
+
+        Args:
+            config: the member's section.
+            rank, alpha: of the layer; the config's, or what its patterns say.
+        """
+        return {}
+
+    def init(
+        self, site: Site, rank: int, config: Any, random: np.random.Generator, weight: Callable[[], np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """How the arrays of one adapted layer start; those left out start at their fill value.
+
+        Args:
+            site: the site.
+            rank: of the layer.
+            config: the member's section.
+            random: draws for this member's seed, the site and the layer.
+            weight: gives the layer's weight, (inputs, outputs) with the experts in front, float32.
+
+        Returns:
+            name -> float32 array of the shape in `parameters(site, rank)`.
+        """
+        return {}
+
+    def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
+        """What an adapted site computes.
+
+        Args:
+            module: its arrays of one layer are attributes, by name; `module.base` is the base's module.
+            inputs: of the base's module: x (..., inputs) of a linear site, tokens (...) int32 of an embedding, x (rows, inputs) and
+                expert (rows,) int32 of an expert site.
+            rows: where the rows of a gathered input are, for `module.drop`.
+
+        Returns:
+            what the base's module would return, in its dtype.
+        """
+        raise NotImplementedError(f"{self!r} adapts sites, but does not say how")
+
+    def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """The weight and bias with which the base's module computes what the adapted site does.
+
+        Args:
+            module: with the arrays of all its layers.
+            weight: of those layers, (..., inputs, outputs) float32.
+            bias: (..., outputs) float32; None where there is none.
+        """
+        raise NotImplementedError(f"{self!r} adapts sites, but does not say how to merge them")
+
+    def low_rank(self, module: AdaptedSite) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """A (..., inputs, rank), B (..., rank, outputs) and scale (...) where the change of the weight is `scale * A B`, else None.
+
+        Banks mix and combine adapters by these.
+        """
+        return None
+
+    def of_low_rank(self, a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray] | None:
+        """The arrays and settings with which `low_rank` gives these back; None where the method cannot say every low-rank change."""
+        return None
+
+    def count(self, site: Site, rank: int) -> int:
+        """How many numbers one adapted layer trains."""
+        return sum(math.prod(p.shape) for p in self.parameters(site, rank).values() if p.trained)
+
+    def cost(self, site: Site, rank: int) -> int:
+        """FLOPs that one adapted layer adds to a forward pass, a token."""
+        return 2 * self.count(site, rank) // (site.experts or 1)
+
+    def labels(self, sites: Sequence[str], bias: str, modules_to_save: Sequence[str]) -> Table:
+        """Ordered `regex -> label` rules for the base's parameters; arguments as for `base_labels`."""
+        return base_labels(sites, bias, modules_to_save)
+
+    def prepare(self, model: nnx.Module) -> None:
+        """Changes how an adapted model's layers are run, in place; the model's modules are a copy, its arrays the caller's."""
+
+
+class AdaptedSite(SiteModule):
+    """An adapted site: the base's module with a method's arrays.
+
+    Args:
+        base: the module that stood at the site.
+        site: the site.
+        layers: of how many layers it holds arrays, in front of each; None where the weight is not stacked.
+        rank: the arrays' padded rank.
+        method: whose arrays they are.
+        dropout: whether any member drops inputs; without it the program has no random number.
+
+    Attributes:
+        ranks: of each layer, without padding; 0 where it is not adapted. Static: for descriptions alone.
+    """
+
+    def __init__(self, base: nnx.Module, site: Site, *, layers: int | None, rank: int, method: Method, dropout: bool):
+        super().__init__(base, site)
+        lead = () if layers is None else (layers,)
+        stacked: dict[str, Any] = {PER_SEGMENT: True} if layers is not None else {}
+        self.method: Method = nnx.static(method)
+        self.site: Site = nnx.static(site)
+        self.rank = rank
+        self.ranks: tuple[int, ...] = nnx.static((rank,) * (layers or 1))
+        self.deterministic = False
+        axes = getattr(base, site.weight).get_metadata().get(AXES)
+        for name, parameter in method.parameters(site, rank).items():
+            kind = AdapterParam if parameter.trained else AdapterSetting
+            variable = kind(jnp.full((*lead, *parameter.shape), parameter.fill, jnp.float32), **stacked)
+            variable.set_metadata(PARAMETER, parameter)
+            if axes:
+                # Along the weight's axes; what is along none of them has no name, and is replicated.
+                along: dict[str | None, str] = dict(zip(("out", "in", "experts"), reversed(axes[len(lead) :]), strict=False))
+                own = (along.get(axis) for axis in parameter.axes or (None,) * len(parameter.shape))
+                variable.set_metadata(AXES, (*axes[: len(lead)], *own))
+            setattr(self, name, variable)
+        for name in method.setting_names:
+            setattr(self, name, AdapterSetting(jnp.zeros(lead), **stacked))
+        if dropout and site.kind in method.dropout_kinds:
+            self.dropout_rate = AdapterSetting(jnp.zeros(lead), **stacked)
+            self.dropout_key = DropoutKey(jnp.broadcast_to(jax.random.key(0), lead), **stacked)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __call__(self, *inputs: jax.Array, rows: Rows | None = None) -> jax.Array:
+        return self.method.apply(self, *inputs, rows=rows)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its arrays have layers in front."""
+        return self.site.depth is not None
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view(model, deterministic=True)` calls: no dropout from here on."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def drop(self, x: jax.Array, rows: Rows | None) -> jax.Array:
+        """x with a fraction of its entries set to 0 and the others scaled up, while training; x itself otherwise."""
+        if self.deterministic or not hasattr(self, "dropout_rate"):
+            return x
+        rate = self.dropout_rate[...]
+        kept = uniform(self.dropout_key[...], x, rows) >= rate
+        return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
+
+    def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Sets arrays and settings by name, in place; layers in front of each, one where the weight is not stacked."""
+        for name, value in arrays.items():
+            getattr(self, name).set_value(jnp.asarray(value if self.stacked else value[0]))
+
+
+def method_of(config: AdapterConfig) -> Method:
+    """The method that a config names.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    return METHODS.get(config.method, "adapter.method")
+
+
+register_method = METHODS.register

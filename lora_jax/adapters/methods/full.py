@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
-from .base import Method
+from ..labels import HEAD, Table
+from .base import Method, register_method
 
 
 class FullSection(AdapterConfig):
@@ -16,9 +17,13 @@ class FullSection(AdapterConfig):
 
 
 class Full(Method):
-    """Full fine-tuning, a baseline: every weight of the base trains."""
+    """Every weight of the base trains: no adapters, and nothing is frozen."""
 
     name, section = "full", FullSection
+    packs = "weight-sized"
+
+    def labels(self, sites: Sequence[str], bias: str, modules_to_save: Sequence[str]) -> Table:
+        return (*HEAD, (r"(.*\.)?[a-z_]*norm\..*", "norm"), (r".*\.bias", "bias"), (r".*", "full"))
 
 
-METHODS.register("full", Full())
+register_method("full", Full())

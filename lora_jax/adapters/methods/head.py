@@ -1,14 +1,17 @@
-"""Only the task's head trains, a baseline."""
+"""Linear probing, a baseline: only the task's head trains."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+from flax import nnx
 from pydantic import Field
 
-from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
-from .base import Method
+from ...models.stack import Stack
+from ..labels import FROZEN, HEAD, Table
+from .base import Method, register_method
 
 
 class HeadSection(AdapterConfig):
@@ -16,9 +19,18 @@ class HeadSection(AdapterConfig):
 
 
 class Head(Method):
-    """Only the task's head trains, a baseline."""
+    """The task's head trains, and nothing of the base."""
 
     name, section = "head", HeadSection
 
+    def labels(self, sites: Sequence[str], bias: str, modules_to_save: Sequence[str]) -> Table:
+        return (*HEAD, (r".*", FROZEN))
 
-METHODS.register("head", Head())
+    def prepare(self, model: nnx.Module) -> None:
+        """Cuts off each stack's top layer: it stays with the head, because it is run for few positions; what is below is the trunk."""
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, Stack) and module.depth > 1:
+                module.split_at(module.depth - 1)
+
+
+register_method("head", Head())

@@ -10,12 +10,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ...adapters.inject import LABEL, inject_structure, remember, site_modules
+from ...adapters.inject import LABEL, inject_layout, remember
 from ...adapters.labels import FROZEN
-from ...adapters.layout import MemberSite, MemberSpec, unite
+from ...adapters.layout import ResolvedAdapter, ResolvedSite, unite
+from ...adapters.members import site_modules
 from ...adapters.merge import copy_of
 from ...adapters.sites import logical_name
 from ...errors import InputError, hint, nearest
@@ -68,18 +70,18 @@ class _Plan:
 
 
 def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
-    """A model with a PEFT adapter on it; `model` is left as it was, and both share the base's arrays.
+    """A copy of `model` with a PEFT adapter. `model` itself is unchanged, and both share the base's arrays.
 
-    Every scale is computed anew from the config, alpha / rank or alpha / sqrt(rank), module by module. As PEFT's `from_pretrained`
-    does, this gives a model for inference: its dropout is off until `nnx.view(adapted, deterministic=False)`.
+    Scales are computed from the config, alpha / rank or alpha / sqrt(rank), for each module. As with PEFT's `from_pretrained` the
+    result is for inference: dropout is off until `nnx.view(adapted, deterministic=False)`.
 
     Args:
-        model: the base, without adapters; with a head where the adapter holds one.
+        model: the base without adapters; with a head if the adapter contains one.
         path: the adapter's folder, or `hf://org/name`.
 
     Raises:
-        InputError: there is no adapter, it is damaged, asks for what is not supported, or does not fit the model: the message lists
-            the tensors that are missing or too many.
+        InputError: there is no adapter, it is damaged, has an unsupported option, or does not fit the model. The message lists
+            missing and unexpected tensors.
     """
     if site_modules(model):
         raise InputError("the model bears adapters already: load onto the base.")
@@ -94,10 +96,10 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
             parameter.write(arrays[key])
     saved = sorted(plan.saved)
     ours = section_of(config)
-    spec = MemberSpec(ours.model_copy(update={"modules_to_save": saved}), _member_sites(plan.sites))
-    adapted = inject_structure(base, unite(base, [spec]))
+    member = ResolvedAdapter(ours.model_copy(update={"modules_to_save": saved}), _resolved(plan.sites))
+    adapted = inject_layout(base, unite(base, [member]))
     _freeze_unsaved(adapted, plan.saved)
-    _fill(adapted, plan.sites, arrays, config.dropout)
+    _fill(adapted, member, plan.sites, arrays)
     copies = sorted(key for key in plan.copies if key in arrays)
     idle = {key: _read(file, key).tolist() for key in sorted(plan.idle & set(file.names())) if ".original_module." in key}
     foreign = {"peft": config.raw, "renaming": dataclasses.astuple(names.renaming), "copies": copies, "idle": idle}
@@ -216,24 +218,24 @@ def _read(file: Checkpoint, key: str) -> np.ndarray:
     return array
 
 
-def _member_sites(sites: list[_Site]) -> dict[str, MemberSite]:
-    members: dict[str, MemberSite] = {}
+def _resolved(sites: list[_Site]) -> dict[str, ResolvedSite]:
+    found: dict[str, ResolvedSite] = {}
     for one in sites:
         site = one.module.site
-        if site.name not in members:
-            members[site.name] = MemberSite(np.zeros(len(site.names), int), np.zeros(len(site.names), np.float32))
-        members[site.name].ranks[one.module.layer] = one.rank
-        members[site.name].scales[one.module.layer] = one.scale
-    return members
+        if site.name not in found:
+            found[site.name] = ResolvedSite(np.zeros(len(site.names), int), {"scale": np.zeros(len(site.names), np.float32)})
+        found[site.name].ranks[one.module.layer] = one.rank
+        found[site.name].settings["scale"][one.module.layer] = one.scale
+    return found
 
 
-def _fill(adapted: nnx.Module, sites: list[_Site], arrays: dict[str, np.ndarray], dropout: float) -> None:
+def _fill(adapted: nnx.Module, member: ResolvedAdapter, sites: list[_Site], arrays: dict[str, np.ndarray]) -> None:
     """Puts the factors where they belong, in place: a rank below the stack's largest leaves the rest 0."""
     by_site: dict[str, list[_Site]] = {}
     for one in sites:
         by_site.setdefault(one.module.site.name, []).append(one)
     for name, module in site_modules(adapted).items():
-        factors = Factors.zeros(module)
+        factors = Factors.of(module)
         for one in by_site[name]:
             # A segment holds its layers up to the top of the stack.
             layer = one.module.layer - (len(one.module.site.names) - len(factors.scale))
@@ -241,4 +243,8 @@ def _fill(adapted: nnx.Module, sites: list[_Site], arrays: dict[str, np.ndarray]
             factors.a[layer][..., : one.rank] = a
             factors.b[layer][..., : one.rank, :] = b
             factors.scale[layer] = one.scale
-        factors.put(module, dropout)
+        factors.put(module)
+        module.ranks = nnx.static(tuple(int(r) for r in member.sites[name].ranks[-len(module.ranks) :]))
+        module.deterministic = True
+        if hasattr(module, "dropout_rate"):
+            module.dropout_rate.set_value(jnp.full(module.dropout_rate.shape, member.config.dropout, jnp.float32))

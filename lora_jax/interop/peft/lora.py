@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ...adapters.methods.lora import LoraSection, LowRank
+from ...adapters.methods.base import AdaptedSite
+from ...adapters.methods.lora import LoraSection
 from ...adapters.sites import KINDS, PRESETS
 from ...errors import InputError
 from .config import DEFAULTS, PeftConfig
@@ -54,6 +55,12 @@ def section_of(peft: PeftConfig) -> LoraSection:
         "modules_to_save": list(peft.saved),
     }
     return LoraSection(**values)
+
+
+def section_of_record(text: str) -> LoraSection | None:
+    """The section in a model's record (`adapters/inject.py`), JSON; None where it is that of another method."""
+    raw = json.loads(text)
+    return LoraSection.model_validate(raw) if raw["method"] == LoraSection.model_fields["method"].default else None
 
 
 def _as_regex(text: str) -> str:
@@ -186,15 +193,16 @@ class Factors:
     scale: np.ndarray
 
     @classmethod
-    def of(cls, module: LowRank) -> Factors:
-        """Read from a module."""
-        a, b, scale = (np.asarray(jax.device_get(v[...])) for v in (module.lora_a, module.lora_b, module.scale))
-        return cls(a, b, scale) if scale.ndim else cls(a[None], b[None], scale[None])
+    def of(cls, module: AdaptedSite) -> Factors:
+        """Copied from a module.
 
-    @classmethod
-    def zeros(cls, module: LowRank) -> Factors:
-        """Zeros of a module's shapes."""
-        a, b, scale = (np.zeros(v.shape, np.float32) for v in (module.lora_a, module.lora_b, module.scale))
+        Raises:
+            InputError: its method has no low-rank form.
+        """
+        found = module.method.low_rank(module)
+        if found is None:
+            raise InputError(f"'{module.method.name}' adapters have no low-rank form.")
+        a, b, scale = (np.array(jax.device_get(array)) for array in found)
         return cls(a, b, scale) if scale.ndim else cls(a[None], b[None], scale[None])
 
     def used_rank(self, layer: int) -> int:
@@ -203,10 +211,8 @@ class Factors:
         used = np.abs(a).reshape(-1, a.shape[-1]).sum(0) + np.abs(b).sum(-1).reshape(-1, b.shape[-2]).sum(0) > 0
         return int(np.flatnonzero(used)[-1]) + 1 if used.any() else 1
 
-    def put(self, module: LowRank, dropout: float) -> None:
-        """Writes them into a module, for inference: dropout is set, and off."""
-        for variable, value in ((module.lora_a, self.a), (module.lora_b, self.b), (module.scale, self.scale)):
-            variable.set_value(jnp.asarray(value.reshape(variable.shape)))
-        module.deterministic = True
-        if hasattr(module, "dropout_rate"):
-            module.dropout_rate.set_value(jnp.full(module.dropout_rate.shape, dropout, jnp.float32))
+    def put(self, module: AdaptedSite) -> None:
+        """Writes them into a module."""
+        arrays = module.method.of_low_rank(self.a, self.b, self.scale)
+        assert arrays is not None
+        module.fill(arrays)

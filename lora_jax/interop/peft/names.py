@@ -17,7 +17,7 @@ from flax import nnx
 from ...adapters.sites import HEADS, Path, Site, find_sites, logical_name, names_of
 from ...models.decoder import Decoder
 from ...models.encoder import Encoder
-from ...models.families import families
+from ...models.families import find_family
 from ...models.families.base import Weight, oriented
 from ...models.heads import Classifier
 from ...models.stack import Stack
@@ -149,7 +149,7 @@ class PeftNames:
                 head = head_of(module)
                 self._tables[path] = {} if head is None else head.weights()
             else:
-                table = {} if module.origin is None else families()[module.origin.model_type].weights(module.config)
+                table = {} if module.origin is None else find_family(module.origin.config, module.origin.source).weights(module.config)
                 projection = {k: dataclasses.replace(w, name=f"{PROJECTION}.weight") for k, w in table.items() if k == "lm_head.kernel"}
                 self._tables[path] = table | projection
         return self._tables[path]
@@ -183,7 +183,7 @@ def _renaming(model: nnx.Module, own: list[str], found: list[str]) -> Renaming:
         head = head_of(classifier)
         drop, put = (head and head.renamed) or ("", "")
         if isinstance(classifier.base, Encoder):
-            put = families()[classifier.base.origin.model_type].prefixes[-1]
+            put = find_family(classifier.base.origin.config, classifier.base.origin.source).prefixes[-1]
         usual = Renaming(drop, put)
     found_names = set(found)
     if any(usual(name) in found_names for name in own):

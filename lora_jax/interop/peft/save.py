@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from pydantic import PrivateAttr
 
-from ...adapters.inject import LABEL, inject, recall, site_modules
+from ...adapters.inject import LABEL, inject, recall
+from ...adapters.members import site_modules
 from ...adapters.merge import strip
 from ...adapters.methods.lora import LoraSection
 from ...config.doors import EXPORTERS
@@ -32,7 +33,7 @@ from ..base import Exporter, ExportOptions
 from ..card import model_card, public_name, write_card
 from ..kinds import kind_of
 from .config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, PeftConfig, read_peft_config, to_json
-from .lora import Factors, alpha_of, config_values, factor_keys, plain, section_of, to_file
+from .lora import Factors, alpha_of, config_values, factor_keys, plain, section_of, section_of_record, to_file
 from .names import PROJECTION, ROOT, Module, Parameter, PeftNames, Renaming
 
 
@@ -76,8 +77,8 @@ class _Adapter:
         self.names = PeftNames(base, renaming=renaming)
         self.sites = _sites(model, self.names)
         if not self.sites:
-            raise InputError("the model bears no LoRA: there is nothing that PEFT could hold.")
-        self.section = None if record is None else LoraSection.model_validate_json(record.config)
+            raise InputError("the model has no adapter that PEFT could hold.")
+        self.section = None if record is None else section_of_record(record.config)
         self.trained: dict[str, list[Parameter]] = {}
         for parameter in self.names.parameters.values():
             label = parameter.variable.get_metadata().get(LABEL, "frozen")
@@ -91,19 +92,19 @@ class _Adapter:
 
 
 def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, card: str | None = None) -> None:
-    """Writes an adapted model's adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`, float32.
+    """Writes an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, float32.
 
-    Ranks that were padded are trimmed. An adapter that came from `load_peft` keeps its config and the bits of its tensors.
+    Padded ranks are trimmed. An adapter from `load_peft` keeps its config and the bits of its tensors.
 
     Args:
-        model: from `inject`, `load_peft` or `training`.
+        model: an adapted model from `inject`, `load_peft` or `training`.
         path: a folder that does not exist yet, or is empty.
-        base: what the config calls the base (`base_model_name_or_path`); what it was called before by default, or where the base was
-            loaded from.
+        base: the base's name in the config (`base_model_name_or_path`). Default: its name in the loaded adapter's config, or the
+            source the base was loaded from.
         card: text of a `README.md`.
 
     Raises:
-        InputError: the model bears no LoRA, or something is at `path` already.
+        InputError: the model has no low-rank adapter, or `path` is not empty.
     """
     adapter = _Adapter(model)
     with new_folder(Path(path)) as folder:
@@ -123,7 +124,7 @@ def _write(adapter: _Adapter, folder: Path, base: str | None) -> None:
 
 
 class LoraConfig(LoraSection):
-    """LoRA's config section, from PEFT's config and to it.
+    """LoRA's config section, which reads and writes PEFT's config.
 
     >>> config = LoraConfig(rank=4, alpha=8, targets=["q_proj"])
     >>> config.to_peft()["lora_alpha"], config.to_peft()["target_modules"]
@@ -141,7 +142,7 @@ class LoraConfig(LoraSection):
             path: its folder, the `adapter_config.json` in it, or `hf://org/name`.
 
         Raises:
-            InputError: there is none, it is damaged, or it asks for what is not supported.
+            InputError: there is no config, it is damaged, or it has an unsupported option.
         """
         peft = read_peft_config(path)
         config = cls(**section_of(peft).model_dump())
@@ -149,13 +150,13 @@ class LoraConfig(LoraSection):
         return config
 
     def to_peft(self, model: nnx.Module | None = None) -> dict[str, Any]:
-        """What PEFT's `adapter_config.json` says of it: `peft.LoraConfig(**config.to_peft())` is the same.
+        """The contents of PEFT's `adapter_config.json`; `peft.LoraConfig(**config.to_peft())` is the same config.
 
         Args:
-            model: the base; needed where the config speaks of layers or modules in a way that PEFT does not (`attention`, `last:4`).
+            model: the base; required if the config names layers or modules in a way that PEFT does not have (`attention`, `last:4`).
 
         Raises:
-            InputError: it takes a model to say it, or PEFT has no way to say it.
+            InputError: a model is required, or PEFT cannot express the config.
         """
         if model is None:
             return config_values(self, self._peft)
@@ -356,7 +357,10 @@ class PeftExporter(Exporter):
 
     def can(self, restored: Restored) -> str | None:
         """Why PEFT has no file for what was trained; None where it has."""
-        return None if site_modules(restored.model) else f"trained '{restored.member.config.adapter.method}', which is no adapter."
+        modules = site_modules(restored.model).values()
+        if modules and all(m.method.low_rank(m) is not None for m in modules):
+            return None
+        return f"trained '{restored.member.config.adapter.method}', which PEFT's LoRA cannot hold."
 
     def write(self, restored: Restored, folder: Path, options: ExportOptions) -> None:
         """Config, tensors and a model card."""

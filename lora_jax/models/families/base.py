@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...errors import InputError
-from ..head_shape import HeadShape
+from ...weights.checkpoint import GGUFArchitecture
+from ..head_shape import HEADS, HeadShape
 from ..layers import BlockConfig
 
 
@@ -126,6 +127,11 @@ def decoder_heads(*, tokens: str = "score", renamed: tuple[str, str] | None = No
 
 _DECODER_HEADS = decoder_heads()
 
+# Kind of head -> the end of the name of transformers' class that has one.
+HEAD_CLASSES: dict[str, str] = dict(
+    zip(HEADS, ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"), strict=True)
+)
+
 
 def encoder_heads(classification: Head) -> dict[str, Head]:
     """The heads of most encoders: one linear layer on each token, and for the class of a text what each has of its own."""
@@ -138,23 +144,41 @@ def encoder_heads(classification: Head) -> dict[str, Head]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A Hugging Face `model_type`.
+    """How the configs and checkpoints of one Hugging Face `model_type` translate; registered under it in `FAMILIES`.
 
     Attributes:
         kind: `encoder` or `decoder`.
         config: Hugging Face config and dtype -> `EncoderConfig` or `DecoderConfig`.
         weights: our config -> {parameter path: Weight}. In a path `layers.` stands for the stack.
+        architecture: what the names of transformers' classes begin with (`XLMRoberta` of `XLMRobertaForTokenClassification`).
+        language_model: transformers' class with a projection to the vocabulary, where it is not `{architecture}ForCausalLM`.
         prefixes: what may stand before the names in a checkpoint (`bert.` where it was saved with a head).
         root: what all names but those of output heads start with, unless a checkpoint was saved without any head (`model.`).
         heads: Hugging Face config -> {kind of head: Head}.
+        gguf: its form in GGUF files; None where those are not read.
     """
 
     kind: str
     config: Callable[[Mapping[str, Any], Any], Any]
     weights: Callable[[Any], dict[str, Weight]]
+    architecture: str
+    language_model: str = ""
     prefixes: tuple[str, ...] = ("",)
     root: str = ""
     heads: Callable[[Mapping[str, Any]], dict[str, Head]] = _DECODER_HEADS
+    gguf: GGUFArchitecture | None = None
+
+    def class_name(self, head: str | None = None) -> str:
+        """The name of transformers' class.
+
+        Args:
+            head: its kind (`models/head_shape.py`); None: a decoder's own projection to its vocabulary, and none on an encoder.
+        """
+        if head is not None:
+            return self.architecture + HEAD_CLASSES[head]
+        if self.kind == "encoder":
+            return self.architecture + "Model"
+        return self.language_model or self.architecture + "ForCausalLM"
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:

@@ -1,10 +1,16 @@
-"""BERT (arXiv:1810.04805) and what is saved in its form, MiniLM and most sentence encoders among it."""
+"""BERT (arXiv:1810.04805) and what is saved in its form, MiniLM and most sentence encoders among it.
+
+RoBERTa (arXiv:1907.11692), XLM-RoBERTa (arXiv:1911.02116) and CamemBERT count positions from the padding's id on. DistilBERT
+(arXiv:1910.01108) has half the layers, other names, no token types and no pooler.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ...config.doors import FAMILIES
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
 from .base import Family, Head, Weight, embeddings, encoder_heads, norms, only, post_norm_block, projections, size, width_and_heads
@@ -57,10 +63,71 @@ def weights_of(config: EncoderConfig) -> dict[str, Weight]:
     return projections(linears, bias=True) | norms(NORMS) | embeddings(EMBEDDINGS)
 
 
-FAMILY = Family(
+def _roberta_config(hf: Mapping[str, Any], dtype: Any) -> EncoderConfig:
+    only(hf, "is_decoder", False)
+    return config_of(hf, dtype, padding_idx=1 if hf.get("pad_token_id") is None else hf["pad_token_id"])
+
+
+def _roberta_heads(_: Mapping[str, Any]) -> dict[str, Head]:
+    # Its classifier has a dense layer of its own and leaves the pooler aside.
+    modules = {"pre_classifier": "classifier.dense", "classifier": "classifier.out_proj"}
+    return encoder_heads(Head(HeadShape(activation="tanh"), modules))
+
+
+_DISTIL_LAYER = "transformer.layer.{i}."
+
+
+def _distilbert_config(hf: Mapping[str, Any], dtype: Any) -> EncoderConfig:
+    # The norms' epsilon is no part of its config.
+    sizes = *width_and_heads(hf, "dim", "n_heads"), size(hf, "hidden_dim")
+    block = post_norm_block(*sizes, hf.get("activation", "gelu"), 1e-12, dtype)
+    return EncoderConfig(
+        block,
+        depth=size(hf, "n_layers"),
+        vocab=size(hf, "vocab_size"),
+        positions=size(hf, "max_position_embeddings", 512),
+        token_types=0,
+        pooler=False,
+    )
+
+
+def _distilbert_weights(_: EncoderConfig) -> dict[str, Weight]:
+    attention = zip("qkvo", ("q", "k", "v", "out"), strict=True)
+    linears = {f"layers.attn.{ours}_proj": f"{_DISTIL_LAYER}attention.{theirs}_lin" for ours, theirs in attention}
+    linears |= {"layers.mlp.up_proj": _DISTIL_LAYER + "ffn.lin1", "layers.mlp.down_proj": _DISTIL_LAYER + "ffn.lin2"}
+    names = {
+        "embed_norm": "embeddings.LayerNorm",
+        "layers.attn_norm": _DISTIL_LAYER + "sa_layer_norm",
+        "layers.mlp_norm": _DISTIL_LAYER + "output_layer_norm",
+    }
+    tables = {"embed": "embeddings.word_embeddings", "position_embed": "embeddings.position_embeddings"}
+    return projections(linears, bias=True) | norms(names) | embeddings(tables)
+
+
+def _distilbert_heads(_: Mapping[str, Any]) -> dict[str, Head]:
+    return encoder_heads(Head(HeadShape(activation="relu"), {"pre_classifier": "pre_classifier", "classifier": "classifier"}))
+
+
+BERT = Family(
     "encoder",
     config_of,
     weights_of,
+    architecture="Bert",
     prefixes=("", "bert."),
     heads=lambda _: encoder_heads(Head(HeadShape(pooler=True), {"classifier": "classifier"})),
 )
+ROBERTA = Family("encoder", _roberta_config, weights_of, architecture="Roberta", prefixes=("", "roberta."), heads=_roberta_heads)
+DISTILBERT = Family(
+    "encoder",
+    _distilbert_config,
+    _distilbert_weights,
+    architecture="DistilBert",
+    prefixes=("", "distilbert."),
+    heads=_distilbert_heads,
+)
+
+FAMILIES.register("bert", BERT)
+FAMILIES.register("roberta", ROBERTA)
+FAMILIES.register("xlm-roberta", dataclasses.replace(ROBERTA, architecture="XLMRoberta"))
+FAMILIES.register("camembert", dataclasses.replace(ROBERTA, architecture="Camembert"))
+FAMILIES.register("distilbert", DISTILBERT)

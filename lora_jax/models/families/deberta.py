@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ...config.doors import FAMILIES
 from ...errors import InputError
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
@@ -113,10 +114,5 @@ def _heads(hf: Mapping[str, Any]) -> dict[str, Head]:
     return encoder_heads(Head(HeadShape(activation=act), {"pre_classifier": "pooler.dense", "classifier": "classifier"}))
 
 
-FAMILY = Family(
-    "encoder",
-    _config,
-    _weights,
-    prefixes=("", "deberta."),
-    heads=_heads,
-)
+# Version 3 is saved under this name too.
+FAMILIES.register("deberta-v2", Family("encoder", _config, _weights, architecture="DebertaV2", prefixes=("", "deberta."), heads=_heads))

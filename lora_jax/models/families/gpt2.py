@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...config.doors import FAMILIES
 from ..decoder import DecoderConfig
-from ..layers import BlockConfig, LayerKind
+from ..layers import BlockConfig, LayerType
 from .base import Family, Weight, activation, decoder_heads, embeddings, norms, only, projections, size, width_and_heads
 
 _LAYER = "transformer.h.{i}."
@@ -42,7 +43,7 @@ def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
         dtype=dtype,
     )
     depth, vocab, positions = (size(hf, key) for key in ("n_layer", "vocab_size", "n_positions"))
-    return DecoderConfig(block, depth, vocab, (LayerKind(),), hf.get("tie_word_embeddings", True), positions)
+    return DecoderConfig(block, depth, vocab, (LayerType(),), hf.get("tie_word_embeddings", True), positions)
 
 
 def _weights(config: DecoderConfig) -> dict[str, Weight]:
@@ -50,4 +51,14 @@ def _weights(config: DecoderConfig) -> dict[str, Weight]:
     return table if config.tied else table | projections({"lm_head": "lm_head"}, bias=False)
 
 
-FAMILY = Family("decoder", _config, _weights, root="transformer.", heads=decoder_heads(tokens="classifier"))
+GPT2 = Family(
+    "decoder",
+    _config,
+    _weights,
+    architecture="GPT2",
+    language_model="GPT2LMHeadModel",
+    root="transformer.",
+    heads=decoder_heads(tokens="classifier"),
+)
+
+FAMILIES.register("gpt2", GPT2)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...config.doors import FAMILIES
 from ..decoder import DecoderConfig
-from ..layers import BlockConfig, LayerKind
+from ..layers import BlockConfig, LayerType
 from .base import Family, Weight, activation, decoder_heads, embeddings, norms, projections, size, width_and_heads
 from .rope import rotary
 
@@ -40,9 +41,9 @@ def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
         qkv="per_head",
         dtype=dtype,
     )
-    turned = rotary(hf, block.head_dim, theta=hf.get("rotary_emb_base", 10000.0), share=hf.get("rotary_pct", 0.25))
+    positions = rotary(hf, block.head_dim, theta=hf.get("rotary_emb_base", 10000.0), fraction=hf.get("rotary_pct", 0.25))
     depth, vocab = size(hf, "num_hidden_layers"), size(hf, "vocab_size")
-    return DecoderConfig(block, depth, vocab, (LayerKind(rotary=turned),), hf.get("tie_word_embeddings", False))
+    return DecoderConfig(block, depth, vocab, (LayerType(rotary=positions),), hf.get("tie_word_embeddings", False))
 
 
 def _weights(config: DecoderConfig) -> dict[str, Weight]:
@@ -51,4 +52,7 @@ def _weights(config: DecoderConfig) -> dict[str, Weight]:
     return table if config.tied else table | {"lm_head.kernel": Weight("embed_out.weight", True, called="lm_head.weight")}
 
 
-FAMILY = Family("decoder", _config, _weights, root="gpt_neox.", heads=decoder_heads(tokens="classifier"))
+FAMILIES.register(
+    "gpt_neox",
+    Family("decoder", _config, _weights, architecture="GPTNeoX", root="gpt_neox.", heads=decoder_heads(tokens="classifier")),
+)

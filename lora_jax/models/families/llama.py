@@ -1,13 +1,18 @@
-"""Llama 1 to 3.3 (arXiv:2302.13971) and what is saved in its form, SmolLM2 among it; and the form itself, which most decoders share."""
+"""Llama 1 to 3.3 (arXiv:2302.13971) and what is saved in its form, SmolLM2 among it; and the form itself, which most decoders share.
+
+Of one setting or two beside Llama's own: Granite 3, OLMo 2, Phi-3 and SmolLM3.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ...config.doors import FAMILIES
 from ...errors import InputError
+from ...weights.checkpoint import GGUFArchitecture
 from ..decoder import DecoderConfig
-from ..layers import BlockConfig, LayerKind
+from ..layers import BlockConfig, LayerType
 from .base import Family, Weight, activation, decoder_heads, only, projections, size
 from .rope import rotary
 
@@ -51,10 +56,10 @@ def block(hf: Mapping[str, Any], dtype: Any, **options: Any) -> BlockConfig:
     return BlockConfig(**usual | options)
 
 
-def decoder(hf: Mapping[str, Any], block: BlockConfig, kinds: Sequence[LayerKind], *, tied: bool = False, **options: Any) -> DecoderConfig:
+def decoder(hf: Mapping[str, Any], block: BlockConfig, types: Sequence[LayerType], *, tied: bool = False, **options: Any) -> DecoderConfig:
     """The decoder of such layers. `tied` is the family's default."""
     depth, vocab = size(hf, "num_hidden_layers"), size(hf, "vocab_size")
-    return DecoderConfig(block, depth, vocab, tuple(kinds), hf.get("tie_word_embeddings", tied), **options)
+    return DecoderConfig(block, depth, vocab, tuple(types), hf.get("tie_word_embeddings", tied), **options)
 
 
 def full_rotary(hf: Mapping[str, Any], block: BlockConfig, **options: Any) -> Any:
@@ -71,11 +76,11 @@ def window(hf: Mapping[str, Any], default: int | None) -> int | None:
     return None if value is None else size({"sliding_window": value}, "sliding_window")
 
 
-def layer_types(hf: Mapping[str, Any], usual: Callable[[int], str]) -> list[str]:
-    """What the config calls each layer's kind of attention: `full_attention` or `sliding_attention`.
+def layer_type_names(hf: Mapping[str, Any], usual: Callable[[int], str]) -> list[str]:
+    """Each layer's type as the config names it: `full_attention` or `sliding_attention`.
 
     Args:
-        usual: a layer's kind, where the config doesn't say.
+        usual: a layer's type, where the config doesn't say.
     """
     depth = size(hf, "num_hidden_layers")
     types = hf.get("layer_types")
@@ -87,9 +92,9 @@ def layer_types(hf: Mapping[str, Any], usual: Callable[[int], str]) -> list[str]
     return types
 
 
-def layer_kinds(hf: Mapping[str, Any], kinds: Mapping[str, LayerKind], usual: Callable[[int], str]) -> list[LayerKind]:
-    """Each layer's kind, by what `layer_types` calls it."""
-    return [kinds[kind] for kind in layer_types(hf, usual)]
+def layer_types(hf: Mapping[str, Any], types: Mapping[str, LayerType], usual: Callable[[int], str]) -> list[LayerType]:
+    """Each layer's type, by its name in the config."""
+    return [types[name] for name in layer_type_names(hf, usual)]
 
 
 def weights(config: DecoderConfig) -> dict[str, Weight]:
@@ -109,9 +114,69 @@ def weights(config: DecoderConfig) -> dict[str, Weight]:
     return table
 
 
-def _config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+def _llama(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
     layer = block(hf, dtype)
-    return decoder(hf, layer, [LayerKind(rotary=full_rotary(hf, layer))])
+    return decoder(hf, layer, [LayerType(rotary=full_rotary(hf, layer))])
 
 
-FAMILY = Family("decoder", _config, weights, root=ROOT, heads=decoder_heads(renamed=(ROOT, "transformer.")))
+def _granite(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+    """A multiplier on embeddings, scores, residual branches and logits (arXiv:2405.04324)."""
+    scales = {"attention_scale": hf.get("attention_multiplier", 1.0), "residual_scale": hf.get("residual_multiplier", 1.0)}
+    layer = block(hf, dtype, **scales)
+    embed, logits = hf.get("embedding_multiplier", 1.0), 1 / hf.get("logits_scaling", 1.0)
+    return decoder(hf, layer, [LayerType(rotary=full_rotary(hf, layer))], embed_scale=embed, logit_scale=logits)
+
+
+def _olmo2(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+    """Norms on the output of each branch, and over all queries and all keys (arXiv:2501.00656)."""
+    layer = block(hf, dtype, norm_at="output", qk_norm="whole", norm_eps=hf.get("rms_norm_eps", 1e-5), mlp_bias=False)
+    return decoder(hf, layer, [LayerType(rotary=full_rotary(hf, layer))])
+
+
+def _phi3(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+    """Phi-3, 3.5 and 4: one projection for queries, keys and values, and one for gate and up (arXiv:2404.14219)."""
+    fused = {"qkv": "joined", "joined_gate": True, "qkv_bias": False, "out_bias": False, "mlp_bias": False}
+    layer = block(hf, dtype, norm_eps=hf.get("rms_norm_eps", 1e-5), **fused)
+    scaling = hf.get("rope_scaling")
+    if isinstance(scaling, Mapping) and scaling.get("type") == "yarn":  # its name for longrope in early configs
+        hf = {**hf, "rope_scaling": {**scaling, "type": "longrope"}}
+    return decoder(hf, layer, [LayerType(window(hf, None), rotary(hf, layer.head_dim))])
+
+
+def _smollm3(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+    """Some layers have no rotary positions (arXiv:2501.18795)."""
+    layer, depth = block(hf, dtype), size(hf, "num_hidden_layers")
+    positions = full_rotary(hf, layer, theta=2000000.0)
+    every = size(hf, "no_rope_layer_interval", 4)
+    rotated = hf.get("no_rope_layers")  # 1 where there are rotary positions
+    rotated = [(i + 1) % every != 0 for i in range(depth)] if rotated is None else rotated
+    if len(rotated) < depth:
+        raise InputError(f"config.json: no_rope_layers names {len(rotated)} layers, and num_hidden_layers = {depth}.")
+    width = window(hf, None) if hf.get("use_sliding_window", False) else None
+    names = layer_type_names(hf, lambda i: "full_attention" if rotated[i] or width is None else "sliding_attention")
+    types = [
+        LayerType(width if name == "sliding_attention" else None, positions if with_rotary else None)
+        for name, with_rotary in zip(names, rotated, strict=False)
+    ]
+    return decoder(hf, layer, types, tied=True)
+
+
+HEADS = decoder_heads(renamed=(ROOT, "transformer."))
+LLAMA = Family(
+    "decoder",
+    _llama,
+    weights,
+    architecture="Llama",
+    root=ROOT,
+    heads=HEADS,
+    # llama.cpp pairs 2i with 2i + 1 in rotary positions, so its converter moves the rows of q and k.
+    gguf=GGUFArchitecture(
+        "llama", "llama", interleaved=True, biases={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+    ),
+)
+
+FAMILIES.register("llama", LLAMA)
+FAMILIES.register("granite", Family("decoder", _granite, weights, architecture="Granite", root=ROOT))
+FAMILIES.register("olmo2", Family("decoder", _olmo2, weights, architecture="Olmo2", root=ROOT))
+FAMILIES.register("phi3", Family("decoder", _phi3, weights, architecture="Phi3", root=ROOT))
+FAMILIES.register("smollm3", Family("decoder", _smollm3, weights, architecture="SmolLM3", root=ROOT, heads=HEADS))

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...config.doors import FAMILIES
 from ..encoder import EncoderConfig
 from ..head_shape import HeadShape
-from ..layers import BlockConfig, LayerKind
+from ..layers import BlockConfig, LayerType
 from .base import Family, Head, Weight, activation, embeddings, norms, only, projections, size, width_and_heads
-from .llama import layer_kinds
+from .llama import layer_types
 from .rope import rotary
 
 _LAYER = "layers.{i}."
-# Our name of a kind of layer -> the base of its rotary positions: the key of old configs, and the default.
+# Name of a layer type -> the base of its rotary positions: the key of old configs, and the default.
 _THETA = {"full_attention": ("global_rope_theta", 160000.0), "sliding_attention": ("local_rope_theta", 10000.0)}
 
 
@@ -46,19 +47,19 @@ def _config(hf: Mapping[str, Any], dtype: Any) -> EncoderConfig:
         positions=0,
         token_types=0,
         pooler=False,
-        kinds=_kinds(hf, block.head_dim),
+        layer_types=_layer_types(hf, block.head_dim),
         final_norm=True,
     )
 
 
-def _kinds(hf: Mapping[str, Any], head_dim: int) -> tuple[LayerKind, ...]:
+def _layer_types(hf: Mapping[str, Any], head_dim: int) -> tuple[LayerType, ...]:
     """One in so many layers sees all, the first among them; the others see half of `local_attention` to each side."""
     every, window = size(hf, "global_attn_every_n_layers", 3), size(hf, "local_attention", 128) // 2 + 1
-    kinds = {
-        name: LayerKind(window if name == "sliding_attention" else None, rotary(hf, head_dim, layer=name, theta=hf.get(old) or default))
+    types = {
+        name: LayerType(window if name == "sliding_attention" else None, rotary(hf, head_dim, layer=name, theta=hf.get(old) or default))
         for name, (old, default) in _THETA.items()
     }
-    return tuple(layer_kinds(hf, kinds, lambda i: "sliding_attention" if i % every else "full_attention"))
+    return tuple(layer_types(hf, types, lambda i: "sliding_attention" if i % every else "full_attention"))
 
 
 def _weights(config: EncoderConfig) -> dict[str, Weight]:
@@ -86,4 +87,4 @@ def _heads(hf: Mapping[str, Any]) -> dict[str, Head]:
     return {"classification": Head(of_text, modules), "token_classification": each, "question_answering": each}
 
 
-FAMILY = Family("encoder", _config, _weights, prefixes=("", "model."), heads=_heads)
+FAMILIES.register("modernbert", Family("encoder", _config, _weights, architecture="ModernBert", prefixes=("", "model."), heads=_heads))

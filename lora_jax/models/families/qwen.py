@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...config.doors import FAMILIES
+from ...weights.checkpoint import GGUFArchitecture
 from ..decoder import DecoderConfig
-from ..layers import BlockConfig, LayerKind
-from .base import Family, Weight, decoder_heads, only, size
-from .llama import ROOT, block, decoder, full_rotary, layer_kinds, weights, window
-from .mixtral import expert_weights, experts
+from ..layers import BlockConfig, LayerType
+from .base import Family, Weight, only, size
+from .llama import HEADS, ROOT, block, decoder, full_rotary, layer_types, weights, window
+from .mistral import expert_weights, experts
 
 
 def windowed(hf: Mapping[str, Any]) -> int | None:
@@ -27,8 +29,8 @@ def _decoder(hf: Mapping[str, Any], layer: BlockConfig) -> DecoderConfig:
         return "sliding_attention" if width is not None and layer >= first else "full_attention"
 
     rotary = full_rotary(hf, layer)
-    kinds = {"full_attention": LayerKind(rotary=rotary), "sliding_attention": LayerKind(width, rotary)}
-    return decoder(hf, layer, layer_kinds(hf, kinds, usual))
+    types = {"full_attention": LayerType(rotary=rotary), "sliding_attention": LayerType(width, rotary)}
+    return decoder(hf, layer, layer_types(hf, types, usual))
 
 
 def _qwen2(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
@@ -45,13 +47,25 @@ def _qwen3_moe(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
     chosen = experts(hf, "num_experts", usual=128, used=8, hidden=size(hf, "moe_intermediate_size", 768))
     normed = hf.get("norm_topk_prob", False)
     layer = block(hf, dtype, head_dim=size(hf, "head_dim", 128), qk_norm="head", mlp_bias=False, experts_normed=normed, **chosen)
-    return decoder(hf, layer, [LayerKind(windowed(hf), full_rotary(hf, layer))])
+    return decoder(hf, layer, [LayerType(windowed(hf), full_rotary(hf, layer))])
 
 
 def _moe_weights(config: DecoderConfig) -> dict[str, Weight]:
     return weights(config) | expert_weights("mlp", ("gate_proj", "up_proj", "down_proj"))
 
 
-QWEN2 = Family("decoder", _qwen2, weights, root=ROOT, heads=decoder_heads(renamed=(ROOT, "transformer.")))
-QWEN3 = Family("decoder", _qwen3, weights, root=ROOT, heads=decoder_heads(renamed=(ROOT, "transformer.")))
-QWEN3_MOE = Family("decoder", _qwen3_moe, _moe_weights, root=ROOT, heads=decoder_heads(renamed=(ROOT, "transformer.")))
+_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+QWEN2 = Family("decoder", _qwen2, weights, architecture="Qwen2", root=ROOT, heads=HEADS, gguf=GGUFArchitecture("qwen2", "qwen2"))
+QWEN3 = Family(
+    "decoder",
+    _qwen3,
+    weights,
+    architecture="Qwen3",
+    root=ROOT,
+    heads=HEADS,
+    gguf=GGUFArchitecture("qwen3", "qwen3", layer=_QK_NORMS, biases={"attention_bias": "blk.0.attn_q.bias"}),
+)
+
+FAMILIES.register("qwen2", QWEN2)
+FAMILIES.register("qwen3", QWEN3)
+FAMILIES.register("qwen3_moe", Family("decoder", _qwen3_moe, _moe_weights, architecture="Qwen3Moe", root=ROOT, heads=HEADS))

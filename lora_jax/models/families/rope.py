@@ -22,14 +22,14 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned")
 
 
-def rotary(hf: Mapping[str, Any], head_dim: int, *, layer: str = "", theta: float = 10000.0, share: float = 1.0) -> Rotary:
+def rotary(hf: Mapping[str, Any], head_dim: int, *, layer: str = "", theta: float = 10000.0, fraction: float = 1.0) -> Rotary:
     """A model's rotary positions.
 
     Args:
         hf: the config.
-        layer: the kind of layer, where settings differ between them (`full_attention`, `sliding_attention`).
+        layer: the layer's type, where settings differ between them (`full_attention`, `sliding_attention`).
         theta: the family's default.
-        share: the part of a head that is turned, where the config doesn't say.
+        fraction: of a head's features that are rotated, where the config doesn't say.
 
     Raises:
         InputError: a kind of scaling that is not known, or settings that are missing or unknown.
@@ -41,8 +41,8 @@ def rotary(hf: Mapping[str, Any], head_dim: int, *, layer: str = "", theta: floa
     kind = settings.get("rope_type") or settings.get("type") or "default"
     kind = "longrope" if kind == "su" else kind  # its name in early Phi-3
     _check(key, kind, settings)
-    share = settings.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or share
-    found = Rotary(int(head_dim * share), settings.get("rope_theta") or hf.get("rope_theta") or theta, kind)
+    fraction = settings.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or fraction
+    found = Rotary(int(head_dim * fraction), settings.get("rope_theta") or hf.get("rope_theta") or theta, kind)
     if kind == "default":
         return found
     longest = size(hf, "max_position_embeddings")

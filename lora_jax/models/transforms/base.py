@@ -1,0 +1,66 @@
+"""What a base transform is, and how those that a config lists (`model.transforms`) are applied."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from ...config.doors import TRANSFORMS
+from ...config.schema import TransformConfig
+from ..decoder import Decoder
+from ..encoder import Encoder
+
+Base = Encoder | Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformContext:
+    """What a transform may need beside the model and its own section.
+
+    Attributes:
+        source: of the checkpoint, as the config names it.
+        mesh: the devices the weights lie on; None: the default device.
+    """
+
+    source: str
+    mesh: Mesh | None = None
+
+
+class BaseTransform(ABC):
+    """Changes a base once, before it is fingerprinted, adapted and trained over: quantisation, pruning, low-rank compression.
+
+    Registered under its name: `register_transform("round", Round())`.
+
+    Attributes:
+        section: its part of the config, a `TransformConfig` with `kind: Literal["round"]`.
+    """
+
+    section: type[TransformConfig]
+
+    @abstractmethod
+    def apply(self, model: Base, section: Any, context: TransformContext) -> Base:
+        """The transformed base: `model`, changed in place, or another.
+
+        Equal inputs give equal bits: a run's adapters are evaluated and exported over a base that is transformed anew. The
+        numbers it stores are `nnx.Param`s, which is what the fingerprint covers; their logical axes stay in their metadata.
+
+        Args:
+            model: as loaded, or as the transform listed before left it.
+            section: an instance of the class's `section`.
+            context: where the model came from and lies.
+        """
+
+
+def apply_transforms(model: Base, sections: Sequence[TransformConfig], context: TransformContext) -> Base:
+    """The base after all transforms that are listed, in their order.
+
+    Raises:
+        InputError: no transform of a section's kind is registered.
+    """
+    for section in sections:
+        model = TRANSFORMS.get(section.kind, "model.transforms").apply(model, section, context)
+    return model
