@@ -86,7 +86,7 @@ class SweepCase:
         training = self.single.config["training"]
         if self.cached:
             task |= {"train_size": max(1, steps // EPOCHS) * training["batch_size"]}
-            training = training | {"cache_prefix": "on"}
+            training = training | {"cache_trunk": "on"}
         layers = {} if self.layers is None else {"layers": self.layers}
         return self.single.config | {"task": task, "training": training, "adapter": {"alpha": 16, **layers}}
 
@@ -143,7 +143,7 @@ def run_ours(case: SweepCase, folder: Path, steps: int) -> dict[str, Any]:
             raise SystemExit(f"lora-jax sweep failed:\n{done.stderr}")
         with (Path(own) / "runs" / "sweep" / "results.csv").open() as file:
             rows = list(csv.DictReader(file))
-        summary = json.loads((Path(own) / "runs" / "sweep" / "summary.json").read_text())
+        summary = json.loads((Path(own) / "runs" / "sweep" / "state.json").read_text())["summary"]
     losses = [float(row["final_loss"]) for row in rows]
     return {
         "seconds": round(seconds, 2),

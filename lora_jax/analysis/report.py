@@ -16,6 +16,7 @@ from ..tasks.evaluators import Evaluator
 from ..tracking.files import read_json, write_atomic
 from ..tracking.progress import clock_time
 from ..tracking.results import MemberResult, read_run
+from ..tracking.state import read_state
 from .compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
 from .heatmap import heatmap_png
 from .metrics import primary_metric, short_value
@@ -103,7 +104,7 @@ def report_run(run_dir: Path | str) -> Path:
     """
     run_dir = Path(run_dir)
     results = read_run(run_dir)
-    environment, summary = ({} if not (run_dir / f).exists() else read_json(run_dir / f) for f in ("environment.json", "summary.json"))
+    environment = read_json(run_dir / "environment.json") if (run_dir / "environment.json").exists() else {}
     text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     config = read_config(run_dir)
     return write_report(
@@ -112,7 +113,7 @@ def report_run(run_dir: Path | str) -> Path:
         name=run_dir.resolve().name,
         config_yaml=text,
         environment=environment,
-        summary=summary,
+        summary=read_state(run_dir).summary,
         reference=(config.get("sweep") or {}).get("reference"),
     )
 

@@ -1,4 +1,4 @@
-"""`lora-jax sweep CONFIG --plan`: packs, memory, arithmetic and time, told before anything is trained; nothing is written."""
+"""`lora-jax sweep CONFIG --plan`: packs, memory, FLOPs and time, before anything is trained; no run is written."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from rich.table import Table
 
 from ..config.schema import Config
 from ..config.types import size_text
+from ..packing.cost import PackMemory
 from ..packing.planner import Part
-from ..sweeps.outlook import Outlook, PackOutlook, look_ahead
+from ..sweeps.plan import Estimate, estimate
 from .options import results_console
 
 _NAMES = 20
@@ -15,63 +16,64 @@ _NAMES = 20
 
 def plan_command(config: Config, *, solo: bool, fresh: bool, many: bool, part: Part | None) -> None:
     """Prints what `lora-jax sweep` with the same arguments would do."""
-    told = look_ahead(config, solo=solo, fresh=fresh, many=many, part=part)
+    found = estimate(config, solo=solo, fresh=fresh, many=many, part=part)
     console = results_console()
-    for line in _heading(config, told):
+    for line in _heading(config, found):
         console.print(line, markup=False)
-    if not told.packs:
+    if not found.packs:
         return
-    console.print(_packs(told))
-    for number, pack in enumerate(told.packs, 1):
+    console.print(_packs(found))
+    for number, pack in enumerate(found.packs, 1):
         names = [m.name for m in pack.plan.members]
         more = [f"and {len(names) - _NAMES} more"] if len(names) > _NAMES else []
         console.print(f"pack {number}: " + "  ".join(names[:_NAMES] + more), markup=False, soft_wrap=True)
-    console.print(_memory(max(told.packs, key=lambda p: p.memory.total), told))
-    for line in _estimate(told):
+    largest = max(found.packs, key=lambda p: p.memory.total)
+    console.print(memory_table(largest.memory, len(largest.plan.members), "largest pack", found.limit))
+    for line in _estimate(found):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _heading(config: Config, told: Outlook) -> list[str]:
-    packs = f"packs to train: {len(told.packs)}, training programs: {told.programs}"
-    lines = [f"{config.name}: {told.members} members, {told.ended} of them done; {packs}"]
-    if told.share < 1:
-        lines.append(f"successive halving: {100 * told.share:.0f} % of all members' steps; the packs are those up to the first rung")
+def _heading(config: Config, found: Estimate) -> list[str]:
+    packs = f"packs to train: {len(found.packs)}, training programs: {found.programs}"
+    lines = [f"{config.name}: {found.members} members, {found.ended} of them done; {packs}"]
+    if found.fraction < 1:
+        lines.append(f"successive halving: {100 * found.fraction:.0f} % of all members' steps; the packs are those up to the first rung")
     return lines
 
 
-def _packs(told: Outlook) -> Table:
+def _packs(found: Estimate) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("pack", "members", "steps", "padding", "memory", "FLOPs a step", "FLOPs", "time"):
         table.add_column(name, justify="right")
-    for number, pack in enumerate(told.packs, 1):
-        over = told.limit is not None and pack.memory.total > told.limit
+    for number, pack in enumerate(found.packs, 1):
+        over = found.limit is not None and pack.memory.total > found.limit
         memory = size_text(pack.memory.total) + (" over the limit" if over else "")
         counts = [str(number), str(len(pack.plan.members)), str(pack.steps), f"{100 * pack.padding:.0f} %"]
-        table.add_row(*counts, memory, _number(pack.step_flops), _number(told.share * pack.flops), _time(pack.seconds(told.share)))
+        table.add_row(*counts, memory, _number(pack.step_flops), _number(found.fraction * pack.flops), _time(pack.seconds(found.fraction)))
     return table
 
 
-def _memory(pack: PackOutlook, told: Outlook) -> Table:
-    count, memory = len(pack.plan.members), pack.memory
-    table = Table(title="memory of a device, largest pack", title_justify="left", show_header=False, box=None, pad_edge=False)
+def memory_table(memory: PackMemory, members: int, title: str, limit: int | None) -> Table:
+    """What a pack of so many members takes on one device."""
+    table = Table(title=f"memory of a device, {title}", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
     table.add_row("base, once", size_text(memory.base))
     table.add_row("batch, and what is computed of it once", size_text(memory.shared))
-    table.add_row(f"trained state, {count} x {size_text(memory.state // count)}", size_text(memory.state))
-    table.add_row(f"activations, {count} x {size_text(memory.activations // count)}", size_text(memory.activations))
+    table.add_row(f"trained state, {members} x {size_text(memory.state // members)}", size_text(memory.state))
+    table.add_row(f"activations, {members} x {size_text(memory.activations // members)}", size_text(memory.activations))
     table.add_row("together", size_text(memory.total), style="bold")
-    table.add_row("limit", "none (sweep.memory_limit sets one)" if told.limit is None else size_text(told.limit))
+    table.add_row("limit", "none (sweep.memory_limit sets one)" if limit is None else size_text(limit))
     return table
 
 
-def _estimate(told: Outlook) -> list[str]:
-    rows, width, hidden = told.product
-    compiling = sum(p.compiling or 0.0 for p in told.packs)
-    many = f", x {told.devices} devices" if told.devices > 1 else ""
+def _estimate(found: Estimate) -> list[str]:
+    rows, width, hidden = found.product
+    compiling = sum(p.compiling or 0.0 for p in found.packs)
+    many = f", x {found.devices} devices" if found.devices > 1 else ""
     return [
-        f"together: {_number(told.flops)} FLOPs (matrix products of training and evaluation, counted), about {_time(told.seconds)}",
-        f"The time is an estimate: {_time(compiling)} of compiling, as just now, and the FLOPs at {_number(told.rate)}FLOP/s{many}, which "
+        f"together: {_number(found.flops)} FLOPs (matrix products of training and evaluation, counted), about {_time(found.seconds)}",
+        f"The time is an estimate: {_time(compiling)} of compiling, as just now, and the FLOPs at {_number(found.rate)}FLOP/s{many}, which "
         f"products of {rows} x {width} by {width} x {hidden} matrices reached just now; what else a step does is not in it.",
     ]
 

@@ -74,7 +74,7 @@ def sweep(
         ),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Show packs, members, memory, FLOPs and estimated time. Trains and writes nothing.")
+        bool, typer.Option("--plan", help="Show packs, members, memory, FLOPs and estimated time. Trains nothing and writes no run.")
     ] = False,
     retry: Annotated[
         list[str] | None,
@@ -126,8 +126,7 @@ def run_and_report(
         RunError: members failed. All other members are trained and reported.
     """
     from ..packing.planner import Part
-    from ..sweeps.failures import told_failures
-    from ..sweeps.run import run_sweep
+    from ..sweeps.run import failures_message, run_sweep
     from ..tracking import Progress
 
     share = Part.parse(part) if part is not None else None
@@ -137,7 +136,7 @@ def run_and_report(
     if not is_writer():
         return
     _report(config, outcome, share, progress)
-    if (failures := told_failures(outcome.results)) is not None:
+    if (failures := failures_message(outcome.results)) is not None:
         raise RunError(failures)
 
 

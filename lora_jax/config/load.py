@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ..errors import InputError, nearest
 from .messages import Problem, kinds_of_sections, leaf_schema, problems, report, section_keys, show, split_key, why_not_swept
+from .renamed import renamed
 from .schema import Config
 from .where import Where
 from .yaml import Path, dump, parse
@@ -38,6 +39,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     if not isinstance(data, dict):
         raise InputError(f"{file}: must be a mapping (name:, model:, task:, ...), got a {type(data).__name__}.")
     origins = {at: f"line {line}" for at, line in lines.items()}
+    data = renamed(data, file, origins)
     data = apply_overrides(data, overrides, origins)
     config = _validated(data, file, origins)
     found = _sweep_problems(config)
@@ -108,6 +110,19 @@ def _of_its_kind(data: dict[str, Any], before: Config, given: list[str]) -> dict
             own = kinds[str(here[tag])]
             data[section] = {key: value for key, value in here.items() if key in own or f"{section}.{key}" in given}
     return data
+
+
+def config_of(values: Mapping[str, Any], where: str) -> Config:
+    """The config of plain values, as `dump_config` writes them; of an earlier version too.
+
+    Args:
+        values: nested mappings.
+        where: what they come from, for messages.
+
+    Raises:
+        InputError: they are no valid config.
+    """
+    return _validated(renamed(values, where, {}), where, {})
 
 
 def dump_config(config: Config) -> str:

@@ -12,30 +12,9 @@ from pydantic import ValidationError
 
 from ..errors import InputError, hint, nearest
 from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS
+from .renamed import ELSEWHERE_CALLED, current_name
 from .schema import Config
 from .yaml import Path
-
-# Names that other LoRA libraries give to what has another name here.
-_ELSEWHERE_CALLED = {
-    "lr": "optimizer.learning_rate",
-    "wd": "optimizer.weight_decay",
-    "max_grad_norm": "optimizer.clip_norm",
-    "r": "adapter.rank",
-    "lora_r": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "use_rslora": "adapter.rslora",
-    "target_modules": "adapter.targets",
-    "exclude_modules": "adapter.exclude",
-    "layers_to_transform": "adapter.layers",
-    "loraplus_lr_ratio": "optimizer.b_lr_ratio",
-    "max_steps": "training.steps",
-    "num_train_epochs": "training.epochs",
-    "per_device_train_batch_size": "training.batch_size",
-    "gradient_accumulation_steps": "training.accumulate",
-    "max_seq_length": "task.max_length",
-    "model_name_or_path": "model.source",
-}
 
 # Members share one name, one run directory, one mesh and one sweep, so these cannot differ between them.
 _NOT_SWEPT = ("name", "tracking", "mesh", "sweep")
@@ -70,6 +49,7 @@ def split_key(dotted: str, *, allow_section: bool = False) -> tuple[str, ...]:
     Raises:
         InputError: there is no such key; the message names the nearest.
     """
+    dotted = current_name(dotted)
     if dotted in _tree().leaves or (allow_section and dotted in section_keys()):
         return tuple(dotted.split("."))
     if dotted in section_keys():
@@ -96,10 +76,10 @@ def unknown_key(dotted: str) -> str:
 def near_keys(dotted: str) -> list[str]:
     """Up to three existing keys that `dotted` was probably meant to be, best first; none where nothing is near."""
     section, _, last = dotted.rpartition(".")
-    if len(last) < 2 and last not in _ELSEWHERE_CALLED:
+    if len(last) < 2 and last not in ELSEWHERE_CALLED:
         return []  # one letter is near to everything
-    if last.lower() in _ELSEWHERE_CALLED:
-        return [_ELSEWHERE_CALLED[last.lower()]]
+    if last.lower() in ELSEWHERE_CALLED:
+        return [ELSEWHERE_CALLED[last.lower()]]
     everywhere = [*valid_keys(), *section_keys()]
     # The right name in the wrong place comes before a similar name in the right place.
     same = [key for key in everywhere if key.rpartition(".")[2] == last.lower()]

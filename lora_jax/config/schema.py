@@ -172,18 +172,18 @@ class TrainingConfig(Section):
     eval_every: NonNegativeInt = Field(
         default=0, description="Steps between evaluations. The last step is always evaluated; 0: only the last step."
     )
-    cache_prefix: Literal["off", "on"] = Field(
+    cache_trunk: Literal["off", "on"] = Field(
         default="off",
         description=(
             "Compute the layers below the lowest adapted one once for each example, for all epochs, evaluations and packs. "
             "The losses keep their bits."
         ),
     )
-    cache_memory_gb: NonNegativeFloat = Field(
-        default=1.0, description="The prefix cache is kept in memory if it is no larger than this; else in a file."
+    trunk_memory_gb: NonNegativeFloat = Field(
+        default=1.0, description="The trunk cache is kept in memory if it is no larger than this; else in a file."
     )
-    cache_disk_gb: NonNegativeFloat = Field(
-        default=20.0, description="Most that files of prefix caches take below tracking.dir; those used longest ago are removed. 0: none."
+    trunk_disk_gb: NonNegativeFloat = Field(
+        default=20.0, description="Most that files of trunk caches take below tracking.dir; those used longest ago are removed. 0: none."
     )
     extend_steps: NonNegativeInt = Field(
         default=0, description="Additional optimizer steps after 'steps' or 'epochs'. Raise it to extend a finished run."
@@ -223,6 +223,13 @@ class TrackingConfig(Section):
     keep_checkpoints: PositiveInt = Field(default=2, description="Number of newest checkpoints to keep.")
     profile: NonNegativeInt = Field(
         default=0, description="Number of steps to trace for TensorBoard's profiler, from the third step on. 0: none."
+    )
+    compile_cache: bool = Field(
+        default=True,
+        description=(
+            "Keep compiled programs below tracking.dir/.jax-cache (at most 2 GB; the least recently used are removed), "
+            "so that a plan, its run and a resume compile each of them once."
+        ),
     )
 
 

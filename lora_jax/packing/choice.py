@@ -1,6 +1,6 @@
-"""`training.pack: auto`: which way of running a pack is fastest on the device at hand, found by running a few steps of each.
+"""`training.pack: auto`: the fastest mode of running a pack on the device at hand, found by running a few steps in each.
 
-How the packs of a run are run, where the config leaves that open: chosen once, kept in the run directory, and taken from there.
+A mode is chosen once, kept in the run's state, and taken from there.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import InputError, OutOfMemory, is_out_of_memory
+from ..errors import OutOfMemory, is_out_of_memory
 from ..parallel.processes import is_writer, process_count
-from ..tracking import RunDirectory, read_json, write_json
+from ..tracking import RunDirectory
 from ..training.setup import Setup, setup_key
 from ..training.trunk import Prefix
-from .execution import SCAN, VMAP, PackMode, told_mode
+from .execution import SCAN, VMAP, PackMode, configured_mode
 from .pack import Pack, static_key
 
 # Runs of fewer steps are over before a measurement has paid for itself: it takes about ten steps, and compiles two more programs.
@@ -30,7 +29,7 @@ _TIMED_STEPS = 2
 # Numbers in one member's hidden states from which it keeps a CPU busy by itself: members side by side only fill the caches then
 # (8 members of the quickstart, 344,000 numbers each, on 2 cores: 2.9 s a step scanned, 3.7 s side by side; the tests' models: 10,000).
 _BUSY_CPU = 100_000
-# Another way must be faster than side by side by more than this share: a choice should not hang on what else the machine does.
+# Another way must be faster than side by side by more than this fraction: a choice should not depend on what else the machine does.
 _MARGIN = 0.1
 
 
@@ -158,11 +157,8 @@ def _measure(pack: Pack, batch: dict[str, jax.Array]) -> float:
     return min(times[1:])
 
 
-_FILE = "mode.json"
-
-
 class PackModes:
-    """The choices of a run, one a pack, each beside the pack's checkpoints; packs that are alike in what is static share one.
+    """The modes of a run's packs. A pack that has none yet takes that of another pack that is alike in what is static.
 
     Args:
         run: the run.
@@ -171,12 +167,9 @@ class PackModes:
     def __init__(self, run: RunDirectory):
         self._run = run
         self._by_kind: dict[str, Choice] = {}
-        for file in sorted((run.path / "checkpoints").glob(f"*/{_FILE}")):
-            try:
-                facts = read_json(file)
-                self._by_kind.setdefault(facts["kind"], Choice.load(facts))
-            except (InputError, KeyError, TypeError):
-                continue  # damaged: chosen anew
+        for facts in run.state().execution.values():
+            if (choice := _loaded(facts)) is not None:
+                self._by_kind.setdefault(str(facts.get("kind")), choice)
 
     def settle(self, names: Sequence[str], pack: Pack, setup: Setup, prefix: Prefix | None) -> str | None:
         """Gives a pack the programs of its mode.
@@ -191,24 +184,31 @@ class PackModes:
             what was chosen and why, for the console; None where there was nothing to choose.
         """
         config = pack.configs[0]
-        if told_mode(config) is not None or len(names) == 1:
+        if configured_mode(config) is not None or len(names) == 1:
             return None
         kind = hashlib.sha256(repr((setup_key(config), static_key(config))).encode()).hexdigest()[:12]
-        file = self._run.checkpoints(names) / _FILE
-        known = self._recorded(file) or self._by_kind.get(kind)
+        recorded = self._recorded(names)
+        known = recorded or self._by_kind.get(kind)
         choice = known or choose(pack, setup, prefix)
         if choice.mode != pack.programs.mode:
             pack.use_mode(choice.mode)
         self._by_kind.setdefault(kind, choice)
-        if is_writer() and not file.exists():
-            write_json(file, {"kind": kind, "members": len(names)} | choice.dump())
+        if is_writer() and recorded is None:
+            facts = {"kind": kind, "members": len(names)} | choice.dump()
+            self._run.update_state(lambda state: state.execution.update({self._run.pack_id(names): facts}))
         if not choice.seconds:
             return f"runs as {choice.mode.name}: {choice.why}"
         figures = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in choice.seconds.items())
         return f"runs as {choice.mode.name}; {'measured' if known is None else 'as measured before'} on {choice.device}: {figures} a step"
 
-    def _recorded(self, file: Path) -> Choice | None:
-        try:
-            return Choice.load(read_json(file))
-        except (InputError, KeyError, TypeError):
-            return None
+    def _recorded(self, names: Sequence[str]) -> Choice | None:
+        facts = self._run.state().execution.get(self._run.pack_id(names))
+        return None if facts is None else _loaded(facts)
+
+
+def _loaded(facts: dict[str, Any]) -> Choice | None:
+    """None where the facts are damaged: the pack then chooses anew."""
+    try:
+        return Choice.load(facts)
+    except (KeyError, TypeError):
+        return None

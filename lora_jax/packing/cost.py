@@ -1,8 +1,6 @@
-"""A pack of so many members that is not there: what its programs compute and what memory they take, compiled but never run.
+"""What a pack costs before it exists: memory, as its programs are compiled over shapes, and arithmetic, as they are traced.
 
-Arithmetic of a computation, counted on what JAX traces of it: XLA's own count takes the body of a scan once.
-
-How fast the devices at hand multiply matrices.
+XLA's own count of FLOPs takes the body of a scan once, so they are counted on the trace.
 """
 
 from __future__ import annotations
@@ -18,21 +16,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..adapters.inject import inject_layout
-from ..adapters.layout import Layout, resolve, unite
-from ..adapters.partition import Partition, member_shardings, partition, update_mask
+from ..adapters.layout import Layout, ResolvedAdapter
+from ..adapters.partition import Partition, member_shardings, partition, trainable_spec, update_mask
 from ..config.schema import Config
 from ..parallel.batches import place_batch, row_sharding
+from ..parallel.mesh import parameter_sharding
 from ..parallel.program import Program, program_bytes
 from ..tasks.base import objective_of
 from ..training.optimizer import hyper_of
 from ..training.setup import Setup
-from ..training.step import Batch, MemberFixed, eval_step, init_member, train_step
+from ..training.step import Batch, MemberFixed, MemberState, eval_step, init_member, train_step
 from ..training.trunk import prefix_depth, trace_prefix
-from .execution import VMAP, PackPrograms, told_mode
+from .execution import VMAP, PackPrograms, configured_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +59,23 @@ class PackMemory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where one parameter lies. `bytes` are those on one device; of a trained one, of all members that lie there."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: PartitionSpec
+    trained: bool
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class MemoryLine:
     """The memory of a pack of any size, from those of two sizes.
 
-    Between them and beyond on a straight line; but what comes with the members (state, activations) never falls behind them beyond
-    the larger: XLA lays out the few buffers of a small pack more tightly than those of a large one.
+    It is a straight line between them and beyond. Beyond the larger one, state and activations grow at least in proportion to the
+    members: XLA lays out the few buffers of a small pack more tightly than those of a large one.
 
     Attributes:
         small, large: (members, their memory), compiled.
@@ -76,7 +89,7 @@ class MemoryLine:
     width: int | None = None
 
     def at(self, members: int) -> PackMemory:
-        """What a pack of so many takes."""
+        """The memory of a pack of so many members."""
         count = -(-members // self.unit) * self.unit
         (low, a), (high, b) = self.small, self.large
 
@@ -94,7 +107,7 @@ class MemoryLine:
 
 
 class PackShapes:
-    """The programs of members that share a structure, for any number of them.
+    """The programs of members that share a structure, for any number of them. No array is made, and the base may be shapes itself.
 
     Args:
         setup: what they share.
@@ -102,13 +115,10 @@ class PackShapes:
     """
 
     def __init__(self, setup: Setup, configs: Sequence[Config]):
-        specs = [resolve(setup.model, c.adapter) for c in configs]
-        self.structure: Layout = unite(setup.model, specs)
-        self._setup, self._config = setup, configs[0]
-        self._mode = told_mode(configs[0]) or VMAP  # the mode that needs most stands for one that is yet to be chosen
-        self.part: Partition = partition(inject_layout(setup.model, self.structure))
-        own = MemberFixed(hyper_of(configs[0], setup.steps), self.part.settings, update_mask(self.part, specs[0], self.structure))
-        self._fixed = own
+        self.structure: Layout = setup.layout(configs)
+        self._setup, self._config, self.mesh = setup, configs[0], setup.mesh
+        self._mode = configured_mode(configs[0]) or VMAP  # the mode that needs most stands for one that is yet to be chosen
+        self.part, self._fixed = _abstract(setup, self.structure, configs[0], setup.spec(configs[0]))
         self._micro = {name: array[0] for name, array in setup.plan.batch(0).items()}
         self._objective = objective_of(configs[0].task)
 
@@ -122,12 +132,27 @@ class PackShapes:
         return trace_prefix(self.part, self._micro) if self.depth else None
 
     @functools.cached_property
+    def _step(self) -> ClosedJaxpr:
+        """One member's training step, as JAX traces it."""
+        batch = self._batch(self._setup.plan.batch(0), 1)
+        step = functools.partial(train_step, self.part, self._objective)
+        return jax.make_jaxpr(step)(self._member, self._fixed, self.part.frozen, batch, jnp.int32(0), jax.random.key(0))
+
+    @functools.cached_property
+    def _evaluation(self) -> ClosedJaxpr:
+        """One member's evaluation of one batch."""
+        batch = self._batch(self._setup.plan.eval_batches()[0], 0)
+        step = functools.partial(eval_step, self.part, self._objective)
+        return jax.make_jaxpr(step)(self.part.trainable, self.part.settings, self.part.frozen, batch)
+
+    @functools.cached_property
+    def _member(self) -> MemberState:
+        return jax.eval_shape(lambda t, f: init_member(self.part, t, f), self.part.trainable, self._fixed)
+
+    @functools.cached_property
     def member_flops(self) -> int:
         """Of one member in one optimizer step, its padding included."""
-        batch = self._batch(self._setup.plan.batch(0), 1)
-        state = jax.eval_shape(lambda t, f: init_member(self.part, t, f), self.part.trainable, self._fixed)
-        step = functools.partial(train_step, self.part, self._objective)
-        return count_flops(jax.make_jaxpr(step)(state, self._fixed, self.part.frozen, batch, jnp.int32(0), jax.random.key(0)))
+        return count_flops(self._step)
 
     @functools.cached_property
     def shared_flops(self) -> int:
@@ -137,12 +162,29 @@ class PackShapes:
     @functools.cached_property
     def evaluation_flops(self) -> tuple[int, int]:
         """Of one evaluation: (one member's, what is computed once for all)."""
-        held_out = self._setup.plan.eval_batches()
-        step = functools.partial(eval_step, self.part, self._objective)
-        batch = self._batch(held_out[0], 0)
-        own = count_flops(jax.make_jaxpr(step)(self.part.trainable, self.part.settings, self.part.frozen, batch))
+        batches = len(self._setup.plan.eval_batches())
         shared = 0 if self._prefix is None else count_flops(self._prefix)
-        return own * len(held_out), shared * len(held_out)
+        return count_flops(self._evaluation) * batches, shared * batches
+
+    def upper_bound(self, members: int) -> int:
+        """Bytes on one device that a pack of so many members does not exceed, from the trace alone: nothing is compiled.
+
+        Every intermediate result of every member counts as if it were held to the end, and on one device.
+        """
+        own = _bytes((self._member, self._fixed, self.part.trainable)) + max(count_bytes(self._step), count_bytes(self._evaluation))
+        shared = _bytes(self._batch(self._setup.plan.batch(0), 1))
+        return _bytes(self.part.frozen) + shared + own * -(-members // self._setup.mesh.shape["sweep"])
+
+    def placements(self, members: int) -> list[Placement]:
+        """Where every parameter lies while so many members train: the base's, then the trained ones."""
+        mesh, part = self._setup.mesh, self.part
+        on_device = -(-members // mesh.shape["sweep"])
+        found = [(name, a, _base_sharding(part, name, mesh), False, 1) for name, a in part.frozen.items()]
+        found += [(name, a, NamedSharding(mesh, trainable_spec(part, name, mesh)), True, on_device) for name, a in part.trainable.items()]
+        return [
+            Placement(name, a.shape, str(a.dtype), sharding.spec, trained, count * _leaf_bytes(_laid(a, sharding)))
+            for name, a, sharding, trained, count in found
+        ]
 
     def memory_line(self, most: int) -> MemoryLine:
         """Compiles the smallest pack and a small one, to tell the memory of packs of up to `most` members.
@@ -159,7 +201,7 @@ class PackShapes:
         setup, part = self._setup, self.part
         stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((members, *np.shape(a)), a.dtype), (part.trainable, self._fixed))
         state = jax.eval_shape(jax.vmap(lambda t, f: init_member(part, t, f)), *stacked)
-        state, fixed = self._laid((state, stacked[1]))
+        state, fixed = self._placed((state, stacked[1]))
         programs = PackPrograms(part, self._config.training.data_seed, setup.mesh, self._mode, objective=self._objective)
         batch, held_out = self._batch(setup.plan.batch(0), 1), self._batch(setup.plan.eval_batches()[0], 0)
         train = _memory_of(programs.train, state, fixed, part.frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
@@ -170,9 +212,8 @@ class PackShapes:
         needed = max(train - base - own - shared, evaluate - base - _bytes((state.trainable, fixed.settings)) - _bytes(held_out))
         return PackMemory(base, shared, own + _bytes(state.trainable), max(0, needed))
 
-    def _laid(self, tree: Any) -> Any:
-        layouts = member_shardings(self.part, self._setup.mesh, tree)
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, layouts)
+    def _placed(self, tree: Any) -> Any:
+        return jax.tree.map(_laid, tree, member_shardings(self.part, self._setup.mesh, tree))
 
     def _batch(self, batch: dict[str, np.ndarray], row_axis: int) -> Batch:
         placed: dict[str, Any] = place_batch(self._setup.mesh, batch, row_axis=row_axis)
@@ -184,6 +225,31 @@ class PackShapes:
             wanted = shared.shape({name: placed[name] for name in batch}, micro=row_axis == 1)
             placed[shared.name] = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
         return placed
+
+
+def _abstract(setup: Setup, structure: Layout, config: Config, spec: ResolvedAdapter) -> tuple[Partition, MemberFixed]:
+    """The adapted model in parts and one member's fixed arrays, all as shapes; the base's with where they lie."""
+    found: list[Partition] = []
+
+    def build(model: nnx.Module) -> tuple[Any, Any, Any, MemberFixed]:
+        part = partition(inject_layout(model, structure))
+        found.append(part)
+        fixed = MemberFixed(hyper_of(config, setup.steps), part.settings, update_mask(part, spec, structure))
+        return part.trainable, part.settings, part.frozen, fixed
+
+    trainable, settings, frozen, fixed = nnx.eval_shape(build, setup.model)
+    (part,) = found
+    frozen = {name: _laid(a, _base_sharding(part, name, setup.mesh)) for name, a in frozen.items()}
+    return dataclasses.replace(part, trainable=trainable, settings=settings, frozen=frozen), fixed
+
+
+def _base_sharding(part: Partition, name: str, mesh: Mesh) -> NamedSharding:
+    array = part.frozen[name]
+    return parameter_sharding(mesh, array.shape, part.axes.get(name, (None,) * array.ndim))
+
+
+def _laid(array: Any, sharding: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _memory_of(program: Program, *args: Any) -> int:
@@ -241,6 +307,36 @@ def _count(jaxpr: Any) -> int:
         else:
             total += sum(_count(inner) for inner in _inner(equation.params))
     return total
+
+
+def count_bytes(traced: ClosedJaxpr) -> int:
+    """Bytes of all intermediate results of a traced computation, those in a loop's body once.
+
+    Numbers of fewer than four bytes count as four: a device that cannot multiply them computes with those.
+
+    >>> count_bytes(jax.make_jaxpr(lambda x: (x + 1) * 2)(jnp.ones(3)))
+    24
+    """
+    jaxpr = traced.jaxpr
+    return _sizes(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _sizes(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        total += sum(_value_bytes(v.aval) for v in equation.outvars)
+        inner = [_sizes(one) for one in _inner(equation.params)]
+        branches = [_sizes(branch.jaxpr) for branch in equation.params.get("branches", ())]
+        total += sum(inner) + max(branches, default=0)
+        if equation.primitive.name == "scan":  # each round takes a slice of what is scanned over
+            total += sum(_value_bytes(v.aval) for v in equation.params["jaxpr"].jaxpr.invars)
+    return total
+
+
+def _value_bytes(value: Any) -> int:
+    size = math.prod(getattr(value, "shape", ()))
+    dtype = getattr(value, "dtype", np.dtype(np.int32))
+    return size * (16 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else max(4, dtype.itemsize))
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

@@ -1,13 +1,19 @@
-"""How one compiled program runs the members of a pack: side by side, one after the other, or some at a time."""
+"""How one compiled program runs the members of a pack: side by side, one after the other, or some at a time; and the cache on disk
+that keeps programs from one process to the next."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..adapters.partition import Arrays, Partition, even_members, member_shardings
@@ -38,7 +44,7 @@ class PackMode:
     def over_members(self, function: Callable[..., Any], part: Partition, mesh: Mesh | None) -> Callable[..., Any]:
         """`function` of one member's trees as a function of stacked ones, (members, ...).
 
-        Where members do not divide into equal shares, the last is repeated, and what comes of the repeated ones is dropped.
+        Where members do not divide evenly, the last is repeated, and what comes of the repeated ones is dropped.
 
         Args:
             function: of trees to a tree.
@@ -80,8 +86,8 @@ def _cut(part: Partition, mesh: Mesh | None, tree: Any, devices: int, rounds: in
     cut = jax.tree.map(leaf, tree)
     if mesh is None or devices == 1:
         return cut
-    whole = member_shardings(part, mesh, tree)
-    return jax.lax.with_sharding_constraint(cut, jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), whole))
+    layouts = member_shardings(part, mesh, tree)
+    return jax.lax.with_sharding_constraint(cut, jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), layouts))
 
 
 def _joined(a: jax.Array, devices: int) -> jax.Array:
@@ -94,7 +100,7 @@ VMAP, SCAN = PackMode(), PackMode(1)
 
 
 class PackPrograms:
-    """The compiled programs of a pack, or of packs of one form: `train` and `evaluate`, each over all members, each compiled once.
+    """The compiled programs of a pack, or of packs of one program key: `train` and `evaluate`, each over all members, each compiled once.
 
     The base is an argument of both, never a constant, and is not returned. Member arrays are donated.
 
@@ -145,7 +151,46 @@ class PackPrograms:
         self.evaluate.traces.check_once("evaluation")
 
 
-def told_mode(config: Config) -> PackMode | None:
+def configured_mode(config: Config) -> PackMode | None:
     """The mode that a config names; None for `auto`."""
     training = config.training
     return {"auto": None, "vmap": VMAP, "scan": SCAN, "chunk": PackMode(training.chunk)}[training.pack]
+
+
+# The folder below `tracking.dir` that the runs there share, and how large it gets before the least recently used programs go.
+CACHE_FOLDER = ".jax-cache"
+_CACHE_BYTES = 2 * 10**9
+
+
+@contextlib.contextmanager
+def compile_cache(config: Config) -> Iterator[None]:
+    """While inside, JAX keeps what it compiles on disk, and takes from there what was compiled before: the same program, the same bits.
+
+    JAX's own threshold holds: programs that compile in less than a second are not kept. A damaged entry is compiled anew, with a
+    warning. Nothing changes where `tracking.compile_cache` is false or JAX has a cache already (`JAX_COMPILATION_CACHE_DIR`).
+    """
+    if not config.tracking.compile_cache or jax.config.values.get("jax_compilation_cache_dir") is not None:
+        yield
+        return
+    values = {
+        "jax_compilation_cache_dir": str(Path(config.tracking.dir).absolute() / CACHE_FOLDER / _host()),
+        "jax_compilation_cache_max_size": _CACHE_BYTES,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        reset_cache()  # JAX looks once in a process whether it has a cache
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
+
+
+def _host() -> str:
+    """A name for this kind of processor. JAX's keys do not tell one from another, and a program for one need not run on the next."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join([platform.machine(), platform.processor(), *facts]).encode()).hexdigest()[:8]

@@ -1,9 +1,4 @@
-"""A pack: members stacked on a leading axis, over one base.
-
-Members half-way, moved from the packs they trained in to another: the winners of a rung go on together, without the rest.
-
-A member's arrays are cut out of the padded shapes of its old pack and put into those of the new one, whose padding stays as it was built.
-"""
+"""A pack: members stacked on a leading axis, over one base; and members that move half-way from their packs to another (`repack`)."""
 
 from __future__ import annotations
 
@@ -33,8 +28,23 @@ from .execution import VMAP, PackMode, PackPrograms
 
 # An index into one array of a member; None: it has no part of it.
 Window = tuple[Any, ...] | None
-# Packs of equal form on one set-up compile to equal programs.
-Form = Hashable
+# Packs of one key and one setup compile to equal programs.
+ProgramKey = Hashable
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One point of a sweep.
+
+    Attributes:
+        name: its swept values, short: `rank=8,targets=attention`; names its folder.
+        settings: dotted key -> value, of the swept keys.
+        config: the whole config with these values.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    config: Config
 
 
 @dataclasses.dataclass
@@ -66,7 +76,9 @@ class Pack:
         steps: int,
         mesh: Mesh | None = None,
         mode: PackMode = VMAP,
-        company: Sequence[Config] = (),
+        *,
+        specs: Sequence[ResolvedAdapter] | None = None,
+        layout: Layout | None = None,
     ) -> Pack:
         """Puts the members on one base, each at its own step 0.
 
@@ -74,12 +86,13 @@ class Pack:
             model: the base with the task's head, without adapters.
             configs: one a member; alike in what is static (`static_key`).
             steps: optimizer steps each will take, for the schedules.
-            mesh: where the base lies, and the members' arrays beside it (`adapters/placement.py`).
+            mesh: where the base lies, and the members' arrays beside it.
             mode: how the compiled programs run the members.
-            company: other members that the arrays are to have room for.
+            specs: the configs, resolved against the model; resolved here by default.
+            layout: what holds them, and may hold more; the smallest by default.
         """
-        specs = [resolve(model, c.adapter) for c in configs]
-        structure = unite(model, specs + [resolve(model, c.adapter) for c in company])
+        specs = [resolve(model, c.adapter) for c in configs] if specs is None else list(specs)
+        structure = unite(model, specs) if layout is None else layout
         adapted = inject_layout(model, structure)
         part = partition(adapted)
         members = []
@@ -96,9 +109,9 @@ class Pack:
         return cls(configs, specs, structure, part, state, fixed, programs)
 
     @property
-    def form(self) -> Form:
-        """What decides the pack's programs, beside its set-up and how its members are run."""
-        return form_of(self.configs, self.structure)
+    def program_key(self) -> ProgramKey:
+        """What decides the pack's programs, beside its setup and the mode in which its members run."""
+        return program_key(self.configs, self.structure)
 
     def use_mode(self, mode: PackMode) -> None:
         """Gives the pack other programs, yet to be compiled, that run its members in another way."""
@@ -157,8 +170,8 @@ def static_key(config: Config) -> tuple[object, ...]:
     )
 
 
-def form_of(configs: Sequence[Config], structure: Layout) -> Form:
-    """The form of a pack of these members, whose arrays have these shapes."""
+def program_key(configs: Sequence[Config], structure: Layout) -> ProgramKey:
+    """The program key of a pack of these members, whose arrays have the structure's shapes."""
     return static_key(configs[0]), structure, len(configs)
 
 
@@ -167,6 +180,8 @@ Source = tuple[Pack, int, Saved]
 
 def repack(model: nnx.Module, sources: Sequence[Source], target: Pack) -> Saved:
     """What a checkpoint of `target` would say, had its members trained in it from the start.
+
+    A member's arrays are cut out of the padded shapes of its old pack and put into those of the new one; padding is zero in both.
 
     Args:
         model: the base that all packs stand on.
@@ -234,18 +249,3 @@ def _loop(members: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
         "tokens": first["tokens"],
         "seconds": max(loop["seconds"] for _, loop in members),
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One point of a sweep.
-
-    Attributes:
-        name: its swept values, short: `rank=8,targets=attention`; names its folder.
-        settings: dotted key -> value, of the swept keys.
-        config: the whole config with these values.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    config: Config

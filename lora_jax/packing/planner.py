@@ -1,179 +1,20 @@
-"""What padding costs, and the cut of members into as few packs as keep it small.
-
-In a pack every member computes with the largest rank at each site, at the sites of all, and differentiates down to the lowest layer
-that any of them adapts. Next to the base's own arithmetic a few ranks more are cheap, layers are not, and sites, which are read and
-written for any rank, cost more than theirs: so all is weighed in arithmetic (FLOPs) of the whole step.
-
-The plan: members cut into packs, each of which is one compiled program.
-"""
+"""The plan: members cut into packs, each of which is one compiled program, by what they cost and what fits in memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import jax
-import numpy as np
-
-from ..adapters.layout import resolve, unite
-from ..adapters.sites import find_sites
 from ..config.schema import Config
 from ..config.types import size_text
 from ..errors import InputError
+from ..parallel.processes import is_writer, writer_first
 from ..parallel.program import memory_limit
+from ..tracking import RunDirectory, RunState
 from ..training.setup import Setup, check_adapters, setup_key
 from .cost import PackShapes
-from .forecast import forecast
-from .pack import Form, Member, form_of, static_key
-
-# Arithmetic that could have been done while one more program is compiled (about 5 s on two CPU cores, 15 s on an accelerator): padding
-# is weighed against it. Fixed numbers, so that the same members are cut alike wherever they are planned.
-_COMPILING = {"cpu": 5e11}
-_COMPILING_ELSEWHERE = 1e15
-
-# What a site takes whatever its rank, in ranks: its inputs and outputs are read and written some six times in a step, and meanwhile
-# two CPU cores could do 12 FLOPs a byte. MiniLM's steps with and without further sites, ranks 8 and 32, come to 25 to 68.
-_SITE_RANKS = 40.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """What members cost in one optimizer step, alone or in a pack, in FLOPs or the time of as many.
-
-    Attributes:
-        base: (depth + 1,) what a member computes beside its factors, by its lowest adapted layer (`depth`: none is).
-        sites: (sites,) for each rank of a site, in one layer.
-        stacked: (sites,) whether a site's factors stand in the stack's layers.
-        ranks: (members, sites), 0 where a member does not adapt a site.
-        firsts: (members,) lowest adapted layer; `depth` without one.
-        site: what a site costs beside its ranks, in ranks.
-    """
-
-    base: np.ndarray
-    sites: np.ndarray
-    stacked: np.ndarray
-    ranks: np.ndarray
-    firsts: np.ndarray
-    site: float = 0.0
-
-    @classmethod
-    def of(cls, setup: Setup, configs: Sequence[Config]) -> Weights | None:
-        """Of members of one set-up, alike in what is static; None where all adapt the same, so that there is nothing to weigh."""
-        members = [resolve(setup.model, c.adapter) for c in configs]
-        needs = [m.needs for m in members]
-        if all(n == needs[0] for n in needs):
-            return None
-        sites = [s for s in find_sites(setup.model) if any(s.name in n for n in needs)]
-        depths = {s.depth for s in sites if s.depth is not None}
-        depth = max(depths, default=1)
-        ranks = np.array([[n[s.name][1] if s.name in n else 0 for s in sites] for n in needs])
-        below = np.array([s.stack is None and s.kind == "embedding" for s in sites])  # its gradient comes down through all layers
-        lowest = [[n[s.name][0] if s.stack is not None else depth for s in sites if s.name in n] for n in needs]
-        firsts = np.where((ranks[:, below] > 0).any(1), 0, np.array([min(row, default=depth) for row in lowest]))
-        # Backward twice as much as forward: of LoRA x A, its product with B, and the gradients of x, A and B.
-        tokens, method = setup.plan.batch(0)["tokens"].size, members[0].method
-        slopes = np.array([3.0 * tokens * method.cost(s, 1) for s in sites])
-        stacked = np.array([s.stack is not None for s in sites])
-        free = cls(np.zeros(depth + 1), slopes, stacked, ranks, firsts)
-        # All layers cost the same but the top one, which goes on where the labels are alone: three points of the line say it.
-        distinct = np.unique(firsts)
-        traced: dict[int, float] = {}
-        for first in np.unique([distinct[0], *distinct[-2:]]):
-            one = int(np.flatnonzero(firsts == first)[0])
-            traced[int(first)] = PackShapes(setup, [configs[one]]).member_flops - float(free.alone[one])
-        base = np.interp(np.arange(depth + 1), list(traced), list(traced.values()))
-        return dataclasses.replace(free, base=base, site=_SITE_RANKS)
-
-    @property
-    def alone(self) -> np.ndarray:
-        """(members,): of each by itself."""
-        return self._cost(self.ranks, self.firsts)
-
-    def packed(self, members: np.ndarray) -> np.ndarray:
-        """For each beginning of a list of members, what one member costs in a pack of them: (len(members),)."""
-        return self._cost(np.maximum.accumulate(self.ranks[members]), np.minimum.accumulate(self.firsts[members]))
-
-    def padding(self, members: Sequence[int]) -> float:
-        """The share of a pack's time that is padding."""
-        return 1 - float(self.alone[list(members)].sum() / (len(members) * self.packed(np.array(members))[-1]))
-
-    def _cost(self, ranks: np.ndarray, firsts: np.ndarray) -> np.ndarray:
-        layers = np.where(self.stacked, (len(self.base) - 1 - firsts)[:, None], 1)
-        return self.base[firsts] + (np.where(ranks > 0, ranks + self.site, 0) * layers * self.sites).sum(1)
-
-    def orders(self) -> list[np.ndarray]:
-        """Orders in which like members are neighbours: by lowest layer and cost, and by their sites, after or before the layer."""
-        alone, firsts = self.alone, -self.firsts
-        _, found = np.unique(self.ranks > 0, axis=0, return_inverse=True)
-        sites = found.reshape(-1)  # which set of them a member has; those that cost alike are neighbours
-        cost = (np.bincount(sites, alone) / np.bincount(sites))[sites]
-        return [np.lexsort(keys) for keys in ((alone, firsts), (alone, sites, cost, firsts), (alone, firsts, sites, cost))]
-
-
-def cut_evenly(count: int, largest: int) -> list[list[int]]:
-    """0 to `count` - 1 in as few runs of at most `largest` as there must be, nearly equal.
-
-    >>> cut_evenly(5, 3)
-    [[0, 1], [2, 3, 4]]
-    """
-    packs = -(-count // largest)
-    cuts = [round(i * count / packs) for i in range(packs + 1)]
-    return [list(range(a, b)) for a, b in itertools.pairwise(cuts)]
-
-
-def cut_by_weight(weights: Weights, largest: int, *, most_padding: float, steps: int, platform: str | None = None) -> list[list[int]]:
-    """Members in as few packs as keep padding below a share of each pack's time, and with the least arithmetic of those.
-
-    Members are sorted by their lowest layer, the highest first, and by what they cost, and cut into runs; or by the sites they adapt
-    too, where that comes to less. Equal ones keep their order.
-
-    Args:
-        weights: the members'.
-        largest: most members in a pack.
-        most_padding: the share, of the pack's arithmetic over all steps and the compilation of one program.
-        steps: optimizer steps.
-        platform: where it will run; by default JAX's.
-
-    Returns:
-        indices of the members; packs, and members within them, in the order they had.
-    """
-    compiling = _COMPILING.get(platform or jax.default_backend(), _COMPILING_ELSEWHERE)
-    found = [_cut_order(weights, order, largest, most_padding, steps, compiling) for order in weights.orders()]
-    return min(found, key=lambda one: one[0])[1]
-
-
-def _cut_order(
-    weights: Weights, order: np.ndarray, largest: int, most_padding: float, steps: int, compiling: float
-) -> tuple[tuple[int, float], list[list[int]]]:
-    """The best cut of members in an order: how many packs and FLOPs, and the packs."""
-    before = np.concatenate([[0.0], np.cumsum(weights.alone[order])])
-    # best[j]: of the first j members, (packs, FLOPs, sum of squared sizes), and where the last pack begins.
-    best: list[tuple[int, float, int]] = [(0, 0.0, 0)]
-    begins = [0]
-    for stop in range(1, len(order) + 1):
-        start = max(0, stop - largest)
-        each = weights.packed(order[start:stop][::-1])  # of the packs that end here, the smallest first
-        sizes = np.arange(1, stop - start + 1)
-        totals = sizes * each
-        waste = totals - (before[stop] - before[stop - sizes])
-        allowed = steps * waste <= most_padding * (steps * totals + compiling) + 1e-6 * steps * totals
-        allowed[0] = True
-        found = min(
-            (best[stop - k][0] + 1, best[stop - k][1] + float(totals[k - 1]), best[stop - k][2] + k * k, stop - k)
-            for k in sizes[allowed].tolist()
-        )
-        best.append(found[:3])
-        begins.append(found[3])
-    packs, stop = [], len(order)
-    while stop:
-        packs.append(sorted(int(i) for i in order[begins[stop] : stop]))
-        stop = begins[stop]
-    return best[-1][:2], sorted(packs)
-
-
-# A count from shapes (`training/forecast.py`) is near what is compiled, but not the same: with this much room nothing is compiled to see.
-_AMPLE = 2
+from .pack import Member, ProgramKey, program_key, static_key
+from .padding import Weights, cut_by_weight, cut_evenly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +26,7 @@ class PackPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A process's share of a sweep: part `number` (from 1) of `count`; written `2/4`."""
+    """The members of a sweep that one process trains: part `number` (from 1) of `count`; written `2/4`."""
 
     number: int
     count: int
@@ -206,21 +47,11 @@ class Part:
         return f"{self.number}/{self.count}"
 
 
-def plan_packs(members: list[Member], *, largest: int) -> list[PackPlan]:
-    """Cuts members into as few packs as possible, by their configs alone: nothing is loaded, padding and memory are not looked at.
-
-    Members go together where nothing differs but what is traced data: ranks, alphas, targets, layers, dropout, optimizer numbers and
-    seeds. Groups larger than `largest` are cut evenly.
-
-    Args:
-        members: in the sweep's order, which each pack keeps.
-        largest: most members in a pack; 1 trains each alone.
-    """
-    return [PackPlan(tuple(group[i] for i in cut)) for group in alike(members) for cut in cut_evenly(len(group), largest)]
-
-
 def alike(members: Sequence[Member]) -> list[list[Member]]:
-    """Members by what must be equal in a pack: model, task, training, mesh, and how the adapters are made."""
+    """Groups of members that could share a pack.
+
+    Everything but traced data is equal in them: ranks, alphas, targets, layers, dropout, optimizer numbers and seeds may differ.
+    """
     groups: dict[object, list[Member]] = {}
     for member in members:
         groups.setdefault((setup_key(member.config), static_key(member.config)), []).append(member)
@@ -228,15 +59,15 @@ def alike(members: Sequence[Member]) -> list[list[Member]]:
 
 
 class Planner:
-    """Cuts members into packs by what they cost and what fits in memory.
+    """Cuts members into packs.
 
-    The same members are always cut alike: by counts and by what compiled programs say of themselves, never by a clock.
+    The same members are always cut alike: by counts and by the memory of compiled programs, never by a clock.
 
     Args:
         config: of the sweep.
-        prepare: makes set-ups.
+        prepare: makes setups.
         largest: most members in a pack, whatever the memory.
-        say: is told how large packs may be, where memory limits them.
+        say: prints how large packs may be, where memory limits them.
     """
 
     def __init__(self, config: Config, prepare: Callable[[Config], Setup], *, largest: int, say: Callable[[str], None] = lambda text: None):
@@ -264,6 +95,20 @@ class Planner:
             self._before[key] = [pack for packs in reversed(found) for pack in packs]
         return self._before[key]
 
+    def part(self, members: Sequence[Member], part: Part) -> list[PackPlan]:
+        """The packs of one part of a sweep. Every part finds the same division by itself, and together they are all members.
+
+        Whole packs are assigned where there are enough of them, so that any division can resume their checkpoints. Otherwise packs are
+        cut smaller. The largest goes first, each to the part that has fewest members.
+        """
+        packs = self.packs(members)
+        if len(packs) < part.count:
+            packs = self.packs(members, largest=-(-len(members) // part.count))
+        parts: list[list[PackPlan]] = [[] for _ in range(part.count)]
+        for pack in sorted(packs, key=lambda p: -len(p.members)):
+            min(parts, key=lambda own: sum(len(p.members) for p in own)).append(pack)
+        return parts[part.number - 1]
+
     def _cut(self, group: list[Member], largest: int) -> list[PackPlan]:
         configs = [m.config for m in group]
         setup = self._prepare(configs[0])
@@ -271,29 +116,28 @@ class Planner:
         weights = Weights.of(setup, configs) if largest > 1 else None
         most = min(largest, len(group))
         if self._limit is not None and most > 1:
-            most = self._fitting(setup, configs, weights, most)
+            most = self._fitting(setup, configs, most)
         if weights is None:
             cuts = cut_evenly(len(group), most)
         else:
             cuts = cut_by_weight(weights, most, most_padding=self._most_padding, steps=setup.steps)
-        return self._by_form(setup, [PackPlan(tuple(group[i] for i in cut)) for cut in cuts])
+        return self._by_program(setup, [PackPlan(tuple(group[i] for i in cut)) for cut in cuts])
 
-    def _by_form(self, setup: Setup, packs: list[PackPlan]) -> list[PackPlan]:
-        """Packs of one form one after the other, so that they share their programs; forms, and the packs of one, in the order they had."""
-        forms: dict[Form, list[PackPlan]] = {}
+    def _by_program(self, setup: Setup, packs: list[PackPlan]) -> list[PackPlan]:
+        """Packs of one program key after one another, so that they share their programs; otherwise in the order they had."""
+        found: dict[ProgramKey, list[PackPlan]] = {}
         for pack in packs:
             configs = [m.config for m in pack.members]
-            structure = unite(setup.model, [resolve(setup.model, c.adapter) for c in configs])
-            forms.setdefault(form_of(configs, structure), []).append(pack)
-        return [pack for alike in forms.values() for pack in alike]
+            found.setdefault(program_key(configs, setup.layout(configs)), []).append(pack)
+        return [pack for alike in found.values() for pack in alike]
 
-    def _fitting(self, setup: Setup, configs: list[Config], weights: Weights | None, most: int) -> int:
-        """How many members a pack may have for its memory; compiled only where a count from shapes alone does not leave ample room."""
+    def _fitting(self, setup: Setup, configs: list[Config], most: int) -> int:
+        """How many members a pack may have for its memory. Where an upper bound fits, nothing is compiled to find out."""
         assert self._limit is not None
-        heaviest = configs[:most] if weights is None else [configs[i] for i in np.argsort(weights.alone, kind="stable")[-most:]]
-        if _AMPLE * forecast(heaviest, len(jax.devices())).total <= self._limit:
+        shapes = PackShapes(setup, configs)
+        if shapes.upper_bound(most) <= self._limit:
             return most
-        line = PackShapes(setup, configs).memory_line(most)
+        line = shapes.memory_line(most)
         fitting = line.fitting(self._limit, most)
         if fitting < most:
             one, two = line.at(1).total, line.at(2).total
@@ -304,21 +148,31 @@ class Planner:
         return max(1, fitting)
 
 
-def plan_part(members: list[Member], part: Part, *, largest: int, cut: Callable[..., list[PackPlan]] = plan_packs) -> list[PackPlan]:
-    """The packs of one part. Every part finds the same division by itself, and together they are all members.
-
-    Whole packs are dealt where there are enough, so that a checkpoint of one is read by any division. Otherwise they are cut smaller.
+def planned(state: RunState, stage: int = 0) -> list[list[str]]:
+    """The names of each planned pack's members; none where nothing was planned.
 
     Args:
-        members: of the whole sweep, in its order.
-        part: which share.
-        largest: most members in a pack.
-        cut: `plan_packs`, or a planner's `packs`.
+        state: of the run.
+        stage: of successive halving; 0 is the first, and the only one without halving.
     """
-    packs = cut(members, largest=largest)
-    if len(packs) < part.count:
-        packs = cut(members, largest=min(largest, -(-len(members) // part.count)))
-    shares: list[list[PackPlan]] = [[] for _ in range(part.count)]
-    for pack in sorted(packs, key=lambda p: -len(p.members)):  # the largest first, each to whoever has least
-        min(shares, key=lambda share: sum(len(p.members) for p in share)).append(pack)
-    return shares[part.number - 1]
+    return state.plan[stage] if stage < len(state.plan) else []
+
+
+def keep_plan(run: RunDirectory, packs: Sequence[PackPlan], stage: int = 0) -> list[PackPlan]:
+    """Writes packs into the run's state, beside those planned before that share no member with them; returns them.
+
+    Of several processes the first writes, and all take what it wrote: each may have seen another limit of memory.
+    """
+    by_name = {m.name: m for p in packs for m in p.members}
+
+    def change(state: RunState) -> None:
+        kept = [pack for pack in planned(state, stage) if not by_name.keys() & set(pack)]
+        state.plan = [*(planned(state, i) for i in range(stage)), kept + [[m.name for m in p.members] for p in packs]]
+
+    writer_first(lambda: run.update_state(change) if is_writer() else None)
+    return packs_of_names((pack for pack in planned(run.state(), stage) if by_name.keys() >= set(pack)), by_name)
+
+
+def packs_of_names(packs: Iterable[Sequence[str]], by_name: Mapping[str, Member]) -> list[PackPlan]:
+    """Packs of members by their names."""
+    return [PackPlan(tuple(by_name[name] for name in names)) for names in packs]

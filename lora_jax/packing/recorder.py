@@ -1,15 +1,16 @@
-"""What a pack's members do, written as it happens: TensorBoard, console, results, adapters."""
+"""Records a pack's members as they train, end or fail: TensorBoard, console, results, adapters."""
 
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from ..parallel.processes import is_writer
 from ..tasks.evaluators import EVALUATORS
-from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory
+from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory, write_atomic
 from ..training.checkpoint import save_adapter
 from ..training.loop import Outcome
 from ..training.setup import Setup
@@ -23,7 +24,7 @@ def _mean(losses: np.ndarray) -> float:
 
 
 class Recorder:
-    """Writes what a pack's members do: TensorBoard, console, results, adapters."""
+    """Records what a pack's members do."""
 
     def __init__(self, run: RunDirectory, members: Sequence[Member], counts: list[int], setup: Setup, progress: Progress, title: str):
         self.run, self.members, self.counts, self.setup = run, members, counts, setup
@@ -86,7 +87,7 @@ class Recorder:
 
         Args:
             pack: the members.
-            outcome: what they came to.
+            outcome: their arrays and metrics.
             stopped: these members alone, which lost in a rung and go no further; the others are still under way.
         """
         facts = self.setup.plan.summary
@@ -123,3 +124,16 @@ class Recorder:
             )
             if is_writer():
                 result.write(folder)
+
+
+def record_failure(run: RunDirectory, members: Sequence[Member], error: Exception, progress: Progress) -> None:
+    """Records members as failed: the reason in `results.json`, the traceback in `error.txt`. Members that ended before stay as they are."""
+    reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    trace = "".join(traceback.format_exception(error))
+    failed = [m for m in members if m.name not in run.statuses]
+    for member in failed if is_writer() else []:
+        folder = run.member(member.name)
+        write_atomic(folder / "error.txt", trace)
+        MemberResult(member.name, member.settings, parameters=0, status="failed", final={}, error=reason).write(folder)
+    run.refresh()
+    progress.print(f"failed: {', '.join(m.name for m in failed)}: {reason}")

@@ -1,9 +1,8 @@
-"""One pack of a plan: built, trained from wherever it was, recorded.
+"""Trains one pack of a plan: builds it, resumes it, records it.
 
-Packs that go on in pieces: where one does not fit into memory, or when some of its members are tried again.
-
-What was cut is in the run's `pieces.json`, so that a resumed run makes the same pieces. A piece begins where the pack it was cut
-from left its members, and nothing that was trained until its last checkpoint is lost.
+A pack that does not fit into memory is split, and so is one of which some members are tried again. Splits are in the run's state, so
+that a resumed run makes the same ones. A part begins where the pack it was split from left its members: nothing that was trained until
+that pack's last checkpoint is lost.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from pathlib import Path
 from ..config.schema import Config
 from ..errors import InputError, OutOfMemory, Stopped, is_out_of_memory
 from ..parallel.processes import is_writer, process_count
-from ..tracking import Progress, RunDirectory, read_json, write_json
+from ..tracking import Progress, RunDirectory
+from ..tracking.state import Split
 from ..training.checkpoint import PackCheckpoints, Saved
 from ..training.loop import Outcome, StepTrace, train_pack
 from ..training.setup import Setup
@@ -26,7 +26,7 @@ from ..training.signals import StopSignals
 from ..training.trunk import Prefix
 from ..training.trunk_cache import FOLDER, keep_prefix
 from .choice import PackModes, check_fits
-from .execution import VMAP, PackPrograms, told_mode
+from .execution import VMAP, PackPrograms, configured_mode
 from .pack import Member, Pack, repack
 from .planner import PackPlan
 from .recorder import Recorder
@@ -43,9 +43,9 @@ class PackRun:
         signals: tell it to stop.
         progress: the console.
         title: what the console calls it.
-        modes: how packs of the run are run.
-        company: members whose ranks, targets and layers the pack's arrays have room for beside its own, so that its programs (and
-            with them every bit, where members are scanned) are those of any other pack with this company.
+        modes: in which the run's packs run their members.
+        layout_members: the pack's arrays have room for the ranks, targets and layers of these too. Its programs (and with them every
+            bit, where members are scanned) are then those of any other pack with these layout members.
     """
 
     run: RunDirectory
@@ -55,12 +55,14 @@ class PackRun:
     progress: Progress
     title: str
     modes: PackModes
-    company: Sequence[Member] = ()
+    layout_members: Sequence[Member] = ()
 
     def build(self) -> Pack:
         """The members at step 0."""
-        configs, company = [m.config for m in self.plan.members], [m.config for m in self.company]
-        return Pack.build(self.setup.model, configs, self.setup.steps, self.setup.mesh, told_mode(configs[0]) or VMAP, company)
+        setup, configs = self.setup, [m.config for m in self.plan.members]
+        layout = setup.layout([*configs, *(m.config for m in self.layout_members)])
+        mode, specs = configured_mode(configs[0]) or VMAP, [setup.spec(c) for c in configs]
+        return Pack.build(setup.model, configs, setup.steps, setup.mesh, mode, specs=specs, layout=layout)
 
     def checkpoints(self) -> PackCheckpoints:
         """This pack's; to be closed."""
@@ -89,12 +91,12 @@ class PackRun:
         config = members[0].config
         pack = self.build()
         counts = [pack.parameter_count(i) for i in range(len(members))]
-        known: PackPrograms | None = self.setup.programs.find(pack.form)
+        known: PackPrograms | None = self.setup.programs.find(pack.program_key)
         what = f"{len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters"
         self.progress.print(f"{self.title}: {what}; {'compiling' if known is None else 'run by the programs of an earlier pack'}")
         prefix = self.setup.prefix(pack.part, config.training.data_seed)
         before = prefix.compiled if prefix is not None else 0
-        if config.training.cache_prefix == "on":
+        if config.training.cache_trunk == "on":
             self._keep(prefix, config)
         if (said := self.modes.settle([m.name for m in members], pack, self.setup, prefix)) is not None:
             self.progress.print(f"{self.title}: {said}")
@@ -124,26 +126,26 @@ class PackRun:
             self.signals.training = False
         if prefix is not None and prefix.stores is not None:
             hits, misses = (a - b for a, b in zip(_counts(prefix), counted, strict=True))
-            self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches began from the prefix cache")
-        self.setup.programs.get(pack.form, lambda: pack.programs)
+            self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches began from the trunk cache")
+        self.setup.programs.get(pack.program_key, lambda: pack.programs)
         return Trained(pack, outcome, recorder, pack.programs.compiled + (prefix.compiled if prefix is not None else 0) - before)
 
     def _keep(self, prefix: Prefix | None, config: Config) -> None:
         if prefix is None:
-            self.progress.print("prefix cache: off, for the members have no layer in common below the lowest that one of them trains")
+            self.progress.print("trunk cache: off, for the members have no layer in common below the lowest that one of them trains")
             return
         keep_prefix(prefix, self.setup, config.training, Path(config.tracking.dir) / FOLDER, self.progress.print)
 
 
 def _counts(prefix: Prefix | None) -> tuple[int, int]:
-    """Batches that were found in the prefix cache, and that were not."""
+    """Batches that were found in the trunk cache, and that were not."""
     stores = prefix.stores if prefix is not None and prefix.stores is not None else ()
     return sum(s.hits for s in stores), sum(s.misses for s in stores)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A pack that was trained, with what it came to, who records it, and how many programs were compiled for it."""
+    """A pack that was trained, its outcome, its recorder, and how many programs were compiled for it."""
 
     pack: Pack
     outcome: Outcome
@@ -151,13 +153,11 @@ class Trained:
     programs: int
 
 
-_FILE = "pieces.json"
-
 Start = Callable[[PackPlan, Pack], Saved | None]
 
 
-class Pieces:
-    """The cuts of a run.
+class Splits:
+    """The splits of a run.
 
     Args:
         run: the run.
@@ -165,40 +165,39 @@ class Pieces:
     """
 
     def __init__(self, run: RunDirectory, members: Sequence[Member]):
-        self._path = run.path / _FILE
+        self._run = run
         self._members = {m.name: m for m in members}
-        self._cuts: list[tuple[list[str], list[list[str]], str]] = []
-        for cut in read_json(self._path)["cuts"] if self._path.exists() else []:
-            self._cuts.append((cut["pack"], cut["pieces"], cut["why"]))
+        self._splits = run.state().splits
 
-    def record(self, pack: Sequence[str], pieces: Sequence[Sequence[str]], why: str) -> None:
-        """Notes that a pack, by its members' names, goes on in pieces."""
-        self._cuts.append((list(pack), [list(p) for p in pieces], why))
+    def record(self, pack: Sequence[str], parts: Sequence[Sequence[str]], why: str) -> None:
+        """Notes that a pack, by its members' names, goes on in parts."""
+        split = Split(list(pack), [list(p) for p in parts], why)
+        self._splits.append(split)
         if is_writer():
-            write_json(self._path, {"cuts": [{"pack": pack, "pieces": pieces, "why": why} for pack, pieces, why in self._cuts]})
+            self._run.update_state(lambda state: state.splits.append(split))
 
-    def is_cut(self, names: Sequence[str]) -> bool:
-        """Whether a pack goes on in pieces."""
-        return any(pack == list(names) for pack, _, _ in self._cuts)
+    def is_split(self, names: Sequence[str]) -> bool:
+        """Whether a pack goes on in parts."""
+        return any(split.pack == list(names) for split in self._splits)
 
-    def cut(self, plan: PackPlan) -> list[PackPlan]:
-        """What a pack goes on as: itself, or its pieces, which may have been cut further."""
+    def parts_of(self, plan: PackPlan) -> list[PackPlan]:
+        """The packs that a pack goes on as: itself, or its parts, which may have been split further."""
         names = [m.name for m in plan.members]
-        if not self.is_cut(names):
+        if not self.is_split(names):
             return [plan]
-        pieces = [piece for pack, found, _ in self._cuts if pack == names for piece in found]
-        return [last for piece in pieces for last in self.cut(self._plan(piece))]
+        parts = [part for split in self._splits if split.pack == names for part in split.parts]
+        return [last for part in parts for last in self.parts_of(self._plan(part))]
 
-    def uncut(self) -> list[list[str]]:
-        """The names of each piece that is not cut further, and whose members all are in the sweep."""
-        pieces = [piece for _, found, _ in self._cuts for piece in found if not self.is_cut(piece)]
-        return [piece for piece in pieces if all(name in self._members for name in piece)]
+    def unsplit(self) -> list[list[str]]:
+        """The names of each part that is not split further, and whose members all are in the sweep."""
+        parts = [part for split in self._splits for part in split.parts if not self.is_split(part)]
+        return [part for part in parts if all(name in self._members for name in part)]
 
     def lineage(self, plan: PackPlan) -> list[PackPlan]:
-        """The packs that this one was cut from, the nearest first."""
+        """The packs that this one was split from, the nearest first."""
         found: list[PackPlan] = []
         names = [m.name for m in plan.members]
-        while (parent := next((pack for pack, pieces, _ in self._cuts if names in pieces), None)) is not None:
+        while (parent := next((split.pack for split in self._splits if names in split.parts), None)) is not None:
             if not all(name in self._members for name in parent):
                 break
             found.append(self._plan(parent))
@@ -218,10 +217,10 @@ def is_of_the_pack(error: Exception) -> bool:
     return not (isinstance(error, (InputError, Stopped)) or full or process_count() > 1)
 
 
-def train_in_pieces(
+def train_split(
     plan: PackPlan,
     make: Callable[[PackPlan], PackRun],
-    pieces: Pieces,
+    splits: Splits,
     *,
     until: int | None = None,
     start: Start | None = None,
@@ -232,22 +231,22 @@ def train_in_pieces(
     Args:
         plan: the pack.
         make: gives what runs a pack.
-        pieces: of the run; what is cut is noted there.
+        splits: of the run; a new one is recorded there.
         until: the step to end at; the last by default.
-        start: where the pack, or a piece of it, begins without a checkpoint; step 0 by default.
-        failed: told of a pack or piece that failed, and why; without it a failure is raised.
+        start: where the pack, or a part of it, begins without a checkpoint; step 0 by default.
+        failed: called with a pack or part that failed, and the error; without it the error is raised.
 
     Raises:
         OutOfMemory: a single member does not fit.
     """
-    ready = pieces.cut(plan)
+    ready = splits.parts_of(plan)
     if ready != [plan]:
-        for piece in ready:
-            yield from train_in_pieces(piece, make, pieces, until=until, start=start, failed=failed)
+        for part in ready:
+            yield from train_split(part, make, splits, until=until, start=start, failed=failed)
         return
     run = make(plan)
     try:
-        trained, why = run.train(until=until, start=_start(plan, make, pieces, start)), ""
+        trained, why = run.train(until=until, start=_start(plan, make, splits, start)), ""
     except Exception as error:
         # A limit is met in all processes alike; a device's own refusal is met in one of them, while the others wait for it.
         short = is_out_of_memory(error) and (process_count() == 1 or isinstance(error, OutOfMemory))
@@ -267,9 +266,9 @@ def train_in_pieces(
     names = [m.name for m in plan.members]
     gc.collect()  # what the failed attempt held
     half = -(-len(names) // 2)
-    pieces.record(names, [names[:half], names[half:]], why)
+    splits.record(names, [names[:half], names[half:]], why)
     run.progress.print(f"{run.title}: {why}; its {len(names)} members go on in two packs")
-    yield from train_in_pieces(plan, make, pieces, until=until, start=start, failed=failed)
+    yield from train_split(plan, make, splits, until=until, start=start, failed=failed)
 
 
 def _first_line(error: Exception) -> str:
@@ -277,10 +276,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _start(
-    plan: PackPlan, make: Callable[[PackPlan], PackRun], pieces: Pieces, start: Start | None
+    plan: PackPlan, make: Callable[[PackPlan], PackRun], splits: Splits, start: Start | None
 ) -> Callable[[Pack], Saved | None] | None:
-    """Where a piece begins: at the last checkpoint of the packs it was cut from, or else where those would have begun."""
-    lineage = pieces.lineage(plan)
+    """Where a part begins: at the last checkpoint of the packs it was split from, or else where those would have begun."""
+    lineage = splits.lineage(plan)
     if not lineage and start is None:
         return None
 

@@ -83,6 +83,9 @@ class TraceCounter:
     function: Callable[..., Any]
     count: int = 0
 
+    def __post_init__(self) -> None:
+        self.__name__ = getattr(self.function, "__name__", "program")  # JAX calls the compiled program so, in traces and logs
+
     def __call__(self, *args: Any) -> Any:
         self.count += 1
         return self.function(*args)

@@ -1,7 +1,7 @@
 """Successive halving (arXiv:1502.07943): all members train to the first rung, the best of them to the next, and so on to the end.
 
 After a rung the survivors leave their packs and go on in fewer, smaller ones, each from the bits it had: as if it had never shared a
-pack with the losers. What was decided is in `halving.json`, so that a run goes on where it stopped.
+pack with the losers. What was decided is in the run's state, so that a run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ from collections.abc import Sequence
 from ..config.sweep import HalvingConfig
 from ..errors import InputError, RunError, hint
 from ..packing.choice import PackModes
-from ..packing.execution import SCAN, told_mode
+from ..packing.execution import SCAN, configured_mode
 from ..packing.pack import Member, Pack, Source, repack
-from ..packing.planner import PackPlan, Planner
-from ..packing.runner import PackRun, Pieces, Trained, train_in_pieces
+from ..packing.planner import PackPlan, Planner, keep_plan, packs_of_names, planned
+from ..packing.recorder import record_failure
+from ..packing.runner import PackRun, Splits, Trained, train_split
 from ..parallel.processes import is_writer
 from ..tasks.evaluators import EVALUATORS
-from ..tracking import Progress, RunDirectory, read_json, write_json
+from ..tracking import Progress, RunDirectory
+from ..tracking.state import STATE, Rungs
 from ..training.checkpoint import Saved
 from ..training.setup import Preparer
 from ..training.signals import StopSignals
-from .failures import record_failure
-from .plan_record import keep_plan, packs_of_names, planned_packs
-
-_FILE = "halving.json"
 
 
 def rung_steps(halving: HalvingConfig, total: int) -> list[int]:
@@ -68,7 +66,7 @@ class Halving:
         members: all of them; alike in model, task and length.
         halving: the config's section.
         prepare: makes set-ups.
-        signals: tell it to stop.
+        signals: ask it to stop.
         progress: the console.
         planner: cuts those that are left after each rung.
 
@@ -96,11 +94,11 @@ class Halving:
             name = self._evaluator.name
             raise InputError(f"sweep.halving.metric: task.kind {members[0].config.task.kind} has no '{name}'. {hint(name, computed)}")
         # Scanned, survivors keep the programs of the whole race, and with them every bit, whoever leaves.
-        self._company = self._members if told_mode(members[0].config) == SCAN else []
+        self._layout_members = self._members if configured_mode(members[0].config) == SCAN else []
 
     def train(self, run: RunDirectory) -> int:
         """Trains to the end, from wherever the run is; returns how many programs were compiled."""
-        self._run, self._modes, self._pieces = run, PackModes(run), Pieces(run, self._members)
+        self._run, self._modes, self._splits = run, PackModes(run), Splits(run, self._members)
         done = self._decided()
         racing, before, programs = self._members, {}, 0
         for number, until in enumerate([*self._rungs, None]):
@@ -113,30 +111,30 @@ class Halving:
                 if until is not None:
                     done.append(kept)
                     if is_writer():
-                        facts = {"members": [m.name for m in self._members], "steps": self._rungs, "kept": done}
-                        write_json(self._run.path / _FILE, facts)
-            ended_in = [piece for pack in packs for piece in self._pieces.cut(pack)]
+                        rungs = Rungs([m.name for m in self._members], self._rungs, done)
+                        self._run.update_state(lambda state, rungs=rungs: setattr(state, "halving", rungs))
+            ended_in = [part for pack in packs for part in self._splits.parts_of(pack)]
             before = {member.name: (pack, place) for pack in ended_in for place, member in enumerate(pack.members)}
             racing = [m for m in racing if m.name in set(kept)]
         return programs
 
     def _packs(self, racing: list[Member], stage: int) -> list[PackPlan]:
-        """The packs of a stage: those it had before, or new ones, which are written down."""
+        """The packs of a stage: those planned before, or new ones, which are kept."""
         by_name = {m.name: m for m in racing}
-        planned = planned_packs(self._run, stage)
-        if sorted(name for pack in planned for name in pack) == sorted(by_name):
-            return packs_of_names(planned, by_name)
+        before = planned(self._run.state(), stage)
+        if sorted(name for pack in before for name in pack) == sorted(by_name):
+            return packs_of_names(before, by_name)
         return keep_plan(self._run, self._planner.packs(racing), stage)
 
     def _decided(self) -> list[list[str]]:
         """Who went on after each rung so far."""
-        path = self._run.path / _FILE
-        if not path.exists():
+        rungs = self._run.state().halving
+        if rungs is None:
             return []
-        facts = read_json(path)
-        if facts.get("members") != [m.name for m in self._members] or facts.get("steps") != self._rungs:
+        if rungs.members != [m.name for m in self._members] or rungs.steps != self._rungs:
+            path = self._run.path / STATE
             raise InputError(f"{path}: other members or rungs raced here. Halving cannot grow: give another 'name=', or --fresh.")
-        return list(facts["kept"])
+        return rungs.kept
 
     def _stage(
         self, number: int, until: int | None, packs: list[PackPlan], before: dict[str, tuple[PackPlan, int]]
@@ -148,16 +146,16 @@ class Halving:
             if all(self._run.statuses.get(m.name) == "failed" for m in plan.members):
                 continue
 
-            def make(piece: PackPlan, name: str = f"{title}, pack {count}/{len(packs)}") -> PackRun:
-                return self._pack_run(piece, name)
+            def make(part: PackPlan, name: str = f"{title}, pack {count}/{len(packs)}") -> PackRun:
+                return self._pack_run(part, name)
 
-            def start(piece: PackPlan, pack: Pack) -> Saved:
-                return self._start(pack, piece, before)
+            def start(part: PackPlan, pack: Pack) -> Saved:
+                return self._start(pack, part, before)
 
-            def failed(piece: PackPlan, error: Exception) -> None:
-                record_failure(self._run, piece.members, error, self._progress)
+            def failed(part: PackPlan, error: Exception) -> None:
+                record_failure(self._run, part.members, error, self._progress)
 
-            trained += train_in_pieces(plan, make, self._pieces, until=until, start=start if before else None, failed=failed)
+            trained += train_split(plan, make, self._splits, until=until, start=start if before else None, failed=failed)
         scores: dict[str, float] = {}
         for one in trained:
             scores |= self._scores(one)
@@ -173,7 +171,7 @@ class Halving:
         return {m.name: self._evaluator.sign * float(values[i]) if alive[i] else math.nan for i, m in enumerate(trained.recorder.members)}
 
     def _pack_run(self, plan: PackPlan, title: str) -> PackRun:
-        return PackRun(self._run, plan, self._setup, self._signals, self._progress, title, self._modes, self._company)
+        return PackRun(self._run, plan, self._setup, self._signals, self._progress, title, self._modes, self._layout_members)
 
     def _start(self, pack: Pack, plan: PackPlan, before: dict[str, tuple[PackPlan, int]]) -> Saved:
         """The members as their packs of the rung before left them."""

@@ -1,4 +1,4 @@
-"""Running a plan: packs one after the other over one loaded base, every member recorded as it ends."""
+"""Runs a sweep: plans it, trains its packs one after the other over one loaded base, and records every member as it ends."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..config.load import dump_config
 from ..config.schema import Config
 from ..errors import InputError, RunError
 from ..packing.choice import PackModes
-from ..packing.execution import SCAN, told_mode
+from ..packing.execution import SCAN, compile_cache, configured_mode
 from ..packing.pack import Member
-from ..packing.planner import PackPlan, Part, Planner, plan_packs, plan_part
-from ..packing.runner import PackRun, Pieces, train_in_pieces
+from ..packing.planner import PackPlan, Part, Planner, alike, keep_plan
+from ..packing.recorder import record_failure
+from ..packing.runner import PackRun, Splits, train_split
 from ..parallel.processes import is_writer, writer_first, writer_says
 from ..tracking import MemberResult, Progress, RunDirectory, holds_run
+from ..tracking.state import STATE
 from ..training.setup import Preparer, Setup, check_adapters
 from ..training.signals import StopSignals
-from .failures import record_failure, reopen
 from .halving import Halving
-from .plan_record import keep_plan
-from .remaining import plan_remaining, take_over_names
+from .plan import SweepPlan, largest_pack, plan_sweep, reopen, take_over_names
 from .space import members_of
 
 
@@ -57,14 +57,14 @@ def run_sweep(
 ) -> SweepOutcome:
     """Trains every member of a config that has not finished yet.
 
-    Of several processes that run one program (`parallel/processes.py`), the first alone writes and speaks.
+    Of several processes that run one program (`parallel/processes.py`), the first alone writes and prints.
 
     Args:
         config: with or without a `sweep`; without one it is a single member.
         solo: train each member alone, to check the packed results against.
         fresh: set an old run of this name aside in place of resuming it; not with a part, whose run others share.
         many: whether a sweep of more than 10,000 members is meant.
-        part: train this share of the members alone, while others train the rest into the same directory; the last to end writes the
+        part: train these members alone, while others train the rest into the same directory; the last to end writes the
             results of all.
         retry: names (or patterns, `*`) of members that failed or diverged, which are to be tried again.
         progress: the console; silent by default.
@@ -72,9 +72,9 @@ def run_sweep(
     Raises:
         InputError: the config, the data or the model will not do, or the run directory holds another config.
         RunError: a program was compiled more than once, or the disk is full.
-        Stopped: the process was told to stop; the same call goes on from there.
+        Stopped: the process was asked to stop; the same call goes on from there.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, compile_cache(config):
         try:
             return _run(
                 config,
@@ -91,7 +91,7 @@ def run_sweep(
                 raise
             where = f" at {error.filename}" if error.filename else ""
             raise RunError(
-                f"no space left on the disk{where}. What was saved before is whole: make room, and the same command goes on from there."
+                f"no space left on the disk{where}. What was saved before is intact: make room, and the same command resumes from there."
             ) from error
 
 
@@ -107,72 +107,53 @@ def _run(
     progress: Progress,
 ) -> SweepOutcome:
     began = time.perf_counter()
-    largest = 1 if solo or config.sweep is None else config.sweep.max_pack
-    prepare = Preparer()
-    planner = Planner(config, prepare, largest=largest, say=progress.print)
-    packs = [] if part is None else plan_part(members, part, largest=largest, cut=planner.packs)
-    names = {m.name for m in members} if part is None else {m.name for p in packs for m in p.members}
-    numbers = None if part is None else [i for i, m in enumerate(members) if m.name in names]
     halving = config.sweep.halving if config.sweep is not None else None
     if halving is not None and (part is not None or solo):
         raise InputError(f"sweep.halving: not with {'--solo' if solo else '--part'}; its members race each other.")
-
     if retry and (fresh or part is not None or halving is not None):
         raise InputError("--retry: not with --fresh, --part or sweep.halving.")
+    prepare = Preparer()
+    planner = Planner(config, prepare, largest=largest_pack(config, solo=solo), say=progress.print)
+    own = {m.name for m in (members if part is None else plan_sweep(config, members, planner, None, part).members)}
+    numbers = None if part is None else [i for i, m in enumerate(members) if m.name in own]
 
     def open_run() -> RunDirectory:
         where, name, text = config.tracking.dir, config.name, dump_config(config)
         return writer_first(lambda: RunDirectory.open(where, name, text, fresh=fresh, write=is_writer(), members=numbers))
 
     # An old run is resumed or refused before anything is loaded. A new directory is made only when every member is known to be
-    # right: wrong input leaves nothing behind that would stand in the way of the mended config.
+    # right: wrong input leaves nothing behind that would stand in the way of the corrected config.
     run = open_run() if not fresh and writer_says(holds_run(Path(config.tracking.dir) / config.name)) else None
     if retry and run is None:
         raise InputError(f"--retry: {Path(config.tracking.dir) / config.name} holds no run yet.")
     try:
         if run is not None and part is None and halving is None:
             held = run
-            if retry:
-                writer_first(lambda: reopen(held, members, retry) if is_writer() else held.refresh())
-            writer_first(lambda: take_over_names(held, config, members) if is_writer() else held.refresh())
-            packs = plan_remaining(members, run, planner)
-        ended = {n: s for n, s in run.statuses.items() if n in names} if run is not None else {}
-        if part is None and (run is None or halving is not None):
-            packs = planner.packs(members) if len(ended) < len(members) else []
-        packs = [p for p in packs if any(m.name not in ended for m in p.members)]
-        for pack_plan in reversed(packs if run is not None else []):  # those planned now are checked; the first last, as it is trained next
-            configs = [m.config for m in pack_plan.members]
+            writer_first(lambda: _take_over(held, config, members, retry) if is_writer() else held.refresh())
+        plan = plan_sweep(config, members, planner, run, part)
+        for pack in reversed(plan.packs if run is not None else []):  # those planned now are checked; the first last, as it is trained next
+            configs = [m.config for m in pack.members]
             check_adapters(prepare(configs[0]), configs)
-        race = Halving(members, halving, prepare, signals, progress, planner) if halving is not None and packs else None
+        race = Halving(members, halving, prepare, signals, progress, planner) if halving is not None and plan.packs else None
         run = run or open_run()
-        if part is None and race is None and packs:
-            packs = keep_plan(run, packs)
+        for section in run.state().dropped:
+            progress.print(f"warning: {run.path / STATE}: '{section}' is damaged, and made anew.")
+        if part is None and race is None and plan.packs:
+            plan = dataclasses.replace(plan, packs=keep_plan(run, plan.packs))
         if run.resumed:
-            progress.print(f"{run.path}: resumed, {len(ended)} of {len(names)} members are done.")
-        compiled = 0
-        modes, pieces = PackModes(run), Pieces(run, members)
-        told: Setup | None = None
+            progress.print(f"{run.path}: resumed, {len(plan.ended)} of {len(plan.members)} members are done.")
         if race is not None:
             progress.print(describe_setup(config, prepare(members[0].config)))
             compiled = race.train(run)
-        for number, pack_plan in enumerate(packs if race is None else [], 1):
-            setup = prepare(pack_plan.members[0].config)
-            if setup is not told:
-                progress.print(describe_setup(pack_plan.members[0].config, setup))
-                told = setup
-            company = _company(pack_plan, members) if solo else ()
-            make = functools.partial(_pack_run, run, setup, signals, progress, f"pack {number}/{len(packs)}", modes, company)
-            failed = None if config.sweep is None else functools.partial(_record_failure, run, progress)
-            for piece in [p for p in pieces.cut(pack_plan) if any(m.name not in ended for m in p.members)]:
-                for trained in train_in_pieces(piece, make, pieces, failed=failed):
-                    trained.recorder.finish(trained.pack, trained.outcome)
-                    compiled += trained.programs
-        done = {r.name: r for r in writer_first(run.results)} if names else {}
+        else:
+            compiled = _train_packs(plan, run, members, prepare, signals, progress, solo=solo)
+        done = {r.name: r for r in writer_first(run.results)} if own else {}
         results = [done[m.name] for m in members if m.name in done]
         if is_writer() and len(results) == len(members):
             run.write_results(results)
-            if packs and part is None:  # a call that found all members done, or trained some of them, has no figures of the whole
-                run.write_summary({"compiled_programs": compiled, "packs": len(packs), "seconds": time.perf_counter() - began})
+            if plan.packs and part is None:  # a call that found all members done, or trained some of them, has no figures of the whole
+                summary = {"compiled_programs": compiled, "packs": len(plan.packs), "seconds": time.perf_counter() - began}
+                run.update_state(lambda state: state.summary.update(summary))
         outcome = SweepOutcome(run.path, results, compiled, len(members) - len(results))
     finally:
         if run is not None:
@@ -180,29 +161,54 @@ def _run(
     return outcome
 
 
-def _pack_run(
-    run: RunDirectory,
-    setup: Setup,
-    signals: StopSignals,
-    progress: Progress,
-    title: str,
-    modes: PackModes,
-    company: Sequence[Member],
-    plan: PackPlan,
-) -> PackRun:
-    return PackRun(run, plan, setup, signals, progress, title, modes, company)
+def _take_over(run: RunDirectory, config: Config, members: Sequence[Member], retry: Sequence[str]) -> None:
+    """Brings what members of an old run are called, and who of them is tried again, in line with this call."""
+    if retry:
+        reopen(run, members, retry)
+    take_over_names(run, config, members)
 
 
-def _record_failure(run: RunDirectory, progress: Progress, plan: PackPlan, error: Exception) -> None:
-    record_failure(run, plan.members, error, progress)
+def _train_packs(
+    plan: SweepPlan, run: RunDirectory, members: list[Member], prepare: Preparer, signals: StopSignals, progress: Progress, *, solo: bool
+) -> int:
+    """Trains the packs of a plan, one after the other; returns how many programs were compiled."""
+    modes, splits = PackModes(run), Splits(run, members)
+    described: Setup | None = None
+    compiled = 0
+
+    def failed(pack: PackPlan, error: Exception) -> None:
+        record_failure(run, pack.members, error, progress)
+
+    for number, pack in enumerate(plan.packs, 1):
+        config = pack.members[0].config
+        setup = prepare(config)
+        if setup is not described:
+            progress.print(describe_setup(config, setup))
+            described = setup
+        make = functools.partial(
+            PackRun,
+            run,
+            setup=setup,
+            signals=signals,
+            progress=progress,
+            title=f"pack {number}/{len(plan.packs)}",
+            modes=modes,
+            layout_members=_layout_members(pack, members) if solo else (),
+        )
+        for one in splits.parts_of(pack):
+            if all(m.name in plan.ended for m in one.members):
+                continue
+            for trained in train_split(one, make, splits, failed=None if config.sweep is None else failed):
+                trained.recorder.finish(trained.pack, trained.outcome)
+                compiled += trained.programs
+    return compiled
 
 
-def _company(plan: PackPlan, members: Sequence[Member]) -> list[Member]:
-    """Whom a member that is scanned alone keeps the programs of: all that it could share a pack with."""
-    config = plan.members[0].config
-    if told_mode(config) != SCAN:
+def _layout_members(plan: PackPlan, members: Sequence[Member]) -> list[Member]:
+    """The members whose programs a member that is scanned alone keeps: all that it could share a pack with."""
+    if configured_mode(plan.members[0].config) != SCAN:
         return []
-    return next(list(p.members) for p in plan_packs(list(members), largest=len(members)) if plan.members[0] in p.members)
+    return next(group for group in alike(members) if plan.members[0] in group)
 
 
 def describe_setup(config: Config, setup: Setup) -> str:
@@ -213,3 +219,13 @@ def describe_setup(config: Config, setup: Setup) -> str:
         f"{setup.steps} steps of {config.training.batch_size}; batches of {facts['rows']} x {facts['length']} tokens, "
         f"{100 * facts['padding_share']:.1f} % padding (one example a row: {100 * facts['dynamic_padding_share']:.0f} %)"
     )
+
+
+def failures_message(results: Sequence[MemberResult]) -> str | None:
+    """A message that lists the members that failed; None where none did."""
+    failed = [r for r in results if r.status == "failed"]
+    if not failed:
+        return None
+    lines = [f"  {r.name}: {r.error}" for r in failed[:6]] + ([f"  ... and {len(failed) - 6} more"] if len(failed) > 6 else [])
+    count = f"{len(failed)} member{'s' * (len(failed) > 1)} failed (error.txt in each folder has the traceback):"
+    return "\n".join([count, *lines, f"The same command with --retry NAME tries one again: --retry '{failed[0].name}', or --retry '*'."])

@@ -5,6 +5,7 @@ from .files import read_json, write_atomic, write_json
 from .progress import Progress, Track
 from .results import MemberResult, read_run, write_results_csv
 from .rundir import RunDirectory, differences, holds_run, member_folder, set_aside
+from .state import RunState, read_state, update_state
 from .tensorboard import MemberWriter, NullWriter
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "NullWriter",
     "Progress",
     "RunDirectory",
+    "RunState",
     "Track",
     "describe_environment",
     "differences",
@@ -20,7 +22,9 @@ __all__ = [
     "member_folder",
     "read_json",
     "read_run",
+    "read_state",
     "set_aside",
+    "update_state",
     "write_atomic",
     "write_json",
     "write_results_csv",

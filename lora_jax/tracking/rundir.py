@@ -1,34 +1,41 @@
-"""A run's directory: made once, then resumed or refused, never silently overwritten.
-
-runs/<name>/config.yaml          the resolved config
-            environment.json     what it ran on (and, where it was resumed, what it ran on then)
-            plan.json            which members train together
-            summary.json         figures of the run as a whole
-            results.csv          a row a member
-            summary.csv          a row a setting: means and intervals over its seeds
-            report.html
-            <member>/            TensorBoard events, results.json, adapters
-            checkpoints/<pack>/  what an interrupted pack goes on from
-            logs/                what processes started by `lora-jax launch` said
-"""
+"""A run's directory, `<tracking.dir>/<name>/`: made once, then resumed or refused, never silently overwritten."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..config.load import config_of, dump_config
 from ..errors import InputError
 from . import lock
 from .environment import describe_environment
 from .files import read_json, write_atomic, write_json
 from .results import MemberResult, read_run, write_results_csv
+from .state import RunState, read_state, update_state
+
+# What lies in a run directory, beside a folder for each member (TensorBoard events, `results.json`, adapters).
+LAYOUT = {
+    "config.yaml": "the resolved config",
+    "environment.json": "software and hardware it ran on, at the start and at each resume",
+    "state.json": "what was decided: packs, splits, rungs, execution modes; figures of the whole run",
+    "results.csv": "a row for each member",
+    "summary.csv": "a row for each setting: means and intervals over its seeds",
+    "heatmap.png": "ranks by targets, where both were swept",
+    "report.html": "the report",
+    "checkpoints": "a folder for each pack, from which an interrupted pack resumes",
+    "logs": "output of the processes that `lora-jax launch` started",
+    "profile": "the trace of `tracking.profile`",
+}
+# A member with one of these names gets another folder. Earlier versions wrote the last three.
+_RESERVED = (*LAYOUT, "plan.json", "halving.json", "summary.json")
 
 # Where the directory lies is no part of the experiment: a run stays resumable after its folder was moved.
 # Nor do devices and safety: it may go on elsewhere, with other checkpoints. And a sweep may grow: its members are told apart by name.
@@ -38,6 +45,7 @@ IGNORED = frozenset(
         "tracking.checkpoint_every",
         "tracking.keep_checkpoints",
         "tracking.profile",
+        "tracking.compile_cache",
         "training.pack",
         "training.chunk",
         "mesh",
@@ -149,9 +157,22 @@ class RunDirectory:
         for file in self.path.glob("*/results.json"):
             file.rename(file.with_name(f"results-{MemberResult.read(file).steps}.json"))
 
+    @staticmethod
+    def pack_id(members: Sequence[str]) -> str:
+        """What a pack of these members is called in the run's files."""
+        return hashlib.sha256("\n".join(members).encode()).hexdigest()[:12]
+
     def checkpoints(self, members: Sequence[str]) -> Path:
         """The folder of the checkpoints of a pack of these members; not made here."""
-        return self.path / "checkpoints" / hashlib.sha256("\n".join(members).encode()).hexdigest()[:12]
+        return self.path / "checkpoints" / self.pack_id(members)
+
+    def state(self) -> RunState:
+        """What was decided so far; see `read_state`."""
+        return read_state(self.path)
+
+    def update_state(self, change: Callable[[RunState], None]) -> RunState:
+        """Changes that; see `update_state`. For the writer alone, where several processes train together."""
+        return update_state(self.path, change)
 
     def started_packs(self) -> list[list[str]]:
         """The members of each pack that has a checkpoint."""
@@ -192,10 +213,6 @@ class RunDirectory:
         """Writes `results.csv`."""
         return write_results_csv(self.path / "results.csv", results)
 
-    def write_summary(self, summary: Mapping[str, Any]) -> Path:
-        """Writes figures of the run as a whole (`compiled_programs`, `seconds`, ...), which the report shows."""
-        return write_json(self.path / "summary.json", dict(summary))
-
     def close(self) -> None:
         """Lets other processes write here. The end of the process does so too."""
         lock.release(self.path)
@@ -211,6 +228,8 @@ def _extended(path: Path, config_yaml: str) -> bool:
         old = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path / 'config.yaml'}: cannot be read ({error}). Give another 'name=', or --fresh.") from None
+    with contextlib.suppress(InputError):  # one that is no valid config today is compared as it is
+        old = yaml.safe_load(dump_config(config_of(old, str(path))))  # with defaults for keys that were added since
     changes = differences(old, yaml.safe_load(config_yaml) or {})
     was, now = changes.get(_EXTENSION, (0, 0))
     if set(changes) == {_EXTENSION} and isinstance(was, int) and isinstance(now, int) and was < now:
@@ -268,10 +287,8 @@ def member_folder(name: str) -> str:
     'targets=.._x-bb55ab00'
     """
     clean = re.sub(r"[^A-Za-z0-9._=,+-]", "_", name)[:100].lstrip(".") or "member"
-    files = ("config.yaml", "environment.json", "plan.json", "halving.json", "summary.json", "results.csv", "summary.csv", "report.html")
-    reserved = clean in (*files, "checkpoints", "logs")
     # A trailing dot is dropped by Windows; a changed name might meet another member's.
-    if clean == name and not reserved and not clean.endswith("."):
+    if clean == name and clean not in _RESERVED and not clean.endswith("."):
         return clean
     return f"{clean}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ..adapters.partition import Arrays
+from ..data.batching import DATA_ORDER
 from ..errors import InputError
 from ..parallel.processes import process_count
 from .step import MemberState
@@ -111,7 +112,7 @@ class PackCheckpoints:
         A damaged one is told of and passed over.
 
         Raises:
-            InputError: it belongs to another base, or to other members.
+            InputError: it belongs to another base, to other members, or to a version with another order of the data.
         """
         for step in reversed(self.steps):
             try:
@@ -143,7 +144,8 @@ class PackCheckpoints:
                 orbax.save(part / "arrays", arrays)
             if not self._writes:
                 return
-            facts = {"format": _FORMAT, "members": self._members, "base": self._fingerprint, **facts, "files": _digests(part / "arrays")}
+            own = {"format": _FORMAT, "data_order": DATA_ORDER, "members": self._members, "base": self._fingerprint}
+            facts = {**own, **facts, "files": _digests(part / "arrays")}
             (part / _FACTS).write_text(json.dumps(facts))
             shutil.rmtree(self.folder / name, ignore_errors=True)
             part.rename(self.folder / name)
@@ -179,6 +181,11 @@ class PackCheckpoints:
             raise InputError(f"{path}: belongs to a base with other weights than model.source has now. Start anew with --fresh.")
         if members != self._members:
             raise InputError(f"{path}: holds other members than this pack. Start anew with --fresh.")
+        if facts.get("data_order") != DATA_ORDER:
+            raise InputError(
+                f"{path}: was begun by a version that put the training examples in another order, so training cannot go on from it. "
+                "Start anew with --fresh, which sets the old run aside."
+            )
         for file, digest in digests.items():
             if not (path / "arrays" / file).is_file():
                 raise _Damaged(f"the file arrays/{file} is missing")

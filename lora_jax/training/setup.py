@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..adapters.inject import inject_layout
-from ..adapters.layout import resolve, unite
+from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
 from ..adapters.partition import Partition
 from ..config.schema import Config
 from ..data.batching import BatchPlan
@@ -22,7 +22,7 @@ from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.heads import Classifier
 from ..models.layers import AXES
-from ..models.load import load_model
+from ..models.load import BaseFiles
 from ..parallel.batches import place_batch, row_sharding, targets_by_rows
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from ..parallel.program import Program, compiler_options, release_freed_memory
@@ -122,11 +122,28 @@ class Setup:
     shared: SharedProgram | None = None
     prefixes: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
     programs: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
+    specs: dict[str, ResolvedAdapter] = dataclasses.field(default_factory=dict)
+    layouts: dict[frozenset[str], Layout] = dataclasses.field(default_factory=dict)
 
     @property
     def metrics(self) -> TaskMetrics:
         """What is computed of a member, and what members are compared by."""
         return self.data.metrics
+
+    def spec(self, config: Config) -> ResolvedAdapter:
+        """What a member adapts of the model; resolved once."""
+        key = config.adapter.model_dump_json()
+        if key not in self.specs:
+            self.specs[key] = resolve(self.model, config.adapter)
+        return self.specs[key]
+
+    def layout(self, configs: Sequence[Config]) -> Layout:
+        """The smallest layout that holds these members; united once."""
+        adapters = {c.adapter.model_dump_json(): c for c in configs}
+        key = frozenset(adapters)
+        if key not in self.layouts:
+            self.layouts[key] = unite(self.model, [self.spec(c) for c in adapters.values()])
+        return self.layouts[key]
 
     def prefix(self, part: Partition, data_seed: int) -> Prefix | None:
         """What the members of a pack have in common; None where they have nothing. Successive packs of one depth have one."""
@@ -167,9 +184,15 @@ def set_up(config: Config) -> Setup:
 
 
 class Preparer:
-    """Makes setups. What a config has in common with the one before it (base, examples, all) is not loaded again."""
+    """Makes setups. What a config has in common with the one before it (base, examples, all) is not loaded again.
 
-    def __init__(self) -> None:
+    Args:
+        weights: False reads headers, config and data alone, unless the base is transformed: parameters are shapes
+            (`jax.ShapeDtypeStruct`). Such a setup can be planned and compiled for (`packing.cost.PackShapes`), and not trained.
+    """
+
+    def __init__(self, *, weights: bool = True) -> None:
+        self._weights = weights
         self._base, self._data, self._shared, self._setup = (SingleSlotCache() for _ in range(4))
 
     def __call__(self, config: Config) -> Setup:
@@ -183,7 +206,7 @@ class Preparer:
         shared_key = (section.kind, section.model_dump_json(include=set(task.shared_keys)), base_key)
 
         # The base, with the head that it was saved with where the task wants that one.
-        loaded = self._base.get(base_key, lambda: _load(config, mesh, task.loaded_head(section)))
+        loaded = self._base.get(base_key, lambda: self._load(config, mesh, task.loaded_head(section)))
         base, known = (loaded.base, loaded.class_names) if isinstance(loaded, Classifier) else (loaded, ())
         task.check_base(section, base, config.model.source)
 
@@ -195,7 +218,8 @@ class Preparer:
 
         # What is computed once for all members.
         def load(source: str, *, key: str) -> Any:
-            return load_model(source, dtype=config.model.dtype, mesh=mesh, key=key)
+            files = BaseFiles(source, dtype=config.model.dtype, key=key)
+            return files.load(mesh) if self._weights else files.model
 
         def share() -> SharedProgram | None:
             found = task.shared(section, base, load)
@@ -206,15 +230,19 @@ class Preparer:
         # The batches, and the model that sees them.
         plan = _plan(config, data, mesh)
         model = loaded if isinstance(loaded, Classifier) else task.model(section, base, data.classes, data.class_token_ids)
-        place_model(model, mesh)
+        if self._reads_weights(config):
+            place_model(model, mesh)
         release_freed_memory()
         return Setup(model, base, data, plan, plan.steps, mesh, shared)
 
+    def _load(self, config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | Classifier:
+        model = config.model
+        options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
+        files = BaseFiles(model.source, **options, head=head, transforms=model.transforms)
+        return files.load(mesh) if self._reads_weights(config) else files.model
 
-def _load(config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | Classifier:
-    model = config.model
-    options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
-    return load_model(model.source, **options, mesh=mesh, head=head, transforms=model.transforms)
+    def _reads_weights(self, config: Config) -> bool:
+        return self._weights or bool(config.model.transforms)  # a transform's shapes may depend on the weights
 
 
 def _check_length(base: Encoder | Decoder, data: TaskData) -> None:
@@ -256,4 +284,4 @@ def check_adapters(setup: Setup, configs: Sequence[Config]) -> None:
         setup: what the configs share.
         configs: members of one pack.
     """
-    inject_layout(setup.model, unite(setup.model, [resolve(setup.model, c.adapter) for c in configs]))
+    inject_layout(setup.model, setup.layout(configs))

@@ -47,9 +47,9 @@ def prefix_depth(part: Partition, micro: Mapping[str, Any]) -> int:
 
 
 def trace_prefix(part: Partition, micro: Mapping[str, Any]) -> ClosedJaxpr:
-    """What enters the lowest cut of a pack's model, as JAX traces it: of the members' arrays, then one micro-batch."""
+    """What enters the lowest cut of a pack's model, as JAX traces it. Arguments: the members' arrays, one micro-batch, the base."""
     own = (part.trainable, part.settings)
-    return jax.make_jaxpr(lambda own, micro: _run(part, own, part.frozen, micro, None))(own, micro)
+    return jax.make_jaxpr(lambda own, micro, frozen: _run(part, own, frozen, micro, None))(own, micro, part.frozen)
 
 
 class Prefix:

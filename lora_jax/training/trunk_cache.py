@@ -1,4 +1,4 @@
-"""`training.cache_prefix`: the shared prefix of every example, computed once and used in all epochs, evaluations and packs.
+"""`training.cache_trunk`: the shared prefix of every example, computed once and used in all epochs, evaluations and packs.
 
 It is filled before the first step, in one pass, and read-only from then on: in memory, or where that is too little, in a file that
 later runs find again. Losses are, bit for bit, those of computing it anew. That takes a compiled program that gives an example the same
@@ -51,9 +51,9 @@ def keep_prefix(prefix: Prefix, setup: Setup, training: TrainingConfig, folder: 
         return
     prefix.asked_to_keep = True
     if getattr(setup.base, "dropout", 0.0):
-        return say("prefix cache: off, for the base's own dropout (model.dropout) makes every step's another")
+        return say("trunk cache: off, for the base's own dropout (model.dropout) makes every step's another")
     if jax.process_count() > 1:
-        return say("prefix cache: off, for it is one process's own, and the batches are cut over several")
+        return say("trunk cache: off, for it is one process's own, and the batches are cut over several")
     batch = setup.plan.batch(0)
     layout = prefix.layout(place_batch(setup.mesh, batch, row_axis=1))
     seen, held_out = setup.plan.seen(), setup.data.held_out
@@ -63,33 +63,33 @@ def keep_prefix(prefix: Prefix, setup: Setup, training: TrainingConfig, folder: 
     size, itemsize = sum(s.nbytes for s in stores), stores[0].dtype.itemsize
     what = f"{prefix.depth} layers of {len(seen.tokens) + len(held_out.tokens):,} examples, {size / 1e6:,.1f} MB"
     fill = functools.partial(_fill, prefix, setup, stores)
-    if size <= training.cache_memory_gb * _GB:
+    if size <= training.trunk_memory_gb * _GB:
         rows = np.empty(shape, f"u{itemsize}")
         if not fill(rows):
             return say(_MOVED)
         prefix.stores = (stores[0], stores[1])
-        return say(f"prefix cache: {what} in memory")
-    if file_size(shape, itemsize) > training.cache_disk_gb * _GB:
-        return say(f"prefix cache: off, for {what}, are more than training.cache_memory_gb and training.cache_disk_gb allow")
+        return say(f"trunk cache: {what} in memory")
+    if file_size(shape, itemsize) > training.trunk_disk_gb * _GB:
+        return say(f"trunk cache: off, for {what}, are more than training.trunk_memory_gb and training.trunk_disk_gb allow")
     files, key = PrefixFiles(folder), _key(prefix, setup, stores, batch)
     found = files.open(key, shape, itemsize)
     if found is not None:
         _use(stores, found)
         prefix.stores = (stores[0], stores[1])
-        return say(f"prefix cache: {what}, found in {folder}")
+        return say(f"trunk cache: {what}, found in {folder}")
     try:
-        with files.write(key, shape, itemsize, limit=int(training.cache_disk_gb * _GB)) as rows:
+        with files.write(key, shape, itemsize, limit=int(training.trunk_disk_gb * _GB)) as rows:
             if not fill(rows):
                 raise _MovedError
     except _MovedError:
         return say(_MOVED)
     except OSError as error:
-        return say(f"warning: prefix cache: off, for {folder} cannot hold {size / 1e6:,.1f} MB ({error.strerror}); it is computed anew")
+        return say(f"warning: trunk cache: off, for {folder} cannot hold {size / 1e6:,.1f} MB ({error.strerror}); it is computed anew")
     prefix.stores = (stores[0], stores[1])
-    say(f"prefix cache: {what} in {folder}")
+    say(f"trunk cache: {what} in {folder}")
 
 
-_MOVED = "prefix cache: off, for on this device an example's numbers depend on where in a batch it lies, by a rounding"
+_MOVED = "trunk cache: off, for on this device an example's numbers depend on where in a batch it lies, by a rounding"
 
 
 class _MovedError(Exception):

@@ -35,7 +35,7 @@ def page(tmp_path):
         MemberResult(EVIL, settings, 1000 * rank, status, {"accuracy": accuracy}, padding_share=0.25).write(run / str(rank))
     (run / "config.yaml").write_text(f'name: reviews\nmodel:\n  source: org/base\ntraining:\n  steps: 40\ntask:\n  kind: "{EVIL}"\n')
     write_json(run / "environment.json", {"python": "3.11", "devices": {"kind": EVIL, "count": 4}})
-    write_json(run / "summary.json", {"compiled_programs": 3, "seconds": 61.0})
+    write_json(run / "state.json", {"summary": {"compiled_programs": 3, "seconds": 61.0}})
     return report_run(run).read_text()
 
 

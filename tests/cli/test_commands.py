@@ -49,7 +49,7 @@ def test_a_sweep_is_one_training_and_one_evaluation_program(swept):
     _, run, result = swept
     assert result.code == 0, result.err
     assert "compiled programs: 2" in result.out
-    assert json.loads((run / "summary.json").read_text())["compiled_programs"] == 2
+    assert json.loads((run / "state.json").read_text())["summary"]["compiled_programs"] == 2
     assert "pack 1/1: 4 members" in result.err and "Traceback" not in result.err and "Warning" not in result.err
 
 
@@ -107,11 +107,11 @@ def test_tensorboard_reads_the_events(swept):
 def test_called_again_it_trains_nothing(copied):
     path, run, where = copied
     before = {p: p.stat().st_mtime_ns for p in run.glob("*/*") if p.is_file()}
-    summary = (run / "summary.json").read_text()
+    summary = (run / "state.json").read_text()
     result = call("sweep", path, where)
     assert result.code == 0 and "resumed, 4 of 4 members are done" in result.err
     assert {p: p.stat().st_mtime_ns for p in run.glob("*/*") if p.is_file()} == before
-    assert (run / "summary.json").read_text() == summary
+    assert (run / "state.json").read_text() == summary
 
 
 def test_only_what_is_missing_is_trained(copied):

@@ -17,15 +17,15 @@ def test_a_table_of_parameters_and_memory(hub, tmp_path):
     told = call("doctor", hub.write(tmp_path), "mesh.fsdp=2", "mesh.tensor=2", "sweep={grid: {adapter.rank: [2, 3]}}")
     assert "parameters on fsdp 2 x tensor 2, 2 members" in told.out
     line = next(line for line in told.out.splitlines() if line.startswith("base.layers.attn.q_proj.kernel"))
-    assert line.split() == ["base.layers.attn.q_proj.kernel", "3", "x", "32", "x", "32", "float32", "-", "fsdp", "tensor", "3.1", "kB"]
+    assert line.split() == ["base.layers.attn.q_proj.kernel", "3", "x", "32", "x", "32", "float32", "-", "fsdp", "tensor", "3.07", "KB"]
     line = next(line for line in told.out.splitlines() if line.startswith("base.layers.attn.q_proj.lora_a"))
-    assert line.split()[1:] == ["(trained)", "3", "x", "32", "x", "3", "float32", "-", "fsdp", "-", "1.2", "kB"]
-    assert "expected memory of a device" in told.out and "together, about" in told.out and "needs" not in told.out
+    assert line.split()[1:] == ["(trained)", "3", "x", "32", "x", "3", "float32", "-", "fsdp", "-", "1.15", "KB"]
+    assert "memory of a device, 2 members" in told.out and "together" in told.out and "needs" not in told.out
 
 
 def test_a_mesh_larger_than_this_machine(hub, tmp_path):
-    told = call("doctor", hub.write(tmp_path), "mesh.data=512")
-    assert "The mesh needs 512 devices" in told.out
+    told = call("doctor", hub.write(tmp_path), "mesh.data=32")
+    assert "The mesh needs 32 devices" in told.out
 
 
 def test_bad_input_is_told(hub, tmp_path):

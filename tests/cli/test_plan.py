@@ -9,7 +9,7 @@ import pytest
 from lora_jax.packing.cost import PackMemory, PackShapes
 from lora_jax.packing.pack import Pack
 from lora_jax.packing.runner import PackRun
-from lora_jax.sweeps.outlook import halving_share, look_ahead
+from lora_jax.sweeps.plan import estimate, halving_fraction
 from lora_jax.sweeps.run import run_sweep
 from tests import tiny
 from tests.tiny_hub import call
@@ -68,9 +68,9 @@ def test_what_is_done_is_not_planned_again(hub, tmp_path, monkeypatch):
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
     done = call("sweep", hub.write(tmp_path, grid), "--plan")
     assert done.code == 0 and "2 members, 2 of them done; packs to train: 0, training programs: 0" in done.out
-    grown = look_ahead(hub.config(tmp_path, grid | {"sweep": {"grid": {"adapter.rank": [2, 3, 4]}}}))
+    grown = estimate(hub.config(tmp_path, grid | {"sweep": {"grid": {"adapter.rank": [2, 3, 4]}}}))
     assert [[m.name for m in p.plan.members] for p in grown.packs] == [["rank=4"]] and grown.ended == 2
-    fresh = look_ahead(hub.config(tmp_path, grid), fresh=True)
+    fresh = estimate(hub.config(tmp_path, grid), fresh=True)
     assert [len(p.plan.members) for p in fresh.packs] == [2] and fresh.ended == 0
     refused = call("sweep", hub.write(tmp_path, grid | {"adapter.alpha": 3.0}), "--plan")
     assert refused.code == 2 and "adapter.alpha" in refused.err
@@ -78,5 +78,5 @@ def test_what_is_done_is_not_planned_again(hub, tmp_path, monkeypatch):
 
 
 def test_halving_trains_less():
-    assert halving_share(32, 2, [1, 2, 4], 8) == 0.3125
-    assert halving_share(6, 2, [2, 4], 8) == pytest.approx((6 * 2 + 3 * 2 + 2 * 4) / 48)
+    assert halving_fraction(32, 2, [1, 2, 4], 8) == 0.3125
+    assert halving_fraction(6, 2, [2, 4], 8) == pytest.approx((6 * 2 + 3 * 2 + 2 * 4) / 48)

@@ -1,8 +1,10 @@
 """Configs are read, overridden, copied with other values, written and compared."""
 
 import pytest
+from pydantic import ValidationError
 
 from lora_jax.config.load import apply_overrides, dump_config, load_config, with_values
+from lora_jax.config.schema import Config
 from lora_jax.errors import InputError
 
 TEXT = """\
@@ -127,3 +129,20 @@ def test_files_that_are_not_there_or_not_a_config(path, tmp_path, monkeypatch):
         with pytest.raises(InputError) as caught:
             load_config(name)
         assert told in str(caught.value)
+
+
+def test_a_config_of_an_older_version_says_the_keys_of_every_kind():
+    """Older run directories hold all kinds' keys at their defaults; what is no default still belongs to its kind."""
+    old = {"teacher": None, "prompt": None, "stride": 32, "pooling": "cls", "max_answer": 30, "label_words": None}
+    values = {
+        "name": "a",
+        "model": {"source": "m.gguf"},
+        "task": {"kind": "causal_lm", "source": "x.csv", "text": "t", "head": "new", "template": "{text}\nAnswer:"} | old,
+        "adapter": {"method": "full", "rslora": False},
+        "training": {"steps": 1},
+    }
+    config = Config.model_validate(values)
+    assert not hasattr(config.task, "stride") and not hasattr(config.adapter, "rslora")
+    values["task"]["stride"] = 16
+    with pytest.raises(ValidationError, match="stride"):
+        Config.model_validate(values)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.data.batching import balance, epoch_order
+from lora_jax.data.batching import DATA_ORDER, balance, epoch_order
 
 
 @settings(deadline=None)
@@ -19,6 +19,8 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     orders = {tuple(epoch_order(40, seed=s, epoch=e)) for s in range(3) for e in range(3)}
     assert len(orders) == 9  # in particular, epoch 1 of seed 0 is not epoch 0 of seed 1
     assert epoch_order(40, seed=1, epoch=2).tolist() == epoch_order(40, seed=1, epoch=2).tolist()
+    # Pinned: another order needs another DATA_ORDER, for half-trained runs cannot go on in it.
+    assert DATA_ORDER == 2 and epoch_order(8, seed=3, epoch=1).tolist() == [2, 1, 4, 0, 5, 7, 6, 3]
 
 
 @settings(deadline=None)

@@ -42,8 +42,7 @@ def test_a_resumed_run_takes_the_recorded_choice(hub, tmp_path, monkeypatch, cap
     with pytest.raises(Stopped):
         run_sweep(config, progress=Progress())
     assert "pack 1/2: runs as scan; measured on cpu: vmap 0.3 s, scan 0.1 s a step" in " ".join(capsys.readouterr().err.split())
-    (file,) = (tmp_path / "runs/tiny/checkpoints").glob("*/mode.json")
-    recorded = json.loads(file.read_text())
+    (recorded,) = json.loads((tmp_path / "runs/tiny/state.json").read_text())["execution"].values()
     assert recorded["mode"] == "scan" and recorded["width"] == 1 and recorded["seconds_per_step"] == {"vmap": 0.3, "scan": 0.1}
     monkeypatch.setattr(StopSignals, "asked", asked)
 

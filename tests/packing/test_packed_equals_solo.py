@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from lora_jax.adapters.layout import resolve, unite
 from lora_jax.packing.execution import SCAN, VMAP, PackMode
 from lora_jax.packing.pack import Pack, repack
 from lora_jax.training.checkpoint import Saved
@@ -106,9 +107,10 @@ def distances(losses, arrays, alone):
 def check(mode, drawn):
     """Four members train together for half of the steps and two of them for the rest; these two against themselves alone."""
     configs = [tiny.config(**values) for values in drawn]
-    pack = Pack.build(model(), configs, STEPS, mode=mode, company=ROOM)
+    layout = unite(model(), [resolve(model(), c.adapter) for c in (*configs, *ROOM)])
+    pack = Pack.build(model(), configs, STEPS, mode=mode, layout=layout)
     state, before = train(pack, pack.state, range(STEPS // 2), programs(mode, TOGETHER))
-    rest = Pack.build(model(), [configs[k] for k in KEPT], STEPS, mode=mode, company=ROOM)
+    rest = Pack.build(model(), [configs[k] for k in KEPT], STEPS, mode=mode, layout=layout)
     every = [0] * TOGETHER
     loop = {"best": {"score": every, "step": every, "metrics": {}}, "window": [], "final": {}, "tokens": 0, "seconds": 0.0}
     moved = repack(model(), [(pack, k, Saved(STEPS // 2, state, None, loop)) for k in KEPT], rest)

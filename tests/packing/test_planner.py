@@ -6,9 +6,9 @@ from lora_jax.config.load import with_values
 from lora_jax.errors import InputError
 from lora_jax.packing.cost import PackShapes
 from lora_jax.packing.pack import Member
-from lora_jax.packing.planner import PackPlan, Part, Planner, plan_packs, plan_part
-from lora_jax.sweeps.plan_record import keep_plan, planned_packs
-from lora_jax.sweeps.remaining import plan_remaining
+from lora_jax.packing.padding import cut_evenly
+from lora_jax.packing.planner import PackPlan, Part, Planner, alike, keep_plan, planned
+from lora_jax.sweeps.plan import plan_remaining
 from lora_jax.sweeps.space import members_of
 from lora_jax.tracking import RunDirectory
 from lora_jax.training.setup import Preparer, set_up
@@ -19,6 +19,13 @@ pytestmark = pytest.mark.usefixtures("compile_cache")
 
 def members(*settings):
     return [Member(str(i), s, with_values(config(), s)) for i, s in enumerate(settings)]
+
+
+def cut_by_config_alone(largest):
+    """A planner for members that cost the same: nothing is loaded."""
+    planner = Planner(config(), lambda config: pytest.fail("loaded"), largest=largest)
+    planner._cut = lambda group, most: [PackPlan(tuple(group[i] for i in cut)) for cut in cut_evenly(len(group), most)]
+    return planner
 
 
 def names(packs):
@@ -40,7 +47,7 @@ def test_numbers_and_targets_share_one_pack():
         *({f"optimizer.{k}": v} for k, v in {"learning_rate": 0.5, "schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1}.items()),
         *({f"optimizer.{k}": v} for k, v in {"b1": 0.5, "b2": 0.5, "eps": 1e-3, "clip_norm": 1.0, "b_lr_ratio": 2.0}.items()),
     )
-    assert names(plan_packs(together, largest=100)) == [[m.name for m in together]]
+    assert alike(together) == [together]
 
 
 @pytest.mark.parametrize(
@@ -62,35 +69,37 @@ def test_numbers_and_targets_share_one_pack():
     ],
 )
 def test_what_is_compiled_or_loaded_apart_is_planned_apart(key, value):
-    assert names(plan_packs(members({}, {key: value}, {"adapter.rank": 2}), largest=9)) == [["0", "2"], ["1"]]
+    groups = alike(members({}, {key: value}, {"adapter.rank": 2}))
+    assert [[m.name for m in group] for group in groups] == [["0", "2"], ["1"]]
 
 
 @pytest.mark.parametrize(
     ("count", "largest", "sizes"), [(8, 8, [8]), (9, 8, [4, 5]), (10, 4, [3, 4, 3]), (17, 16, [8, 9]), (3, 1, [1, 1, 1])]
 )
 def test_large_groups_are_cut_evenly(count, largest, sizes):
-    packs = plan_packs(members(*({"training.seed": i} for i in range(count))), largest=largest)
+    chosen = members(*({"training.seed": i} for i in range(count)))
+    packs = cut_by_config_alone(largest).packs(chosen)
     assert sorted(len(p.members) for p in packs) == sorted(sizes)
     assert [m.name for p in packs for m in p.members] == [str(i) for i in range(count)]
 
 
 def test_nothing_to_do_is_no_pack():
-    assert plan_packs([], largest=4) == []
+    assert cut_by_config_alone(4).packs([]) == []
 
 
 def parts(chosen, count, largest):
-    return [names(plan_part(chosen, Part(i + 1, count), largest=largest)) for i in range(count)]
+    return [names(cut_by_config_alone(largest).part(chosen, Part(i + 1, count))) for i in range(count)]
 
 
 def test_parts_are_whole_packs_where_there_are_enough():
     chosen = members(*({"adapter.rank": i + 1} for i in range(12)))
-    assert parts(chosen, 3, 4) == [[p] for p in names(plan_packs(chosen, largest=4))]
-    assert sorted(pack for share in parts(chosen, 2, 4) for pack in share) == sorted(names(plan_packs(chosen, largest=4)))
+    assert parts(chosen, 3, 4) == [[p] for p in names(cut_by_config_alone(4).packs(chosen))]
+    assert sorted(pack for part in parts(chosen, 2, 4) for pack in part) == sorted(names(cut_by_config_alone(4).packs(chosen)))
 
 
 def test_packs_are_cut_where_there_are_not():
     chosen = members(*({"adapter.rank": i + 1} for i in range(7)))
-    assert [[len(p) for p in share] for share in parts(chosen, 3, 16)] == [[3], [2], [2]]
+    assert [[len(p) for p in part] for part in parts(chosen, 3, 16)] == [[3], [2], [2]]
     assert parts(chosen[:2], 3, 16) == [[["0"]], [["1"]], []]  # one has nothing to do
 
 
@@ -154,7 +163,7 @@ def test_padding_decides_who_trains_together(hub, tmp_path):
 
 
 def test_a_plan_is_kept(hub, tmp_path):
-    """Whatever a planner would say now: members of `plan.json` train with whom they were planned; new ones by themselves."""
+    """Whatever a planner would say now: planned members train with whom they were planned; new ones by themselves."""
     config = hub.config(tmp_path, {"sweep": {"grid": {"adapter.rank": [1, 2, 3, 4, 5]}}})
     chosen = members_of(config)
     run = RunDirectory(tmp_path)
@@ -166,8 +175,6 @@ def test_a_plan_is_kept(hub, tmp_path):
     assert names(plan_remaining(chosen, run, planner)) == [["rank=1"], ["rank=2"], ["rank=3", "rank=5"]]
     assert names(plan_remaining(chosen, run, Planner(config, Preparer(), largest=1))) == [["rank=2"], ["rank=1"], ["rank=3"], ["rank=5"]]
     keep_plan(run, [PackPlan((chosen[2], chosen[4]))])
-    assert planned_packs(run) == [["rank=1", "rank=4"], ["rank=2"], ["rank=3", "rank=5"]]
+    assert planned(run.state()) == [["rank=1", "rank=4"], ["rank=2"], ["rank=3", "rank=5"]]
     keep_plan(run, [PackPlan((chosen[0],))], stage=1)
-    assert planned_packs(run, 1) == [["rank=1"]] and len(planned_packs(run)) == 3
-    (tmp_path / "plan.json").write_text("{")
-    assert planned_packs(run) == []
+    assert planned(run.state(), 1) == [["rank=1"]] and len(planned(run.state())) == 3

@@ -53,8 +53,8 @@ def check_equal(outcome, undisturbed):
         assert ours.final == pytest.approx(theirs.final, rel=1e-5), ours.name
 
 
-def cuts(path):
-    return [(c["pack"], c["pieces"]) for c in json.loads((path / "pieces.json").read_text())["cuts"]]
+def splits(path):
+    return [(s["pack"], s["parts"]) for s in json.loads((path / "state.json").read_text())["splits"]]
 
 
 def needed(setup, config, count):
@@ -67,7 +67,7 @@ def needed(setup, config, count):
 @pytest.mark.slow
 def test_a_pack_above_the_limit_goes_on_in_halves(hub, tmp_path, undisturbed, monkeypatch):
     """Where the planner was wrong about it."""
-    monkeypatch.setattr(Planner, "_fitting", lambda self, setup, configs, weights, most: most)
+    monkeypatch.setattr(Planner, "_fitting", lambda self, setup, configs, most: most)
     config = hub.config(tmp_path, CHANGES)
     setup = set_up(config)
     two, four = (needed(setup, config, count) for count in (2, 4))
@@ -76,8 +76,8 @@ def test_a_pack_above_the_limit_goes_on_in_halves(hub, tmp_path, undisturbed, mo
     limited = hub.config(tmp_path, CHANGES | {"sweep": {"grid": GRID, "memory_limit": limit}})
     outcome = run_sweep(limited)
     check_equal(outcome, undisturbed)
-    assert cuts(outcome.path) == [(NAMES, [NAMES[:2], NAMES[2:]])]
-    assert "the training program needs" in json.loads((outcome.path / "pieces.json").read_text())["cuts"][0]["why"]
+    assert splits(outcome.path) == [(NAMES, [NAMES[:2], NAMES[2:]])]
+    assert "the training program needs" in json.loads((outcome.path / "state.json").read_text())["splits"][0]["why"]
     # Where the mode is open, one that fits is taken, and the pack stays whole.
     configs = [m.config.model_copy(update={"training": config.training.model_copy(update={"pack": "auto"})}) for m in members_of(limited)]
     pack = Pack.build(setup.model, configs, setup.steps, setup.mesh)
@@ -102,7 +102,7 @@ def exhausted(monkeypatch, at, larger_than, times=99):
 
 
 @pytest.mark.long
-def test_what_was_trained_is_kept_and_a_resumed_run_makes_the_same_pieces(hub, tmp_path, undisturbed, monkeypatch):
+def test_what_was_trained_is_kept_and_a_resumed_run_makes_the_same_splits(hub, tmp_path, undisturbed, monkeypatch):
     exhausted(monkeypatch, at=4, larger_than=2)
     begun, asked = [], StopSignals.asked
 
@@ -119,7 +119,7 @@ def test_what_was_trained_is_kept_and_a_resumed_run_makes_the_same_pieces(hub, t
     monkeypatch.setattr(StopSignals, "asked", asked)
     outcome = run_sweep(config)
     check_equal(outcome, undisturbed)
-    assert cuts(outcome.path) == [(NAMES, [NAMES[:2], NAMES[2:]])]
+    assert splits(outcome.path) == [(NAMES, [NAMES[:2], NAMES[2:]])]
     assert outcome.compiled_programs == 2  # the second half alone
 
 

@@ -1,4 +1,4 @@
-"""Packs of one form are run by the programs that the first of them compiled, and come to the same bits."""
+"""Packs of one program key are run by the programs that the first of them compiled, with the same bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_jax.packing.choice import Choice
 from lora_jax.packing.cost import PackMemory, PackShapes
 from lora_jax.packing.execution import SCAN, VMAP
 from lora_jax.packing.pack import Pack
-from lora_jax.sweeps.outlook import look_ahead
+from lora_jax.sweeps.plan import estimate
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import Progress
 from lora_jax.training.setup import SingleSlotCache
@@ -71,41 +71,41 @@ def test_four_members_in_two_packs_compile_one_pair(hub, tmp_path, separately, c
     ],
     ids=lambda grid: next(iter(grid)),
 )
-def test_packs_of_other_forms_compile_their_own(hub, tmp_path, uncompiled, grid):
-    outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": {"grid": grid, "max_pack": 1}}))
-    assert len(outlook.packs) == outlook.programs == 2
+def test_packs_of_other_keys_compile_their_own(hub, tmp_path, uncompiled, grid):
+    found = estimate(hub.config(tmp_path, QUIET | {"sweep": {"grid": grid, "max_pack": 1}}))
+    assert len(found.packs) == found.programs == 2
 
 
 def test_a_plan_counts_what_is_compiled_once(hub, tmp_path, uncompiled):
-    outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": RATES}))
-    assert len(outlook.packs) == 2 and outlook.programs == 1
+    found = estimate(hub.config(tmp_path, QUIET | {"sweep": RATES}))
+    assert len(found.packs) == 2 and found.programs == 1
     assert uncompiled == [2]
-    assert outlook.seconds == pytest.approx(outlook.packs[0].compiling + sum(p.training for p in outlook.packs))
+    assert found.seconds == pytest.approx(found.packs[0].compiling + sum(p.training for p in found.packs))
 
 
 def test_a_pack_of_another_mode_compiles_its_own(hub, tmp_path, monkeypatch):
     """As where a resumed run finds another choice recorded for one of its packs."""
     modes = iter([VMAP, SCAN])
-    monkeypatch.setattr(pack_modes.PackModes, "_recorded", lambda self, file: Choice(next(modes), "told", {}, "cpu"))
+    monkeypatch.setattr(pack_modes.PackModes, "_recorded", lambda self, names: Choice(next(modes), "recorded", {}, "cpu"))
     outcome = run_sweep(hub.config(tmp_path, QUIET | {"sweep": RATES}))
     assert outcome.compiled_programs == 4 and {r.status for r in outcome.results} == {"finished"}
 
 
-def test_packs_of_one_form_follow_one_another(hub, tmp_path, uncompiled):
+def test_packs_of_one_key_follow_one_another(hub, tmp_path, uncompiled):
     """Eleven members of at most three make packs of two and of three; each size is compiled once."""
-    outlook = look_ahead(hub.config(tmp_path, QUIET | {"sweep": {"grid": {"training.seed": list(range(11))}, "max_pack": 3}}))
-    sizes = [len(p.plan.members) for p in outlook.packs]
-    assert sorted(sizes) == [2, 3, 3, 3] and outlook.programs == len(uncompiled) == 2
-    names = [m.name for p in outlook.packs for m in p.plan.members]
+    found = estimate(hub.config(tmp_path, QUIET | {"sweep": {"grid": {"training.seed": list(range(11))}, "max_pack": 3}}))
+    sizes = [len(p.plan.members) for p in found.packs]
+    assert sorted(sizes) == [2, 3, 3, 3] and found.programs == len(uncompiled) == 2
+    names = [m.name for p in found.packs for m in p.plan.members]
     assert sorted(names) == sorted(f"seed={k}" for k in range(11))
 
 
-def test_programs_of_another_form_are_not_held():
+def test_programs_of_another_key_are_not_held():
     """Their code takes memory that no plan counts."""
     base = tiny.classifier(2)
     one, other = (Pack.build(base, [tiny.config(adapter__rank=rank)], 4) for rank in (1, 2))
     again = Pack.build(base, [tiny.config(adapter__rank=1, optimizer__learning_rate=0.5, training__seed=9)], 4)
     newest = SingleSlotCache()
-    newest.get(one.form, lambda: one.programs)
-    assert newest.find(again.form) is one.programs
-    assert newest.find(other.form) is None and newest.find(one.form) is None
+    newest.get(one.program_key, lambda: one.programs)
+    assert newest.find(again.program_key) is one.programs
+    assert newest.find(other.program_key) is None and newest.find(one.program_key) is None

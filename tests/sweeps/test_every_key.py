@@ -19,9 +19,9 @@ from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
 from lora_jax.config.load import with_values
 from lora_jax.config.messages import valid_keys
-from lora_jax.packing.execution import PackMode, told_mode
+from lora_jax.packing.execution import PackMode, configured_mode
 from lora_jax.packing.pack import Pack, static_key
-from lora_jax.packing.planner import Planner, plan_packs
+from lora_jax.packing.planner import Planner
 from lora_jax.parallel.program import memory_limit
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.sweeps.space import members_of
@@ -88,11 +88,13 @@ SET_UP = {
     "mesh.sweep": (2, {}),
 }
 # Each in a test of its own below, or elsewhere: `sweep.reference` in test_space.py, `task.teacher` in test_teacher.py, `task.head` in
-# test_word_tasks.py, `training.cache_*` in test_prefix_cache.py.
+# test_word_tasks.py, the trunk cache's keys in test_trunk_cache.py, `tracking.compile_cache` in
+# test_compile_cache.py.
 OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
-    "tracking.keep_checkpoints", "tracking.profile", "training.eval_every", "training.epochs", "training.pack", "training.chunk",
-    "training.cache_prefix", "training.cache_memory_gb", "training.cache_disk_gb",
+    "tracking.keep_checkpoints", "tracking.profile", "tracking.compile_cache",
+    "training.eval_every", "training.epochs", "training.pack", "training.chunk",
+    "training.cache_trunk", "training.trunk_memory_gb", "training.trunk_disk_gb",
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
@@ -219,7 +221,7 @@ def test_epochs_are_passes_over_the_rows(hub, tmp_path):
 
 def test_sweep_keys(hub, tmp_path):
     config = hub.config(tmp_path, {"sweep": {"grid": {"training.seed": [0, 1, 2]}, "max_pack": 2}})
-    assert [len(p.members) for p in plan_packs(members_of(config), largest=config.sweep.max_pack)] == [2, 1]
+    assert [len(p.members) for p in Planner(config, Preparer(), largest=config.sweep.max_pack).packs(members_of(config))] == [2, 1]
     assert memory_limit(config) is None and memory_limit(with_values(config, {"sweep.memory_limit": "3 MB"})) == 3_000_000
     ranks = hub.config(tmp_path, {"sweep": {"grid": {"adapter.rank": [1, 64]}}, "training.steps": 10**7})
     for share, packs in ((0.0, 2), (0.9, 1)):
@@ -228,7 +230,9 @@ def test_sweep_keys(hub, tmp_path):
 
 
 def test_how_a_pack_is_run(hub, tmp_path):
-    modes = [told_mode(hub.config(tmp_path, {"training.pack": pack, "training.chunk": 3})) for pack in ("auto", "vmap", "scan", "chunk")]
+    modes = [
+        configured_mode(hub.config(tmp_path, {"training.pack": pack, "training.chunk": 3})) for pack in ("auto", "vmap", "scan", "chunk")
+    ]
     assert modes == [None, PackMode(), PackMode(1), PackMode(3)]
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from lora_jax.config.load import load_config
 from lora_jax.sweeps.run import run_sweep
+from lora_jax.tracking import read_state
 from tests import tiny
 
 pytestmark = [pytest.mark.usefixtures("compile_cache"), pytest.mark.slow]
@@ -79,9 +80,9 @@ def test_each_member_is_trained_to_its_end_once(hub, tmp_path):
         assert before.items() <= ended(run).items()  # who had ended is not trained again
         before = ended(run)
     assert kills == 3 and 2 <= len(before) < 4
-    plan = (run / "plan.json").read_bytes()
+    plan = read_state(run).plan
     run_sweep(load_config(config))
-    assert before.items() <= ended(run).items() and (run / "plan.json").read_bytes() == plan
+    assert before.items() <= ended(run).items() and read_state(run).plan == plan
     assert (run / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
     assert {r["steps"] for r in results(run).values()} == {6} and len(results(run)) == 4
     assert run_sweep(load_config(config)).compiled_programs == 0

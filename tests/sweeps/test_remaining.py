@@ -7,7 +7,7 @@ import pytest
 from lora_jax.errors import Stopped
 from lora_jax.packing.planner import Planner
 from lora_jax.packing.runner import PackRun
-from lora_jax.sweeps.remaining import plan_remaining
+from lora_jax.sweeps.plan import plan_remaining
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.sweeps.space import members_of
 from lora_jax.tracking import RunDirectory

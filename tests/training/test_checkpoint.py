@@ -180,3 +180,15 @@ def test_a_checkpoint_is_little_more_than_its_arrays(open_pack):
     pack.wait()
     size = sum(p.stat().st_size for p in (open_pack.folder / "1").rglob("*") if p.is_file())
     assert size < 1.1 * sum(a.nbytes for a in jax.tree.leaves(full)) + 100_000
+
+
+def test_another_order_of_the_data_is_refused(open_pack):
+    pack = open_pack()
+    pack.save(1, state(), {})
+    pack.close()
+    facts = open_pack.folder / "1" / "checkpoint.json"
+    written = json.loads(facts.read_text())
+    for order in ({"data_order": written["data_order"] - 1}, {}):  # an older version, and one that did not say
+        facts.write_text(json.dumps({k: v for k, v in written.items() if k != "data_order"} | order))
+        with pytest.raises(InputError, match="another order"):
+            open_pack().restore(state())

@@ -1,4 +1,4 @@
-"""The prefix cache: equal bits with and without, nothing stale, nothing damaged, and a run that goes on where there is no room."""
+"""The trunk cache: equal bits with and without, nothing stale, nothing damaged, and a run that goes on where there is no room."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SWEEP = {
     "adapter.layers": "last:1",
     "sweep": {"grid": {"adapter.bias": ["none"], "adapter.rank": [1, 2, 3, 4]}, "max_pack": 2},
 }
-IN_FILE = {"training.cache_prefix": "on", "training.cache_memory_gb": 0.0}
+IN_FILE = {"training.cache_trunk": "on", "training.trunk_memory_gb": 0.0}
 WIDTH = 32
 
 
@@ -59,7 +59,7 @@ class Told:
         return getattr(self._silent, name)
 
     def about_cache(self):
-        return [line for line in self.lines if "prefix cache" in line]
+        return [line for line in self.lines if "trunk cache" in line]
 
 
 def run(hub, folder, changes):
@@ -85,7 +85,7 @@ PADDED = {"training.accumulate": 2, "training.batching": "padded"}
 def test_equal_bits_in_memory_and_in_a_file(hub, without, tmp_path, more):
     """Over several epochs, evaluations and packs; every batch comes from the cache."""
     plain = without if not more else run(hub, tmp_path / "plain", more)[0].path
-    for name, where in (("memory", {"training.cache_prefix": "on"}), ("file", IN_FILE)):
+    for name, where in (("memory", {"training.cache_trunk": "on"}), ("file", IN_FILE)):
         outcome, told = run(hub, tmp_path / name, where | more)
         assert not differing(bits_of_run(plain), bits_of_run(outcome.path)) and losses(plain) == losses(outcome.path)
         assert len(told) == 3 and "MB in" in told[0], told
@@ -205,7 +205,7 @@ def test_a_full_disk_costs_the_cache_alone(hub, without, tmp_path):
         outcome, told = run(hub, tmp_path / "full", IN_FILE | {"tracking.tensorboard": False, "tracking.checkpoint_every": 0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert len(told) == 1 and told[0].startswith("warning: prefix cache: off") and "it is computed anew" in told[0]
+    assert len(told) == 1 and told[0].startswith("warning: trunk cache: off") and "it is computed anew" in told[0]
     assert losses(outcome.path) == losses(without)
     assert not list((outcome.path.parent / FOLDER).iterdir())
 
@@ -217,8 +217,8 @@ def test_where_there_is_no_cache_a_run_says_so(hub, tmp_path):
         return line
 
     assert "model.dropout" in said({"model.dropout": 0.1})
-    assert "training.cache_disk_gb" in said({"training.cache_disk_gb": 1e-5})
-    few = {"training.cache_prefix": "on", "adapter.layers": None, "training.steps": 2, "sweep": {"grid": {"adapter.rank": [2]}}}
+    assert "training.trunk_disk_gb" in said({"training.trunk_disk_gb": 1e-5})
+    few = {"training.cache_trunk": "on", "adapter.layers": None, "training.steps": 2, "sweep": {"grid": {"adapter.rank": [2]}}}
     outcome, (line,) = run(hub, tmp_path / "run", few)
     assert "no layer in common" in line and not (outcome.path.parent / FOLDER).exists()
 
@@ -232,7 +232,7 @@ def test_numbers_that_depend_on_the_place_are_not_kept(hub, tmp_path, monkeypatc
     place = np.linspace(1, 1 + 1e-5, setup.plan.rows * setup.plan.length, dtype=np.float32).reshape(setup.plan.rows, -1, 1)
     monkeypatch.setattr(prefix, "of_step", lambda *args: whole(*args) * place)
     told: list[str] = []
-    for limits in ({}, {"cache_memory_gb": 1.0}):
+    for limits in ({}, {"trunk_memory_gb": 1.0}):
         prefix.asked_to_keep = False
         keep_prefix(prefix, setup, config.training.model_copy(update=limits), tmp_path / "kept", told.append)
         assert prefix.stores is None and "where in a batch" in told[-1]

@@ -1,0 +1,324 @@
+"""Which packs a sweep trains now (`plan_sweep`), and what they will take (`estimate`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config.load import dump_config, with_values
+from ..config.schema import Config
+from ..errors import InputError, hint
+from ..packing.cost import PackMemory, PackShapes, matmul_rate
+from ..packing.execution import compile_cache
+from ..packing.pack import Member, program_key
+from ..packing.padding import Weights
+from ..packing.planner import PackPlan, Part, Planner, packs_of_names, planned
+from ..packing.runner import Splits
+from ..parallel.program import memory_limit
+from ..tracking import RunDirectory, holds_run
+from ..training.setup import Preparer, Setup, SingleSlotCache, setup_key
+from .halving import rung_steps
+from .space import members_of
+
+RETRIED = ("failed", "diverged")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPlan:
+    """What one call trains.
+
+    Attributes:
+        members: of the sweep, or of the part.
+        packs: those with members that have not ended. Of successive halving, the packs up to the first rung.
+        ended: member -> status, of those that ended before.
+    """
+
+    members: list[Member]
+    packs: list[PackPlan]
+    ended: dict[str, str]
+
+
+def largest_pack(config: Config, *, solo: bool) -> int:
+    """Most members in a pack."""
+    return 1 if solo or config.sweep is None else config.sweep.max_pack
+
+
+def plan_sweep(config: Config, members: list[Member], planner: Planner, run: RunDirectory | None, part: Part | None) -> SweepPlan:
+    """Decides which packs are trained now.
+
+    Args:
+        config: of the sweep.
+        members: all of them, in its order.
+        planner: cuts members into packs.
+        run: what there is of the run; None where it has not begun.
+        part: train these members alone.
+
+    Raises:
+        InputError: an adapter does not fit its model, or the model or the data will not do.
+    """
+    statuses = {} if run is None else run.statuses
+    halving = config.sweep is not None and config.sweep.halving is not None
+    if part is not None:
+        packs = planner.part(members, part)
+        members = [m for p in packs for m in p.members]
+    elif all(m.name in statuses for m in members):
+        packs = []
+    elif run is not None and not halving:
+        packs = plan_remaining(members, run, planner)
+    else:
+        packs = planner.packs(members)
+    ended = {m.name: statuses[m.name] for m in members if m.name in statuses}
+    return SweepPlan(members, [p for p in packs if any(m.name not in ended for m in p.members)], ended)
+
+
+def plan_remaining(members: list[Member], run: RunDirectory, planner: Planner) -> list[PackPlan]:
+    """Packs of the members that have not ended.
+
+    A pack that has a checkpoint goes on as it was, with members of it that ended meanwhile, or as the parts it was split into. One that
+    was planned and has no checkpoint yet is as it was planned, without those that ended. All other members are planned anew.
+
+    Args:
+        members: of the whole sweep, in its order.
+        run: what there is.
+        planner: cuts the rest.
+    """
+    by_name = {m.name: m for m in members}
+    waiting = {name for name in by_name if name not in run.statuses}
+    packs: list[list[str]] = []
+    splits = Splits(run, members)
+    started = [*splits.unsplit(), *run.started_packs()]
+    for names in [*started, *planned(run.state())]:
+        known = set(names) <= by_name.keys() and len(names) <= planner.largest
+        usable = known and bool(waiting & set(names)) and not splits.is_split(names)
+        if usable and names not in started:
+            names = [n for n in names if n in waiting]
+        if usable and not any(set(names) & set(pack) for pack in packs):
+            packs.append(names)
+    taken = {name for names in packs for name in names}
+    rest = planner.packs([m for m in members if m.name in waiting and m.name not in taken])
+    return packs_of_names(packs, by_name) + rest
+
+
+def take_over_names(run: RunDirectory, config: Config, members: Sequence[Member]) -> None:
+    """Gives members that have ended the names they have in `config` now.
+
+    A name holds the swept keys, so one more of these gives the same member another: `rank=2` becomes `rank=2,seed=0`.
+
+    Args:
+        run: open for writing; equal to `config` but for the sweep.
+        config: of the whole sweep.
+        members: its members.
+    """
+    waiting = {m.name: m for m in members if m.name not in run.statuses}
+    known = {m.name for m in members}
+    for result in run.results() if run.statuses else []:
+        if result.name in known or not waiting:
+            continue
+        try:
+            same = with_values(config, result.settings)
+        except InputError:
+            continue  # it has keys or values that are not valid any more
+        new = next((m for m in waiting.values() if m.config == same), None)
+        if new is not None:
+            run.rename(result, dataclasses.replace(result, name=new.name, settings=new.settings))
+            del waiting[new.name]
+
+
+def reopen(run: RunDirectory, members: Sequence[Member], wanted: Sequence[str]) -> None:
+    """Makes members that failed or diverged ones that have yet to end; its result is kept beside, as `results-retried-1.json`.
+
+    One that failed goes on from its pack's last checkpoint, one that diverged begins anew.
+
+    Args:
+        run: open for writing.
+        members: of the whole sweep.
+        wanted: names, or patterns such as `rank=8,*` or `*`.
+
+    Raises:
+        InputError: a name or pattern fits no member, or none that failed or diverged.
+    """
+    status: dict[str, str] = {}
+    known = [m.name for m in members]
+    for pattern in wanted:
+        fitting = [n for n in known if n == pattern] or [n for n in known if fnmatch.fnmatchcase(n, pattern)]
+        again = {n: run.statuses[n] for n in fitting if run.statuses.get(n) in RETRIED}
+        if not fitting:
+            raise InputError(f"--retry: no member '{pattern}'. {hint(pattern, known)}")
+        if not again:
+            one = f"'{pattern}' is {run.statuses.get(pattern, 'yet to be trained')}" if pattern in known else f"none of '{pattern}' is so"
+            raise InputError(f"--retry: is for members that failed or diverged; {one}.")
+        status |= again
+    splits = Splits(run, members)
+    for pack in run.started_packs():
+        diverged = [n for n in pack if status.get(n) == "diverged"]
+        failed = [n for n in pack if status.get(n) == "failed"]
+        if diverged:  # the pack has ended, and its checkpoint holds what is not finite any more
+            folder = run.checkpoints(pack)
+            folder.rename(next(p for i in range(1, 1000) if not (p := folder.with_name(f"{folder.name}.retried-{i}")).exists()))
+        elif failed and failed != pack and not splits.is_split(pack):
+            splits.record(pack, [failed], "tried again")
+    for name in status:
+        file = run.member(name) / "results.json"
+        file.rename(next(p for i in range(1, 1000) if not (p := file.with_name(f"results-retried-{i}.json")).exists()))
+    run.refresh()
+
+
+@dataclasses.dataclass(frozen=True)
+class PackEstimate:
+    """What one pack will take.
+
+    Attributes:
+        plan: its members.
+        steps: optimizer steps.
+        padding: the fraction of the members' time that is padding, as the planner weighs it.
+        step_flops: of one optimizer step, all members; of matrix products, as all figures here.
+        flops: of all steps and evaluations.
+        memory: on one device, as compiled.
+        compiling: seconds that compiling its two programs took just now; None where they are those of a pack before it.
+        training: seconds that its arithmetic takes at the measured rate.
+    """
+
+    plan: PackPlan
+    steps: int
+    padding: float
+    step_flops: int
+    flops: int
+    memory: PackMemory
+    compiling: float | None
+    training: float
+
+    def seconds(self, fraction: float = 1.0) -> float:
+        """All of it, or where a fraction of its steps is trained."""
+        return (self.compiling or 0.0) + fraction * self.training
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a sweep will take.
+
+    Attributes:
+        packs: those that would be trained now; of successive halving, those up to the first rung.
+        members: of the whole sweep (or part).
+        ended: how many of them have ended already.
+        limit: bytes a pack may take on a device; None where there is no limit.
+        fraction: of all members' steps that successive halving trains; 1 without.
+        rate: FLOP/s a device reached at products of (rows, width) by (width, hidden) matrices.
+        product: these three sizes.
+        devices: of the mesh.
+    """
+
+    packs: list[PackEstimate]
+    members: int
+    ended: int
+    limit: int | None
+    fraction: float
+    rate: float
+    product: tuple[int, int, int]
+    devices: int
+
+    @property
+    def flops(self) -> float:
+        """Of all packs."""
+        return self.fraction * sum(p.flops for p in self.packs)
+
+    @property
+    def seconds(self) -> float:
+        """Expected, compiling included."""
+        return sum(p.seconds(self.fraction) for p in self.packs)
+
+    @property
+    def programs(self) -> int:
+        """How many training programs are compiled; as many evaluate."""
+        return sum(p.compiling is not None for p in self.packs)
+
+
+def estimate(config: Config, *, solo: bool = False, fresh: bool = False, many: bool = False, part: Part | None = None) -> Estimate:
+    """Plans a sweep as `run_sweep` would, and compiles the programs of each pack to see what it takes; nothing is trained.
+
+    Args:
+        config, solo, fresh, many, part: as in `run_sweep`.
+
+    Raises:
+        InputError: as in `run_sweep`.
+    """
+    with compile_cache(config):
+        return _estimate(config, solo=solo, fresh=fresh, many=many, part=part)
+
+
+def _estimate(config: Config, *, solo: bool, fresh: bool, many: bool, part: Part | None) -> Estimate:
+    prepare = Preparer()
+    planner = Planner(config, prepare, largest=largest_pack(config, solo=solo))
+    plan = plan_sweep(config, members_of(config, many=many), planner, None if fresh else _run_before(config), part)
+    halving = config.sweep.halving if config.sweep is not None else None
+    packs: list[PackEstimate] = []
+    fraction, rate, product, devices = 1.0, math.nan, (0, 0, 0), 1
+    compiled = SingleSlotCache()
+    for pack in plan.packs:
+        setup = prepare(pack.members[0].config)
+        if not packs:
+            product = _product(setup, len(pack.members))
+            rate, devices = matmul_rate(*product, pack.members[0].config.model.dtype), setup.mesh.size
+            if halving is not None:
+                fraction = halving_fraction(len(plan.members), halving.factor, rung_steps(halving, setup.steps), setup.steps)
+        packs.append(_pack(setup, pack, rate * devices, compiled))
+    return Estimate(packs, len(plan.members), len(plan.ended), memory_limit(config), fraction, rate, product, devices)
+
+
+def halving_fraction(members: int, factor: float, rungs: Sequence[int], steps: int) -> float:
+    """The fraction of all members' steps that successive halving trains.
+
+    >>> halving_fraction(32, 2, [1, 2, 4], 8)
+    0.3125
+    """
+    bounds = [0, *rungs, steps]
+    done, left = 0, members
+    for before, until in itertools.pairwise(bounds):
+        done += left * (until - before)
+        left = math.ceil(left / factor)
+    return done / (members * steps)
+
+
+def _run_before(config: Config) -> RunDirectory | None:
+    """The run of this name, if there is one; to read."""
+    path = Path(config.tracking.dir) / config.name
+    return RunDirectory.look(path, dump_config(config)) if holds_run(path) else None
+
+
+def _product(setup: Setup, members: int) -> tuple[int, int, int]:
+    batch, block = setup.plan.batch(0), setup.base.config.block
+    return members * batch["tokens"][0].size, block.width, block.hidden
+
+
+def largest_pack_shapes(config: Config) -> tuple[PackShapes, int]:
+    """The programs of the largest pack of a sweep, or of a single member, and how many members it has. No weights are read.
+
+    Raises:
+        InputError: the model, the data or an adapter will not do.
+    """
+    prepare = Preparer(weights=False)
+    packs = Planner(config, prepare, largest=largest_pack(config, solo=False)).packs(members_of(config, many=True))
+    configs = [m.config for m in max(packs, key=lambda pack: len(pack.members)).members]
+    return PackShapes(prepare(configs[0]), configs), len(configs)
+
+
+def _pack(setup: Setup, pack: PackPlan, rate: float, compiled: SingleSlotCache) -> PackEstimate:
+    configs = [m.config for m in pack.members]
+    shapes = PackShapes(setup, configs)
+    count, steps, every = len(configs), setup.steps, configs[0].training.eval_every
+    evaluations = -(-steps // every) if every else 1
+    own, shared = shapes.evaluation_flops
+    step = count * shapes.member_flops + shapes.shared_flops
+    flops = steps * step + evaluations * (count * own + shared)
+    weights = Weights.of(setup, configs)
+    padding = 0.0 if weights is None else weights.padding(range(count))
+    began = time.perf_counter()
+    key = setup_key(configs[0]), program_key(configs, shapes.structure)
+    again = compiled.find(key) is not None
+    memory = compiled.get(key, lambda: shapes.memory(count))
+    compiling = None if again else time.perf_counter() - began
+    return PackEstimate(pack, steps, padding, step, flops, memory, compiling, flops / rate)
