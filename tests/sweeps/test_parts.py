@@ -13,7 +13,7 @@ def test_the_last_part_writes_the_whole(hub, tmp_path, compile_cache):
     path, run = hub.write(tmp_path, GRID), tmp_path / "runs" / "tiny"
     first = call("sweep", path, "--part", "1/2")
     assert first.code == 0, first.err
-    assert "part 1/2 is done; members of other parts yet to end: 1." in first.err and first.out == ""
+    assert "part 1/2 is done; unfinished members of other parts: 1." in first.err and first.out == ""
     assert (run / "rank=2" / "results.json").exists() and not (run / "rank=3").exists()
     assert not any((run / name).exists() for name in ("results.csv", "report.html"))
     again = call("sweep", path, "--part", "1/2")
@@ -28,7 +28,7 @@ def test_the_last_part_writes_the_whole(hub, tmp_path, compile_cache):
 def test_a_part_with_nothing_to_do(hub, tmp_path):
     path = hub.write(tmp_path, GRID)
     result = call("sweep", path, "--part", "3/3")
-    assert result.code == 0 and "part 3/3 is done; members of other parts yet to end: 2." in result.err
+    assert result.code == 0 and "part 3/3 is done; unfinished members of other parts: 2." in result.err
 
 
 def test_words_that_do_not_go_together(hub, tmp_path):
