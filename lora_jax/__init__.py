@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from .interop.peft.save import LoraConfig as LoraConfig
     from .interop.peft.save import save_peft as save_peft
     from .models.load import load_model as load_model
-    from .sweeps.api import fit as fit
-    from .sweeps.api import sweep as sweep
+    from .sweeps.run import fit as fit
+    from .sweeps.run import sweep as sweep
     from .weights.tokenizer import load_tokenizer as load_tokenizer
 
 _NAMES = {

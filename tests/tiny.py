@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax.adapters.inject import inject
-from lora_jax.adapters.members import site_modules
+from lora_jax.adapters.inject import inject, site_modules
 from lora_jax.adapters.methods.base import AdaptedSite
 from lora_jax.config.doors import FAMILIES, METHODS
 from lora_jax.config.schema import AdapterConfig, Config
@@ -21,7 +20,7 @@ from lora_jax.models.encoder import Encoder, EncoderConfig
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
 from lora_jax.models.layers import BlockConfig, LayerType
 from lora_jax.models.load import aliases
-from lora_jax.models.rotary import Rotary
+from lora_jax.models.positions import Rotary
 
 VOCAB, WIDTH, CLASSES = 64, 32, 3
 

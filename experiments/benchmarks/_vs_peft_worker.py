@@ -60,7 +60,7 @@ class LoraJax(Side):
     def train(self, steps: int) -> int:
         import jax
 
-        from lora_jax.parallel.batches import place_batch
+        from lora_jax.parallel.constraints import place_batch
 
         pack, tokens, metrics = self.pack, 0, None
         for _ in range(steps):

@@ -23,7 +23,7 @@ import numpy as np
 
 from lora_jax.config.schema import Config
 from lora_jax.packing.pack import Pack
-from lora_jax.parallel.batches import place_batch
+from lora_jax.parallel.constraints import place_batch
 from lora_jax.training.checkpoint import PackCheckpoints
 from lora_jax.training.setup import set_up
 

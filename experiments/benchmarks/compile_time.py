@@ -28,7 +28,7 @@ from lora_jax.config.schema import Config
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.heads import LanguageModel
 from lora_jax.models.layers import BlockConfig, LayerKind
-from lora_jax.models.rotary import Rotary
+from lora_jax.models.positions import Rotary
 from lora_jax.packing.execution import PackPrograms
 from lora_jax.training.optimizer import hyper_of
 from lora_jax.training.step import MemberFixed, init_member

@@ -66,7 +66,7 @@ def theirs(new: int) -> tuple[Callable[[int], list[list[int]]], dict[str, Any]]:
     import transformers
 
     import lora_jax
-    from lora_jax.weights.locations import resolve
+    from lora_jax.weights.load import resolve
 
     path = resolve(SOURCE, key="model.source")
     tokenizer = lora_jax.load_tokenizer(SOURCE)

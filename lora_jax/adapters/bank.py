@@ -15,9 +15,8 @@ from ..config.doors import METHODS
 from ..errors import InputError, hint
 from ..parallel.mesh import to_host
 from .combine import Combination, Factors, factors_of, layouts_of
-from .inject import LABEL, inject_layout, replace_sites
+from .inject import LABEL, inject_layout, replace_sites, site_modules
 from .layout import Layout, SiteLayout
-from .members import site_modules
 from .methods.base import Method
 from .mixed import MIXED_MODULES, NO_ADAPTER, with_rows
 from .partition import Partition, partition

@@ -14,8 +14,8 @@ from flax import nnx
 
 from ..errors import InputError, hint
 from ..parallel.mesh import to_host
+from .inject import random_of, site_modules
 from .layout import SiteLayout, site_layouts
-from .members import random_of, site_modules
 from .sites import Site
 
 # Method -> the options that go with it; those of SUMS keep the adapters' own entries, the rest prune them.

@@ -8,8 +8,8 @@ from flax import nnx
 from rich.table import Table
 
 from ..config.schema import AdapterConfig
+from .inject import site_modules
 from .layout import resolve
-from .members import site_modules
 from .partition import partition
 from .sites import find_sites
 

@@ -1,27 +1,30 @@
-"""Injection: replaces the modules at the sites, from outside, and labels every parameter.
+"""Injection: replaces the modules at the sites, labels every parameter, and fills in the numbers of one member.
 
-An adapted model also keeps a record of the config its adapter came from, so that the adapter can be written as it was asked for: the
-arrays alone do not say whether a scale of 2 is 16 / 8 or rank-stabilised, or that the targets were `all-linear`.
+What is drawn depends on the member's seed, the site's name and the layer, and never on what else is in the pack: a member starts
+the same alone and beside any others. NumPy draws it, so that a hundred members of different ranks compile nothing. An adapted model
+also records the config of its adapter: the arrays alone do not say whether a scale of 2 is 16 / 8 or rank-stabilised.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ..config.schema import AdapterConfig
 from ..errors import InputError, nearest
 from ..models.layers import AXES, PER_SEGMENT
 from ..models.stack import Stack
-from .labels import FROZEN, label_of
-from .layout import Layout, SiteLayout, label_table, resolve, unite
-from .members import fill_member
-from .methods.base import AdaptedSite, AdapterParam, AdapterSetting
-from .sites import Path, modules_named, named_variables, names_of
+from ..parallel.mesh import to_host
+from .layout import Layout, ResolvedAdapter, ResolvedSite, SiteLayout, label_table, resolve, unite
+from .methods.base import FROZEN, AdaptedSite, AdapterParam, AdapterSetting, label_of
+from .sites import Path, SiteModule, logical_name, modules_named, named_variables, names_of
 
 # Metadata key of a variable's label.
 LABEL = "label"
@@ -159,3 +162,64 @@ def remember(model: nnx.Module, config: AdapterConfig, foreign: str = "") -> Non
 def recall(model: nnx.Module) -> Record | None:
     """The record, at the root or at a module that another now wraps."""
     return next((r for _, m in nnx.iter_modules(model) if (r := getattr(m, _ATTRIBUTE, None)) is not None), None)
+
+
+def site_modules(model: nnx.Module) -> dict[str, AdaptedSite]:
+    """Site name -> its module, of an adapted model."""
+    return {logical_name(path): m for path, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite)}
+
+
+def fill_member(model: nnx.Module, member: ResolvedAdapter, seed: int) -> None:
+    """Sets the adapters of a model made by `inject_layout` to one member at step 0, in place.
+
+    With one seed, a member of a smaller rank starts as the leading part of a larger one where the method draws rank after rank, so that
+    they differ in their rank alone; with `adapter.nested_init: false` each rank has draws of its own.
+    """
+    for name, module in site_modules(model).items():
+        _fill_site(module, name, member.sites.get(name), member.config, seed)
+
+
+def draw_head(model: nnx.Module, seed: int) -> None:
+    """Draws a task's new head by a member's seed, each of its matrices from N(0, 0.02), in place; a head that was loaded stays."""
+    for name in getattr(model, "new", ()):
+        module: Any = getattr(model, name)
+        module = module.base if isinstance(module, SiteModule) else module
+        if isinstance(module, nnx.Linear):
+            drawn = random_of(seed, name, 0).standard_normal(module.kernel.shape, np.float32)
+            module.kernel.set_value(jnp.asarray(0.02 * drawn, module.kernel.dtype))
+
+
+def random_of(seed: int, name: str, layer: int, *more: int) -> np.random.Generator:
+    """Random numbers for a seed, name and layer: the same in every process and on every platform."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode()), layer, *more])))
+
+
+def _fill_site(module: AdaptedSite, name: str, member: ResolvedSite | None, config: Any, seed: int) -> None:
+    site, method = module.site, module.method
+    layers = len(module.ranks)
+    first = len(site.names) - layers
+    ranks = np.zeros(layers, int) if member is None else member.ranks[first:]
+    padded = method.parameters(site, module.rank)
+    arrays = {n: np.full((layers, *p.shape), p.fill, np.float32) for n, p in padded.items()}
+    for i in np.flatnonzero(ranks):
+        rank = int(ranks[i])
+        random = random_of(seed, name, first + int(i), *([] if config.nested_init else [rank]))
+        for array, value in method.init(site, rank, config, random, _weight_of(module, first + int(i))).items():
+            arrays[array][(i, *padded[array].own(rank))] = value
+    for setting in method.setting_names:
+        arrays[setting] = np.zeros(layers, np.float32) if member is None else member.settings[setting][first:]
+    module.fill(arrays)
+    module.ranks = nnx.static(tuple(int(r) for r in ranks))
+    if hasattr(module, "dropout_rate"):
+        rate = np.full(module.dropout_rate.shape, config.dropout if member is not None else 0.0, np.float32)
+        module.dropout_rate.set_value(jnp.asarray(rate))
+
+
+def _weight_of(module: AdaptedSite, layer: int) -> Callable[[], np.ndarray]:
+    """Gives one layer's weight of the base, float32 on the host."""
+
+    def weight() -> np.ndarray:
+        whole = getattr(module.base, module.weight)[...]
+        return to_host(whole[layer] if module.stacked else whole).astype(np.float32)
+
+    return weight

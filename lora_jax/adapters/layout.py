@@ -18,8 +18,7 @@ from flax import nnx
 from ..config.patterns import fullmatch
 from ..config.schema import AdapterConfig
 from ..errors import InputError
-from .labels import Table
-from .methods.base import Method, method_of
+from .methods.base import Method, Table, method_of
 from .sites import Site, find_sites, modules_named, select
 
 

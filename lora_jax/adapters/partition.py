@@ -23,9 +23,8 @@ from ..models.layers import AXES
 from ..parallel.constraints import gathered, looked_up
 from ..parallel.mesh import AnyMesh, parameter_sharding, place
 from .inject import LABEL
-from .labels import FROZEN
 from .layout import Layout, ResolvedAdapter, SiteLayout
-from .methods.base import PARAMETER, AdapterSetting, DropoutKey, Parameter
+from .methods.base import FROZEN, PARAMETER, AdapterSetting, DropoutKey, Parameter
 from .sites import adapted_paths, logical_name, parameter_name
 
 Arrays = dict[str, jax.Array]

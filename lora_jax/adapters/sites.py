@@ -14,7 +14,7 @@ from flax import nnx
 from ..config.patterns import fullmatch
 from ..errors import InputError, nearest
 from ..models.experts import ExpertLinear
-from ..models.head_shape import HEAD_MODULES
+from ..models.layers import HEAD_MODULES
 from ..models.stack import Stack
 
 PRESETS: dict[str, tuple[str, ...]] = {

@@ -1,10 +1,9 @@
 """What was learned: comparison tables, heat maps and the report of a sweep."""
 
-from .compare import Estimate, Row, best_rates, footnotes, mark_best, rows_of
+from .compare import Estimate, Row, best_rates, footnotes, mark_best, rows_of, write_summary_csv
 from .heatmap import heatmap_png, write_heatmap
 from .metrics import find_metric, primary_metric
 from .report import report_run, write_report
-from .summary import write_summary_csv
 from .table import compare_runs, rates_table, results_table
 
 __all__ = [

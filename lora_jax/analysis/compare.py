@@ -1,6 +1,6 @@
-"""Members brought into comparable rows: seeds averaged, intervals and paired differences worked out, the best one marked.
+"""Members brought into comparable rows: seeds averaged, intervals and paired differences computed, the best one chosen.
 
-Tables for the terminal and for the report are two views of these rows.
+Tables for the terminal, the report and `summary.csv` are views of these rows.
 """
 
 from __future__ import annotations
@@ -8,14 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
+from ..errors import InputError
+from ..packing.pack import Member
+from ..sweeps.restore import named_member, run_members
 from ..tasks.evaluators import Evaluator
-from ..tracking.results import MemberResult, union
-from .metrics import LEARNING_RATE, SEED, best_of, identity
+from ..tracking.results import MemberResult, cell, read_run, union, write_table
+from .metrics import LEARNING_RATE, SEED, best_of, find_metric, identity, primary_metric
 
 
 @dataclass(frozen=True)
@@ -241,3 +245,90 @@ def rate_notes(chosen: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         where = " and ".join(f"{count} of {len(chosen)} at {end}" for count, end in zip(at, ends, strict=True) if count)
         notes.append(f"The best rate lies at an end of what was swept, {where}: a rate beyond it may be better yet.")
     return notes
+
+
+def best_result(results: Sequence[MemberResult]) -> tuple[MemberResult, Evaluator, float]:
+    """The best of some finished members by their primary metric, at its best step; the metric, and the value. Of equals the first.
+
+    Raises:
+        InputError: they have no metric in common.
+    """
+    metric = primary_metric(results)
+
+    def value(result: MemberResult) -> float:
+        return (result.best or result.final).get(metric.name, math.nan)
+
+    best = best_of(results, value, metric) or results[0]
+    return best, metric, value(best)
+
+
+def choose_member(path: Path, name: str | None) -> tuple[Path, Member, str]:
+    """The run directory, the member, and why this one was chosen (empty where there was no choice).
+
+    Args:
+        path: a run directory, or a member's folder in it.
+        name: the member's; by default the run's best finished one.
+
+    Raises:
+        InputError: no such run or member, or none has finished.
+    """
+    run = path
+    if not (path / "config.yaml").is_file() and (path.parent / "config.yaml").is_file():
+        if name is not None:
+            raise InputError(f"--member: {path} names a member already.")
+        run, name = path.parent, path.name
+    members = run_members(run)
+    if name is not None:
+        return run, named_member(members, name, str(path) if run != path else "--member"), ""
+    if len(members) == 1:
+        return run, members[0], ""
+    known = {m.name for m in members}
+    finished = [r for r in read_run(run) if r.name in known and r.status == "finished"]
+    if not finished:
+        raise InputError(f"{run}: no member has finished yet; name one with --member to take what is saved of it.")
+    best, metric, value = best_result(finished)
+    reason = f"best of {len(finished)} by {metric.heading}: {metric.format(value)}"
+    return run, named_member(members, best.name, str(run)), reason
+
+
+def write_summary_csv(path: Path | str, results: Sequence[MemberResult], reference: Mapping[str, Any] | None = None) -> Path:
+    """Writes a row for each setting of everything but the seed, in the order of `results`.
+
+    Its columns: every swept key; `parameters`; `seeds`, of which so many `finished`; for each final metric `M` its mean over them,
+    `M_low` and `M_high` (the ends of the mean's 95 % interval by Student's t), `M_difference` to the reference (paired by seed, with
+    `M_difference_low` and `M_difference_high`) and `difference_seeds`, how many could be paired; `best`, `reference`, and
+    `best_learning_rate`: whether it is the best of all, what others are compared with, and the best of those that differ from it in the
+    learning rate alone. What is not known is an empty cell: so are the intervals of a single seed.
+
+    Args:
+        path: The file.
+        results: The members of one run.
+        reference: As in `mark_best`; the best setting by default.
+    """
+    metric = primary_metric(results)
+    rows = mark_best(rows_of(results, metric), metric, reference)
+    tuned = {id(row.members) for row in best_rates(rows, metric)}
+    names = union(r.final for r in results)
+    if not reference:  # all metrics are compared with one row: the best in the primary one
+        reference = next((row.settings for row in rows if row.is_best), None)
+    metrics = {name: find_metric(name, results) for name in names}
+    each = {name: mark_best(rows_of(results, m), m, reference) for name, m in metrics.items()}
+    keys = union(row.settings for row in rows)
+    table: list[dict[str, Any]] = []
+    for i, row in enumerate(rows):
+        out: dict[str, Any] = {key: row.settings.get(key) for key in keys}
+        out |= {"parameters": row.parameters, "seeds": len(row.members), "finished": sum(m.status == "finished" for m in row.members)}
+        for name in names:
+            own = each[name][i]
+            out |= _ends(name, own.final) | _ends(f"{name}_difference", own.difference)
+        out["difference_seeds"] = row.difference.count if row.difference else None
+        out |= {"best": row.is_best, "reference": row.is_reference, "best_learning_rate": id(row.members) in tuned}
+        table.append({key: cell(value) for key, value in out.items()})
+    return write_table(path, table, empty="parameters")
+
+
+def _ends(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    mean = None if estimate is None or math.isnan(estimate.mean) else estimate.mean
+    half = None if estimate is None else estimate.half_width
+    ends = {f"{name}_{end}": None if mean is None or half is None else mean + sign * half for end, sign in (("low", -1), ("high", 1))}
+    return {name: mean, **ends}

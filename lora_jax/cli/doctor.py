@@ -47,7 +47,7 @@ def doctor(
 
     With a config, also shows the placement of each parameter on the mesh and the memory per device. No weights are loaded.
     """
-    from .placement import placement_command
+    from .plan import placement_command
 
     ready = doctor_command()
     if config is not None:

@@ -44,8 +44,7 @@ def export(
     records how the member was trained. An existing folder is never overwritten.
     """
     from ..config.types import size_text, to_bytes
-    from ..interop.base import ExportOptions
-    from ..interop.export import export_run
+    from ..interop.export import ExportOptions, export_run
 
     try:
         limit = None if max_shard_size is None else to_bytes(max_shard_size)

@@ -136,7 +136,7 @@ def _prompts(asked: Asked) -> list[str]:
 
 def _model(asked: Asked) -> tuple[Any, str]:
     """The model, and the source of its tokenizer."""
-    from ..analysis.best import choose_member
+    from ..analysis.compare import choose_member
     from ..config.load import load_config
     from ..interop.peft.load import load_peft
     from ..models.load import load_model

@@ -1,4 +1,4 @@
-"""Rows from a file, a folder or the hub: no dataset scripts, and no network for what is local."""
+"""Rows from a file, a folder or the hub, and which of them are held out. No dataset scripts; no network for what is local."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, hint
-from ..weights.locations import resolve
+from ..weights.load import resolve
 from .files import KINDS, Columns, as_text, kind_of, read_columns
 
 # What a split is called in file names and on the hub; the first that is there is taken.
@@ -163,3 +163,40 @@ def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def split_rows(texts: Sequence[str], *, held_out: int, train: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training and of the held-out rows, each in a seeded order.
+
+    Rows with equal text go to one side: equal rows in training and evaluation would flatter the figures.
+
+    Args:
+        texts: what makes a row; (n,).
+        held_out: how many rows are held out.
+        train: at most so many rows are trained on; all others by default.
+        seed: of the choice.
+
+    Raises:
+        InputError: too few rows.
+    """
+    count = len(texts)
+    if held_out >= count:
+        raise InputError(f"task.eval_size: {held_out} of {count} rows leaves none to train on.")
+    order = np.random.default_rng(np.random.SeedSequence([seed, 0x5911])).permutation(count)
+    copies: dict[str, list[int]] = {}
+    for i in order:
+        copies.setdefault(texts[int(i)], []).append(int(i))
+    groups = list(copies.values())
+    taken: list[int] = []
+    rest: list[int] = []
+    for group in groups:
+        # Held out from the front of the shuffled texts until there are enough; a text with too many copies stays in training.
+        (taken if len(taken) + len(group) <= held_out else rest).extend(group)
+    if len(taken) < held_out:
+        raise InputError(f"task.eval_size: the texts repeat so often that {held_out} rows cannot be held out without their copies.")
+    return np.array(rest[:train], np.int64), np.array(taken, np.int64)
+
+
+def sample_rows(count: int, *, size: int | None, seed: int) -> np.ndarray:
+    """`size` row indices of `count` in a seeded order; all of them where `size` is None or larger."""
+    return np.random.default_rng(np.random.SeedSequence([seed, 0x5A3])).permutation(count)[:size]

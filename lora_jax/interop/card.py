@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapters.members import site_modules
+from ..adapters.inject import site_modules
 from ..config.schema import AdapterConfig, Config
 from ..sweeps.restore import Restored
 from ..tracking import MemberResult, member_folder, read_json
-from .kinds import kind_of
+from .export import kind_of
 
 _ALWAYS_SHOWN = ("method", "rank", "alpha", "targets", "layers", "dropout")
 # Swept keys that have rows of their own.

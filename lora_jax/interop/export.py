@@ -1,17 +1,138 @@
-"""`export_run`: a trained member of a run, written in the format of an exporter."""
+"""`Exporter`, a format that a trained member is written in, and `export_run`, which writes one.
+
+An exporter is registered with `register_exporter(name, exporter)`; `lora-jax export --format NAME` then writes it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
-from ..analysis.best import choose_member
+from flax import nnx
+
+from ..analysis.compare import choose_member
 from ..config.doors import EXPORTERS
-from ..errors import InputError
-from ..sweeps.restore import restore_member
+from ..config.doors import register_exporter as register_exporter
+from ..errors import InputError, hint
+from ..models.decoder import Decoder
+from ..models.encoder import Encoder
+from ..models.families import find_family
+from ..models.families.base import HEAD_CLASSES, Head
+from ..models.heads import Classifier
+from ..models.layers import HEADS
+from ..sweeps.restore import Restored, restore_member
 from ..tracking import member_folder
 from ..tracking.files import check_new, new_folder
-from .base import Exporter, ExportOptions, check_options, option_flag
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Options of an export; None leaves the choice to the exporter.
+
+    Attributes:
+        dtype: of the written weights.
+        max_shard_size: bytes of weights in one file.
+    """
+
+    dtype: str | None = None
+    max_shard_size: int | None = None
+
+    def given(self) -> dict[str, str | int]:
+        """Name -> value of the options that are set."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+class Exporter:
+    """A format, one instance each.
+
+    Attributes:
+        summary: one line for `lora-jax export --help`.
+        default: whether `lora-jax export` takes it where no format is named.
+        options: fields of `ExportOptions` that it reads -> their values; an empty tuple allows any.
+    """
+
+    summary: ClassVar[str] = ""
+    default: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def can(self, restored: Restored) -> str | None:
+        """Why this member cannot be written in this format; None where it can."""
+        return None
+
+    def write(self, restored: Restored, folder: Path, options: ExportOptions) -> None:
+        """Writes the member's files into `folder`, which exists and is empty. On an error the caller removes it."""
+        raise NotImplementedError
+
+
+def option_flag(name: str) -> str:
+    """The command line's flag of an option.
+
+    >>> option_flag("max_shard_size")
+    '--max-shard-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def check_options(exporter: Exporter, form: str, options: ExportOptions) -> None:
+    """Checks that an exporter reads every option that is set.
+
+    Raises:
+        InputError: it has no such option, or the option no such value.
+    """
+    for name, value in options.given().items():
+        if name not in exporter.options:
+            known = ", ".join(option_flag(o) for o in exporter.options) or "none"
+            raise InputError(f"{option_flag(name)}: --format {form} has no such option. Its options: {known}.")
+        if (choices := exporter.options[name]) and value not in choices:
+            raise InputError(f"{option_flag(name)}: '{value}'. {hint(str(value), choices)}".rstrip())
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of model.
+
+    Attributes:
+        auto_class: of transformers, that loads any family's model of this kind.
+        pipeline: tag of a model card.
+        task_type: in PEFT's config.
+        head_modules: what PEFT saves with this task type, whichever of them the model has.
+    """
+
+    auto_class: str
+    pipeline: str
+    task_type: str
+    head_modules: tuple[str, ...] = ()
+
+
+# Of each kind of head: pipeline tag, task type, PEFT's modules.
+_HEADS = (
+    ("text-classification", "SEQ_CLS", ("classifier", "score")),
+    ("token-classification", "TOKEN_CLS", ("classifier", "score")),
+    ("question-answering", "QUESTION_ANS", ("qa_outputs",)),
+)
+# A base by itself, or the kind of its head.
+KINDS = {
+    "encoder": Kind("AutoModel", "feature-extraction", "FEATURE_EXTRACTION"),
+    "decoder": Kind("AutoModelForCausalLM", "text-generation", "CAUSAL_LM"),
+} | {head: Kind(f"AutoModel{HEAD_CLASSES[head]}", *names) for head, names in zip(HEADS, _HEADS, strict=True)}
+
+
+def kind_of(model: nnx.Module) -> Kind | None:
+    """The kind of a model, adapted or not; None where Hugging Face has none for it."""
+    modules = [m for _, m in nnx.iter_modules(model)]
+    classifier = next((m for m in modules if isinstance(m, Classifier)), None)
+    if classifier is not None:
+        return KINDS.get(classifier.kind or "")
+    base = next((m for m in modules if isinstance(m, Encoder | Decoder)), None)
+    return None if base is None else KINDS["decoder" if base.is_decoder else "encoder"]
+
+
+def head_of(model: Classifier) -> Head | None:
+    """The head as the base's family has it; None where the base was not loaded from a checkpoint."""
+    origin = model.base.origin
+    return None if origin is None or model.kind is None else find_family(origin.config, origin.source).heads(origin.config).get(model.kind)
 
 
 @dataclasses.dataclass(frozen=True)

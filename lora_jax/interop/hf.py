@@ -20,18 +20,15 @@ from ..models.encoder import Encoder
 from ..models.families import find_family
 from ..models.families.base import Head
 from ..models.heads import Classifier
-from ..models.load import Base, BaseFiles
-from ..models.save import base_tensors
+from ..models.load import Base, BaseFiles, base_tensors
 from ..sweeps.restore import Restored
 from ..tracking.files import new_folder
-from ..weights.load import HUB_FILES, weights_file
-from ..weights.locations import resolve
+from ..weights.load import HUB_FILES, resolve, weights_file
 from ..weights.provenance import Origin
 from ..weights.safetensors import DTYPES, Tensor, write_checkpoint
 from ..weights.tokenizer import load_tokenizer
-from .base import Exporter, ExportOptions
 from .card import model_card, write_card
-from .kinds import head_of, kind_of
+from .export import Exporter, ExportOptions, head_of, kind_of
 
 SHARD = 5 * 10**9  # bytes; transformers' own choice for a long time, and what hubs like
 WRITTEN_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
@@ -130,7 +127,7 @@ def architecture(model_type: str, head: str | None = None) -> str:
 
     Args:
         model_type: Hugging Face's name of the family.
-        head: its kind (`models/head_shape.py`); by default a decoder's own projection to its vocabulary, and none on an encoder.
+        head: its kind (`models/layers.py`); by default a decoder's own projection to its vocabulary, and none on an encoder.
 
     >>> architecture("bert", "classification"), architecture("gpt2")
     ('BertForSequenceClassification', 'GPT2LMHeadModel')

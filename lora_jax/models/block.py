@@ -1,17 +1,223 @@
-"""One transformer layer."""
+"""One transformer layer: attention and MLP, and what all layers of a stack see alike (masks, rotary angles).
+
+Layers may differ in these (a sliding window in some, no rotary positions in others). They then differ in data alone: the context
+holds a mask and a table of angles for each layer type, and a layer takes its own by its index.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.constraints import take_positions
-from .attention import Attention, Context
-from .cache import Memory
+from .cache import Cache, Memory
 from .experts import MixtureOfExperts
-from .layers import MLP, Array, BlockConfig, Rows, norm_of
+from .layers import MLP, Array, BlockConfig, LayerType, Rows, dropout, linear, norm_of, project
+from .positions import of_pairs, rotary_angles, rotate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Context:
+    """What all layers see alike.
+
+    Attributes:
+        mask: (layer types, rows, 1, queries, keys) bool, which key each query sees in layers of each type.
+        rotary: cos and sin, (layer types, rows, length, dims) each, or None.
+        noise: a PRNG key for dropout, or None where nothing is dropped.
+        relative: (1, 2 * span, width), the vectors of relative positions, or None.
+        types: for each layer the index of its type; empty where there is one type.
+        dropout: share of the values that are dropped; static.
+    """
+
+    mask: Array
+    rotary: tuple[Array, Array] | None
+    noise: Array | None = None
+    relative: Array | None = None
+    types: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    def of_layer(self, layer: Array | int) -> tuple[Array, tuple[Array, Array] | None]:
+        """The layer's mask (rows, 1, queries, keys) and rotary angles (rows, length, dims)."""
+        if self.types:
+            kind = jnp.asarray(self.types)[layer]
+            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, kind, keepdims=False), (self.mask, self.rotary))
+        return jax.tree.map(lambda a: a[0], (self.mask, self.rotary))
+
+    def drop(self, x: Array, layer: Array | int, place: int, rows: Rows | None = None) -> Array:
+        """Dropout of `x` in layer `layer`; each `place` in a layer has a key of its own. `rows` says where a gathered `x` is."""
+        if self.noise is None or not self.dropout:
+            return x
+        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.noise, layer), place), rows)
+
+
+def make_context(
+    layers: tuple[LayerType, ...],
+    segment_ids: Array,
+    positions: Array,
+    *,
+    causal: bool,
+    noise: Array | None = None,
+    dropout: float = 0.0,
+    cache: Cache | None = None,
+    relative: Array | None = None,
+) -> Context:
+    """The context of a batch.
+
+    Args:
+        layers: each layer's kind; a single one is that of all.
+        segment_ids, positions: (rows, length) int32, as for `segment_mask` and `rotary_angles`.
+        noise, dropout, relative: as in `Context`.
+        cache: that the keys are read from, these tokens' among them; None: they are the tokens' own alone.
+    """
+    types = tuple(dict.fromkeys(layers))
+    if cache is None:
+        mask = jnp.stack([segment_mask(segment_ids, causal=causal, window=one.window) for one in types])
+    else:
+        mask = jnp.stack([cache.seen(segment_ids.shape[1], one.window) for one in types])
+    index = tuple(types.index(one) for one in layers) if len(types) > 1 else ()
+    return Context(mask, rotary_tables(types, positions), noise, relative, index, dropout)
+
+
+def rotary_tables(types: tuple[LayerType, ...], positions: Array) -> tuple[Array, Array] | None:
+    """Cosines and sines, (layer types, rows, length, dims) each; a type without rotary positions gets angles of 0. None if none has any."""
+    if all(one.rotary is None for one in types):
+        return None
+    tables = [None if one.rotary is None else rotary_angles(positions, one.rotary) for one in types]
+    like = next(table[0] for table in tables if table is not None)
+    still = jnp.ones_like(like), jnp.zeros_like(like)
+    cos, sin = zip(*(table or still for table in tables), strict=True)
+    return jnp.stack(cos), jnp.stack(sin)
+
+
+def segment_mask(segment_ids: Array, *, causal: bool, window: int | None = None) -> Array:
+    """Which key each query sees: those of its own segment, for `causal` none after it, with a `window` none so many tokens away.
+
+    Args:
+        segment_ids: (rows, length) int32; 0 is padding.
+
+    Returns:
+        (rows, 1, length, length) bool. Padding sees padding, so that no row of the softmax is empty.
+    """
+    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+    place = jnp.arange(segment_ids.shape[1])
+    distance = place[:, None] - place[None, :]
+    if causal:
+        mask &= distance >= 0
+    if window is not None:
+        mask &= abs(distance) < window
+    return mask[:, None]
+
+
+class Attention(nnx.Module):
+    """Multi-head (or grouped-query) attention."""
+
+    def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
+        inner, kv_inner = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+        shared = {"bias": cfg.qkv_bias, "dtype": cfg.dtype, "rngs": rngs}
+        if cfg.qkv == "separate":
+            self.q_proj = linear(cfg.width, inner, ("embed", "heads"), **shared)
+            self.k_proj = linear(cfg.width, kv_inner, ("embed", "kv_heads"), **shared)
+            self.v_proj = linear(cfg.width, kv_inner, ("embed", "kv_heads"), **shared)
+        else:
+            self.qkv_proj = linear(cfg.width, inner + 2 * kv_inner, ("embed", "heads"), **shared)
+        self.o_proj = linear(inner, cfg.width, ("heads", "embed"), bias=cfg.out_bias, dtype=cfg.dtype, rngs=rngs)
+        if cfg.relative is not None and not cfg.relative.shared:
+            if cfg.relative.c2p:
+                self.pos_k_proj = linear(cfg.width, inner, ("embed", "heads"), **shared)
+            if cfg.relative.p2c:
+                self.pos_q_proj = linear(cfg.width, inner, ("embed", "heads"), **shared)
+        if cfg.qk_norm is not None:
+            whole = cfg.qk_norm == "whole"
+            self.q_norm = norm_of(cfg, inner if whole else cfg.head_dim, rngs=rngs)
+            self.k_norm = norm_of(cfg, kv_inner if whole else cfg.head_dim, rngs=rngs)
+        self.config = nnx.static(cfg)
+
+    def __call__(self, x: Array, context: Context, layer: Array | int, rows: Rows | None, memory: Memory | None = None) -> Array:
+        """(rows, length, width) -> the same, or (n, width) at the positions `rows`."""
+        mask, rotary = context.of_layer(layer)
+        q, k, v = self.heads(x)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if memory is not None:
+            k, v = memory.add(k, v)
+        mixed = self.mix(q, k, v, mask, context, layer)
+        return project(self.o_proj, take_positions(mixed, None if rows is None else rows.index), rows=rows)
+
+    def heads(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries (rows, length, heads, head_dim), keys and values (rows, length, kv_heads, head_dim), before rotation."""
+        cfg = self.config
+        rows, length, _ = x.shape
+        q, k, v = self._projected(x)
+        if cfg.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (p.reshape(rows, length, -1, cfg.head_dim) for p in (q, k, v))
+        if cfg.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def _projected(self, x: Array) -> tuple[Array, Array, Array]:
+        cfg = self.config
+        if cfg.qkv == "separate":
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        joined = self.qkv_proj(x)
+        if cfg.qkv == "per_head":
+            by_head = joined.reshape(*x.shape[:2], cfg.heads, 3, cfg.head_dim)
+            q, k, v = (by_head[..., i, :].reshape(*x.shape[:2], -1) for i in range(3))
+        else:
+            inner = cfg.heads * cfg.head_dim
+            q, k, v = jnp.split(joined, (inner, inner + cfg.kv_heads * cfg.head_dim), axis=-1)
+        return q, k, v
+
+    def relative(self, q: Array, k: Array, context: Context, layer: Array | int) -> Array:
+        """Scores from relative positions, (rows, heads, queries, keys) float32: arXiv:2006.03654, eq. 4, without the scale.
+
+        Args:
+            q, k: (rows, length, heads, head_dim).
+        """
+        cfg = self.config
+        of = cfg.relative
+        assert of is not None and context.relative is not None
+        table = context.drop(context.relative, layer, 4)
+        rows = of.rows(q.shape[1])
+
+        def scores(tokens: Array, project: Callable[[Array], Array], keys_first: bool) -> Array:
+            # (1, distances, heads, head_dim); as many as there are rows where each row of the batch has its own adapter
+            positions = project(table)[:, rows].reshape(-1, len(rows), cfg.heads, cfg.head_dim)
+            met = jnp.matmul(tokens.transpose(0, 2, 1, 3), positions.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+            return of_pairs(met, keys_first=keys_first)
+
+        found = []
+        if of.c2p:
+            found.append(scores(q, self.k_proj if of.shared else self.pos_k_proj, False))
+        if of.p2c:
+            found.append(scores(k, self.q_proj if of.shared else self.pos_q_proj, True))
+        return sum(found[1:], found[0])
+
+    def mix(self, q: Array, k: Array, v: Array, mask: Array, context: Context, layer: Array | int) -> Array:
+        """softmax(scale * (q k^T + relative)) v: the values each query asks for, (rows, queries, heads * head_dim).
+
+        Args:
+            q: (rows, queries, heads, head_dim).
+            k, v: (rows, keys, kv_heads, head_dim).
+            mask: (rows, 1, queries, keys) bool.
+        """
+        cfg = self.config
+        rows, length, _, head_dim = q.shape
+        grouped = q.reshape(rows, length, k.shape[2], -1, head_dim)  # query heads by the key head they share
+        scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, k, preferred_element_type=jnp.float32)
+        if context.relative is not None:
+            scores = scores + self.relative(q, k, context, layer).reshape(scores.shape)
+        scores = scores * cfg.scale
+        if cfg.softcap is not None:
+            scores = cfg.softcap * jnp.tanh(scores / cfg.softcap)
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        shares = context.drop(jax.nn.softmax(scores, axis=-1).astype(q.dtype), layer, 0)
+        return jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)
 
 
 class Block(nnx.Module):

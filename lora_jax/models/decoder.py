@@ -10,11 +10,9 @@ from flax import nnx
 
 from ..parallel.constraints import gathered, take_positions
 from ..weights.provenance import Origin
-from .attention import Context, make_context
-from .block import Block
+from .block import Block, Context, make_context
 from .cache import Cache, slots_for
-from .head_shape import HeadShape
-from .layers import AXES, Array, BlockConfig, LayerType, embedding, linear, norm_of, row_layout
+from .layers import AXES, Array, BlockConfig, HeadShape, LayerType, embedding, linear, norm_of, row_layout
 from .stack import Stack
 
 

@@ -20,8 +20,7 @@ from ..errors import InputError, hint
 from ..parallel.constraints import by_rows, row_groups, take_positions
 from .decoder import Decoder
 from .encoder import Encoder
-from .head_shape import HEAD_MODULES, HEADS, HeadShape, head_shape
-from .layers import Array, Rows, activation, dropout, linear, norm, project
+from .layers import HEAD_MODULES, HEADS, Array, HeadShape, Rows, activation, dropout, head_shape, linear, norm, project
 
 # Logits of positions that are no part of a text: finite, so that no gradient is NaN.
 NOWHERE = float(jnp.finfo(jnp.float32).min)

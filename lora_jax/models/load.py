@@ -1,4 +1,4 @@
-"""Loading: a checkpoint's tensors, one at a time, into the stacked parameters of a model, wherever a mesh wants them."""
+"""Loading and saving: a checkpoint's tensors to the stacked parameters of a model, and back, through one table of names."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..errors import InputError
 from ..parallel.mesh import parameter_sharding
 from ..weights.load import open_checkpoint
 from ..weights.provenance import Origin
+from ..weights.safetensors import Tensor
 from .decoder import Decoder
 from .encoder import Encoder
 from .families import find_family, gguf_architectures
 from .families.base import HEAD_CLASSES, Family, Head, Weight
-from .head_shape import HeadShape
 from .heads import Classifier, add_head, check_head
-from .layers import AXES
+from .layers import AXES, HeadShape
 from .transforms.base import Base, TransformContext, apply_transforms
 
 
@@ -37,7 +37,7 @@ class BaseFiles:
         scan_layers: one loop over the layers; otherwise each is compiled by itself (`Stack.scan`).
         dropout: rate of the model's own dropout while training: on the embeddings, attention's weights and each sub-layer's output.
         key: what to call the source in error messages.
-        head: the kind of trained head to load with it (`models/head_shape.py`), if any.
+        head: the kind of trained head to load with it (`models/layers.py`), if any.
         transforms: sections of what is done to the base once it is loaded (`models/transforms/`), in this order.
 
     Attributes:
@@ -270,3 +270,47 @@ def aliases(table: dict[str, Weight]) -> tuple[tuple[str, str], ...]:
     """Module path -> Hugging Face module path, from the parameters' names."""
     pairs = {path.rpartition(".")[0]: w.parameter.removesuffix(".weight") for path, w in table.items() if not path.endswith(".bias")}
     return tuple(sorted(pairs.items()))
+
+
+def base_tensors(base: Base, dtypes: Mapping[str, np.dtype] | None = None) -> dict[str, Tensor]:
+    """Every parameter of a plain base under its Hugging Face name and in its layout, without any prefix.
+
+    What `load_model` reads and this writes back has the same bits, as far as the model's dtype holds them.
+
+    Args:
+        base: from `load_model`, or one merged from it (`adapters.merge.merged_base`).
+        dtypes: our parameter path -> the dtype it is written in (`BaseFiles.stored_dtypes`); the model's own by default.
+
+    Raises:
+        ValueError: the model was not loaded from a checkpoint: nothing says what its parameters are called.
+    """
+    if base.origin is None:
+        raise ValueError("the model was not loaded from a checkpoint")
+    tensors = {}
+    for path, weight in find_family(base.origin.config, base.origin.source).weights(base.config).items():
+        variable = _parameter(base, path)
+        dtype = (dtypes or {}).get(path, np.dtype(variable.dtype))
+        for at, piece, name in weight.tensors(variable.shape):
+            tensors[name] = _tensor(variable, weight, at, piece).cast(dtype)
+    return tensors
+
+
+def _parameter(base: nnx.Module, path: str) -> nnx.Variable:
+    found: Any = base
+    for part in path.split("."):
+        # Each of a stack's segments shares the weights of all layers; where an update is merged, the last one holds it.
+        found = found.segments[-1].block if hasattr(found, "segments") else found
+        found = getattr(found, part)
+    return found
+
+
+def _tensor(variable: nnx.Variable, weight: Weight, at: tuple[int, ...], piece: int) -> Tensor:
+    inner, pieces = tuple(variable.shape[len(at) :]), 1 + len(weight.joined)
+    shape = (*inner[:-1], inner[-1] // pieces)
+
+    def read() -> np.ndarray:
+        array = np.asarray(variable[at] if at else variable[...])
+        array = np.split(array, pieces, axis=-1)[piece] if pieces > 1 else array
+        return np.ascontiguousarray(array.transpose(weight.oriented(range(array.ndim))))
+
+    return Tensor(weight.oriented(shape), np.dtype(variable.dtype), read)

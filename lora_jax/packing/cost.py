@@ -25,7 +25,7 @@ from ..adapters.inject import inject_layout
 from ..adapters.layout import Layout, ResolvedAdapter
 from ..adapters.partition import Partition, member_shardings, partition, trainable_spec, update_mask
 from ..config.schema import Config
-from ..parallel.batches import place_batch, row_sharding
+from ..parallel.constraints import place_batch, row_sharding
 from ..parallel.mesh import parameter_sharding
 from ..parallel.program import Program, program_bytes
 from ..tasks.base import objective_of

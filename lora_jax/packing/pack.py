@@ -12,9 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ..adapters.inject import inject_layout
+from ..adapters.inject import draw_head, fill_member, inject_layout
 from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
-from ..adapters.members import draw_head, fill_member
 from ..adapters.partition import Arrays, Partition, member_shardings, partition, stack_members, update_mask
 from ..config.schema import Config
 from ..errors import RunError

@@ -1,10 +1,20 @@
-"""The plan: members cut into packs, each of which is one compiled program, by what they cost and what fits in memory."""
+"""The plan: members cut into packs, each of which is one compiled program, by what they cost and what fits in memory.
+
+In a pack each member computes with the largest rank at each site, at the sites of all members, and differentiates down to the lowest
+layer that any of them adapts. Beside the base's own arithmetic more ranks are cheap and more layers are not. A site costs more than
+its ranks, since its inputs and outputs are read and written for any rank. All of it is counted in FLOPs of the whole step.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import jax
+import numpy as np
+
+from ..adapters.sites import find_sites
 from ..config.schema import Config
 from ..config.types import size_text
 from ..errors import InputError
@@ -14,7 +24,150 @@ from ..tracking import RunDirectory, RunState
 from ..training.setup import Setup, check_adapters, setup_key
 from .cost import PackShapes
 from .pack import Member, ProgramKey, program_key, static_key
-from .padding import Weights, cut_by_weight, cut_evenly
+
+# Arithmetic that could have been done while one more program is compiled (about 5 s on two CPU cores, 15 s on an accelerator): padding
+# is weighed against it. Fixed numbers, so that the same members are cut alike wherever they are planned.
+_COMPILING = {"cpu": 5e11}
+_COMPILING_ELSEWHERE = 1e15
+
+# What a site takes whatever its rank, in ranks: its inputs and outputs are read and written some six times in a step, and meanwhile
+# two CPU cores could do 12 FLOPs a byte. MiniLM's steps with and without further sites, ranks 8 and 32, come to 25 to 68.
+_SITE_RANKS = 40.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What members cost in one optimizer step, alone or in a pack, in FLOPs or the time of as many.
+
+    Attributes:
+        base: (depth + 1,) what a member computes beside its factors, by its lowest adapted layer (`depth`: none is).
+        sites: (sites,) for each rank of a site, in one layer.
+        stacked: (sites,) whether a site's factors stand in the stack's layers.
+        ranks: (members, sites), 0 where a member does not adapt a site.
+        firsts: (members,) lowest adapted layer; `depth` without one.
+        site: what a site costs beside its ranks, in ranks.
+    """
+
+    base: np.ndarray
+    sites: np.ndarray
+    stacked: np.ndarray
+    ranks: np.ndarray
+    firsts: np.ndarray
+    site: float = 0.0
+
+    @classmethod
+    def of(cls, setup: Setup, configs: Sequence[Config]) -> Weights | None:
+        """Of members of one set-up, alike in what is static; None where all adapt the same, so that there is nothing to weigh."""
+        members = [setup.spec(c) for c in configs]
+        needs = [m.needs for m in members]
+        if all(n == needs[0] for n in needs):
+            return None
+        sites = [s for s in find_sites(setup.model) if any(s.name in n for n in needs)]
+        depths = {s.depth for s in sites if s.depth is not None}
+        depth = max(depths, default=1)
+        ranks = np.array([[n[s.name][1] if s.name in n else 0 for s in sites] for n in needs])
+        below = np.array([s.stack is None and s.kind == "embedding" for s in sites])  # its gradient comes down through all layers
+        lowest = [[n[s.name][0] if s.stack is not None else depth for s in sites if s.name in n] for n in needs]
+        firsts = np.where((ranks[:, below] > 0).any(1), 0, np.array([min(row, default=depth) for row in lowest]))
+        # Backward twice as much as forward: of LoRA x A, its product with B, and the gradients of x, A and B.
+        tokens, method = setup.plan.batch(0)["tokens"].size, members[0].method
+        slopes = np.array([3.0 * tokens * method.cost(s, 1) for s in sites])
+        stacked = np.array([s.stack is not None for s in sites])
+        free = cls(np.zeros(depth + 1), slopes, stacked, ranks, firsts)
+        # All layers cost the same but the top one, which goes on where the labels are alone: three points of the line say it.
+        distinct = np.unique(firsts)
+        traced: dict[int, float] = {}
+        for first in np.unique([distinct[0], *distinct[-2:]]):
+            one = int(np.flatnonzero(firsts == first)[0])
+            traced[int(first)] = PackShapes(setup, [configs[one]]).member_flops - float(free.alone[one])
+        base = np.interp(np.arange(depth + 1), list(traced), list(traced.values()))
+        return dataclasses.replace(free, base=base, site=_SITE_RANKS)
+
+    @property
+    def alone(self) -> np.ndarray:
+        """(members,): of each by itself."""
+        return self._cost(self.ranks, self.firsts)
+
+    def packed(self, members: np.ndarray) -> np.ndarray:
+        """For each beginning of a list of members, what one member costs in a pack of them: (len(members),)."""
+        return self._cost(np.maximum.accumulate(self.ranks[members]), np.minimum.accumulate(self.firsts[members]))
+
+    def padding(self, members: Sequence[int]) -> float:
+        """The fraction of a pack's time that is padding."""
+        return 1 - float(self.alone[list(members)].sum() / (len(members) * self.packed(np.array(members))[-1]))
+
+    def _cost(self, ranks: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+        layers = np.where(self.stacked, (len(self.base) - 1 - firsts)[:, None], 1)
+        return self.base[firsts] + (np.where(ranks > 0, ranks + self.site, 0) * layers * self.sites).sum(1)
+
+    def orders(self) -> list[np.ndarray]:
+        """Orders in which like members are neighbours: by lowest layer and cost, and by their sites, after or before the layer."""
+        alone, firsts = self.alone, -self.firsts
+        _, found = np.unique(self.ranks > 0, axis=0, return_inverse=True)
+        sites = found.reshape(-1)  # which set of them a member has; those that cost alike are neighbours
+        cost = (np.bincount(sites, alone) / np.bincount(sites))[sites]
+        return [np.lexsort(keys) for keys in ((alone, firsts), (alone, sites, cost, firsts), (alone, firsts, sites, cost))]
+
+
+def cut_evenly(count: int, largest: int) -> list[list[int]]:
+    """0 to `count` - 1 in as few runs of at most `largest` as there must be, nearly equal.
+
+    >>> cut_evenly(5, 3)
+    [[0, 1], [2, 3, 4]]
+    """
+    packs = -(-count // largest)
+    cuts = [round(i * count / packs) for i in range(packs + 1)]
+    return [list(range(a, b)) for a, b in itertools.pairwise(cuts)]
+
+
+def cut_by_weight(weights: Weights, largest: int, *, most_padding: float, steps: int, platform: str | None = None) -> list[list[int]]:
+    """Members in as few packs as keep padding below a fraction of each pack's time, and with the least arithmetic of those.
+
+    Members are sorted by their lowest layer, the highest first, and by what they cost, and cut into runs; or by the sites they adapt
+    too, where that comes to less. Equal ones keep their order.
+
+    Args:
+        weights: the members'.
+        largest: most members in a pack.
+        most_padding: the fraction, of the pack's arithmetic over all steps and the compilation of one program.
+        steps: optimizer steps.
+        platform: of the devices; by default JAX's.
+
+    Returns:
+        indices of the members; packs, and members within them, in the order they had.
+    """
+    compiling = _COMPILING.get(platform or jax.default_backend(), _COMPILING_ELSEWHERE)
+    found = [_cut_order(weights, order, largest, most_padding, steps, compiling) for order in weights.orders()]
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _cut_order(
+    weights: Weights, order: np.ndarray, largest: int, most_padding: float, steps: int, compiling: float
+) -> tuple[tuple[int, float], list[list[int]]]:
+    """The best cut of members in an order: how many packs and FLOPs, and the packs."""
+    before = np.concatenate([[0.0], np.cumsum(weights.alone[order])])
+    # best[j]: of the first j members, (packs, FLOPs, sum of squared sizes), and where the last pack begins.
+    best: list[tuple[int, float, int]] = [(0, 0.0, 0)]
+    begins = [0]
+    for stop in range(1, len(order) + 1):
+        start = max(0, stop - largest)
+        each = weights.packed(order[start:stop][::-1])  # of the packs that end here, the smallest first
+        sizes = np.arange(1, stop - start + 1)
+        totals = sizes * each
+        waste = totals - (before[stop] - before[stop - sizes])
+        allowed = steps * waste <= most_padding * (steps * totals + compiling) + 1e-6 * steps * totals
+        allowed[0] = True
+        found = min(
+            (best[stop - k][0] + 1, best[stop - k][1] + float(totals[k - 1]), best[stop - k][2] + k * k, stop - k)
+            for k in sizes[allowed].tolist()
+        )
+        best.append(found[:3])
+        begins.append(found[3])
+    packs, stop = [], len(order)
+    while stop:
+        packs.append(sorted(int(i) for i in order[begins[stop] : stop]))
+        stop = begins[stop]
+    return best[-1][:2], sorted(packs)
 
 
 @dataclasses.dataclass(frozen=True)

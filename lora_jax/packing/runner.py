@@ -16,13 +16,12 @@ from pathlib import Path
 
 from ..config.schema import Config
 from ..errors import InputError, OutOfMemory, Stopped, is_out_of_memory
-from ..parallel.processes import is_writer, process_count
+from ..parallel.processes import StopSignals, is_writer, process_count
 from ..tracking import Progress, RunDirectory
 from ..tracking.state import Split
 from ..training.checkpoint import PackCheckpoints, Saved
 from ..training.loop import Outcome, StepTrace, train_pack
 from ..training.setup import Setup
-from ..training.signals import StopSignals
 from ..training.trunk import Prefix
 from ..training.trunk_cache import FOLDER, keep_prefix
 from .choice import PackModes, check_fits

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from ..config.sweep import HalvingConfig
+from ..config.schema import HalvingConfig
 from ..errors import InputError, RunError, hint
 from ..packing.choice import PackModes
 from ..packing.execution import SCAN, configured_mode
@@ -18,13 +18,12 @@ from ..packing.pack import Member, Pack, Source, repack
 from ..packing.planner import PackPlan, Planner, keep_plan, packs_of_names, planned
 from ..packing.recorder import record_failure
 from ..packing.runner import PackRun, Splits, Trained, train_split
-from ..parallel.processes import is_writer
+from ..parallel.processes import StopSignals, is_writer
 from ..tasks.evaluators import EVALUATORS
 from ..tracking import Progress, RunDirectory
 from ..tracking.state import STATE, Rungs
 from ..training.checkpoint import Saved
 from ..training.setup import Preparer
-from ..training.signals import StopSignals
 
 
 def rung_steps(halving: HalvingConfig, total: int) -> list[int]:

@@ -16,8 +16,7 @@ from ..errors import InputError, hint
 from ..packing.cost import PackMemory, PackShapes, matmul_rate
 from ..packing.execution import compile_cache
 from ..packing.pack import Member, program_key
-from ..packing.padding import Weights
-from ..packing.planner import PackPlan, Part, Planner, packs_of_names, planned
+from ..packing.planner import PackPlan, Part, Planner, Weights, packs_of_names, planned
 from ..packing.runner import Splits
 from ..parallel.program import memory_limit
 from ..tracking import RunDirectory, holds_run

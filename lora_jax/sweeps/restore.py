@@ -11,9 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
-from ..adapters.inject import inject_layout, remember
+from ..adapters.inject import fill_member, inject_layout, remember
 from ..adapters.layout import resolve, unite
-from ..adapters.members import fill_member
 from ..adapters.partition import partition
 from ..config.load import load_config
 from ..errors import InputError, hint

@@ -6,10 +6,11 @@ import dataclasses
 import errno
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..config.load import dump_config
+from ..config.load import dump_config, load_config, with_values
 from ..config.schema import Config
 from ..errors import InputError, RunError
 from ..packing.choice import PackModes
@@ -18,11 +19,10 @@ from ..packing.pack import Member
 from ..packing.planner import PackPlan, Part, Planner, alike, keep_plan
 from ..packing.recorder import record_failure
 from ..packing.runner import PackRun, Splits, train_split
-from ..parallel.processes import is_writer, writer_first, writer_says
+from ..parallel.processes import StopSignals, is_writer, writer_first, writer_says
 from ..tracking import MemberResult, Progress, RunDirectory, holds_run
 from ..tracking.state import STATE
 from ..training.setup import Preparer, Setup, check_adapters
-from ..training.signals import StopSignals
 from .halving import Halving
 from .plan import SweepPlan, largest_pack, plan_sweep, reopen, take_over_names
 from .space import members_of
@@ -229,3 +229,38 @@ def failures_message(results: Sequence[MemberResult]) -> str | None:
     lines = [f"  {r.name}: {r.error}" for r in failed[:6]] + ([f"  ... and {len(failed) - 6} more"] if len(failed) > 6 else [])
     count = f"{len(failed)} member{'s' * (len(failed) > 1)} failed (error.txt in each folder has the traceback):"
     return "\n".join([count, *lines, f"The same command with --retry NAME tries one again: --retry '{failed[0].name}', or --retry '*'."])
+
+
+def fit(config: Config | str, *, fresh: bool = False, **values: Any) -> MemberResult:
+    """Trains one adapter and returns its result. Everything else is in the run directory.
+
+    Args:
+        config: a `Config`, or the path of a YAML file.
+        fresh: rename an old run directory of this name instead of resuming it.
+        values: config keys with `__` for the dot: `adapter__rank=4`.
+    """
+    loaded = _loaded(config, {k.replace("__", "."): v for k, v in values.items()})
+    return run_sweep(loaded.model_copy(update={"sweep": None}), fresh=fresh, progress=Progress()).results[0]
+
+
+def sweep(
+    config: Config | str, grid: Mapping[str, Sequence[Any]] | None = None, *, solo: bool = False, fresh: bool = False
+) -> SweepOutcome:
+    """Trains all members of a sweep, in packs.
+
+    Args:
+        config: a `Config`, or the path of a YAML file.
+        grid: dotted config key -> values; replaces the config's `sweep.grid`.
+        solo: train each member alone.
+        fresh: rename an old run directory of this name instead of resuming it.
+    """
+    loaded = _loaded(config, {} if grid is None else {"sweep": {"grid": {k: list(v) for k, v in grid.items()}}})
+    return run_sweep(loaded, solo=solo, fresh=fresh, progress=Progress())
+
+
+def _loaded(config: Config | str, values: Mapping[str, Any]) -> Config:
+    loaded = load_config(config) if isinstance(config, str) else config
+    if "sweep" in values:
+        loaded = Config.model_validate(loaded.model_dump() | {"sweep": values["sweep"]})
+        values = {k: v for k, v in values.items() if k != "sweep"}
+    return with_values(loaded, values, where="fit") if values else loaded

@@ -16,8 +16,7 @@ import numpy as np
 
 from ..config.load import with_values
 from ..config.messages import leaf_schema, valid_keys
-from ..config.schema import Config
-from ..config.sweep import Distribution, RandomConfig
+from ..config.schema import Config, Distribution, RandomConfig
 from ..config.where import Where
 from ..errors import InputError, hint
 from ..packing.pack import Member

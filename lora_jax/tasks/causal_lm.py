@@ -11,12 +11,11 @@ from pydantic import Field, model_validator
 
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
-from ..data.examples import NO_TARGET, Example
+from ..data.batching import NO_TARGET, Example
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.heads import LanguageModel
-from .base import Base, Columns, Encoded, Rows, Task, TaskMetrics
-from .prepare import plain_ids, start_ids
+from .base import Base, Columns, Encoded, Rows, Task, TaskMetrics, plain_ids, start_ids
 
 
 class CausalLMConfig(TaskConfig):

@@ -9,12 +9,11 @@ from flax import nnx
 from pydantic import Field, model_validator
 
 from ..config.doors import TASKS
-from ..data.examples import NO_TARGET, Example
+from ..data.batching import NO_TARGET, Example
 from ..errors import InputError, hint
 from ..models.decoder import Decoder
 from ..models.heads import LabelWordClassifier, LanguageModel, add_head
-from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
-from .prepare import encoder_ids, plain_ids, start_ids
+from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics, encoder_ids, plain_ids, start_ids
 
 
 class LabelledConfig(HeadTaskConfig):

@@ -17,12 +17,11 @@ from pydantic import Field
 
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
-from ..data.examples import Example
+from ..data.batching import Example
 from ..errors import InputError
 from ..models.heads import HiddenStates, TaskModel
-from .base import Base, Columns, Encoded, Rows, Shared, Task, TaskMetrics
+from .base import Base, Columns, Encoded, Rows, Shared, Task, TaskMetrics, encoder_ids, plain_ids, start_ids
 from .objectives import OBJECTIVES, summed_squared_error
-from .prepare import encoder_ids, plain_ids, start_ids
 
 # The array of a batch that holds the teacher's states, (targets, width).
 TEACHER_STATES = "teacher_states"

@@ -1,7 +1,7 @@
 """Metrics: how each is computed, how it is written, and whether larger is better. This is the one place that says so.
 
 A metric comes from the mean loss and the fraction of right predictions (`from_means`), from what a model answered at each target
-(`from_answers`), or from the task's own scorer (`data/examples.py`), which knows more of the rows; an evaluator then says the rest.
+(`from_answers`), or from the task's own scorer (`data/batching.py`), which knows more of the rows; an evaluator then says the rest.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from ..config.doors import TASKS
 from ..config.types import NonNegativeInt, PositiveInt
-from ..data.examples import NO_TARGET, Example, Scorer
+from ..data.batching import NO_TARGET, Example, Scorer
 from ..errors import InputError
 from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
 

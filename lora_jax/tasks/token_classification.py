@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from ..config.doors import TASKS
-from ..data.examples import NO_TARGET, Example, Scorer
+from ..data.batching import NO_TARGET, Example, Scorer
 from ..errors import InputError
 from .base import Columns, Encoded, Rows, TaskMetrics
 from .classification import Labelled, LabelledConfig

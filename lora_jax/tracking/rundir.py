@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import itertools
+import os
+import platform
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +21,62 @@ import yaml
 
 from ..config.load import config_of, dump_config
 from ..errors import InputError
-from . import lock
-from .environment import describe_environment
+from . import files as lock
 from .files import read_json, write_atomic, write_json
 from .results import MemberResult, read_run, write_results_csv
 from .state import RunState, read_state, update_state
+
+PACKAGES = (
+    "lora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors", "tokenizers", "transformers", "tensorboardX",
+)  # fmt: skip
+
+
+def describe_environment(devices: Sequence[Any] | None = None, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Describes this process's software and hardware as plain JSON values.
+
+    Args:
+        devices: JAX devices (anything with `platform` and `device_kind`); by default `jax.devices()`, which starts the backend.
+        argv: The command line; by default this process's. Of its first word only the file name is kept.
+    """
+    if devices is None:
+        import jax  # not at the top: reading results needs no JAX
+
+        devices = jax.devices()
+    argv = list(sys.argv if argv is None else argv)
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(argv[0]).name, *argv[1:]] if argv else [],
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "backend": devices[0].platform if devices else None,
+        "devices": {"kind": devices[0].device_kind if devices else None, "count": len(devices)},
+        "packages": _versions(),
+        "git": _git(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the working folder's repository and whether tracked files differ from it; None outside of one."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
 
 # What lies in a run directory, beside a folder for each member (TensorBoard events, `results.json`, adapters).
 LAYOUT = {

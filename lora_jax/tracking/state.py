@@ -13,8 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import InputError
-from .files import read_json, write_json
-from .lock import turn
+from .files import read_json, turn, write_json
 
 STATE = "state.json"
 

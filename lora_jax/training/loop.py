@@ -17,7 +17,7 @@ import numpy as np
 
 from ..adapters.partition import Arrays, Partition
 from ..config.schema import Config
-from ..data.examples import Examples
+from ..data.batching import Examples
 from ..errors import RunError, Stopped
 from ..parallel.mesh import to_host
 from ..tasks.evaluators import EVALUATORS, Evaluator

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ..adapters.labels import FROZEN, TRAINABLE
+from ..adapters.methods.base import FROZEN, TRAINABLE
 from ..config.schema import Config
 
 SCHEDULES = ("linear", "cosine", "constant")

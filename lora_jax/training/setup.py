@@ -23,11 +23,10 @@ from ..models.encoder import Encoder
 from ..models.heads import Classifier
 from ..models.layers import AXES
 from ..models.load import BaseFiles
-from ..parallel.batches import place_batch, row_sharding, targets_by_rows
+from ..parallel.constraints import place_batch, row_sharding, targets_by_rows
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from ..parallel.program import Program, compiler_options, release_freed_memory
-from ..tasks.base import Shared, TaskData, TaskMetrics, task_of
-from ..tasks.prepare import prepare
+from ..tasks.base import Shared, TaskData, TaskMetrics, prepare, task_of
 from ..weights.provenance import fingerprint
 from ..weights.tokenizer import load_tokenizer
 from .step import Batch

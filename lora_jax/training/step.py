@@ -10,7 +10,7 @@ import optax
 
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..models.heads import TaskModel
-from ..parallel.batches import in_order, targets_by_rows
+from ..parallel.constraints import in_order, targets_by_rows
 from ..tasks.objectives import Objective
 from .optimizer import Hyper, learning_rate, make_optimizer
 

@@ -23,11 +23,10 @@ import numpy as np
 import lora_jax.models
 
 from ..config.schema import TrainingConfig
-from ..parallel.batches import place_batch
+from ..parallel.constraints import place_batch
 from ..parallel.mesh import to_host
 from .setup import Setup
-from .trunk import Prefix
-from .trunk_store import PrefixFiles, PrefixStore, file_size
+from .trunk import Prefix, PrefixFiles, PrefixStore, file_size
 
 # Its folder, below `tracking.dir`: the runs there share it.
 FOLDER = ".prefix-cache"

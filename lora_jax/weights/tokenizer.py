@@ -17,9 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ..errors import InputError, hint
 from .checkpoint import read_json
-from .gguf_header import GGUFHeader, read_gguf_header
-from .load import HUB_FILES, weights_file
-from .locations import resolve
+from .gguf import GGUFHeader, read_gguf_header
+from .load import HUB_FILES, resolve, weights_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

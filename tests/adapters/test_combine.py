@@ -9,7 +9,7 @@ import pytest
 
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.combine import METHODS, Combination, best_product, factors_of, prune_random, prune_small
-from lora_jax.adapters.members import random_of
+from lora_jax.adapters.inject import random_of
 from lora_jax.adapters.partition import partition
 from lora_jax.errors import InputError
 from tests import tiny

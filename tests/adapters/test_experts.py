@@ -8,8 +8,7 @@ import pytest
 
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.describe import describe
-from lora_jax.adapters.inject import inject
-from lora_jax.adapters.members import site_modules
+from lora_jax.adapters.inject import inject, site_modules
 from lora_jax.adapters.sites import find_sites
 from lora_jax.config.schema import AdapterConfig
 from lora_jax.errors import InputError

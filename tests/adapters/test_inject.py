@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.adapters.inject import LABEL, inject
-from lora_jax.adapters.members import site_modules
+from lora_jax.adapters.inject import LABEL, inject, site_modules
 from lora_jax.adapters.methods.base import AdapterParam
 from lora_jax.adapters.partition import partition
 from lora_jax.errors import InputError

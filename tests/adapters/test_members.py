@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.adapters.inject import inject_layout
+from lora_jax.adapters.inject import draw_head, fill_member, inject_layout, site_modules
 from lora_jax.adapters.layout import resolve, unite
-from lora_jax.adapters.members import draw_head, fill_member, site_modules
 from lora_jax.adapters.partition import partition
 from lora_jax.config.schema import AdapterConfig
 from tests import tiny

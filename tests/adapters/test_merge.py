@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.adapters.members import site_modules
+from lora_jax.adapters.inject import site_modules
 from lora_jax.adapters.merge import Merged, merge, merged_base, unmerge
 from lora_jax.adapters.partition import partition
 from lora_jax.adapters.sites import SiteModule

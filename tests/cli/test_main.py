@@ -14,7 +14,7 @@ from lora_jax.cli import main as cli
 from lora_jax.config.load import load_config
 from lora_jax.config.schema import Config
 from lora_jax.errors import InputError, RunError, Stopped
-from lora_jax.interop.base import ExportOptions
+from lora_jax.interop.export import ExportOptions
 from lora_jax.parallel.processes import Joining
 
 

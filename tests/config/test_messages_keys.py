@@ -3,7 +3,7 @@
 import pytest
 
 from lora_jax.config import schema
-from lora_jax.config import sweep as sweep_schema
+from lora_jax.config import schema as sweep_schema
 from lora_jax.config.doors import METHODS, TASKS, OneOf
 from lora_jax.config.messages import config_schema, leaf_schema, near_keys, section_keys, split_key, valid_keys, why_not_swept
 from lora_jax.errors import InputError

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lora_jax.models.cache import Cache, slots_for
 from lora_jax.models.layers import LayerType
-from lora_jax.models.rotary import Rotary
+from lora_jax.models.positions import Rotary
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

@@ -16,7 +16,7 @@ from lora_jax.generation.decoding import Decoding, DecodingParams
 from lora_jax.generation.generate import Generator, left_padded
 from lora_jax.generation.sampling import Sampling, choose, row_seeds
 from lora_jax.models.layers import LayerType
-from lora_jax.models.rotary import Rotary
+from lora_jax.models.positions import Rotary
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

@@ -18,10 +18,9 @@ from lora_jax.generation import decoding
 from lora_jax.generation.decoding import LENGTHS, DecodingParams, padded_length
 from lora_jax.generation.generate import Generator, left_padded
 from lora_jax.generation.sampling import Sampling, row_seeds
-from lora_jax.models.head_shape import HeadShape
 from lora_jax.models.heads import Classifier
-from lora_jax.models.layers import LayerType
-from lora_jax.models.rotary import Rotary
+from lora_jax.models.layers import HeadShape, LayerType
+from lora_jax.models.positions import Rotary
 from lora_jax.packing.pack import Pack
 from tests import tiny
 

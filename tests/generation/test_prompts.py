@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_jax.errors import InputError
-from lora_jax.generation.prompts import TextStream, encode_prompt
+from lora_jax.generation.generate import TextStream, encode_prompt
 from lora_jax.weights.tokenizer import load_tokenizer
 
 

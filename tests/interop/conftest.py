@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from lora_jax.weights.locations import resolve
+from lora_jax.weights.load import resolve
 from tests.interop.zoo import Zoo
 
 

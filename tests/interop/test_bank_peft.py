@@ -16,8 +16,7 @@ from peft.utils import merge_utils
 
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.combine import METHODS, prune_random
-from lora_jax.adapters.inject import inject
-from lora_jax.adapters.members import random_of, site_modules
+from lora_jax.adapters.inject import inject, random_of, site_modules
 from lora_jax.config.schema import AdapterConfig
 from tests import tiny
 

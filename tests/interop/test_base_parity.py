@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lora_jax.models.load import load_model
-from lora_jax.weights.locations import resolve
+from lora_jax.weights.load import resolve
 from lora_jax.weights.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.interop

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from lora_jax.errors import InputError
 from lora_jax.models.load import load_model
-from lora_jax.models.relative import Relative
+from lora_jax.models.positions import Relative
 from tests import tiny
 from tests.interop.zoo import VOCAB, ZOO
 

@@ -12,8 +12,7 @@ import pytest
 from lora_jax import InputError
 from lora_jax.adapters.partition import partition
 from lora_jax.config.doors import EXPORTERS
-from lora_jax.interop.base import ExportOptions
-from lora_jax.interop.export import export_run
+from lora_jax.interop.export import ExportOptions, export_run
 from lora_jax.sweeps.restore import restore_member, run_members
 from tests.tiny_hub import call
 
@@ -28,7 +27,7 @@ import numpy as np
 
 from lora_jax import register_exporter
 from lora_jax.adapters.partition import partition
-from lora_jax.interop.base import Exporter
+from lora_jax.interop.export import Exporter
 
 
 class NpzExporter(Exporter):

@@ -21,7 +21,7 @@ from lora_jax.config.schema import Config
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
 from lora_jax.models.load import load_model
 from lora_jax.packing.pack import Pack
-from lora_jax.weights.locations import resolve
+from lora_jax.weights.load import resolve
 from lora_jax.weights.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.interop

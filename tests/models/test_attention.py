@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax.models.attention import Context, segment_mask
+from lora_jax.models.block import Context, segment_mask
 from tests import tiny
 
 

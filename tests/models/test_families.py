@@ -11,7 +11,7 @@ from lora_jax.config.doors import FAMILIES
 from lora_jax.errors import InputError
 from lora_jax.models.families import find_family, gguf_architectures
 from lora_jax.models.layers import LayerType
-from lora_jax.models.rotary import Rotary
+from lora_jax.models.positions import Rotary
 
 SHAPE = {
     "vocab_size": 64,

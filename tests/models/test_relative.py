@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models.relative import Relative, of_pairs
+from lora_jax.models.positions import Relative, of_pairs
 
 
 def test_rows_of_a_table_without_buckets_are_the_distances_up_to_its_ends():

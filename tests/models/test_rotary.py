@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import rotary
-from lora_jax.models.rotary import Rotary
+from lora_jax.models import positions as rotary
+from lora_jax.models.positions import Rotary
 
 
 def test_rotation_is_by_position_times_frequency():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from lora_jax.config.schema import MeshConfig
-from lora_jax.models.attention import make_context
+from lora_jax.models.block import make_context
 from lora_jax.models.layers import AXES, LayerType
 from lora_jax.models.stack import REMAT_POLICIES, Stack
 from lora_jax.parallel.constraints import on_mesh

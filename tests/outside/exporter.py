@@ -1,10 +1,10 @@
 """An exporter: the trained arrays of a member as one NumPy archive."""
 
 import numpy as np
-from lora_jax.interop.base import Exporter
 
 from lora_jax import register_exporter
 from lora_jax.adapters.partition import partition
+from lora_jax.interop.export import Exporter
 
 
 class Npz(Exporter):

@@ -12,9 +12,9 @@ from lora_jax.errors import Stopped
 from lora_jax.packing import choice as pack_choice
 from lora_jax.packing import choice as pack_modes
 from lora_jax.packing.execution import SCAN
+from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import Progress
-from lora_jax.training.signals import StopSignals
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

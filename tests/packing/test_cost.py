@@ -9,7 +9,7 @@ import pytest
 from lora_jax.config.load import with_values
 from lora_jax.packing.cost import MemoryLine, PackMemory, PackShapes
 from lora_jax.packing.pack import Pack
-from lora_jax.parallel.batches import place_batch
+from lora_jax.parallel.constraints import place_batch
 from lora_jax.training.setup import set_up
 from tests import tiny
 

@@ -13,7 +13,7 @@ from lora_jax.packing import choice as pack_choice
 from lora_jax.packing.choice import Choice, choose
 from lora_jax.packing.execution import SCAN, VMAP, PackMode
 from lora_jax.packing.pack import Pack
-from lora_jax.parallel.batches import place_batch
+from lora_jax.parallel.constraints import place_batch
 from lora_jax.parallel.mesh import make_mesh, to_host
 from lora_jax.training.setup import place_model, set_up
 from tests import tiny

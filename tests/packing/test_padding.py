@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax.config.load import with_values
 from lora_jax.packing.cost import PackShapes
-from lora_jax.packing.padding import Weights, cut_by_weight, cut_evenly
+from lora_jax.packing.planner import Weights, cut_by_weight, cut_evenly
 from lora_jax.training.setup import set_up
 
 

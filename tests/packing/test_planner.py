@@ -6,8 +6,7 @@ from lora_jax.config.load import with_values
 from lora_jax.errors import InputError
 from lora_jax.packing.cost import PackShapes
 from lora_jax.packing.pack import Member
-from lora_jax.packing.padding import cut_evenly
-from lora_jax.packing.planner import PackPlan, Part, Planner, alike, keep_plan, planned
+from lora_jax.packing.planner import PackPlan, Part, Planner, alike, cut_evenly, keep_plan, planned
 from lora_jax.sweeps.plan import plan_remaining
 from lora_jax.sweeps.space import members_of
 from lora_jax.tracking import RunDirectory

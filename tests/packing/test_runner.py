@@ -14,12 +14,12 @@ from lora_jax.packing.choice import check_fits, choose, first_batch
 from lora_jax.packing.execution import VMAP, PackMode
 from lora_jax.packing.pack import Pack
 from lora_jax.packing.planner import Planner
+from lora_jax.parallel.processes import StopSignals
 from lora_jax.parallel.program import Program, program_bytes
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.sweeps.space import members_of
 from lora_jax.tracking import MemberResult
 from lora_jax.training.setup import set_up
-from lora_jax.training.signals import StopSignals
 from tests import tiny
 from tests.tiny_hub import call
 

@@ -10,11 +10,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments.fuzz_kills import bits_of_run, differing
-from lora_jax.config.sweep import HalvingConfig
+from lora_jax.config.schema import HalvingConfig
 from lora_jax.errors import InputError, Stopped
+from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.halving import rung_steps, survivors
 from lora_jax.sweeps.run import run_sweep
-from lora_jax.training.signals import StopSignals
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

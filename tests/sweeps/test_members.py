@@ -12,7 +12,7 @@ def grid(**keys):
 
 
 def config_sweep(values):
-    from lora_jax.config.sweep import SweepConfig
+    from lora_jax.config.schema import SweepConfig
 
     return SweepConfig(grid=values)
 

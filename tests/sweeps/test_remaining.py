@@ -7,12 +7,12 @@ import pytest
 from lora_jax.errors import Stopped
 from lora_jax.packing.planner import Planner
 from lora_jax.packing.runner import PackRun
+from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.plan import plan_remaining
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.sweeps.space import members_of
 from lora_jax.tracking import RunDirectory
 from lora_jax.training.setup import Preparer
-from lora_jax.training.signals import StopSignals
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

@@ -22,9 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from experiments.fuzz_kills import bits_of_run, differing
 from lora_jax.config.load import load_config
 from lora_jax.errors import InputError, Stopped
+from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import Progress
-from lora_jax.training.signals import StopSignals
 from tests import tiny
 from tests.tiny_hub import call
 

@@ -8,8 +8,7 @@ import pytest
 
 from lora_jax.errors import InputError
 from lora_jax.sweeps import restore as evaluate
-from lora_jax.sweeps.api import fit, sweep
-from lora_jax.sweeps.run import run_sweep
+from lora_jax.sweeps.run import fit, run_sweep, sweep
 from lora_jax.tracking import Progress
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lora_jax.config.load import load_config
-from lora_jax.config.sweep import SweepConfig
+from lora_jax.config.schema import SweepConfig
 from lora_jax.errors import InputError
 from lora_jax.sweeps.space import members_of, points
 from tests.tiny import config

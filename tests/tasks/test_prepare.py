@@ -10,10 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.data.examples import NO_TARGET
+from lora_jax.data.batching import NO_TARGET
 from lora_jax.errors import InputError
-from lora_jax.tasks.base import TaskData, task_section
-from lora_jax.tasks.prepare import prepare
+from lora_jax.tasks.base import TaskData, prepare, task_section
 from lora_jax.weights.tokenizer import load_tokenizer
 
 WORDS = ["<unk>", "[CLS]", "[SEP]", "<s>", "</s>", "good", "bad", "fine", "a", "b", "c", "d", "Review", "Answer", ":", *map(str, range(30))]

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.data.examples import NO_TARGET
+from lora_jax.data.batching import NO_TARGET
 from lora_jax.errors import InputError
 from lora_jax.tasks.token_classification import encode_words, pieces_of, word_scorer, words_of
 from tests.tasks.test_prepare import BERT, CLS, SEP, ids

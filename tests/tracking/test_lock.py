@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lora_jax.errors import InputError
-from lora_jax.tracking import lock
+from lora_jax.tracking import files as lock
 
 HOLD = """
 import sys

@@ -6,7 +6,7 @@ import pytest
 
 from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult, RunDirectory, member_folder, write_atomic, write_json
-from lora_jax.tracking import lock as locks
+from lora_jax.tracking import files as locks
 
 
 class Device:

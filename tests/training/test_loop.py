@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.data.examples import Examples
+from lora_jax.data.batching import Examples
 from lora_jax.tasks.base import TaskMetrics
 from lora_jax.tasks.evaluators import LOSS, perplexity
 from lora_jax.training.loop import _Best, _Clock, evaluate_pack, train_pack

@@ -13,7 +13,7 @@ from lora_jax.config.schema import MeshConfig
 from lora_jax.models import load as loading
 from lora_jax.models.heads import LanguageModel
 from lora_jax.packing.pack import Pack
-from lora_jax.parallel.batches import place_batch
+from lora_jax.parallel.constraints import place_batch
 from lora_jax.parallel.mesh import make_mesh, to_host
 from lora_jax.training.loop import train_pack
 from lora_jax.training.setup import place_model, set_up

@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax.config.schema import MeshConfig
 from lora_jax.packing.pack import Pack
-from lora_jax.parallel.batches import place_batch
+from lora_jax.parallel.constraints import place_batch
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.training.setup import place_model
 from lora_jax.training.trunk import Prefix, prefix_depth

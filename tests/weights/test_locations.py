@@ -6,8 +6,8 @@ import huggingface_hub
 import pytest
 
 from lora_jax.errors import InputError
-from lora_jax.weights import locations
-from lora_jax.weights.locations import resolve
+from lora_jax.weights import load as locations
+from lora_jax.weights.load import resolve
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from ...config.schema import AdapterConfig
-from ..labels import HEAD, Table
-from .base import Method, register_method
+from .base import HEAD, Method, Table, register_method
 
 
 class FullSection(AdapterConfig):

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from ...config.schema import AdapterConfig
 from ...models.stack import Stack
-from ..labels import FROZEN, HEAD, Table
-from .base import Method, register_method
+from .base import FROZEN, HEAD, Method, Table, register_method
 
 
 class HeadSection(AdapterConfig):

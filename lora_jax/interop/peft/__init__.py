@@ -1,3 +1,3 @@
 """PEFT's adapter files, read and written."""
 
-from . import save as save  # registers the exporter
+from . import save as save

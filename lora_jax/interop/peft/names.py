@@ -21,7 +21,7 @@ from ...models.families import find_family
 from ...models.families.base import Weight, oriented
 from ...models.heads import Classifier
 from ...models.stack import Stack
-from ..kinds import head_of
+from ..export import head_of
 
 ROOT = "base_model.model."  # what PEFT puts before every name
 PROJECTION = "lm_head"  # what transformers' modules call a decoder's projection to its vocabulary; GPT-NeoX's files say `embed_out`

@@ -18,8 +18,7 @@ import numpy as np
 from flax import nnx
 from pydantic import PrivateAttr
 
-from ...adapters.inject import LABEL, inject, recall
-from ...adapters.members import site_modules
+from ...adapters.inject import LABEL, inject, recall, site_modules
 from ...adapters.merge import strip
 from ...adapters.methods.lora import LoraSection
 from ...config.doors import EXPORTERS
@@ -29,9 +28,8 @@ from ...models.decoder import Decoder
 from ...sweeps.restore import Restored
 from ...tracking.files import new_folder
 from ...weights.safetensors import Tensor, write_safetensors
-from ..base import Exporter, ExportOptions
 from ..card import model_card, public_name, write_card
-from ..kinds import kind_of
+from ..export import Exporter, ExportOptions, kind_of
 from .config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, PeftConfig, read_peft_config, to_json
 from .lora import Factors, alpha_of, config_values, factor_keys, plain, section_of, section_of_record, to_file
 from .names import PROJECTION, ROOT, Module, Parameter, PeftNames, Renaming

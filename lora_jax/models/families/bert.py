@@ -12,7 +12,7 @@ from typing import Any
 
 from ...config.doors import FAMILIES
 from ..encoder import EncoderConfig
-from ..head_shape import HeadShape
+from ..layers import HeadShape
 from .base import Family, Head, Weight, embeddings, encoder_heads, norms, only, post_norm_block, projections, size, width_and_heads
 
 _LAYER = "encoder.layer.{i}."

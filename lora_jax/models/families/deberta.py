@@ -9,8 +9,8 @@ from typing import Any
 from ...config.doors import FAMILIES
 from ...errors import InputError
 from ..encoder import EncoderConfig
-from ..head_shape import HeadShape
-from ..relative import Relative
+from ..layers import HeadShape
+from ..positions import Relative
 from .base import (
     Family,
     Head,

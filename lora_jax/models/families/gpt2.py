@@ -1,4 +1,7 @@
-"""GPT-2: learned positions, layer norms, biases everywhere, weights stored as (in, out)."""
+"""GPT-2 (learned positions, weights stored as (in, out)) and GPT-NeoX (arXiv:2204.06745; Pythia): layer norms, biases everywhere.
+
+GPT-NeoX runs attention and MLP side by side, and rotates a part of each head.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 from ...config.doors import FAMILIES
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig, LayerType
-from .base import Family, Weight, activation, decoder_heads, embeddings, norms, only, projections, size, width_and_heads
+from .base import Family, Weight, activation, decoder_heads, embeddings, norms, only, projections, rotary, size, width_and_heads
 
 _LAYER = "transformer.h.{i}."
 _LINEARS = {
@@ -62,3 +65,50 @@ GPT2 = Family(
 )
 
 FAMILIES.register("gpt2", GPT2)
+
+
+_NEOX_LAYER = "gpt_neox.layers.{i}."
+_ATTENTION = {"layers.attn.qkv_proj": _NEOX_LAYER + "attention.query_key_value", "layers.attn.o_proj": _NEOX_LAYER + "attention.dense"}
+_MLP = {"layers.mlp.up_proj": _NEOX_LAYER + "mlp.dense_h_to_4h", "layers.mlp.down_proj": _NEOX_LAYER + "mlp.dense_4h_to_h"}
+_NEOX_NORMS = {
+    "layers.attn_norm": _NEOX_LAYER + "input_layernorm",
+    "layers.mlp_norm": _NEOX_LAYER + "post_attention_layernorm",
+    "final_norm": "gpt_neox.final_layer_norm",
+}
+
+
+def _neox_config(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
+    width, heads = width_and_heads(hf)
+    bias = hf.get("attention_bias", True)
+    block = BlockConfig(
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        hidden=size(hf, "intermediate_size"),
+        activation=activation(hf, "hidden_act", "gelu"),
+        gated=False,
+        norm="layer",
+        norm_eps=hf.get("layer_norm_eps", 1e-5),
+        parallel=hf.get("use_parallel_residual", True),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=True,
+        qkv="per_head",
+        dtype=dtype,
+    )
+    positions = rotary(hf, block.head_dim, theta=hf.get("rotary_emb_base", 10000.0), fraction=hf.get("rotary_pct", 0.25))
+    depth, vocab = size(hf, "num_hidden_layers"), size(hf, "vocab_size")
+    return DecoderConfig(block, depth, vocab, (LayerType(rotary=positions),), hf.get("tie_word_embeddings", False))
+
+
+def _neox_weights(config: DecoderConfig) -> dict[str, Weight]:
+    table = projections(_ATTENTION, bias=config.block.qkv_bias) | projections(_MLP, bias=True)
+    table |= norms(_NEOX_NORMS) | embeddings({"embed": "gpt_neox.embed_in"})
+    return table if config.tied else table | {"lm_head.kernel": Weight("embed_out.weight", True, called="lm_head.weight")}
+
+
+FAMILIES.register(
+    "gpt_neox",
+    Family("decoder", _neox_config, _neox_weights, architecture="GPTNeoX", root="gpt_neox.", heads=decoder_heads(tokens="classifier")),
+)

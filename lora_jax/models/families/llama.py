@@ -13,8 +13,7 @@ from ...errors import InputError
 from ...weights.checkpoint import GGUFArchitecture
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig, LayerType
-from .base import Family, Weight, activation, decoder_heads, only, projections, size
-from .rope import rotary
+from .base import Family, Weight, activation, decoder_heads, only, projections, rotary, size
 
 ROOT = "model."
 LAYER = ROOT + "layers.{i}."

@@ -7,11 +7,9 @@ from typing import Any
 
 from ...config.doors import FAMILIES
 from ..encoder import EncoderConfig
-from ..head_shape import HeadShape
-from ..layers import BlockConfig, LayerType
-from .base import Family, Head, Weight, activation, embeddings, norms, only, projections, size, width_and_heads
+from ..layers import BlockConfig, HeadShape, LayerType
+from .base import Family, Head, Weight, activation, embeddings, norms, only, projections, rotary, size, width_and_heads
 from .llama import layer_types
-from .rope import rotary
 
 _LAYER = "layers.{i}."
 # Name of a layer type -> the base of its rotary positions: the key of old configs, and the default.

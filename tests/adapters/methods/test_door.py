@@ -12,9 +12,8 @@ from flax import nnx
 
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.describe import describe, rank_for
-from lora_jax.adapters.inject import inject
+from lora_jax.adapters.inject import inject, site_modules
 from lora_jax.adapters.layout import resolve, unite
-from lora_jax.adapters.members import site_modules
 from lora_jax.adapters.merge import merge, merged_base, unmerge
 from lora_jax.adapters.methods.base import Method, Parameter, register_method
 from lora_jax.adapters.partition import partition

@@ -17,7 +17,7 @@ from lora_jax.models.families import find_family, register_family
 from lora_jax.models.families.base import Family, Weight, embeddings, projections, size
 from lora_jax.models.layers import BlockConfig, LayerType
 from lora_jax.models.load import load_model
-from lora_jax.models.rotary import Rotary
+from lora_jax.models.positions import Rotary
 from tests import tiny
 from tests.tiny_hub import call
 

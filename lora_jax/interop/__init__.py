@@ -1,1 +1,0 @@
-"""In and out: PEFT adapters and Hugging Face checkpoints."""
