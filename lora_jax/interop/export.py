@@ -6,6 +6,7 @@ An exporter is registered with `register_exporter(name, exporter)`; `lora-jax ex
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -44,7 +45,7 @@ class ExportOptions:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-class Exporter:
+class Exporter(ABC):
     """A format, one instance each.
 
     Attributes:
@@ -61,9 +62,9 @@ class Exporter:
         """Why this member cannot be written in this format; None where it can."""
         return None
 
+    @abstractmethod
     def write(self, restored: Restored, folder: Path, options: ExportOptions) -> None:
         """Writes the member's files into `folder`, which exists and is empty. On an error the caller removes it."""
-        raise NotImplementedError
 
 
 def option_flag(name: str) -> str:

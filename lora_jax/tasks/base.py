@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -142,7 +143,7 @@ class TaskData:
     dropped: int = 0
 
 
-class Task:
+class Task(ABC):
     """What is learned of rows of data.
 
     Attributes:
@@ -161,9 +162,9 @@ class Task:
     targets: int | None = None
     shared_keys: frozenset[str] = frozenset()
 
+    @abstractmethod
     def columns(self, section: Any) -> Columns:
         """The columns it reads."""
-        raise NotImplementedError
 
     def read(self, section: Any, rows: Rows, key: str) -> Rows:
         """The rows with structured values parsed; `rows` itself by default.
@@ -195,6 +196,7 @@ class Task:
         """(classes,) int32, the token of each class's word; None where classes are not words."""
         return None
 
+    @abstractmethod
     def encode(self, section: Any, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None) -> Encoded:
         """Rows as examples.
 
@@ -206,11 +208,10 @@ class Task:
         Raises:
             InputError: a row or `task.max_length` will not do.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, section: Any, classes: tuple[str, ...] | None) -> TaskMetrics:
         """What is computed of a member, and what members are compared by."""
-        raise NotImplementedError
 
     def check_base(self, section: Any, base: Base, source: str) -> None:
         """`InputError` where the base cannot do this task; `source` is `model.source`, for the message."""
@@ -235,12 +236,8 @@ class Task:
             class_token_ids: as `class_tokens` gave them; None where no data was read. The model then has the same parameters.
         """
         if self.head is None:
-            raise NotImplementedError
+            raise TypeError(f"the task '{self.name}' names no head, and makes no model of its own")
         return add_head(base, self.head, len(classes or ()), rngs=nnx.Rngs(0))
-
-    def outputs(self, section: Any, base: Base, length: int) -> int:
-        """Numbers that the readout makes for each target of examples of `length` tokens, for estimates of memory."""
-        return 2
 
     def shared(self, section: Any, base: Base, load: Callable[..., Any]) -> Shared | None:
         """What is computed once a batch for all members; None where nothing is.

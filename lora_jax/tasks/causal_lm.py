@@ -64,10 +64,6 @@ class CausalLM(Task):
         assert isinstance(base, Decoder)
         return LanguageModel(base)
 
-    def outputs(self, section: CausalLMConfig, base: Base, length: int) -> int:
-        """The vocabulary's logits."""
-        return base.config.vocab
-
     def encode(self, section: CausalLMConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None) -> Encoded:
         """As target of each token the next one, where that carries a loss."""
         start = start_ids(tokenizer)

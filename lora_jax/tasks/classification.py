@@ -123,10 +123,6 @@ class Classification(Labelled):
             return LanguageModel(base)
         return LabelWordClassifier(base, tuple(int(i) for i in class_token_ids))
 
-    def outputs(self, section: ClassificationConfig, base: Base, length: int) -> int:
-        """A decoder computes the logits of all its vocabulary."""
-        return base.config.vocab if isinstance(base, Decoder) else 2
-
     def encode(
         self, section: ClassificationConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None
     ) -> Encoded:

@@ -65,10 +65,6 @@ class Distillation(Task):
         """The base's hidden states."""
         return HiddenStates(base)
 
-    def outputs(self, section: DistillationConfig, base: Base, length: int) -> int:
-        """A hidden state."""
-        return base.config.block.width
-
     def encode(self, section: DistillationConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None) -> Encoded:
         """A target at each token. Its id (0) says nothing: the teacher knows what it is to be."""
         texts = rows.columns[section.text]

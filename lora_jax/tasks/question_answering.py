@@ -23,7 +23,7 @@ from ..config.doors import TASKS
 from ..config.types import NonNegativeInt, PositiveInt
 from ..data.batching import NO_TARGET, Example, Scorer
 from ..errors import InputError
-from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
+from .base import Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
 
 
 class QuestionAnsweringConfig(HeadTaskConfig):
@@ -57,10 +57,6 @@ class QuestionAnswering(Task):
     def metrics(self, section: QuestionAnsweringConfig, classes: tuple[str, ...] | None) -> TaskMetrics:
         """The F1 of answers' words."""
         return TaskMetrics(("loss", "exact_match", "f1"), "f1", training=("accuracy",))
-
-    def outputs(self, section: QuestionAnsweringConfig, base: Base, length: int) -> int:
-        """A logit for each position."""
-        return length
 
     def encode(
         self, section: QuestionAnsweringConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None

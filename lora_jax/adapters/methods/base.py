@@ -142,7 +142,7 @@ class Method:
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank."""
-        raise NotImplementedError(f"{self!r} adapts sites, but says no parameters")
+        raise TypeError(f"{self!r} adapts sites, but says no parameters")
 
     def settings(self, config: Any, rank: int, alpha: float) -> dict[str, float]:
         """The numbers of one adapted layer, by `setting_names`.
@@ -182,7 +182,7 @@ class Method:
         Returns:
             what the base's module would return, in its dtype.
         """
-        raise NotImplementedError(f"{self!r} adapts sites, but does not say how")
+        raise TypeError(f"{self!r} adapts sites, but does not say how")
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """The weight and bias with which the base's module computes what the adapted site does.
@@ -192,7 +192,7 @@ class Method:
             weight: of those layers, (..., inputs, outputs) float32.
             bias: (..., outputs) float32; None where there is none.
         """
-        raise NotImplementedError(f"{self!r} adapts sites, but does not say how to merge them")
+        raise TypeError(f"{self!r} adapts sites, but does not say how to merge them")
 
     def low_rank(self, module: AdaptedSite) -> tuple[jax.Array, jax.Array, jax.Array] | None:
         """A (..., inputs, rank), B (..., rank, outputs) and scale (...) where the change of the weight is `scale * A B`, else None.
