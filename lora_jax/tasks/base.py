@@ -191,6 +191,7 @@ class Task(ABC):
 
     def check_held_out(self, section: Any, rows: Rows, classes: tuple[str, ...] | None) -> None:
         """`InputError` where the rows of `task.eval_source` do not fit the classes."""
+        return
 
     def class_tokens(self, section: Any, classes: tuple[str, ...] | None, tokenizer: Any, *, decoder: bool) -> np.ndarray | None:
         """(classes,) int32, the token of each class's word; None where classes are not words."""
@@ -215,6 +216,7 @@ class Task(ABC):
 
     def check_base(self, section: Any, base: Base, source: str) -> None:
         """`InputError` where the base cannot do this task; `source` is `model.source`, for the message."""
+        return
 
     def loaded_head(self, section: Any) -> str | None:
         """The kind of head that is loaded with the base; None where a new one, or none, is made."""
