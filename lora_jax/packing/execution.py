@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..adapters.partition import Arrays, Partition, even_members, member_shardings
 from ..config.schema import Config
+from ..errors import InputError
 from ..parallel.program import Program, compiler_options
 from ..tasks.objectives import Objective, cross_entropy
 from ..training.step import Batch, Evaluated, MemberFixed, MemberState, Metrics, eval_step, train_step
@@ -177,11 +179,21 @@ def compile_cache(config: Config) -> Iterator[None]:
         "jax_compilation_cache_max_size": _CACHE_BYTES,
     }
     before = {name: getattr(jax.config, name) for name in values}
+    cache = Path(str(values["jax_compilation_cache_dir"]))
+    made = [folder for folder in (cache, *cache.parents[:2]) if not folder.exists()]
     try:
         for name, value in values.items():
             jax.config.update(name, value)
         reset_cache()  # JAX looks once in a process whether it has a cache
         yield
+    except InputError:
+        # Wrong input leaves nothing behind that was not there before.
+        if made:
+            shutil.rmtree(made[0], ignore_errors=True)
+        for folder in made[1:]:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

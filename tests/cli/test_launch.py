@@ -106,7 +106,7 @@ def test_fresh_sets_an_old_run_aside_but_not_one_that_runs(hub, tmp_path, starte
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("name: tiny\n")
     code = (
-        "import sys; from pathlib import Path; from lora_jax.tracking import lock\n"
+        "import sys; from pathlib import Path; from lora_jax.tracking import files as lock\n"
         "lock.acquire(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -91,7 +91,7 @@ def test_too_many_members_are_asked_about():
     ("lines", "word"),
     [
         ("sweep: {}", "has no key to sweep over"),
-        ("sweep: {zip: {adapter.rank: [1, 2], adapter.alpha: [1.0]}}", "as many values"),
+        ("sweep: {zip: {adapter.rank: [1, 2], adapter.alpha: [1.0]}}", "adapter.rank: 2, adapter.alpha: 1"),
         ("sweep: {grid: {adapter.rank: [1]}, zip: {adapter.rank: [2]}}", "swept in two ways"),
         ("sweep: {grid: {training.seed: [1]}, seeds: 2}", "swept in two ways"),
         ("sweep: {zip: {adapter.rnk: [1]}}", "Did you mean 'adapter.rank'"),
@@ -103,7 +103,7 @@ def test_too_many_members_are_asked_about():
         ("sweep: {random: {count: 0, keys: {adapter.rank: {choice: [1]}}}}", "above 0"),
         ("sweep: {random: {count: 2, keys: {adapter.rank: {log_uniform: [0.0, 4.0]}}}}", "above 0"),
         ("sweep: {grid: {adapter.rank: [1]}, where: 'rnk < 2'}", "Did you mean 'adapter.rank'"),
-        ("sweep: {grid: {adapter.rank: [1]}, where: 'open(1)'}", "is not understood"),
+        ("sweep: {grid: {adapter.rank: [1]}, where: 'open(1)'}", "sweep.where: a call"),
         ("sweep: {grid: {adapter.rank: [1, 1]}}", "twice"),
         ("sweep: {grd: {adapter.rank: [1]}}", "grid"),
     ],

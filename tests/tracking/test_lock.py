@@ -14,7 +14,7 @@ from lora_jax.tracking import files as lock
 HOLD = """
 import sys
 from pathlib import Path
-from lora_jax.tracking import lock
+from lora_jax.tracking import files as lock
 members = None if sys.argv[2] == "all" else [int(m) for m in sys.argv[2].split(",")]
 lock.acquire(Path(sys.argv[1]), members)
 print("held", flush=True)
@@ -78,7 +78,7 @@ def test_the_end_of_a_process_gives_its_lock_back(other, tmp_path):
 
 def test_turns_wait_for_one_another(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from lora_jax.tracking import lock\n"
+        "import sys, time; from pathlib import Path; from lora_jax.tracking import files as lock\n"
         "with lock.turn(Path(sys.argv[1])): print('in', flush=True); time.sleep(1.0)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)

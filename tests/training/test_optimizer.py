@@ -103,9 +103,12 @@ def test_frozen_has_no_state():
     assert sum(x.size for x in jax.tree.leaves(state)) < 3 * 10 + 50
 
 
-def test_unknown_label_is_an_error():
-    with pytest.raises(ValueError, match="nonsense"):
-        make_optimizer(_hyper(), {"a": "nonsense"}).init({"a": jnp.ones(2)})
+def test_a_label_of_a_methods_own_trains_at_the_plain_rate():
+    values, labels = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}, {"a": "adapter_a", "b": "adapter_b", "c": "own"}
+    optimizer = make_optimizer(_hyper(b_lr_ratio=4.0), labels)
+    updates, _ = optimizer.update(values, optimizer.init(values), values)
+    np.testing.assert_array_equal(updates["c"], updates["a"])
+    np.testing.assert_allclose(updates["b"], 4 * updates["a"], rtol=1e-6)
 
 
 def test_hyperparameters_are_traced():

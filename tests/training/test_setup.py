@@ -17,7 +17,7 @@ from lora_jax.training.setup import Preparer, check_adapters, set_up, setup_key
 def loads(monkeypatch):
     """What was loaded, in order: `base` and `data`."""
     loaded = []
-    for name, word in (("load_model", "base"), ("prepare", "data")):
+    for name, word in (("BaseFiles", "base"), ("prepare", "data")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, word=word, **k: loaded.append(word) or real(*a, **k))
     return loaded
