@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import InputError, nearest
-from .checkpoint import Checkpoint, GGUFArchitecture, read_json
+from ..errors import InputError, nearest, warn
+from .checkpoint import Checkpoint, GGUFArchitecture, first_part, read_json
 
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -125,11 +125,17 @@ def weights_file(path: Path, *, key: str) -> Path:
         if path.suffix in _PICKLES:
             raise InputError(f"{key}: {path}: {_NO_PICKLE}")
         raise InputError(f"{key}: {path} is neither a .safetensors nor a .gguf file.")
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (path / name).is_file():
-            return path / name
+    whole = [path / name for name in ("model.safetensors", "model.safetensors.index.json") if (path / name).is_file()]
+    others = sorted(p for p in path.glob("*.gguf"))
+    if whole:
+        if len(whole) > 1 or others:
+            passed = ", ".join(p.name for p in [*whole[1:], *others[:4]])
+            warn(f"{key}: {path} holds several models; {whole[0].name} is read, and not {passed}.")
+        return whole[0]
     adapters = {"adapter_model.safetensors"}
     found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".gguf") and p.name not in adapters)
+    if found and len({first_part(p) for p in found}) == 1:
+        return first_part(found[0])
     if len(found) == 1:
         return found[0]
     if found:

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ..errors import InputError, hint
 from .checkpoint import read_json
-from .gguf import GGUFHeader, read_gguf_header
+from .gguf_header import GGUFHeader, read_gguf
 from .load import HUB_FILES, resolve, weights_file
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ def load_tokenizer(source: str | Path, *, key: str = "model.source") -> PreTrain
     path = resolve(str(source), key=key, hub_patterns=HUB_FILES)
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".gguf":
-        tokenizer = tokenizer_from_metadata(read_gguf_header(path))
+        tokenizer = tokenizer_from_metadata(read_gguf(path))
     elif (folder / "tokenizer.json").is_file():
         tokenizer = _from_tokenizer_json(folder)
     elif any((folder / name).is_file() for name in _OLDER_FILES):
         tokenizer = _from_older_files(folder)
     elif path.is_dir() and (file := weights_file(path, key=key)).suffix == ".gguf":
-        tokenizer = tokenizer_from_metadata(read_gguf_header(file))
+        tokenizer = tokenizer_from_metadata(read_gguf(file))
     else:
         raise InputError(f"{key}: {folder} holds no tokenizer: neither tokenizer.json nor {', '.join(_OLDER_FILES)}.")
     # Some tokenizer.json files carry the limits of the program that wrote them (MiniLM's pads everything to 128).
