@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...config.doors import FAMILIES
@@ -33,3 +34,60 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
 def gguf_architectures() -> dict[str, GGUFArchitecture]:
     """GGUF's `general.architecture` -> how it maps to Hugging Face, of all families that are read from GGUF."""
     return {family.gguf.name: family.gguf for family in FAMILIES.all().values() if family.gguf is not None}
+
+
+# Keys of configs by what their values must be, so that no value is taken for another or leads to arrays that no file can fill.
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")
+_AXES = ("hidden_size", "vocab_size", "num_attention_heads", "n_embd", "n_head", "dim", "n_heads")
+_FLAGS = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias", "tie_word_embeddings", "use_parallel_residual")
+_FLAGS += ("scale_attn_weights", "use_sliding_window", "norm_topk_prob", "relative_attention", "share_att_key", "position_biased_input")
+_POSITIVE = ("rope_theta", "rope_local_base_freq", "global_rope_theta", "local_rope_theta", "rotary_emb_base", "factor", "logits_scaling")
+_POSITIVE += ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "short_factor", "long_factor")
+_FRACTIONS = ("partial_rotary_factor", "rotary_pct")
+_LARGEST = 3e38  # of float32
+
+
+def check_config(config: Mapping[str, Any], shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuses values that no model can have, before anything is made of them.
+
+    Args:
+        config: the Hugging Face config.
+        shapes: of the checkpoint's tensors: a model has no more layers than there are tensors, and no axis longer than their longest.
+
+    Raises:
+        InputError: a size beyond the tensors', or a number or flag that is none.
+    """
+    shapes = list(shapes)
+    longest = max((axis for shape in shapes for axis in shape), default=0)
+    for keys, most, what in ((_DEPTHS, len(shapes), "tensors"), (_AXES, longest, "numbers along the longest axis of any tensor")):
+        for key in keys:
+            value = config.get(key)
+            if isinstance(value, int) and value > most:
+                raise InputError(f"config.json: {key} = {value} does not fit the checkpoint, which has {most} {what}.")
+    for key in _FLAGS:
+        if not isinstance(config.get(key), (bool, type(None))):
+            raise InputError(f"config.json: {key} = {config[key]!r} should be true or false.")
+    _check_numbers(config, "")
+
+
+def _check_numbers(config: Mapping[str, Any], where: str) -> None:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and (where or key in ("rope_scaling", "rope_parameters")):
+            _check_numbers(value, f"{where}{key}.")
+        for number in value if isinstance(value, list) and key in _POSITIVE else [value]:
+            limits = _limits(key)
+            if number is None or (limits is None and not isinstance(number, float)):
+                continue
+            least, most, said = limits or (-_LARGEST, _LARGEST, "a finite number")
+            real = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+            if not real or not least <= number <= most:
+                raise InputError(f"config.json: {where}{key} = {number!r} should be {said}.")
+
+
+def _limits(key: str) -> tuple[float, float, str] | None:
+    """The least and the largest value of a key's number, and that in words; None where the key has no limits of its own."""
+    if key.endswith(("_eps", "_epsilon")):
+        return 0.0, _LARGEST, "a finite number, 0 or more"
+    if key in _POSITIVE:
+        return math.ulp(0.0), _LARGEST, "a finite number above 0"
+    return (math.ulp(0.0), 1.0, "a number above 0, at most 1") if key in _FRACTIONS else None
