@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, hint
-from ..weights.load import resolve
+from ..weights.load import hub_or_cache, hub_reason, resolve
 from .files import KINDS, Columns, as_text, kind_of, read_columns
 
 # What a split is called in file names and on the hub; the first that is there is taken.
@@ -150,19 +150,15 @@ def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[
         raise InputError(f"{key}: '{source}': the folder '{match[1]}' is in the way; give its path for what is in it, or run elsewhere.")
     datasets.disable_progress_bars()
     try:
-        with _quiet():
+        with _quiet(), hub_or_cache(match[1], "dataset"):
             found = datasets.load_dataset(match[1], revision=match[2])
     except Exception as error:  # the hub client raises many unrelated kinds; all mean that the rows cannot be had
-        raise InputError(f"{key}: cannot fetch '{source}' ({_first_line(error)}).") from None
+        raise InputError(f"{key}: cannot fetch '{source}' ({hub_reason(error)}).") from None
     split = next((s for s in (*splits, *TRAINING) if s in found), None)
     if split is None:
         raise InputError(f"{key}: '{source}' has no split {splits[0]}, only {', '.join(map(str, found))}.")
     names = list(found[split].column_names or ())
     return names, {name: list(found[split][name]) for name in columns if name in names}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def split_rows(texts: Sequence[str], *, held_out: int, train: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
