@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..models.decoder import Decoder
 from ..models.heads import Classifier
 from ..weights.checkpoint import read_json
 from ..weights.load import HUB_FILES, resolve
+from ..weights.tokenizer import check_text
 from .decoding import Continuation, Decoding, DecodingParams, padded_length
 from .sampling import Sampling, row_seeds
 
@@ -33,10 +34,10 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, number: int = 0) -> list[int]:
         InputError: it is empty, or of another kind, or there is no tokenizer or chat template for it.
     """
     if isinstance(prompt, str):
-        ids = _needed(tokenizer, number)(prompt)["input_ids"]
+        ids = _needed(tokenizer, number)(check_text(prompt, f"prompt {number}"))["input_ids"]
     elif prompt and all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
         text = _render(prompt, _needed(tokenizer, number), number)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(check_text(text, f"prompt {number}"), add_special_tokens=False)["input_ids"]
     elif all(isinstance(part, int) or hasattr(part, "__index__") for part in prompt):
         ids = [int(part) for part in prompt]  # pyright: ignore[reportArgumentType]
     else:
@@ -266,8 +267,8 @@ def stop_tokens(model: Decoder, tokenizer: Any = None) -> list[int]:
             file = resolve(model.origin.source, key="model.source", hub_patterns=HUB_FILES)
             file = (file if file.is_dir() else file.parent) / "generation_config.json"
             named.append(read_json(file, "the generation config").get("eos_token_id") if file.is_file() else None)
-        except InputError:
-            pass  # the checkpoint has moved, or the file is damaged: the others speak
+        except InputError as error:  # the checkpoint has moved, or the file is damaged
+            warn(f"the tokens that end a text are those of the config and the tokenizer alone: {error}")
     flat = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]
     return sorted({i for i in flat if isinstance(i, int) and not isinstance(i, bool) and i >= 0})
 

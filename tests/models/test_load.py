@@ -186,7 +186,5 @@ def test_values_that_no_model_has_are_refused_at_once(hub, tmp_path, kind, confi
 
 def test_missing_tensors_are_told_beside_what_there_is(hub, tmp_path):
     source = rewritten(hub, tmp_path, drop="model.norm.weight", tensors={"model.last_norm.weight": ZEROS})
-    with pytest.raises(
-        InputError, match=r"1 tensors are missing, among them model\.norm\.weight\. .* has model\.last_norm\.weight\."
-    ):
+    with pytest.raises(InputError, match=r"1 tensors are missing, among them model\.norm\.weight\. .* has model\.last_norm\.weight\."):
         BaseFiles(source)
