@@ -22,7 +22,7 @@ from ..weights.safetensors import Tensor
 from .decoder import Decoder
 from .encoder import Encoder
 from .families import check_config, find_family, gguf_architectures
-from .families.base import HEAD_CLASSES, Family, Head, Weight
+from .families.base import HEAD_CLASSES, Family, Head, Weight, size
 from .heads import Classifier, add_head, check_head
 from .layers import AXES, HeadShape
 from .transforms.base import Base, TransformContext, apply_transforms
@@ -73,6 +73,8 @@ class BaseFiles:
             heads = family.heads(hf)
         except InputError as error:
             raise InputError(f"{self._where}: {error}") from None
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a value of a type that the family does not expect
+            raise InputError(f"{self._where}: config.json cannot be understood as {hf['model_type']}'s ({error}).") from None
         own = self._head(heads, head, names) if head is not None else None
         prefix = _prefix(family, names)
         if family.kind == "encoder" and prefix + "pooler.dense.weight" not in names:
@@ -301,7 +303,7 @@ def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:
     named = hf.get("id2label")
     if isinstance(named, Mapping) and named and all(str(i).isdecimal() for i in named):
         return tuple(str(named[i]) for i in sorted(named, key=int))
-    return tuple(f"LABEL_{i}" for i in range(hf.get("num_labels") or 2))
+    return tuple(f"LABEL_{i}" for i in range(size(hf, "num_labels", 2)))
 
 
 def _renamed(weight: Weight, head: Head) -> Weight:

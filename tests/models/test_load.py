@@ -113,8 +113,8 @@ def test_memory_while_loading_two_gigabytes(tmp_path):
 
 def rewritten(hub, folder, kind: str = "llama", *, config=None, tensors=None, drop: str = ""):
     """A copy of a tiny checkpoint with other keys in its config and further tensors, or without one."""
-    source = getattr(hub, kind)
-    values = json.loads((source / "config.json").read_text()) | (config or {})
+    source = hub.llama if kind == "llama" else hub.bert
+    values = json.loads((source / "config.json").read_text()) | {"model_type": kind} | (config or {})
     (folder / "config.json").write_text(json.dumps(values))
     weights = {name: value for name, value in load_file(source / "model.safetensors").items() if name != drop}
     save_file(weights | (tensors or {}), folder / "model.safetensors")
@@ -173,6 +173,13 @@ def test_a_tied_projection_with_other_numbers_is_said(hub, tmp_path, recwarn):
         ("llama", {"rope_theta": 0}, r"rope_theta = 0 should be"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": -2}}, r"rope_scaling\.factor = -2 should be"),
         ("llama", {"tie_word_embeddings": "false"}, r"tie_word_embeddings = 'false' should be true or false"),
+        ("llama", {"rms_norm_eps": None}, r"rms_norm_eps = None should be"),
+        ("llama", {"rope_scaling": "linear"}, r"rope_scaling = 'linear' should be an object"),
+        ("llama", {"rope_scaling": {"rope_type": 1}}, r"rope_scaling\.rope_type = 1 should be a name"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1, None]}}, r"rope_scaling\.short_factor = None should be"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": []}}, r"rope_scaling\.factor = \[\] should be"),
+        ("bert", {"num_labels": 10**9}, r"num_labels = 1000000000 does not fit"),
+        ("roberta", {"pad_token_id": -1}, r"pad_token_id = -1 should be a whole number"),
         ("llama", {"partial_rotary_factor": 1.5}, r"partial_rotary_factor = 1.5 should be a number above 0, at most 1"),
     ],
 )
