@@ -176,7 +176,7 @@ def gguf_config(header: GGUFHeader, architecture: GGUFArchitecture) -> dict[str,
         # llama.cpp writes the output projection only where it is not the embedding.
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "bos_token_id": header.get("tokenizer.ggml.bos_token_id", int, None),
-        "eos_token_id": header.get("tokenizer.ggml.eos_token_id", int, None),
+        "eos_token_id": _ends(header),
         "pad_token_id": header.get("tokenizer.ggml.padding_token_id", int, None),
     }
     config |= {key: tensor in header.tensors for key, tensor in architecture.biases.items()}
@@ -185,6 +185,13 @@ def gguf_config(header: GGUFHeader, architecture: GGUFArchitecture) -> dict[str,
     if unread:
         warn(f"{header.path}: settings that are not known here are left out: {', '.join(unread[:6])}{', ...' * (len(unread) > 6)}.")
     return config
+
+
+def _ends(header: GGUFHeader) -> int | list[int] | None:
+    """What ends a text; where turns of a conversation end otherwise (Llama 3), those tokens too, as Hugging Face's configs have it."""
+    named = (header.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom"))
+    found = list(dict.fromkeys(i for i in named if i is not None))
+    return found if len(found) > 1 else next(iter(found), None)
 
 
 def _float(header: GGUFHeader, key: str, default: Any = ...) -> float:

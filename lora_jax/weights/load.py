@@ -191,6 +191,8 @@ def weights_file(path: Path, *, key: str) -> Path:
     whole = [path / name for name in ("model.safetensors", "model.safetensors.index.json") if (path / name).is_file()]
     others = sorted(p for p in path.glob("*.gguf"))
     if whole:
+        if (path / "adapter_model.safetensors").is_file():
+            warn(f"{key}: {path} holds an adapter beside the model (adapter_model.safetensors), which is not applied.")
         if len(whole) > 1 or others:
             passed = ", ".join(p.name for p in [*whole[1:], *others[:4]])
             warn(f"{key}: {path} holds several models; {whole[0].name} is read, and not {passed}.")

@@ -232,6 +232,10 @@ def _read_index(path: Path) -> dict[str, TensorEntry]:
         if name not in shards[shard]:
             raise InputError(f"{path}: '{name}' is said to lie in '{shard}', which does not hold it.")
         entries[name] = shards[shard][name]
+    more = [name for held in shards.values() for name in held if name not in entries]
+    if more:
+        shown = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
+        warn(f"{path}: its shards hold {len(more)} tensors that it does not name, and that are not read: {shown}.")
     return entries
 
 

@@ -140,6 +140,9 @@ def test_config_follows_the_metadata(tmp_path):
     assert (config["rope_theta"], config["num_key_value_heads"], config["head_dim"]) == (10000.0, HEADS, 16)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, 4, None)
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.5}
+    # A turn's end that is not the text's, as in Llama 3.
+    write(tmp_path / "x.gguf", tensors, extra={"tokenizer.ggml.eos_token_id": 4, "tokenizer.ggml.eot_token_id": 5})
+    assert open_checkpoint(tmp_path).config["eos_token_id"] == [4, 5]
 
 
 def test_llama3_scaling_is_recovered_from_its_table(tmp_path):

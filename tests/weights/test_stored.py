@@ -135,6 +135,13 @@ def test_a_folder_of_two_models_says_which_is_read(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_an_adapter_beside_the_model_is_not_applied_in_silence(tmp_path):
+    written(tmp_path, {"a.weight": weight(2)})
+    save_file({"x": weight(2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(InputWarning, match=r"holds an adapter beside the model .* not applied"):
+        open_checkpoint(tmp_path)
+
+
 def test_two_names_for_one_tensor(tmp_path):
     save_file({"_orig_mod.a": weight(2), "a": weight(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
