@@ -190,7 +190,7 @@ class BaseFiles:
         step = max(1, 2**20 // width)
         parts = [(slice(start, start + step),) for start in range(0, rows, step)]
         same = self._checkpoint.shape(output) == (rows, width) and all(
-            np.array_equal(*(self._checkpoint.read_slice(name, part) for name in (table.name, output))) for part in parts
+            np.array_equal(self._checkpoint.read_slice(table.name, part), self._checkpoint.read_slice(output, part)) for part in parts
         )
         if not same:
             warn(f"{self._where}: '{output}' differs from '{table.name}', but tie_word_embeddings is true: the latter is used for both.")

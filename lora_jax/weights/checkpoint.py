@@ -117,7 +117,7 @@ def plain_names(path: Path, stored: Iterable[str]) -> dict[str, str]:
     while names and (prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in names)), None)):
         names = [name.removeprefix(prefix) for name in names]
         removed.append(f"'{prefix}' ({_WRAPPERS[prefix]})")
-    inside = next((found[0] for name in names if (found := _INSIDE.search(name))), None)
+    inside = next((match[0] for name in names if (match := _INSIDE.search(name))), None)
     if inside:
         names = [_INSIDE.sub("", name) for name in names]
         removed.append(f"'{inside}'")

@@ -111,9 +111,9 @@ def hub_or_cache(repo: str, kind: str) -> Iterator[None]:
         return
     clients: list[Any] = [huggingface_hub.constants]
     if kind == "dataset":
-        import datasets
+        from datasets import config
 
-        clients.append(datasets.config)
+        clients.append(config)
     before = [client.HF_HUB_OFFLINE for client in clients]
     try:
         for client in clients:

@@ -95,8 +95,7 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
             if (number is None and null_is_absent) or (limits is None and not isinstance(number, float)):
                 continue
             least, most, said = limits or (-_LARGEST, _LARGEST, "a finite number")
-            real = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
-            if not real or not least <= number <= most:
+            if not isinstance(number, (int, float)) or isinstance(number, bool) or not least <= number <= most:  # NaN is not within
                 raise InputError(f"config.json: {where}{key} = {number!r} should be {said}.")
 
 
