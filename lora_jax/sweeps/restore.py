@@ -15,15 +15,17 @@ from ..adapters.inject import fill_member, inject_layout, remember
 from ..adapters.layout import resolve, unite
 from ..adapters.partition import partition
 from ..config.load import load_config
+from ..config.schema import Config
 from ..errors import InputError, hint
 from ..models.heads import Classifier
-from ..models.load import load_model
+from ..models.load import BaseFiles, load_model
 from ..packing.pack import Member, Pack
 from ..tasks.base import task_of
 from ..tracking import Progress, member_folder
-from ..training.checkpoint import load_adapter, saved_classes
+from ..training.checkpoint import adapter_identity, load_adapter, saved_classes
 from ..training.loop import evaluate_pack
 from ..training.setup import Preparer
+from ..weights.provenance import fingerprint
 from .space import members_of
 
 
@@ -92,7 +94,7 @@ def restore_member(run: Path, member: Member) -> Restored:
     The base is float32 whatever it was while training: what is made of the two is then rounded once.
 
     Raises:
-        InputError: the base is not where it was, no adapter was saved, or it is damaged or fits another model.
+        InputError: the base is not where it was or not what it was, no adapter was saved, or it is damaged or fits another model.
     """
     folder, config = adapter_folder_of(run, member), member.config
     section, task = config.task, task_of(config.task)
@@ -106,9 +108,22 @@ def restore_member(run: Path, member: Member) -> Restored:
     adapted = inject_layout(model, unite(model, [spec]))
     fill_member(adapted, spec, config.training.seed)  # the scales; the factors are drawn and then replaced
     part = partition(adapted)
-    filled = part.merge(load_adapter(folder, part.trainable), part.settings, part.frozen, training=False)
+    identity = adapter_identity(_fingerprint_as_trained(base, config, task.loaded_head(section)), spec)
+    filled = part.merge(load_adapter(folder, part.trainable, identity), part.settings, part.frozen, training=False)
     remember(filled, config.adapter)
     return Restored(filled, classes, folder, run, member)
+
+
+def _fingerprint_as_trained(base: nnx.Module, config: Config, head: str | None) -> str:
+    """Of a float32 base in the dtype that the member was trained over; it is loaded again where a transform may round on its way."""
+    model = config.model
+    if model.dtype == "float32":
+        return fingerprint(base)
+    files = BaseFiles(model.source, dtype=model.dtype, head=head, transforms=model.transforms)
+    if not model.transforms:
+        return fingerprint(base, files.base)
+    loaded = files.load()
+    return fingerprint(loaded.base if isinstance(loaded, Classifier) else loaded)
 
 
 SPLITS = ("eval", "train")
@@ -140,7 +155,8 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
             folder = adapter_folder_of(run, one)
             setup = prepare(one.config)
             pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh)
-            arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))
+            identity = adapter_identity(setup.fingerprint, setup.spec(one.config))
+            arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable), identity)
             examples = setup.data.held_out if split == "eval" else setup.data.train
             metrics = evaluate_pack(pack, setup, {n: jnp.asarray(a)[None] for n, a in arrays.items()}, examples)
             results[one.name] = {name: float(values[0]) for name, values in metrics.items()}
