@@ -98,8 +98,16 @@ class Parameter:
         return tuple(slice(rank) if i in self.rank_axes else slice(None) for i in range(len(self.shape)))
 
 
-class AdapterParam(nnx.Variable):
-    """An array that an adapter trains. A type of its own, so that `nnx.Param` means the base alone."""
+class AdapterParam(nnx.LoRAParam):
+    """An array that an adapter trains: `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`, the idiom of Flax's docs, trains these.
+
+    An `nnx.LoRAParam` is an `nnx.Param`: what means the base alone leaves it out (`is_base`).
+    """
+
+
+def is_base(variable: object) -> bool:
+    """Whether a variable of a model is a parameter of its base: an `nnx.Param` that no adapter trains."""
+    return isinstance(variable, nnx.Param) and not isinstance(variable, nnx.LoRAParam)
 
 
 class AdapterSetting(nnx.Variable):
