@@ -220,6 +220,7 @@ def _weight_of(module: AdaptedSite, layer: int) -> Callable[[], np.ndarray]:
 
     def weight() -> np.ndarray:
         whole = getattr(module.base, module.weight)[...]
-        return to_host(whole[layer] if module.stacked else whole).astype(np.float32)
+        array = to_host(whole[layer] if module.stacked else whole).astype(np.float32)
+        return array.reshape(module.site.inputs, module.site.outputs) if isinstance(module.base, nnx.LinearGeneral) else array
 
     return weight
