@@ -67,8 +67,9 @@ def merged_base(model: nnx.Module) -> nnx.Module:
     """
     copy = copy_of(model)
     for _, module in nnx.iter_modules(copy):
-        if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, AdaptedSite):
+        if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, AdaptedSite | Merged):
             module.untie()
+    copy = _replace(copy, Merged, lambda module: module.merged)  # `save_pretrained(merge(model))`, as PEFT's users write
     return _replace(copy, AdaptedSite, _folded)
 
 

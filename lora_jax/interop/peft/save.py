@@ -19,7 +19,7 @@ from flax import nnx
 from pydantic import PrivateAttr
 
 from ...adapters.inject import LABEL, inject, recall, site_modules
-from ...adapters.merge import strip
+from ...adapters.merge import strip, unmerge
 from ...adapters.methods.lora import LoraSection
 from ...config.doors import EXPORTERS
 from ...config.patterns import Patterns
@@ -104,7 +104,7 @@ def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, c
     Raises:
         InputError: the model has no low-rank adapter, or `path` is not empty.
     """
-    adapter = _Adapter(model)
+    adapter = _Adapter(unmerge(model))
     with new_folder(Path(path)) as folder:
         _write(adapter, folder, base)
         write_card(folder, card)
