@@ -117,6 +117,8 @@ def resolve(model: nnx.Module, config: AdapterConfig) -> ResolvedAdapter:
             ranks[i] = config.rank_pattern.get(rank_key, config.rank)
             alpha = config.alpha_pattern.get(alpha_key, config.alpha)
             for setting, value in method.settings(config, int(ranks[i]), alpha).items():
+                if not abs(value) <= float(np.finfo(np.float32).max):
+                    raise InputError(f"adapter.alpha: {alpha:g} gives {name} a {setting} beyond the largest float32.")
                 settings[setting][i] = value
         resolved[name] = ResolvedSite(ranks, settings)
     for key, pattern in sorted(unused):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS, OneOf
-from .types import Bytes, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from .patterns import what_is_wrong
+from .types import Bytes, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Rank, Section
 
 
 class Distribution(Section):
@@ -193,7 +193,7 @@ class AdapterConfig(Section):
     """What the sections of all methods have in common; each method's own adds its keys (`adapters/methods/`)."""
 
     method: str = Field(default="lora", description="The adaptation method. Each method has its own keys.")
-    rank: PositiveInt = Field(default=8, description="Rank r of the update.")
+    rank: Rank = Field(default=8, description="Rank r of the update.")
     alpha: PositiveFloat = Field(default=16.0, description="The update is scaled by alpha / rank.")
     targets: str | list[str] = Field(
         default="attention",
@@ -206,9 +206,7 @@ class AdapterConfig(Section):
     layers: int | str | list[int] | None = Field(
         default=None, description="Layers to adapt: 3, [0, 5], '2-5', 'last:4', 'first:2', or several joined by commas. Default: all."
     )
-    rank_pattern: dict[str, PositiveInt] = Field(
-        default_factory=dict, description="Regex -> rank, for modules whose path ends with a match."
-    )
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict, description="Regex -> rank, for modules whose path ends with a match.")
     alpha_pattern: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="Regex -> alpha, for modules whose path ends with a match."
     )
@@ -233,10 +231,8 @@ class AdapterConfig(Section):
     @classmethod
     def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
         for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+            if (why := what_is_wrong(pattern)) is not None:
+                raise ValueError(f"'{pattern[:60]}' {why}")
         return value
 
 

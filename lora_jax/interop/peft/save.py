@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, ValidationError
 
 from ...adapters.inject import LABEL, inject, recall, site_modules
 from ...adapters.merge import strip, unmerge
@@ -31,7 +31,7 @@ from ...weights.safetensors import Tensor, write_safetensors
 from ..card import model_card, public_name, write_card
 from ..export import Exporter, ExportOptions, kind_of
 from .config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, PeftConfig, read_peft_config, to_json
-from .lora import Factors, alpha_of, config_values, factor_keys, plain, section_of, section_of_record, to_file
+from .lora import Factors, alpha_of, config_values, factor_keys, in_our_words, plain, section_of, section_of_record, to_file, wrong_values
 from .names import PROJECTION, ROOT, Module, Parameter, PeftNames, Renaming
 
 
@@ -122,7 +122,10 @@ def _write(adapter: _Adapter, folder: Path, base: str | None) -> None:
 
 
 class LoraConfig(LoraSection):
-    """LoRA's config section, which reads and writes PEFT's config.
+    """LoRA's config section, which reads and writes PEFT's config. PEFT's words (`r`, `lora_alpha`, `target_modules`, ...) are taken too.
+
+    Raises:
+        InputError: there is no such key, or a value will not do.
 
     >>> config = LoraConfig(rank=4, alpha=8, targets=["q_proj"])
     >>> config.to_peft()["lora_alpha"], config.to_peft()["target_modules"]
@@ -131,6 +134,12 @@ class LoraConfig(LoraSection):
 
     # The file that it was read from: what has no key here (task_type, revision, ...) is written again.
     _peft: dict[str, Any] | None = PrivateAttr(None)
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**in_our_words(values))
+        except ValidationError as error:
+            raise wrong_values(error) from None
 
     @classmethod
     def from_peft(cls, path: str | Path) -> LoraConfig:
