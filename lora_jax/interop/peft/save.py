@@ -319,8 +319,9 @@ def _source(adapter: _Adapter) -> dict[str, Any]:
     base: Any = next((m for _, m in nnx.iter_modules(adapter.model) if getattr(m, "origin", None) is not None), None)
     if base is None:
         return {"base_model_name_or_path": None}
-    name, _, revision = base.origin.source.removeprefix("hf://").partition("@" if base.origin.source.startswith("hf://") else "\0")
-    return {"base_model_name_or_path": name} | ({"revision": revision} if revision else {})
+    source = base.origin.source
+    revision = source.partition("@")[2] if source.startswith("hf://") else ""
+    return {"base_model_name_or_path": public_name(source)} | ({"revision": revision} if revision else {})
 
 
 # The tensors
@@ -380,7 +381,7 @@ class PeftExporter(Exporter):
             "from peft import PeftModel",
             f"from transformers import {auto}",
             "",
-            f'base = {auto}.from_pretrained("{base}"{labels})',
+            f"base = {auto}.from_pretrained({json.dumps(base)}{labels})",
             'model = PeftModel.from_pretrained(base, "PATH")',
         ]
         summary = "A low-rank adapter for `{base}`, in PEFT's format."
