@@ -82,8 +82,8 @@ class AdapterBank:
 
         Args:
             name: a new name.
-            adapted: made by `inject` on this base or one of the same structure, merged or not. Only its trained arrays are kept; the frozen ones come
-                from the bank's base.
+            adapted: made by `inject` on this base or one of the same structure, merged or not. Only its trained arrays are kept; the frozen
+                ones come from the bank's base.
 
         Raises:
             InputError: the name is taken, the model trains nothing, or its structure differs from the base's.
