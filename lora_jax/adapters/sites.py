@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from ..config.patterns import Patterns, fullmatch, parse_layers
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, warn
 from ..models.experts import ExpertLinear
 from ..models.layers import HEAD_MODULES, Embedding
 from ..models.stack import Stack
@@ -328,7 +327,7 @@ def select(
         _keep_layers(chosen, layers, sites)
     if targets == "all-linear" and left:
         shown = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:6]) + ("; ..." if len(left) > 6 else "")
-        warnings.warn(f"adapter.targets: 'all-linear' passes over {len(left)} ({shown}). Name them in adapter.exclude.", stacklevel=2)
+        warn(f"adapter.targets: 'all-linear' passes over {len(left)} ({shown}). Name them in adapter.exclude.")
     return {name: wanted for name, (_, wanted) in chosen.items() if wanted.any()}
 
 

@@ -20,7 +20,6 @@ import concurrent.futures
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ import orbax.checkpoint as ocp
 from ..adapters.layout import ResolvedAdapter
 from ..adapters.partition import Arrays
 from ..data.batching import DATA_ORDER
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..parallel.processes import process_count
 from .step import MemberState
 
@@ -313,9 +312,7 @@ def load_adapter(folder: Path, expected: Arrays, identity: dict[str, Any]) -> Ar
         unlike = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
         raise InputError(f"{folder}: does not fit this model and adapter config, in {', '.join(unlike[:4])}.")
     if facts["format"] == 1:
-        warnings.warn(
-            f"{folder}: saved by an older version, which kept no fingerprint of the base and no digests: not checked.", stacklevel=2
-        )
+        warn(f"{folder}: saved by an older version, which kept no fingerprint of the base and no digests: not checked.")
     else:
         _check_identity(folder, facts, identity)
         for file, digest in facts["files"].items():

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import re
-import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 from ...adapters.methods.base import AdaptedSite
 from ...adapters.methods.lora import LoraSection
 from ...adapters.sites import KINDS, PRESETS
-from ...errors import InputError, hint
+from ...errors import InputError, hint, warn
 from .config import DEFAULTS, KNOWN, PeftConfig
 from .names import ROOT, Module
 
@@ -88,9 +87,7 @@ def in_our_words(values: dict[str, Any]) -> dict[str, Any]:
     said = [key for key in values if key in _PEFT_WORDS]
     if said and "alpha" not in found:
         default = LoraSection.model_fields["alpha"].default
-        warnings.warn(
-            f"LoraConfig: alpha is {default:g} where lora_alpha is not given; PEFT's default is {DEFAULTS['lora_alpha']}.", stacklevel=3
-        )
+        warn(f"LoraConfig: alpha is {default:g} where lora_alpha is not given; PEFT's default is {DEFAULTS['lora_alpha']}.")
     return found
 
 
