@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..data.chat import render_prompt
+from ..data.tokens import render_prompt
 from ..errors import InputError, warn
 from ..models.decoder import Decoder
 from ..models.heads import Classifier

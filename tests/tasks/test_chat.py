@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
-from lora_jax.data import chat as module
-from lora_jax.data.chat import encode_chat
+from lora_jax.data import tokens as module
+from lora_jax.data.tokens import encode_chat
 from lora_jax.errors import InputError
 from lora_jax.weights.tokenizer import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""Chats as tokens: what a template writes of a conversation, and which of it the assistant says.
+"""Texts as tokens, and chats: what a template writes of a conversation, and which of it the assistant says.
 
 A template is a program of whoever made the model, so it runs in a process of its own (`Renderer`), with bounds of time and memory.
 """
@@ -42,6 +42,40 @@ class Chat(NamedTuple):
     ids: list[int]
     wanted: list[bool]
     left_out: int
+
+
+def plain_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
+    """Token ids of texts without special tokens."""
+    return tokenizer([str(t) for t in texts], add_special_tokens=False, padding=False)["input_ids"]
+
+
+def with_start(ids: Sequence[int], start: Sequence[int]) -> list[int]:
+    """Token ids behind what a decoder's texts begin with (`start_ids`), which is not put there twice."""
+    return [*ids] if [*ids[: len(start)]] == [*start] else [*start, *ids]
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """The token a decoder's texts begin with, where the tokenizer says there is one; the model was trained with it."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
+
+
+def encoder_ids(tokenizer: Any, texts: Sequence[Any], max_length: int) -> list[list[int]]:
+    """Token ids of an encoder's texts, cut to `max_length` with the special tokens.
+
+    Raises:
+        InputError: the special tokens alone take as many.
+    """
+    return [ids for ids, _ in encoder_texts(tokenizer, texts, max_length)]
+
+
+def encoder_texts(tokenizer: Any, texts: Sequence[Any], max_length: int) -> list[tuple[list[int], bool]]:
+    """The same, and whether each was cut."""
+    # Asked for no more than its special tokens, the tokenizer cuts nothing.
+    if max_length <= tokenizer.num_special_tokens_to_add():
+        raise InputError(f"task.max_length: {max_length} leaves no room for text beside the special tokens.")
+    encoded = tokenizer([str(t) for t in texts], truncation=True, max_length=max_length, padding=False)
+    return [(e.ids, bool(e.overflowing)) for e in encoded.encodings]
 
 
 def messages_of(value: Any, where: str) -> list[Message]:
