@@ -88,7 +88,7 @@ def doctor_command() -> bool:
 
 
 def examples_command(path: Path, overrides: list[str], count: int) -> None:
-    """Prints the first training examples as the model sees them; what has no loss is dim at a terminal, elsewhere in [[brackets]]."""
+    """Prints the first training examples as the model sees them; what has no loss is dim at a terminal, elsewhere in {{braces}}."""
     from ..config.load import load_config
     from ..sweeps.space import members_of
     from ..tasks.base import task_of
@@ -101,7 +101,7 @@ def examples_command(path: Path, overrides: list[str], count: int) -> None:
     console, train = Console(highlight=False, soft_wrap=True), data.train
     for line in data.lines():
         console.print(line, markup=False)
-    console.print(f"{'dim' if console.is_terminal else '[[in brackets]]'}: no loss", markup=False)
+    console.print("dim: no loss" if console.is_terminal else "{{in braces}}: no loss", markup=False)
     for number in range(min(count, len(train.tokens))):
         ids, targets = train.tokens[number], train.targets[number]
         learned = targets != NO_TARGET
@@ -111,7 +111,7 @@ def examples_command(path: Path, overrides: list[str], count: int) -> None:
         shown = Text()
         for text, wanted in _stretches(tokenizer, ids.tolist(), learned.tolist()):
             text = text.replace("\n", "\\n")
-            shown.append(text if wanted or console.is_terminal else f"[[{text}]]", style="" if wanted else "dim")
+            shown.append(text if wanted or console.is_terminal else "{{" + text + "}}", style="" if wanted else "dim")
         console.print(shown)
         if not task.next_token and data.classes is not None:
             places = np.flatnonzero(learned).tolist()

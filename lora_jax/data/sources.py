@@ -133,6 +133,7 @@ class Taken:
         ends_cut: those of them that lost something to be predicted: the end.
         turns_left_out: turns of an assistant that the chat template does not show.
         others: held-out rows that are among the training rows too.
+        sampled: whether they were drawn of more.
     """
 
     part: str
@@ -146,11 +147,12 @@ class Taken:
     ends_cut: int = 0
     turns_left_out: int = 0
     others: int = 0
+    sampled: bool = False
 
     def lines(self) -> list[str]:
         """For a person to read."""
         some = f"all {self.rows:,}" if self.used == self.rows else f"{self.used:,} of {self.rows:,}"
-        head = f"{self.part}: {some} rows of {self.source}" + (", sampled" if self.used < self.rows else "")
+        head = f"{self.part}: {some} rows of {self.source}" + (", sampled" if self.sampled else "")
         said = [f"{count:,} dropped ({column}: {value})" for (column, value), count in self.dropped.items()]
         if self.left_out:
             said.append(f"{self.left_out:,} left out (nothing to predict within task.max_length = {self.max_length} tokens)")

@@ -23,6 +23,8 @@ from .files import as_text
 # Of what a template may take: seconds for one conversation, bytes beyond what its process has at the start, characters of text.
 SECONDS, MEMORY, CHARACTERS = 20.0, 512 * 2**20, 8_000_000
 _START_SECONDS = 120.0
+# The day that templates which write today's date get in its place: what Llama's templates write where there is no clock.
+DATE = "2024-07-26"
 # Stands in for the words of a message, to see where the template puts them.
 _MARK = "zqxjmark7yzv"
 
@@ -118,7 +120,7 @@ def _content(message: Mapping[str, Any], where: str, number: int) -> str:
     return "".join(texts)
 
 
-def encode_chat(messages: Any, tokenizer: Any, row: int, date: str | None = None) -> Chat:
+def encode_chat(messages: Any, tokenizer: Any, row: int, date: str = DATE) -> Chat:
     """Tokens of a conversation as the template shows the whole of it, and which of them the assistant wrote.
 
     The template's own marks (`{% generation %}`) say so where it has them. Else a turn is what the template adds to the conversation up
@@ -129,7 +131,7 @@ def encode_chat(messages: Any, tokenizer: Any, row: int, date: str | None = None
         messages: as for `messages_of`.
         tokenizer: with a chat template.
         row: the row's number in its file, for messages.
-        date: what `strftime_now` in a template gives, YYYY-MM-DD; today by default.
+        date: what `strftime_now` in a template gives, YYYY-MM-DD: no day but this, so that the tokens are the same on every day.
 
     Raises:
         InputError: no template, one that refuses the row or takes too long, or the row is not a list of messages.
@@ -218,7 +220,7 @@ def _find_marked(said: list[Message], i: int, whole: str, prompt: str, tokenizer
         return None
     stop = len(whole) - len(tail)
     # A template may take the words apart (thoughts and answer): then what it writes before them differs too.
-    start = len(os.path.commonprefix([head, whole[:stop]]))
+    start = next((n for n, (a, b) in enumerate(zip(head, whole[:stop], strict=False)) if a != b), min(len(head), stop))
     if said[i]["content"].strip() and not whole[start:stop].strip():
         return None
     opened = whole.rfind(prompt, after, start + len(prompt)) if prompt else -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -342,6 +342,7 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
             ends_cut=sum(e.end_cut for e in kept),
             turns_left_out=encoded.turns_left_out,
             others=others if part == "held-out" else 0,
+            sampled=len(at) < (len(source) if part == "held-out" or held_table is not table else len(source) - len(held_at)),
         )
         return Examples.of(kept, encoded.scorer and encoded.scorer(kept)), taken
 

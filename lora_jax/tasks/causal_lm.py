@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
 from ..data.batching import NO_TARGET, Example
-from ..data.tokens import encode_chat, plain_ids, start_ids, template_of, with_start, writes_date
+from ..data.tokens import DATE, encode_chat, plain_ids, start_ids, template_of, with_start, writes_date
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.heads import LanguageModel
@@ -30,7 +30,7 @@ class CausalLMConfig(TaskConfig):
     )
 
     date: str = Field(
-        default="2024-07-26",
+        default=DATE,
         description="The day, YYYY-MM-DD, that chat templates which write today's date get in its place: the same on every day.",
     )
 

@@ -109,7 +109,8 @@ def test_turns_that_the_template_does_not_show_are_counted(smol):
 
 
 def test_the_marks_of_a_template_are_taken(smol):
-    marked = USER + "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    own = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    marked = USER + "{% if m.role == 'assistant' %}" + own + "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
     assert learned(said("hi", "hello", "and?", "done"), changed(smol, marked)) == ["hello<|im_end|>", "done<|im_end|>"]
 
 
