@@ -289,7 +289,7 @@ class Renderer:
 
     def _start(self) -> subprocess.Popen[str]:
         code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         # Its own session: Ctrl-C is for the run, which ends it.
         process = subprocess.Popen([sys.executable, "-c", code], **pipes, text=True, encoding="ascii", start_new_session=True)
         if not self._exchange(process, "{}", _START_SECONDS)[0]:
@@ -322,16 +322,18 @@ atexit.register(_RENDERER.close)
 def serve() -> None:
     """The other end of `Renderer`: reads requests and writes answers, a line of JSON each, until there are no more."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers.utils.chat_template_utils as templates
+    import importlib
+
+    templates: Any = importlib.import_module("transformers.utils.chat_template_utils")
 
     answers, sys.stdout = sys.stdout, sys.stderr
     _bound_memory()
     for line in sys.stdin:
         request = json.loads(line)
         if request and request["date"] is not None:
-            templates.datetime = _clock(request["date"])  # pyright: ignore[reportAttributeAccessIssue]
+            templates.datetime = _clock(request["date"])
         elif request:
-            templates.datetime = datetime.datetime  # pyright: ignore[reportAttributeAccessIssue]
+            templates.datetime = datetime.datetime
         found = [_answer(templates, request, *asked) for asked in request.get("asked", ())]
         answers.write(json.dumps(found) + "\n")
         answers.flush()

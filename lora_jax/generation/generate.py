@@ -37,7 +37,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, number: int = 0) -> list[int]:
     if isinstance(prompt, str):
         ids = _needed(tokenizer, number)(check_text(prompt, f"prompt {number}"))["input_ids"]
     elif prompt and all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-        text = render_prompt(prompt, _needed(tokenizer, number), f"prompt {number}")
+        text = render_prompt([dict(m) for m in prompt if isinstance(m, Mapping)], _needed(tokenizer, number), f"prompt {number}")
         ids = tokenizer(check_text(text, f"prompt {number}"), add_special_tokens=False)["input_ids"]
     elif all(isinstance(part, int) or hasattr(part, "__index__") for part in prompt):
         ids = [int(part) for part in prompt]  # pyright: ignore[reportArgumentType]

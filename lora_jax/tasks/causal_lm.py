@@ -122,6 +122,6 @@ def next_token(ids: Sequence[int], wanted: Sequence[bool], length: int) -> Examp
 
 def _with_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
     """A text's token ids and the token that ends it, which is not put there twice; white space may follow it in the text."""
-    end = tokenizer.eos_token_id
+    end: Any = tokenizer.eos_token_id
     ended = end is None or ids[-1:] == [end] or (end in ids[-4:] and text.rstrip().endswith(str(tokenizer.eos_token)))
-    return ids if ended else [*ids, end]
+    return ids if ended else [*ids, int(end)]

@@ -129,7 +129,7 @@ def question_of(question: Any, context: Any, answers: Any, where: str) -> Questi
             raise InputError(f"{where}: the answer {text!r} at {start!r} is none.")
         if start < 0 or context[start : start + len(text)] != text:
             raise InputError(f"{where}: the answer {text!r} does not stand at character {start} of the context.")
-    return Question(question, context, tuple(texts), starts[0] if starts else -1)
+    return Question(question, context, tuple(map(str, texts)), starts[0] if starts else -1)
 
 
 def encode_questions(
