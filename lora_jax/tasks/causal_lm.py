@@ -124,4 +124,4 @@ def _with_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
     """A text's token ids and the token that ends it, which is not put there twice; white space may follow it in the text."""
     end: Any = tokenizer.eos_token_id
     ended = end is None or ids[-1:] == [end] or (end in ids[-4:] and text.rstrip().endswith(str(tokenizer.eos_token)))
-    return ids if ended else [*ids, int(end)]
+    return ids if ended or end is None else [*ids, int(end)]
