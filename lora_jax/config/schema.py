@@ -180,13 +180,19 @@ class TaskConfig(Section):
     eval_source: str | None = Field(
         default=None, description="A separate held-out file. Without it, `eval_size` rows of `source` are held out."
     )
-    eval_size: PositiveInt = Field(
-        default=500, description="Number of held-out rows (with `eval_source`: the number of its rows that are used)."
+    eval_size: PositiveInt | Literal["all"] = Field(
+        default=500, description="Number of held-out rows (with `eval_source`: the number of its rows that are used, or `all`)."
     )
     train_size: PositiveInt | None = Field(default=None, description="Number of training rows to use, after shuffling. Default: all.")
     split_seed: NonNegativeInt = Field(default=0, description="Seed of the train / held-out split.")
     max_length: PositiveInt = Field(default=128, description="Maximal number of tokens of an example; longer ones are truncated.")
     drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to exclude: column -> values.")
+
+    @model_validator(mode="after")
+    def _eval_size(self) -> TaskConfig:
+        if self.eval_size == "all" and self.eval_source is None:
+            raise ValueError("'eval_size: all' needs 'eval_source': of 'source' some rows are left to train on")
+        return self
 
 
 class AdapterConfig(Section):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..data.tokens import render_prompt
 from ..errors import InputError, warn
 from ..models.decoder import Decoder
 from ..models.heads import Classifier
@@ -36,7 +37,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, number: int = 0) -> list[int]:
     if isinstance(prompt, str):
         ids = _needed(tokenizer, number)(check_text(prompt, f"prompt {number}"))["input_ids"]
     elif prompt and all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-        text = _render(prompt, _needed(tokenizer, number), number)
+        text = render_prompt([dict(m) for m in prompt if isinstance(m, Mapping)], _needed(tokenizer, number), f"prompt {number}")
         ids = tokenizer(check_text(text, f"prompt {number}"), add_special_tokens=False)["input_ids"]
     elif all(isinstance(part, int) or hasattr(part, "__index__") for part in prompt):
         ids = [int(part) for part in prompt]  # pyright: ignore[reportArgumentType]
@@ -51,16 +52,6 @@ def _needed(tokenizer: Any, number: int) -> Any:
     if tokenizer is None:
         raise InputError(f"prompt {number}: text needs a tokenizer (load_tokenizer); without one prompts are token ids.")
     return tokenizer
-
-
-def _render(messages: Any, tokenizer: Any, number: int) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"prompt {number}: this model's tokenizer has no chat template; give the prompt as text.")
-    try:
-        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may refuse a conversation in any way it likes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise InputError(f"prompt {number}: the chat template refuses it: {reason}") from None
 
 
 class TextStream:

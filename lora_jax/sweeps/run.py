@@ -143,7 +143,7 @@ def _run(
         if run.resumed:
             progress.print(f"{run.path}: resumed, {len(plan.ended)} of {len(plan.members)} members are done.")
         if race is not None:
-            progress.print(describe_setup(config, prepare(members[0].config)))
+            _describe(run, config, prepare(members[0].config), progress)
             compiled = race.train(run)
         else:
             compiled = _train_packs(plan, run, members, prepare, signals, progress, solo=solo)
@@ -183,7 +183,7 @@ def _train_packs(
         config = pack.members[0].config
         setup = prepare(config)
         if setup is not described:
-            progress.print(describe_setup(config, setup))
+            _describe(run, config, setup, progress)
             described = setup
         make = functools.partial(
             PackRun,
@@ -209,6 +209,15 @@ def _layout_members(plan: PackPlan, members: Sequence[Member]) -> list[Member]:
     if configured_mode(plan.members[0].config) != SCAN:
         return []
     return next(group for group in alike(members) if plan.members[0] in group)
+
+
+def _describe(run: RunDirectory, config: Config, setup: Setup, progress: Progress) -> None:
+    """Prints what was loaded; what became of the data's rows is kept in the run's summary, for the report."""
+    lines = setup.data.lines()
+    for line in (describe_setup(config, setup), *lines):
+        progress.print(line)
+    if is_writer():
+        run.update_state(lambda state: state.summary.update(data=list(dict.fromkeys([*state.summary.get("data", []), *lines]))))
 
 
 def describe_setup(config: Config, setup: Setup) -> str:

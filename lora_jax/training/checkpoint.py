@@ -57,12 +57,16 @@ class PackCheckpoints:
         members: names of the pack's members, in order.
         fingerprint: of the base the arrays belong to.
         keep: how many of the newest are kept; more than one, so that a damaged one has a predecessor.
+        order: number of the order that the batches have the examples in (`BatchPlan.order`).
         warn: told in words of what went wrong and how it was met.
     """
 
-    def __init__(self, folder: Path, members: Sequence[str], fingerprint: str, *, keep: int, warn: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, members: Sequence[str], fingerprint: str, *, keep: int, warn: Callable[[str], None], order: int = DATA_ORDER
+    ):
         self.folder = folder.resolve()
         self._members, self._fingerprint, self._keep, self._warn = list(members), fingerprint, keep, warn
+        self._order = order
         self._writes = jax.process_index() == 0
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -146,7 +150,7 @@ class PackCheckpoints:
                 orbax.save(part / "arrays", arrays)
             if not self._writes:
                 return
-            own = {"format": _FORMAT, "data_order": DATA_ORDER, "members": self._members, "base": self._fingerprint}
+            own = {"format": _FORMAT, "data_order": self._order, "members": self._members, "base": self._fingerprint}
             facts = {**own, **facts, "files": _digests(part / "arrays")}
             (part / _FACTS).write_text(json.dumps(facts))
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -183,7 +187,7 @@ class PackCheckpoints:
             raise InputError(f"{path}: belongs to a base with other weights than model.source has now. Start anew with --fresh.")
         if members != self._members:
             raise InputError(f"{path}: holds other members than this pack. Start anew with --fresh.")
-        if facts.get("data_order") != DATA_ORDER:
+        if facts.get("data_order") != self._order:
             raise InputError(
                 f"{path}: was begun by a version that put the training examples in another order, so training cannot go on from it. "
                 "Start anew with --fresh, which sets the old run aside."
