@@ -76,6 +76,8 @@ def short_value(value: Any, limit: int = 28) -> str:
 
     >>> short_value(["q_proj", "v_proj"]), short_value(0.0001), short_value(None)
     ('q+v', '1e-4', 'none')
+    >>> short_value("{text}\\nAnswer:")
+    '{text}\\\\nAnswer:'
     """
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
@@ -91,6 +93,8 @@ def short_value(value: Any, limit: int = 28) -> str:
         text = "+".join(names)
     else:
         text = value if isinstance(value, str) else json.dumps(value)
+    # One line of what a terminal shows: a line break would end the cell, and an escape code colour what follows.
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

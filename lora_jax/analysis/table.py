@@ -159,7 +159,9 @@ def _table(
     has_run, has_seeds = any(row.run for row in rows), any(len(row.members) > 1 for row in rows)
     has_steps, has_difference = any(best_step_text(row) for row in rows), any(row.difference for row in rows)
     caption = "\n".join(["* best", *notes] if any(row.is_best for row in rows) else notes)
-    table = Table(title=title, caption=caption or None, caption_justify="left", caption_style="dim", header_style="bold")
+    # As `Text`, on any console: of a plain string rich would take `[INST]` for markup and `:a:` for an emoji.
+    about = Text(title, style="table.title") if title else None
+    table = Table(title=about, caption=Text(caption, style="dim") if caption else None, caption_justify="left", header_style="bold")
     if has_run:
         table.add_column("run")
     keys = columns(rows)
@@ -167,15 +169,15 @@ def _table(
         table.add_column("member")
     for key, heading in keys.items():
         numeric = all(isinstance(row.settings.get(key), (int, float)) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left")
+        table.add_column(Text(heading), justify="right" if numeric else "left")
     if has_seeds:
         table.add_column("seeds", justify="right")
     for heading in ("parameters", f"final {metric.heading}", f"best {metric.heading}"):
-        table.add_column(heading, justify="right", no_wrap=heading == "parameters")
+        table.add_column(Text(heading), justify="right", no_wrap=heading == "parameters")
     if has_steps:
         table.add_column("at step", justify="right")
     if has_difference:
-        table.add_column(difference_heading(reference), justify="right")
+        table.add_column(Text(difference_heading(reference)), justify="right")
     for row in rows:
         cells: list[str | Text] = [row.run] if has_run else []
         cells += [short_value(row.settings.get(key)) for key in keys] if keys or has_run else [row.members[0].name]
@@ -183,7 +185,7 @@ def _table(
         cells += [f"{row.parameters:,}", _final(row, metric), "" if row.final.count == 0 else estimate_text(row.best, metric)]
         cells += [best_step_text(row)] if has_steps else []
         cells += [difference_text(row, metric)] if has_difference else []
-        table.add_row(*cells, style="bold green" if row.is_best else None)
+        table.add_row(*(Text(c) if isinstance(c, str) else c for c in cells), style="bold green" if row.is_best else None)
     return table
 
 

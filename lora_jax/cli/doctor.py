@@ -14,11 +14,10 @@ from typing import Annotated, Literal
 
 import typer
 from packaging.requirements import Requirement
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .options import Overrides
+from .options import Overrides, results_console
 
 State = Literal["ok", "missing", "note"]
 _MARKS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "missing": ("✗", "bold red"), "note": ("·", "dim")}
@@ -59,7 +58,7 @@ def doctor(
 def doctor_command() -> bool:
     """Prints all findings. True if nothing required is missing."""
     groups = {"machine": machine(), "packages": packages(), "optional": optional(), "devices": devices()}
-    console = Console(highlight=False)
+    console = results_console()
     table = Table(show_header=False, box=None, pad_edge=False)
     for title, findings in groups.items():
         table.add_row("", Text(title, style="bold"))
@@ -69,7 +68,10 @@ def doctor_command() -> bool:
             table.add_row(Text(mark, style=style), finding.name, Text(text, style="red" if finding.state == "missing" else ""))
     console.print(table)
     missing = [f.name for findings in groups.values() for f in findings if f.state == "missing"]
-    console.print(f"[bold red]missing: {', '.join(missing)}[/]" if missing else "[green]ready[/]")
+    if missing:
+        console.print(f"missing: {', '.join(missing)}", style="bold red")
+    else:
+        console.print("ready", style="green")
     return not missing
 
 

@@ -72,5 +72,8 @@ def with_extension(overrides: list[str] | None, steps: int | None) -> list[str]:
 
 
 def results_console() -> Console:
-    """Standard output: as wide as the terminal, or 160 columns in a file or a pipe (rich would take 80)."""
-    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
+    """Standard output: as wide as the terminal, or 160 columns in a file or a pipe (rich would take 80).
+
+    No markup: what is shown are names, values and paths of the user's, in which `[INST]` and `:a:` mean just that.
+    """
+    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)

@@ -33,18 +33,18 @@ def plan_command(config: Config, *, solo: bool, fresh: bool, many: bool, part: P
     found = estimate(config, solo=solo, fresh=fresh, many=many, part=part)
     console = results_console()
     for line in _heading(config, found):
-        console.print(line, markup=False)
+        console.print(line)
     if not found.packs:
         return
     console.print(_packs(found))
     for number, pack in enumerate(found.packs, 1):
         names = [m.name for m in pack.plan.members]
         more = [f"and {len(names) - _NAMES} more"] if len(names) > _NAMES else []
-        console.print(f"pack {number}: " + "  ".join(names[:_NAMES] + more), markup=False, soft_wrap=True)
+        console.print(f"pack {number}: " + "  ".join(names[:_NAMES] + more))
     largest = max(found.packs, key=lambda p: p.memory.total)
     console.print(memory_table(largest.memory, len(largest.plan.members), "largest pack", found.limit))
     for line in _estimate(found):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line)
 
 
 def _heading(config: Config, found: Estimate) -> list[str]:
@@ -125,8 +125,8 @@ def placement_command(config: Path, overrides: list[str]) -> None:
     if child.returncode:
         raise (InputError if child.returncode == 2 else RunError)(child.stderr.strip())
     console = results_console()
-    console.print(child.stdout, end="", markup=False)
-    console.print(f"[bold red]The mesh needs {needed} devices; this process sees {seen}.[/]")
+    console.print(child.stdout, end="")
+    console.print(f"The mesh needs {needed} devices; this process sees {seen}.", style="bold red")
 
 
 def _print(config: Config) -> None:

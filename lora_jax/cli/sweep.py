@@ -160,4 +160,4 @@ def _report(config: Config, outcome: SweepOutcome, part: Part | None, progress: 
     lines += [f"heat map:    {heatmap}"] if heatmap else []
     lines += [f"TensorBoard: tensorboard --logdir {outcome.path}"] if config.tracking.tensorboard else []
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)

@@ -73,3 +73,9 @@ def test_nothing_to_show_is_none(tmp_path):
     assert write_heatmap(tmp_path / "map.png", results(**{RANK: [4, 8], "value": lambda s: math.nan})) is None
     assert not list(tmp_path.iterdir())
     assert write_heatmap(tmp_path / "map.png", results(**{RANK: [4, 8], "value": lambda s: 0.5})) is not None
+
+
+def test_labels_are_no_formulas():
+    values = {"q$|k$": 0.5, "$\\frac$": 0.6}
+    results = [MemberResult(v, {"adapter.targets": v}, 10, "finished", {"accuracy": a}) for v, a in values.items()]
+    assert heatmap_png(results, title="$\\x$", subtitle="$_$") is not None

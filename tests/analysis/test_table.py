@@ -122,3 +122,23 @@ def test_each_at_its_best_learning_rate():
     assert "+10.0 ± 0.0" in row(table, "8,000") and "to rank=1" in text(table)
     assert "1 of 2 at the smallest swept (0.001) and 1 of 2 at the largest swept (0.01)" in said(table)
     assert rates_table(results[:2]) is None and rates_table([member(1, 0.5), member(2, 0.6)]) is None
+
+
+BRACKETS = "[INST] {text} [/INST]"
+
+
+def test_values_with_brackets_are_shown_as_they_are(tmp_path):
+    results = [MemberResult(f"m{i}", {"task.template": v}, 10 + i, "finished", {"accuracy": 0.5 + i / 10}) for i, v in enumerate(_MARKED)]
+    shown = text(results_table(results, title="[red]run[/x]"))
+    for words in (*_MARKED[:3], "{text}\\n[/b]\\x1b[31m", "[red]run[/x]"):
+        assert words in shown, words
+    write_run(tmp_path / "[b]x[red]", "name: x\n", results)
+    (table,) = compare_runs([tmp_path / "[b]x[red]"])
+    assert "[b]x[red]" in text(table) and BRACKETS in text(table)
+
+
+_MARKED = (BRACKETS, "layers[0-3].q[a-z]+", ":smile: {text}", "{text}\n[/b]\x1b[31m")
+
+
+def test_the_name_of_a_run_without_a_sweep_keeps_its_brackets():
+    assert "[a]b[/c]" in text(results_table([MemberResult("[a]b[/c]", {}, 1, "finished", {"accuracy": 0.5})]))
