@@ -115,7 +115,8 @@ def heatmap_png(
     if np.isnan(cells).all():
         return None
     lines = [line for line in (subtitle, _reduction(results, x, y)) if line]
-    return _draw(cells, xs, ys, x, y, metric, f"{title}: {metric.heading}" if title else metric.heading, lines)
+    endings = [[_ending(results, x, a, y, b) for a in xs] for b in ys]
+    return _draw(cells, endings, xs, ys, x, y, metric, f"{title}: {metric.heading}" if title else metric.heading, lines)
 
 
 def _reduction(results: Sequence[MemberResult], x: str, y: str | None) -> str:
@@ -131,7 +132,23 @@ def _reduction(results: Sequence[MemberResult], x: str, y: str | None) -> str:
     return ", ".join(parts)
 
 
-def _draw(cells: np.ndarray, xs: list[Any], ys: list[Any], x: str, y: str | None, metric: Evaluator, title: str, lines: list[str]) -> bytes:
+def _ending(results: Sequence[MemberResult], x_key: str, x: Any, y_key: str | None, y: Any) -> str:
+    """What a cell without a value says: how its members ended, in a word where all of them ended so."""
+    endings = {r.status for r in results if _has(r, x_key, x) and (y_key is None or _has(r, y_key, y)) and r.status != "finished"}
+    return endings.pop() if len(endings) == 1 else "no result"
+
+
+def _draw(
+    cells: np.ndarray,
+    endings: list[list[str]],
+    xs: list[Any],
+    ys: list[Any],
+    x: str,
+    y: str | None,
+    metric: Evaluator,
+    title: str,
+    lines: list[str],
+) -> bytes:
     """All sizes are in inches, so that cells and letters keep theirs however many there are.
 
     Names and values are no formulas: matplotlib would take what stands between two `$` for one, and fail at `q$|k$`.
@@ -157,7 +174,7 @@ def _draw(cells: np.ndarray, xs: list[Any], ys: list[Any], x: str, y: str | None
     for row, column in np.ndindex(*cells.shape):
         value, is_best = cells[row, column], (row, column) == tuple(best)
         if np.isnan(value):
-            axes.text(column, row, "no result", ha="center", va="center", fontsize=8, color=_FAINT)
+            axes.text(column, row, endings[row][column], ha="center", va="center", fontsize=8, color=_FAINT)
             continue
         linear = np.asarray(image.cmap(image.norm(value))[:3]) ** 2.2
         ink = _INK if linear @ (0.2126, 0.7152, 0.0722) > 0.18 else "white"  # whichever has more contrast (WCAG luminance)

@@ -139,6 +139,18 @@ def best_step_text(row: Row) -> str:
     return "" if not steps else f"{steps[0]}" if len(set(steps)) == 1 else f"{min(steps)}-{max(steps)}"
 
 
+def best_heading(rows: Sequence[Row], metric: Evaluator) -> str:
+    """`best accuracy (%)`, or `loss at best accuracy`: `best` are the figures of the step that was best in the run's own metric."""
+    chosen_by = {m.metric for row in rows for m in row.members} - {"", metric.name}
+    # Perplexity is e to the loss: where one is best the other is.
+    if not chosen_by or (metric.name in _SAME_STEP and chosen_by <= _SAME_STEP):
+        return f"best {metric.heading}"
+    return f"{metric.heading} at best {chosen_by.pop() if len(chosen_by) == 1 else 'step'}"
+
+
+_SAME_STEP = {"loss", "perplexity"}
+
+
 def difference_heading(reference: Mapping[str, Any] | None) -> str:
     """`to best`, or `to rank=1`."""
     return f"to {_words(reference)}" if reference else "to best"
@@ -172,7 +184,7 @@ def _table(
         table.add_column(Text(heading), justify="right" if numeric else "left")
     if has_seeds:
         table.add_column("seeds", justify="right")
-    for heading in ("parameters", f"final {metric.heading}", f"best {metric.heading}"):
+    for heading in ("parameters", f"final {metric.heading}", best_heading(rows, metric)):
         table.add_column(Text(heading), justify="right", no_wrap=heading == "parameters")
     if has_steps:
         table.add_column("at step", justify="right")
@@ -192,5 +204,5 @@ def _table(
 def _final(row: Row, metric: Evaluator) -> Text:
     figure = "" if math.isnan(row.final.mean) else estimate_text(row.final, metric)
     if row.unfinished:
-        return Text.assemble((row.unfinished, "red"), f" {figure}" if figure else "")
+        return Text.assemble((row.unfinished, "dim" if row.was_stopped else "red"), f" {figure}" if figure else "")
     return Text(figure + (" *" if row.is_best else "  "))

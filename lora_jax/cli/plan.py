@@ -131,8 +131,7 @@ def placement_command(config: Path, overrides: list[str]) -> None:
 
 def _print(config: Config) -> None:
     with compile_cache(config):
-        shapes, members = largest_pack_shapes(config)
-        memory = shapes.memory(members)
+        shapes, members, memory = largest_pack_shapes(config)
     console = results_console()
     console.print(_parameters(shapes.placements(members), dict(shapes.mesh.shape), members))
     console.print(memory_table(memory, members, "one member" if members == 1 else f"{members} members", memory_limit(config)))

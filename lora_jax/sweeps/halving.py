@@ -160,7 +160,7 @@ class Halving:
             scores |= self._scores(one)
         kept = survivors(scores, self._halving.factor) if until is not None else list(scores)
         for one in trained:
-            one.recorder.finish(one.pack, one.outcome, stopped=None if until is None else set(scores) - set(kept))
+            one.recorder.finish(one.pack, one.outcome, stopped=None if until is None else set(scores) - set(kept), rung=number + 1)
         if until is not None:
             self._progress.print(f"{title}: after {until} steps {len(kept)} of {len(scores)} members go on")
         return kept, sum(one.programs for one in trained)

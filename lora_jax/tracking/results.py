@@ -37,6 +37,7 @@ class MemberResult:
         history: Optional rows of scalars by step, each with a `step`.
         error: Why it failed; empty where it did not.
         metric: What its task is compared by, a key of `final`; empty in runs of older versions.
+        rung: Which rung of halving stopped it, from 1; None where none did, and in runs of older versions.
     """
 
     name: str
@@ -54,6 +55,7 @@ class MemberResult:
     history: list[dict[str, float]] | None = None
     error: str = ""
     metric: str = ""
+    rung: int | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -108,6 +110,7 @@ _KINDS: dict[str, Any] = {
     "history": (list, type(None)),
     "error": str,
     "metric": str,
+    "rung": (int, type(None)),
     **dict.fromkeys(sorted(_FLOATS), (int, float, type(None))),
 }
 

@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -142,3 +143,24 @@ _MARKED = (BRACKETS, "layers[0-3].q[a-z]+", ":smile: {text}", "{text}\n[/b]\x1b[
 
 def test_the_name_of_a_run_without_a_sweep_keeps_its_brackets():
     assert "[a]b[/c]" in text(results_table([MemberResult("[a]b[/c]", {}, 1, "finished", {"accuracy": 0.5})]))
+
+
+def test_members_stopped_by_halving_are_said_to_be_stopped():
+    results = [
+        member(2, 0.6, status="stopped"),
+        replace(member(4, 0.7, status="stopped"), rung=2),
+        replace(member(16, 0.7, status="stopped"), steps=12),
+        member(8, 0.9),
+    ]
+    table = results_table(results)
+    assert "stopped (rung 2)" in row(table, "4,000") and "stopped (step 12)" in row(table, "16,000")
+    seeds = [replace(member(2, 0.6, **{SEED: i}), status=s, rung=r) for i, (s, r) in enumerate([("stopped", 1), ("finished", None)])]
+    assert "1 of 2 stopped (rung 1)" in row(results_table(seeds), "2,000")
+
+
+def test_the_best_column_says_whose_step_it_is():
+    results = [replace(member(r, 0.5), metric="accuracy", final={"accuracy": r / 10, "loss": 1.0}, best={"loss": 2.0}) for r in (2, 4)]
+    assert "loss at best accuracy" in text(results_table(results, "loss")) and "best loss" not in text(results_table(results, "loss"))
+    assert "best accuracy (%)" in text(results_table(results))
+    bare = [replace(r, metric="perplexity") for r in results]
+    assert "best loss" in text(results_table(bare, "loss"))
