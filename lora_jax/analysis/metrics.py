@@ -95,7 +95,9 @@ def short_value(value: Any, limit: int = 28) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
     # One line of what a terminal shows: a line break would end the cell, and an escape code colour what follows.
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    if len(text) <= limit:
+        return text
+    return "…" + text[1 - limit :] if text.startswith("/") else text[: limit - 1] + "…"  # of a path the end tells more
 
 
 def identity(value: Any) -> str:

@@ -357,13 +357,20 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     {'a.b': (1, 2)}
     """
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return {} if old == new and type(old) is type(new) else {prefix: (old, new)}
+        return {} if (old == new and type(old) is type(new)) or _same_path(old, new) else {prefix: (old, new)}
     found: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*old, *new]):
         dotted = f"{prefix}.{key}" if prefix else str(key)
         if dotted not in IGNORED:
             found |= differences(old.get(key, _ABSENT), new.get(key, _ABSENT), dotted)
     return found
+
+
+def _same_path(old: Any, new: Any) -> bool:
+    """Whether two values are one path, which a run of an older version kept relative to where it was started."""
+    if not (isinstance(old, str) and isinstance(new, str)) or os.path.isabs(old) == os.path.isabs(new):
+        return False
+    return os.path.realpath(old) == os.path.realpath(new)
 
 
 def _text(value: Any) -> str:
