@@ -22,6 +22,7 @@ from .evaluate import evaluate
 from .export import ExportHelp, export
 from .generate import generate
 from .launch import launch
+from .options import guard_streams
 from .schema import schema
 from .sweep import sweep, train
 
@@ -55,12 +56,17 @@ def _common(
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 success, 1 failure while running, 2 wrong input, 75 stopped by SIGTERM, 130 stopped by Ctrl-C.
+    Exit codes: 0 success, 1 failure while running, 2 wrong input, 75 stopped by SIGTERM, 130 stopped by Ctrl-C, 141 where whoever reads
+    the output left early (`| head`).
     """
+    guard_streams()
     try:
-        with warnings.catch_warnings():
-            _print_warnings()
-            app()
+        try:
+            with warnings.catch_warnings():
+                _print_warnings()
+                app()
+        finally:
+            sys.stdout.flush()  # what cannot be written is told here, and not when the interpreter ends
     except Stopped as stopped:
         print(f"{stopped}; everything is saved. The same command resumes the run.", file=sys.stderr)
         sys.exit(130 if stopped.signal == signal.SIGINT else 75)
