@@ -115,9 +115,11 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _unlike(configs: dict[Path, dict[str, Any]], swept: Sequence[str]) -> list[str]:
     """A note on what else differs between the runs: a comparison across unlike tasks or lengths is not one of the swept keys."""
-    first, *others = configs.values()
+    first, *others = [flat(config) for config in configs.values()]
     ignored = ("name", "sweep", "tracking")
-    found = {key for other in others for key in differences(first, other) if key.split(".")[0] not in ignored and key not in swept}
+    # A key that one config lacks is another method's or task's, or newer than the run.
+    found = {key for other in others for key in differences(first, other) if key in first and key in other}
+    found = {key for key in found if key.split(".")[0] not in ignored and key not in swept}
     shown = sorted(found)[:8]
     more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
     return [f"The runs' configs also differ in: {', '.join(shown)}{more}."] if shown else []

@@ -182,7 +182,7 @@ class Halving:
                 left, saved = self._pack_run(old, "").left()
                 if saved is None:
                     folder = self._run.checkpoints([m.name for m in old.members])
-                    raise RunError(f"{folder}: the checkpoint of a finished rung is missing or damaged. Start anew with --fresh.")
+                    raise RunError(f"{folder}: the checkpoint of a finished rung is missing or damaged. Start over with --fresh.")
                 restored[id(old)] = left, saved
             sources.append((restored[id(old)][0], place, restored[id(old)][1]))
         return repack(self._setup.model, sources, pack)

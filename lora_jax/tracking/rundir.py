@@ -294,7 +294,7 @@ def _extended(path: Path, config_yaml: str) -> bool:
     if changes:
         shown = [f"  {key}: {_text(was)} -> {_text(now)}" for key, (was, now) in list(changes.items())[:_SHOWN]]
         more = [f"  ... and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
-        advice = "Give this run another 'name=', or --fresh to start it anew (the old one is kept aside)."
+        advice = "Give this run another 'name=', or --fresh to start over (the old directory is renamed)."
         raise InputError("\n".join([f"{path} holds a run with another config (old -> new):", *shown, *more, advice]))
     return False
 

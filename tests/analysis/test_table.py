@@ -164,3 +164,10 @@ def test_the_best_column_says_whose_step_it_is():
     assert "best accuracy (%)" in text(results_table(results))
     bare = [replace(r, metric="perplexity") for r in results]
     assert "best loss" in text(results_table(bare, "loss"))
+
+
+def test_keys_of_another_method_are_no_difference(tmp_path):
+    one = write_run(tmp_path / "one", "name: one\nadapter: {method: lora, rank: 8, alpha: 4}\n", [member(8, 0.5)])
+    two = write_run(tmp_path / "two", "name: two\nadapter: {method: full, alpha: 2}\n", [member(8, 0.6)])
+    (table,) = compare_runs([one, two])
+    assert "also differ in: adapter.alpha, adapter.method." in said(table)
