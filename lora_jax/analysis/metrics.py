@@ -82,7 +82,7 @@ def short_value(value: Any, limit: int = 28) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
-        if value == 0 or abs(value) >= 0.01:
+        if value == 0 or abs(value) >= 0.01 or math.isnan(value):
             return f"{value:g}"
         mantissa, exponent = f"{value:.6e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

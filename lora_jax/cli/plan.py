@@ -26,6 +26,7 @@ from ..sweeps.plan import Estimate, estimate, largest_pack_shapes
 from .options import results_console
 
 _NAMES = 20
+_VIRTUAL = 1024  # devices that a CPU is seen as: each takes threads and memory
 
 
 def plan_command(config: Config, *, solo: bool, fresh: bool, many: bool, part: Part | None) -> None:
@@ -120,10 +121,16 @@ def placement_command(config: Path, overrides: list[str]) -> None:
     if needed <= seen:
         _print(loaded)
         return
+    if needed > _VIRTUAL:
+        raise InputError(f"mesh: needs {needed:,} devices; doctor lays out at most {_VIRTUAL:,}.")
     environment = os.environ | virtual_devices(needed, os.environ)
     child = subprocess.run([sys.executable, "-m", __name__, str(config), *overrides], env=environment, capture_output=True, text=True)
     if child.returncode:
-        raise (InputError if child.returncode == 2 else RunError)(child.stderr.strip())
+        said = child.stderr.strip().splitlines()
+        if child.returncode == 2:
+            raise InputError("\n".join(said))
+        why = said[-1] if said else f"it ended with exit code {child.returncode}"
+        raise RunError(f"the process that lays out a mesh of {needed} devices failed: {why}")
     console = results_console()
     console.print(child.stdout, end="")
     console.print(f"The mesh needs {needed} devices; this process sees {seen}.", style="bold red")

@@ -66,6 +66,8 @@ def apply_overrides(
     result = copy.deepcopy(dict(data))
     for override in overrides:
         where = f"override '{override}'"
+        if not override.isprintable() and any("\ud800" <= c <= "\udfff" for c in override):
+            raise InputError(f"override {override!a}: is not text (UTF-8).")
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals:
