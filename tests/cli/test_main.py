@@ -250,6 +250,8 @@ def test_odd_command_lines(call, tmp_path):
         (["train", config, "task.source=\udcff"], "is not text (UTF-8)"),
         (["compare", str(run), "--reference", "training.seed=1"], "seeds are paired"),
         (["compare", str(run), "--reference", "adapter.rank=.nan"], "no member has rank=nan"),
+        (["launch", config, "--processes", "1000000000"], "at most 1,024"),
+        (["sweep", config, OVER_RANKS, "--part", "1/99999999999999999999"], "--part: at most 100,000 parts"),
         (["doctor", config, "mesh.data=1000000000"], "mesh: needs 1,000,000,000 devices"),
     ):
         code, out, err = call(*arguments)
