@@ -254,5 +254,5 @@ def test_odd_command_lines(call, tmp_path):
         (["sweep", config, OVER_RANKS, "--part", "1/99999999999999999999"], "--part: at most 100,000 parts"),
         (["doctor", config, "mesh.data=1000000000"], "mesh: needs 1,000,000,000 devices"),
     ):
-        code, out, err = call(*arguments)
+        code, _, err = call(*arguments)
         assert code == 2 and told in err and "unexpected" not in err, (arguments[:2], err)
