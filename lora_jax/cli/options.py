@@ -111,7 +111,8 @@ def guard_streams() -> None:
         pass
     os.close(spare)
     closed = sys.stdout is None
-    sys.stdin, sys.stdout, sys.stderr = sys.stdin or open(0, closefd=False), _guarded(sys.stdout, 1), _guarded(sys.stderr, 2)
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.FileIO(0, closefd=False))
+    sys.stdout, sys.stderr = _guarded(sys.stdout, 1), _guarded(sys.stderr, 2)
     if closed:
         print("warning: standard output is closed; what this command prints there is lost.", file=sys.stderr)
 

@@ -178,9 +178,7 @@ class PackCheckpoints:
         except (OSError, ValueError, KeyError, TypeError):
             raise _Damaged(f"its {_FACTS} is missing or damaged") from None
         if base != self._fingerprint:
-            raise InputError(
-                f"{path}: belongs to a base with other weights than model.source has now. Start over with --fresh (the old directory is renamed)."
-            )
+            raise InputError(f"{path}: belongs to a base with other weights than model.source has now. Start over with --fresh.")
         if members != self._members:
             raise InputError(f"{path}: holds other members than this pack. Start over with --fresh (the old directory is renamed).")
         if facts.get("data_order") != DATA_ORDER:
