@@ -49,6 +49,7 @@ help:  ## List the targets
 	@touch $@
 
 install: .venv/.installed .venv/.assets  ## Install lora-jax, the example models and the corpus into .venv
+	@echo "installed. In each new shell, before the first lora-jax command: . $(BIN)/activate"
 
 dev: .venv/.dev .venv/.assets  ## Install the development tools too
 

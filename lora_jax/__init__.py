@@ -6,6 +6,7 @@ Names are imported on first use, so that `import lora_jax` takes no time.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .weights.tokenizer import load_tokenizer as load_tokenizer
 
     LoRAParam = AdapterParam
+    __version__: str
 
 _NAMES = {
     "AdapterBank": "adapters.bank",
@@ -73,6 +75,11 @@ __all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return importlib.metadata.version("lora-jax")
+        except importlib.metadata.PackageNotFoundError:
+            raise AttributeError("lora_jax is on the path, but not installed: it has no version") from None
     if name not in _NAMES:
         raise AttributeError(f"module 'lora_jax' has no attribute '{name}'")
     module, _, attribute = _NAMES[name].partition(":")

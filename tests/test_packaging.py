@@ -68,3 +68,17 @@ def test_a_machine_without_one_is_told_what_to_do(tmp_path, pythons, told):
     done = find_python(tmp_path, **pythons)
     assert done.returncode == 2
     assert "needs Python 3.11 or newer" in done.stderr and told in done.stderr
+
+
+def test_the_package_says_its_version_and_that_it_is_typed():
+    import lora_jax
+
+    assert lora_jax.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (ROOT / "lora_jax" / "py.typed").is_file()
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["package-data"]["lora_jax"] == ["py.typed"]
+
+
+def test_the_last_line_of_make_install_says_how_to_activate(tmp_path):
+    told = subprocess.run(["make", "-n", "install"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert ". .venv/bin/activate" in told[-1] and ". .venv/bin/activate" in (ROOT / "README.md").read_text()

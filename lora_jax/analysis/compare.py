@@ -6,6 +6,7 @@ Tables for the terminal, the report and `summary.csv` are views of these rows.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,13 +80,13 @@ class Row:
 
     @property
     def unfinished(self) -> str:
-        """`''` where every seed finished, else what happened: `diverged`, `1 of 3 diverged`, `stopped` (by halving)."""
-        parts = []
-        for status in ("diverged", "failed", "stopped"):
-            count = sum(m.status == status for m in self.members)
-            if count:
-                parts.append(status if count == len(self.members) == 1 else f"{count} of {len(self.members)} {status}")
-        return ", ".join(parts)
+        """`''` where every seed finished, else what happened: `diverged`, `1 of 3 diverged`, `stopped (rung 2)` (by halving)."""
+        return ended_early(self.members)
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether halving stopped every seed that did not finish: nothing went wrong."""
+        return {m.status for m in self.members} <= {"finished", "stopped"}
 
     def values(self, metric: Evaluator, which: str = "final") -> dict[str, float]:
         """Seed -> value, of those that finished with a value. Without evaluations in between, the best is the final one."""
@@ -95,6 +96,23 @@ class Row:
             if m.status == "finished" and not math.isnan(value):
                 found[identity(m.settings.get(SEED, 0))] = value
         return found
+
+
+def ended_early(members: Sequence[MemberResult]) -> str:
+    """How those of some members ended that did not finish; `''` where all did.
+
+    >>> ended_early([MemberResult("a", {}, 1, "stopped", {}, steps=8, rung=2)])
+    'stopped (rung 2)'
+    """
+    counts = Counter(_ending(m) for m in members if m.status != "finished")
+    one = len(members) == 1
+    return ", ".join(ending if one else f"{counts[ending]} of {len(members)} {ending}" for ending in sorted(counts))
+
+
+def _ending(member: MemberResult) -> str:
+    if member.status != "stopped":
+        return member.status
+    return f"stopped (rung {member.rung})" if member.rung is not None else f"stopped (step {member.steps})"
 
 
 def rows_of(results: Sequence[MemberResult], metric: Evaluator, *, run: str = "", config: Mapping[str, Any] | None = None) -> list[Row]:

@@ -115,7 +115,8 @@ def heatmap_png(
     if np.isnan(cells).all():
         return None
     lines = [line for line in (subtitle, _reduction(results, x, y)) if line]
-    return _draw(cells, xs, ys, x, y, metric, f"{title}: {metric.heading}" if title else metric.heading, lines)
+    endings = [[_ending(results, x, a, y, b) for a in xs] for b in ys]
+    return _draw(cells, endings, xs, ys, x, y, metric, f"{title}: {metric.heading}" if title else metric.heading, lines)
 
 
 def _reduction(results: Sequence[MemberResult], x: str, y: str | None) -> str:
@@ -131,8 +132,27 @@ def _reduction(results: Sequence[MemberResult], x: str, y: str | None) -> str:
     return ", ".join(parts)
 
 
-def _draw(cells: np.ndarray, xs: list[Any], ys: list[Any], x: str, y: str | None, metric: Evaluator, title: str, lines: list[str]) -> bytes:
-    """All sizes are in inches, so that cells and letters keep theirs however many there are."""
+def _ending(results: Sequence[MemberResult], x_key: str, x: Any, y_key: str | None, y: Any) -> str:
+    """What a cell without a value says: how its members ended, in a word where all of them ended so."""
+    endings = {r.status for r in results if _has(r, x_key, x) and (y_key is None or _has(r, y_key, y)) and r.status != "finished"}
+    return endings.pop() if len(endings) == 1 else "no result"
+
+
+def _draw(
+    cells: np.ndarray,
+    endings: list[list[str]],
+    xs: list[Any],
+    ys: list[Any],
+    x: str,
+    y: str | None,
+    metric: Evaluator,
+    title: str,
+    lines: list[str],
+) -> bytes:
+    """All sizes are in inches, so that cells and letters keep theirs however many there are.
+
+    Names and values are no formulas: matplotlib would take what stands between two `$` for one, and fail at `q$|k$`.
+    """
     y_labels, x_labels = [short_value(v) for v in ys] if y else [""], [short_value(v, 16) for v in xs]
     wide = max(0.95, 0.085 * max(len(text) for text in x_labels) + 0.3)
     left = 0.55 + 0.077 * max(len(text) for text in y_labels) if y else 0.3
@@ -154,7 +174,7 @@ def _draw(cells: np.ndarray, xs: list[Any], ys: list[Any], x: str, y: str | None
     for row, column in np.ndindex(*cells.shape):
         value, is_best = cells[row, column], (row, column) == tuple(best)
         if np.isnan(value):
-            axes.text(column, row, "no result", ha="center", va="center", fontsize=8, color=_FAINT)
+            axes.text(column, row, endings[row][column], ha="center", va="center", fontsize=8, color=_FAINT)
             continue
         linear = np.asarray(image.cmap(image.norm(value))[:3]) ** 2.2
         ink = _INK if linear @ (0.2126, 0.7152, 0.0722) > 0.18 else "white"  # whichever has more contrast (WCAG luminance)
@@ -163,15 +183,15 @@ def _draw(cells: np.ndarray, xs: list[Any], ys: list[Any], x: str, y: str | None
     axes.add_patch(Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor="#d1242f", linewidth=2.2, clip_on=False, zorder=5))
     _tidy(axes, len(xs), len(ys))
     names = short_names([k for k in (x, y) if k])
-    axes.set_xticks(range(len(xs)), x_labels, fontsize=9.5, color=_INK)
-    axes.set_yticks(range(len(ys)) if y else [], y_labels if y else [], fontsize=9.5, color=_INK)
+    axes.set_xticks(range(len(xs)), x_labels, fontsize=9.5, color=_INK, parse_math=False)
+    axes.set_yticks(range(len(ys)) if y else [], y_labels if y else [], fontsize=9.5, color=_INK, parse_math=False)
     axes.set_xlabel(names[x].replace("_", " "), fontsize=10, color=_FAINT, labelpad=5)
     if y:
         axes.set_ylabel(names[y].replace("_", " "), fontsize=10, color=_FAINT, labelpad=7)
 
-    figure.text(0.15 / total_width, 1 - 0.17 / total_height, title, fontsize=12.5, weight="bold", color=_INK, va="top")
+    figure.text(0.15 / total_width, 1 - 0.17 / total_height, title, fontsize=12.5, weight="bold", color=_INK, va="top", parse_math=False)
     for index, line in enumerate(lines):
-        figure.text(0.15 / total_width, 1 - (0.43 + 0.2 * index) / total_height, line, fontsize=9, color=_FAINT, va="top")
+        figure.text(0.15 / total_width, 1 - (0.43 + 0.2 * index) / total_height, line, fontsize=9, color=_FAINT, va="top", parse_math=False)
     if high > low:
         place = ((left + width + 0.18) / total_width, bottom / total_height, 0.11 / total_width, height / total_height)
         bar = figure.colorbar(image, cax=figure.add_axes(place))

@@ -76,11 +76,13 @@ def short_value(value: Any, limit: int = 28) -> str:
 
     >>> short_value(["q_proj", "v_proj"]), short_value(0.0001), short_value(None)
     ('q+v', '1e-4', 'none')
+    >>> short_value("{text}\\nAnswer:")
+    '{text}\\\\nAnswer:'
     """
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
-        if value == 0 or abs(value) >= 0.01:
+        if value == 0 or abs(value) >= 0.01 or math.isnan(value):
             return f"{value:g}"
         mantissa, exponent = f"{value:.6e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
@@ -91,7 +93,11 @@ def short_value(value: Any, limit: int = 28) -> str:
         text = "+".join(names)
     else:
         text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    # One line of what a terminal shows: a line break would end the cell, and an escape code colour what follows.
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) <= limit:
+        return text
+    return "…" + text[1 - limit :] if text.startswith("/") else text[: limit - 1] + "…"  # of a path the end tells more
 
 
 def identity(value: Any) -> str:

@@ -20,7 +20,7 @@ from ..tracking.state import read_state
 from .compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
 from .heatmap import heatmap_png
 from .metrics import primary_metric, short_value
-from .table import best_step_text, columns, difference_heading, difference_text, estimate_text, read_config
+from .table import best_heading, best_step_text, columns, difference_heading, difference_text, estimate_text, read_config
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; max-width: 1120px; margin: 2.2rem auto; padding: 0 1.2rem }
@@ -35,7 +35,7 @@ table { font-size: .9rem }
 th, td { padding: .3rem .62rem; text-align: left; border-bottom: 1px solid #d8dee4; white-space: nowrap }
 th { font-weight: 600; border-bottom-width: 2px; white-space: normal; vertical-align: bottom }
 .n { text-align: right } .best td { background: #dafbe1; font-weight: 600 }
-.bad { color: #b3261e } .notes { color: #656d76; font-size: .88rem; padding-left: 1.1rem }
+.bad { color: #b3261e } .early { color: #656d76 } .notes { color: #656d76; font-size: .88rem; padding-left: 1.1rem }
 pre { background: #f6f8fa; border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45 }
 summary { cursor: pointer; font-weight: 600; font-size: 1.1rem; margin: 1.6rem 0 .6rem }
 """
@@ -129,6 +129,7 @@ def _about(config_yaml: str) -> str:
     sections = {key: value for key, value in config.items() if isinstance(value, dict)} if isinstance(config, dict) else {}
     model, task, training = (sections.get(key, {}) for key in ("model", "task", "training"))
     length = next((f"{training[key]:g} {key}" for key in ("steps", "epochs") if training.get(key)), "")
+    length += f" and {extra:,} more steps" if isinstance(extra := training.get("extend_steps"), int) and extra else ""
     tail = [str(part.get("source", "")).rstrip("/").split("/")[-1] for part in (model, task)]
     return ", ".join(text for text in (tail[0], str(task.get("kind", "")).replace("_", " "), tail[1], length) if text)
 
@@ -137,9 +138,10 @@ def _figures(results: Sequence[MemberResult], rows: Sequence[Row], metric: Evalu
     best = next((row for row in rows if row.is_best), None)
     figures = [(str(len(results)), "members")]
     if best is not None:
-        figures.insert(0, (estimate_text(best.final, metric), f"best {metric.heading}"))
-    if unfinished := sum(r.status != "finished" for r in results):
-        figures.append((str(unfinished), "diverged or failed"))
+        figures.insert(0, (estimate_text(best.final, metric), f"best final {metric.heading}"))
+    for status, words in (("stopped", "stopped by halving"), ("diverged", "diverged"), ("failed", "failed")):
+        if count := sum(r.status == status for r in results):
+            figures.append((str(count), words))
     if isinstance(summary.get("compiled_programs"), int):
         figures.append((str(summary["compiled_programs"]), "compiled programs"))
     if isinstance(summary.get("seconds"), (int, float)):
@@ -158,7 +160,7 @@ def _table(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] 
     keys = columns(rows)
     numeric = {key: all(isinstance(row.settings.get(key), (int, float)) for row in rows) for key in keys}
     head = [(h, numeric[k], k) for k, h in keys.items()] if keys else [("member", False, "")]
-    figures = ["seeds", "parameters", f"final {metric.heading}", f"best {metric.heading}", "at step", difference_heading(reference)]
+    figures = ["seeds", "parameters", f"final {metric.heading}", best_heading(rows, metric), "at step", difference_heading(reference)]
     figures += ["tokens/s", "padding (%)"]
     lines = ["<tr>" + "".join(_cell("th", h, n, k) for h, n, k in head) + "".join(_cell("th", f, True) for f in figures) + "</tr>"]
     for row in rows:
@@ -166,7 +168,7 @@ def _table(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] 
         cells = cells or [_cell("td", row.members[0].name, False)]
         known = not math.isnan(row.final.mean)
         final = escape(estimate_text(row.final, metric)) if known else ""
-        bad = f'<span class="bad">{escape(row.unfinished)}</span> ' if row.unfinished else ""
+        bad = f'<span class="{"early" if row.was_stopped else "bad"}">{escape(row.unfinished)}</span> ' if row.unfinished else ""
         speed, padding = (sum(getattr(m, k) for m in row.members) / len(row.members) for k in ("tokens_per_second", "padding_share"))
         cells += [_cell("td", str(len(row.members)), True), _cell("td", f"{row.parameters:,}", True), f'<td class="n">{bad}{final}</td>']
         cells += [_cell("td", estimate_text(row.best, metric) if known else "", True), _cell("td", best_step_text(row), True)]

@@ -66,6 +66,8 @@ def compare_runs(dirs: Sequence[Path | str], metric: str | None = None, referenc
     Raises:
         InputError: A directory is missing or damaged, or the runs have no metric in common; or nobody has the reference's values.
     """
+    if SEED in (reference or {}):
+        raise InputError(f"--reference: '{SEED}' cannot be compared with; seeds are paired.")
     paths = [Path(d) for d in dirs]
     if not paths:
         raise InputError("name at least one run directory")
@@ -115,9 +117,11 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _unlike(configs: dict[Path, dict[str, Any]], swept: Sequence[str]) -> list[str]:
     """A note on what else differs between the runs: a comparison across unlike tasks or lengths is not one of the swept keys."""
-    first, *others = configs.values()
+    first, *others = [flat(config) for config in configs.values()]
     ignored = ("name", "sweep", "tracking")
-    found = {key for other in others for key in differences(first, other) if key.split(".")[0] not in ignored and key not in swept}
+    # A key that one config lacks is another method's or task's, or newer than the run.
+    found = {key for other in others for key in differences(first, other) if key in first and key in other}
+    found = {key for key in found if key.split(".")[0] not in ignored and key not in swept}
     shown = sorted(found)[:8]
     more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
     return [f"The runs' configs also differ in: {', '.join(shown)}{more}."] if shown else []
@@ -137,6 +141,18 @@ def estimate_text(estimate: Estimate, metric: Evaluator, *, signed: bool = False
 def best_step_text(row: Row) -> str:
     steps = [m.best_step for m in row.members if m.best_step is not None]
     return "" if not steps else f"{steps[0]}" if len(set(steps)) == 1 else f"{min(steps)}-{max(steps)}"
+
+
+def best_heading(rows: Sequence[Row], metric: Evaluator) -> str:
+    """`best accuracy (%)`, or `loss at best accuracy`: `best` are the figures of the step that was best in the run's own metric."""
+    chosen_by = {m.metric for row in rows for m in row.members} - {"", metric.name}
+    # Perplexity is e to the loss: where one is best the other is.
+    if not chosen_by or (metric.name in _SAME_STEP and chosen_by <= _SAME_STEP):
+        return f"best {metric.heading}"
+    return f"{metric.heading} at best {chosen_by.pop() if len(chosen_by) == 1 else 'step'}"
+
+
+_SAME_STEP = {"loss", "perplexity"}
 
 
 def difference_heading(reference: Mapping[str, Any] | None) -> str:
@@ -159,7 +175,9 @@ def _table(
     has_run, has_seeds = any(row.run for row in rows), any(len(row.members) > 1 for row in rows)
     has_steps, has_difference = any(best_step_text(row) for row in rows), any(row.difference for row in rows)
     caption = "\n".join(["* best", *notes] if any(row.is_best for row in rows) else notes)
-    table = Table(title=title, caption=caption or None, caption_justify="left", caption_style="dim", header_style="bold")
+    # As `Text`, on any console: of a plain string rich would take `[INST]` for markup and `:a:` for an emoji.
+    about = Text(title, style="table.title") if title else None
+    table = Table(title=about, caption=Text(caption, style="dim") if caption else None, caption_justify="left", header_style="bold")
     if has_run:
         table.add_column("run")
     keys = columns(rows)
@@ -167,15 +185,15 @@ def _table(
         table.add_column("member")
     for key, heading in keys.items():
         numeric = all(isinstance(row.settings.get(key), (int, float)) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left")
+        table.add_column(Text(heading), justify="right" if numeric else "left")
     if has_seeds:
         table.add_column("seeds", justify="right")
-    for heading in ("parameters", f"final {metric.heading}", f"best {metric.heading}"):
-        table.add_column(heading, justify="right", no_wrap=heading == "parameters")
+    for heading in ("parameters", f"final {metric.heading}", best_heading(rows, metric)):
+        table.add_column(Text(heading), justify="right", no_wrap=heading == "parameters")
     if has_steps:
         table.add_column("at step", justify="right")
     if has_difference:
-        table.add_column(difference_heading(reference), justify="right")
+        table.add_column(Text(difference_heading(reference)), justify="right")
     for row in rows:
         cells: list[str | Text] = [row.run] if has_run else []
         cells += [short_value(row.settings.get(key)) for key in keys] if keys or has_run else [row.members[0].name]
@@ -183,12 +201,12 @@ def _table(
         cells += [f"{row.parameters:,}", _final(row, metric), "" if row.final.count == 0 else estimate_text(row.best, metric)]
         cells += [best_step_text(row)] if has_steps else []
         cells += [difference_text(row, metric)] if has_difference else []
-        table.add_row(*cells, style="bold green" if row.is_best else None)
+        table.add_row(*(Text(c) if isinstance(c, str) else c for c in cells), style="bold green" if row.is_best else None)
     return table
 
 
 def _final(row: Row, metric: Evaluator) -> Text:
     figure = "" if math.isnan(row.final.mean) else estimate_text(row.final, metric)
     if row.unfinished:
-        return Text.assemble((row.unfinished, "red"), f" {figure}" if figure else "")
+        return Text.assemble((row.unfinished, "dim" if row.was_stopped else "red"), f" {figure}" if figure else "")
     return Text(figure + (" *" if row.is_best else "  "))

@@ -15,13 +15,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 from packaging.requirements import Requirement
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..data.batching import NO_TARGET
 from ..errors import InputError
-from .options import Overrides
+from .options import Overrides, results_console
 
 State = Literal["ok", "missing", "note"]
 _MARKS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "missing": ("✗", "bold red"), "note": ("·", "dim")}
@@ -73,7 +72,7 @@ def doctor(
 def doctor_command() -> bool:
     """Prints all findings. True if nothing required is missing."""
     groups = {"machine": machine(), "packages": packages(), "optional": optional(), "devices": devices()}
-    console = Console(highlight=False)
+    console = results_console()
     table = Table(show_header=False, box=None, pad_edge=False)
     for title, findings in groups.items():
         table.add_row("", Text(title, style="bold"))
@@ -83,7 +82,10 @@ def doctor_command() -> bool:
             table.add_row(Text(mark, style=style), finding.name, Text(text, style="red" if finding.state == "missing" else ""))
     console.print(table)
     missing = [f.name for findings in groups.values() for f in findings if f.state == "missing"]
-    console.print(f"[bold red]missing: {', '.join(missing)}[/]" if missing else "[green]ready[/]")
+    if missing:
+        console.print(f"missing: {', '.join(missing)}", style="bold red")
+    else:
+        console.print("ready", style="green")
     return not missing
 
 
@@ -98,7 +100,7 @@ def examples_command(path: Path, overrides: list[str], count: int) -> None:
     config = members_of(load_config(path, overrides), many=True)[0].config
     data = Preparer(weights=False)(config).data
     tokenizer, task = load_tokenizer(config.model.source), task_of(config.task)
-    console, train = Console(highlight=False, soft_wrap=True), data.train
+    console, train = results_console(), data.train
     for line in data.lines():
         console.print(line, markup=False)
     console.print("dim: no loss" if console.is_terminal else "{{in braces}}: no loss", markup=False)

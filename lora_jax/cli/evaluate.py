@@ -21,16 +21,19 @@ def evaluate(
     Loads the base and each member's saved adapter, and prints the metrics of the task.
     """
     from rich.table import Table
+    from rich.text import Text
 
     from ..sweeps.restore import evaluate_run
+    from ..tasks.evaluators import EVALUATORS
     from ..tracking import Progress
+    from ..tracking.results import union
 
     results = evaluate_run(run, member=member, split=split, progress=Progress())
-    metrics = list(next(iter(results.values())))
-    table = Table(title=f"{run} ({split})")
+    metrics = [EVALUATORS.get(name, "metric") for name in union(results.values())]
+    table = Table(title=Text(f"{run} ({split})", style="table.title"))
     table.add_column("member")
-    for name in metrics:
-        table.add_column(name, justify="right")
+    for metric in metrics:
+        table.add_column(Text(metric.heading), justify="right")
     for name, values in results.items():
-        table.add_row(name, *(f"{values[m]:.4f}" for m in metrics))
+        table.add_row(Text(name), *(metric.format(values[metric.name]) if metric.name in values else "" for metric in metrics))
     results_console().print(table)

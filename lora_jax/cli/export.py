@@ -53,9 +53,9 @@ def export(
     done = export_run(run, form=form, out=out, member=member, options=ExportOptions(dtype, limit))
     console = results_console()
     why = f" ({done.reason})" if done.reason else ""
-    console.print(f"{done.member}{why}, the {done.adapter} adapter: {done.folder}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{done.member}{why}, the {done.adapter} adapter: {done.folder}")
     for file in sorted(done.folder.iterdir()):
-        console.print(f"  {file.name}  {size_text(file.stat().st_size)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {file.name}  {size_text(file.stat().st_size)}")
 
 
 class ExportHelp(typer.core.TyperCommand):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..launch.slurm import SlurmOptions
 
 PLACES = ("local", "slurm")
+_MOST = 1024  # more is a slip, and would exhaust the machine before anything ran
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,5 +196,8 @@ def _check(options: LaunchOptions, *, has_sweep: bool) -> None:
         raise InputError(f"--{foreign[0].replace('_', '-')}: needs --on slurm.")
     if options.on == "slurm" and options.processes is not None:
         raise InputError("--processes: needs --on local. On Slurm use --nodes and --tasks-per-node.")
+    for name, count in (("--processes", options.processes), ("--devices-per-process", options.devices)):
+        if count is not None and count > _MOST:
+            raise InputError(f"{name}: {count:,} on one machine; at most {_MOST:,}.")
     if options.parts > 1 and not has_sweep:
         raise InputError(f"--parts: {options.parts}, but the config has no 'sweep' to split.")

@@ -5,6 +5,7 @@ A command's body imports what it needs (and with it JAX) when it runs, so that `
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import signal
@@ -22,6 +23,7 @@ from .evaluate import evaluate
 from .export import ExportHelp, export
 from .generate import generate
 from .launch import launch
+from .options import guard_streams
 from .schema import schema
 from .sweep import sweep, train
 
@@ -55,12 +57,17 @@ def _common(
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 success, 1 failure while running, 2 wrong input, 75 stopped by SIGTERM, 130 stopped by Ctrl-C.
+    Exit codes: 0 success, 1 failure while running, 2 wrong input, 75 stopped by SIGTERM, 130 stopped by Ctrl-C, 141 where whoever reads
+    the output left early (`| head`).
     """
+    guard_streams()
     try:
-        with warnings.catch_warnings():
-            _print_warnings()
-            app()
+        try:
+            with warnings.catch_warnings():
+                _print_warnings()
+                app()
+        finally:
+            sys.stdout.flush()  # what cannot be written is told here, and not when the interpreter ends
     except Stopped as stopped:
         print(f"{stopped}; everything is saved. The same command resumes the run.", file=sys.stderr)
         sys.exit(130 if stopped.signal == signal.SIGINT else 75)
@@ -69,7 +76,13 @@ def main() -> None:
             raise
         # Plain text without wrapping: paths and keys in a message can be copied and searched for.
         print(f"error: {_message(error)}", file=sys.stderr)
-        processes.leave(2 if isinstance(error, InputError) else 1)
+        wrong = isinstance(error, InputError) or (isinstance(error, OSError) and error.errno in _WRONG_PATH)
+        processes.leave(2 if wrong else 1)
+
+
+# What no path can be that names a file; and what a file system refuses, which no code of ours can foresee at each of its reads and writes.
+_WRONG_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EIO, errno.ESTALE)
 
 
 def _print_warnings() -> None:
@@ -89,6 +102,9 @@ def _print_warnings() -> None:
 def _message(error: Exception) -> str:
     if isinstance(error, (InputError, RunError)):
         return str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.errno in (*_WRONG_PATH, *_REFUSED):
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+        return f"{name if len(name) <= 200 else name[:197] + '...'}: {error.strerror}."
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first}\nThis error is unexpected. Set LORA_JAX_TRACEBACK=1 to see the traceback."
 

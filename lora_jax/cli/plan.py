@@ -26,6 +26,7 @@ from ..sweeps.plan import Estimate, estimate, largest_pack_shapes
 from .options import results_console
 
 _NAMES = 20
+_VIRTUAL = 1024  # devices that a CPU is seen as: each takes threads and memory
 
 
 def plan_command(config: Config, *, solo: bool, fresh: bool, many: bool, part: Part | None) -> None:
@@ -33,18 +34,18 @@ def plan_command(config: Config, *, solo: bool, fresh: bool, many: bool, part: P
     found = estimate(config, solo=solo, fresh=fresh, many=many, part=part)
     console = results_console()
     for line in _heading(config, found):
-        console.print(line, markup=False)
+        console.print(line)
     if not found.packs:
         return
     console.print(_packs(found))
     for number, pack in enumerate(found.packs, 1):
         names = [m.name for m in pack.plan.members]
         more = [f"and {len(names) - _NAMES} more"] if len(names) > _NAMES else []
-        console.print(f"pack {number}: " + "  ".join(names[:_NAMES] + more), markup=False, soft_wrap=True)
+        console.print(f"pack {number}: " + "  ".join(names[:_NAMES] + more))
     largest = max(found.packs, key=lambda p: p.memory.total)
     console.print(memory_table(largest.memory, len(largest.plan.members), "largest pack", found.limit))
     for line in _estimate(found):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line)
 
 
 def _heading(config: Config, found: Estimate) -> list[str]:
@@ -120,19 +121,24 @@ def placement_command(config: Path, overrides: list[str]) -> None:
     if needed <= seen:
         _print(loaded)
         return
+    if needed > _VIRTUAL:
+        raise InputError(f"mesh: needs {needed:,} devices; doctor lays out at most {_VIRTUAL:,}.")
     environment = os.environ | virtual_devices(needed, os.environ)
     child = subprocess.run([sys.executable, "-m", __name__, str(config), *overrides], env=environment, capture_output=True, text=True)
     if child.returncode:
-        raise (InputError if child.returncode == 2 else RunError)(child.stderr.strip())
+        said = child.stderr.strip().splitlines()
+        if child.returncode == 2:
+            raise InputError("\n".join(said))
+        why = said[-1] if said else f"it ended with exit code {child.returncode}"
+        raise RunError(f"the process that lays out a mesh of {needed} devices failed: {why}")
     console = results_console()
-    console.print(child.stdout, end="", markup=False)
-    console.print(f"[bold red]The mesh needs {needed} devices; this process sees {seen}.[/]")
+    console.print(child.stdout, end="")
+    console.print(f"The mesh needs {needed} devices; this process sees {seen}.", style="bold red")
 
 
 def _print(config: Config) -> None:
     with compile_cache(config):
-        shapes, members = largest_pack_shapes(config)
-        memory = shapes.memory(members)
+        shapes, members, memory = largest_pack_shapes(config)
     console = results_console()
     console.print(_parameters(shapes.placements(members), dict(shapes.mesh.shape), members))
     console.print(memory_table(memory, members, "one member" if members == 1 else f"{members} members", memory_limit(config)))

@@ -135,9 +135,11 @@ def run_and_report(
     outcome = run_sweep(config, solo=solo, fresh=fresh, many=many, part=share, retry=retry, progress=progress)
     if not is_writer():
         return
-    _report(config, outcome, share, progress)
-    if (failures := failures_message(outcome.results)) is not None:
-        raise RunError(failures)
+    try:
+        _report(config, outcome, share, progress)
+    finally:  # members that failed are what the exit code tells, though nobody reads the tables
+        if (failures := failures_message(outcome.results)) is not None:
+            raise RunError(failures)
 
 
 def _report(config: Config, outcome: SweepOutcome, part: Part | None, progress: Progress) -> None:
@@ -147,11 +149,7 @@ def _report(config: Config, outcome: SweepOutcome, part: Part | None, progress: 
         left = outcome.unfinished
         progress.print(f"part {part} is done; unfinished members of other parts: {left}. The last part writes the report.")
         return
-    console = results_console()
     reference = config.sweep.reference if config.sweep else None
-    console.print(results_table(outcome.results, title=config.name, reference=reference))
-    if (tuned := rates_table(outcome.results, reference=reference)) is not None:
-        console.print(tuned)
     write_summary_csv(outcome.path / "summary.csv", outcome.results, reference)
     subtitle = f"{config.task.kind} on {config.task.source.rsplit('/', 1)[-1]}, base {config.model.source.rsplit('://', 1)[-1]}"
     heatmap = write_heatmap(outcome.path / "heatmap.png", outcome.results, title=config.name, subtitle=subtitle)
@@ -159,5 +157,10 @@ def _report(config: Config, outcome: SweepOutcome, part: Part | None, progress: 
     lines = [f"compiled programs: {outcome.compiled_programs}", f"report:      {report}"]
     lines += [f"heat map:    {heatmap}"] if heatmap else []
     lines += [f"TensorBoard: tensorboard --logdir {outcome.path}"] if config.tracking.tensorboard else []
+    # Last, when all files are there: whoever reads this may leave early.
+    console = results_console()
+    console.print(results_table(outcome.results, title=config.name, reference=reference))
+    if (tuned := rates_table(outcome.results, reference=reference)) is not None:
+        console.print(tuned)
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)

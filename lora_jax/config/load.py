@@ -17,13 +17,16 @@ from pydantic import ValidationError
 from ..errors import InputError, nearest
 from .messages import Problem, kinds_of_sections, leaf_schema, problems, report, section_keys, show, split_key, why_not_swept
 from .renamed import renamed
-from .schema import Config
+from .schema import SOURCE, Config
 from .where import Where
 from .yaml import Path, dump, parse
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config in a YAML file, with `key=value` overrides applied.
+
+    Paths in the file are relative to its folder, or else to the working directory; those of overrides the other way round. Those that
+    exist become absolute, so that a run finds them from anywhere.
 
     Args:
         path: the YAML file.
@@ -41,6 +44,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     origins = {at: f"line {line}" for at, line in lines.items()}
     data = renamed(data, file, origins)
     data = apply_overrides(data, overrides, origins)
+    data = _located(data, FilePath(file).parent, origins)
     config = _validated(data, file, origins)
     found = _sweep_problems(config)
     if found:
@@ -62,6 +66,8 @@ def apply_overrides(
     result = copy.deepcopy(dict(data))
     for override in overrides:
         where = f"override '{override}'"
+        if not override.isprintable() and any("\ud800" <= c <= "\udfff" for c in override):
+            raise InputError(f"override {override!a}: is not text (UTF-8).")
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals:
@@ -76,6 +82,45 @@ def apply_overrides(
                 del origins[old]
             origins[path] = where
     return result
+
+
+_LOOKED: dict[str, tuple[str, ...]] = {}
+
+
+def looked_for(source: str) -> tuple[str, ...]:
+    """The absolute paths at which a relative one was looked for, by the config that names it or from the working directory."""
+    return _LOOKED.get(source, (os.path.abspath(os.path.expanduser(source)),))
+
+
+def _located(data: dict[str, Any], folder: FilePath, origins: Mapping[Path, str]) -> dict[str, Any]:
+    """The config with its paths absolute: the value of each key marked as a `SOURCE`, and those that the sweep gives it."""
+    places = [folder, FilePath()]
+
+    def absolute(value: Any, path: Path) -> Any:
+        if isinstance(value, list):
+            return [absolute(item, path) for item in value]
+        if not isinstance(value, str) or "://" in value or not value or "\0" in value:
+            return value
+        own = next((origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), "")
+        order = reversed(places) if own.startswith("override") else places
+        paths = tuple(dict.fromkeys(os.path.abspath(place / os.path.expanduser(value)) for place in order))
+        found = next((path for path in paths if os.path.exists(path)), None)
+        if found is None:
+            _LOOKED[value] = paths
+        return value if found is None else found
+
+    def walk(node: Any, path: Path, key: str) -> Any:
+        if (leaf_schema(key) or {}).get("format") == SOURCE["format"]:
+            return absolute(node, path)
+        if isinstance(node, dict):
+            # In a sweep the keys are whole: `sweep.grid` holds `task.source`.
+            inside = "" if path[:1] == ("sweep",) else f"{key}."
+            return {k: walk(v, (*path, k), f"{inside}{k}") if isinstance(k, str) else v for k, v in node.items()}
+        if path == ("sweep", "members") and isinstance(node, list):
+            return [walk(item, (*path, number), "") for number, item in enumerate(node)]
+        return node
+
+    return {k: walk(v, (k,), k) if isinstance(k, str) else v for k, v in data.items()}
 
 
 def with_values(config: Config, values: Mapping[str, Any], *, where: str = "sweep.grid") -> Config:

@@ -126,12 +126,17 @@ class TransformConfig(Section):
     kind: str = Field(description="Which transform.")
 
 
+# Marks a key that holds a path, or a source that may be one: `load_config` takes it relative to the config's folder.
+SOURCE: dict[str, Any] = {"format": "source"}
+
+
 class ModelConfig(Section):
     # Its transforms are known when the first config is read, and may become more.
     model_config = ConfigDict(defer_build=True)
 
     source: str = Field(
-        description="A Hugging Face folder, a .gguf or .safetensors file, hf://org/name[@revision], or package://import_name/path."
+        description="A Hugging Face folder, a .gguf or .safetensors file, hf://org/name[@revision], or package://import_name/path.",
+        json_schema_extra=SOURCE,
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Dtype of the base's weights and matmuls. Adapters stay float32."
@@ -175,10 +180,13 @@ class TaskConfig(Section):
 
     kind: str = Field(description="The kind of task. Each kind has its own keys.")
     source: str = Field(
-        description="A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision], or package://import_name/path."
+        description="A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision], or package://import_name/path.",
+        json_schema_extra=SOURCE,
     )
     eval_source: str | None = Field(
-        default=None, description="A separate held-out file. Without it, `eval_size` rows of `source` are held out."
+        default=None,
+        description="A separate held-out file. Without it, `eval_size` rows of `source` are held out.",
+        json_schema_extra=SOURCE,
     )
     eval_size: PositiveInt | Literal["all"] = Field(
         default=500, description="Number of held-out rows (with `eval_source`: the number of its rows that are used, or `all`)."

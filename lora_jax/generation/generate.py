@@ -143,7 +143,7 @@ class Generator:
         sampling = Sampling(temperature, top_k, top_p)
         rows = [encode_prompt(p, self._tokenizer, i) for i, p in enumerate(prompts)]
         if not rows or max_new_tokens < 1:
-            raise InputError("prompts: there is none." if not rows else f"max_new_tokens: {max_new_tokens} is not 1 or more.")
+            raise InputError("prompts: there is none." if not rows else f"max_new_tokens: must be at least 1, got {max_new_tokens}.")
         if stream is not None and not self._single:
             raise InputError("stream: one model at a time.")
         model = self._models[0]
@@ -291,14 +291,29 @@ def _decoder_of(model: nnx.Module) -> Decoder:
     # A language-model task wraps a decoder whose own vocabulary logits are the answer; a classification head replaces them.
     inner = model if isinstance(model, Decoder) else getattr(model, "base", None)
     if not isinstance(inner, Decoder) or isinstance(model, Classifier):
-        raise InputError(f"only decoders generate text, and {type(model).__name__} is none.")
+        raise InputError(f"generate needs a decoder; this model is {_article(type(model).__name__)}.")
     return inner
 
 
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+# Of a model that does not say its context: more than this is a mistake, and would fill the memory before it is seen to be one.
+_MOST_TOKENS = 1 << 17
+
+
+def context_length(model: Decoder) -> int | None:
+    """How many tokens a model takes: its learned positions, or what its checkpoint says; None where neither is known."""
+    said = None if model.origin is None else model.origin.config.get("max_position_embeddings")
+    return model.config.positions or (said if isinstance(said, int) and said > 0 else None)
+
+
 def _check(rows: Sequence[Sequence[int]], model: Decoder, new: int) -> None:
-    vocab, most = model.config.vocab, model.config.positions
+    vocab, most = model.config.vocab, context_length(model) or _MOST_TOKENS
     for i, row in enumerate(rows):
         if not all(0 <= t < vocab for t in row):
             raise InputError(f"prompt {i}: it has token ids outside of 0..{vocab - 1}.")
         if most is not None and len(row) + new > most:
-            raise InputError(f"prompt {i}: {len(row)} tokens and {new} more are too many for a model of {most} positions.")
+            fits = f"; at most {most - len(row):,} new tokens fit (max_new_tokens)" if len(row) < most else ""
+            raise InputError(f"prompt {i}: {len(row):,} tokens and {new:,} more are past the model's context of {most:,}{fits}.")

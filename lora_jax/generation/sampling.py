@@ -39,11 +39,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature: {self.temperature} is not 0 or more.")
+            raise InputError(f"temperature: must be at least 0 and finite, got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k: {self.top_k} is not 1 or more.")
+            raise InputError(f"top_k: must be at least 1, got {self.top_k}.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p: {self.top_p} is not above 0 and at most 1.")
+            raise InputError(f"top_p: must be above 0 and at most 1, got {self.top_p}.")
 
     @property
     def method(self) -> str:

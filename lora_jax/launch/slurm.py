@@ -179,40 +179,97 @@ def minutes(text: str) -> int:
 def wait(job: str, say: Callable[[str], None], *, interval: float = 5.0) -> int:
     """Waits until a job, or every job of an array, has ended.
 
+    Slurm's list of jobs holds one for some minutes after its end only, so the last list says nothing of those that ended long before:
+    each job's end is kept when it is seen, and asked of the accounting (`sacct`) where it was not.
+
     Args:
         job: Slurm's number of it.
         say: told of each change of state.
         interval: seconds between looks.
 
     Returns:
-        0, or the exit code of the first that failed; 1 where Slurm has none for it, as after a time limit.
+        0, or the exit code of the first that failed; 1 where Slurm has none for it, as after a time limit, or does not know its end.
 
     Raises:
         RunError: Slurm cannot be asked.
     """
     told: dict[str, str] = {}
+    known: dict[str, tuple[str, int]] = {}
+    silent = 0
     while True:
-        states = _states(job)
-        for one, (state, _) in states.items():
-            if told.get(one) != state:
-                say(f"job {one}: {state.lower()}")
-                told[one] = state
-        if all(state not in _WAITING for state, _ in states.values()):
-            failed = [code for state, code in states.values() if state != "COMPLETED"]
+        listed: set[str] = set()
+        try:
+            for label, numbers, state, code in _listed(job):
+                known |= dict.fromkeys(numbers, (state, code))
+                listed |= set(numbers)
+                if told.get(label) != state:
+                    say(f"job {label}: {state.lower()}")
+                    told[label] = state
+            silent = 0
+            if not known:
+                raise RunError(f"Slurm does not know job {job}.")
+        except RunError:
+            silent += 1  # a controller that starts again is silent for a while
+            if not known or silent > _SILENT_LOOKS:
+                raise
+        else:
+            for one in [n for n, (state, _) in known.items() if state in _WAITING and n not in listed]:
+                known[one] = _accounted(one)
+                say(f"job {one}: {known[one][0].lower()}")
+        if known and all(state not in _WAITING for state, _ in known.values()):
+            failed = [code for state, code in known.values() if state != "COMPLETED"]
             return (failed[0] or 1) if failed else 0
         time.sleep(interval)
 
 
-def _states(job: str) -> dict[str, tuple[str, int]]:
-    """Number of each job -> (state, exit code). An array's tasks that wait together are one."""
+_SILENT_LOOKS = 24
+
+
+def _listed(job: str) -> list[tuple[str, list[str], str, int]]:
+    """What Slurm lists of a job: as it calls each entry, the jobs in it, their state and exit code. An array's that wait are one entry."""
     asked = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
     if asked.returncode:
-        raise RunError(f"Slurm no longer answers for job {job}: {asked.stderr.strip() or asked.stdout.strip()}")
-    states = {}
+        said = asked.stderr.strip() or asked.stdout.strip()
+        if "Invalid job id" in said:  # none is in the list any more
+            return []
+        raise RunError(f"Slurm no longer answers for job {job}: {said}")
+    found = []
     for line in asked.stdout.splitlines():
         facts = dict(re.findall(r"(\w+)=(\S*)", line))
+        if "JobState" not in facts:
+            continue
         task = facts.get("ArrayTaskId")
-        code, _, ended_by = facts["ExitCode"].partition(":")
-        number = f"{facts['ArrayJobId']}_{task}" if task else facts["JobId"]
-        states[number] = (facts["JobState"], int(code) or (128 + int(ended_by) if int(ended_by) else 0))
-    return states
+        label = f"{facts['ArrayJobId']}_{task}" if task else facts["JobId"]
+        numbers = [f"{facts['ArrayJobId']}_{n}" for n in _tasks(task)] if task else [label]
+        found.append((label, numbers, facts["JobState"], _exit_code(facts["ExitCode"])))
+    return found
+
+
+def _tasks(text: str) -> list[int]:
+    """The numbers in an entry of an array.
+
+    >>> _tasks("0-2,7%3"), _tasks("4")
+    ([0, 1, 2, 7], [4])
+    """
+    ends = [part.split(":")[0].partition("-") for part in text.partition("%")[0].split(",")]
+    return [n for first, _, last in ends for n in range(int(first), int(last or first) + 1)]
+
+
+def _exit_code(text: str) -> int:
+    code, _, ended_by = text.partition(":")
+    return int(code) or (128 + int(ended_by) if int(ended_by or 0) else 0)
+
+
+def _accounted(number: str) -> tuple[str, int]:
+    """How a job ended that is not listed any more; `UNKNOWN`, which is a failure, where there is no accounting or it does not say."""
+    try:
+        command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State,ExitCode"]
+        asked = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "UNKNOWN", 1
+    lines = asked.stdout.split("\n")
+    state, _, code = lines[0].strip().partition("|")
+    if asked.returncode or not state or not re.fullmatch(r"\d+:\d+", code):
+        return "UNKNOWN", 1
+    state = state.split()[0]  # `CANCELLED by 0`
+    return ("PREEMPTED, not put back" if state == "PREEMPTED" else state), _exit_code(code)

@@ -177,6 +177,9 @@ class PackPlan:
     members: tuple[Member, ...]
 
 
+_MOST_PARTS = 100_000  # members are dealt out to each in turn: a slip of the finger would keep that busy for ever
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """The members of a sweep that one process trains: part `number` (from 1) of `count`; written `2/4`."""
@@ -194,6 +197,8 @@ class Part:
         number, slash, count = text.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
             raise InputError(f"--part: '{text}' is not NUMBER/COUNT, such as 1/4 to 4/4.")
+        if int(count) > _MOST_PARTS:
+            raise InputError(f"--part: at most {_MOST_PARTS:,} parts, got {int(count):,}.")
         return cls(int(number), int(count))
 
     def __str__(self) -> str:

@@ -82,13 +82,14 @@ class Recorder:
         for i, writer in enumerate(self.writers):
             writer.scalars(step, {f"eval/{n}": float(v[i]) for n, v in metrics.items()})
 
-    def finish(self, pack: Pack, outcome: Outcome, *, stopped: Collection[str] | None = None) -> None:
+    def finish(self, pack: Pack, outcome: Outcome, *, stopped: Collection[str] | None = None, rung: int | None = None) -> None:
         """Writes adapters, then results: a member with a result has all its files.
 
         Args:
             pack: the members.
             outcome: their arrays and metrics.
             stopped: these members alone, which lost in a rung and go no further; the others are still under way.
+            rung: the number of that rung, from 1.
         """
         facts, fingerprint = self.setup.plan.summary, self.setup.fingerprint  # in every process: all may hold a part of the base
         for i, member in enumerate(self.members):
@@ -122,6 +123,7 @@ class Recorder:
                 tokens_per_second=outcome.tokens_per_second,
                 padding_share=float(facts["padding_share"]),
                 metric=self.setup.metrics.reported,
+                rung=rung if status == "stopped" else None,
             )
             if is_writer():
                 result.write(folder)

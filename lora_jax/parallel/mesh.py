@@ -69,7 +69,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     wanted = int(np.prod(sizes))
     shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1 or axis in ROWS)
     if wanted > len(devices):
-        raise InputError(f"mesh: {shape} needs {wanted} devices, and there are {len(devices)}.")
+        raise InputError(f"mesh: {shape} needs {wanted} devices, but only {len(devices)} {'is' if len(devices) == 1 else 'are'} available.")
     if wanted < len(devices) and len({d.process_index for d in devices}) > 1:
         raise InputError(f"mesh: {shape} takes {wanted} devices, but the processes have {len(devices)}, and each must take part.")
     return Mesh(mesh_utils.create_device_mesh(sizes, devices[:wanted], allow_split_physical_axes=True), AXES)

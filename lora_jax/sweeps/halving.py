@@ -160,7 +160,7 @@ class Halving:
             scores |= self._scores(one)
         kept = survivors(scores, self._halving.factor) if until is not None else list(scores)
         for one in trained:
-            one.recorder.finish(one.pack, one.outcome, stopped=None if until is None else set(scores) - set(kept))
+            one.recorder.finish(one.pack, one.outcome, stopped=None if until is None else set(scores) - set(kept), rung=number + 1)
         if until is not None:
             self._progress.print(f"{title}: after {until} steps {len(kept)} of {len(scores)} members go on")
         return kept, sum(one.programs for one in trained)
@@ -182,7 +182,7 @@ class Halving:
                 left, saved = self._pack_run(old, "").left()
                 if saved is None:
                     folder = self._run.checkpoints([m.name for m in old.members])
-                    raise RunError(f"{folder}: the checkpoint of a finished rung is missing or damaged. Start anew with --fresh.")
+                    raise RunError(f"{folder}: the checkpoint of a finished rung is missing or damaged. Start over with --fresh.")
                 restored[id(old)] = left, saved
             sources.append((restored[id(old)][0], place, restored[id(old)][1]))
         return repack(self._setup.model, sources, pack)

@@ -293,16 +293,27 @@ def _product(setup: Setup, members: int) -> tuple[int, int, int]:
     return members * batch["tokens"][0].size, block.width, block.hidden
 
 
-def largest_pack_shapes(config: Config) -> tuple[PackShapes, int]:
-    """The programs of the largest pack of a sweep, or of a single member, and how many members it has. No weights are read.
+def largest_pack_shapes(config: Config) -> tuple[PackShapes, int, PackMemory]:
+    """The pack of a sweep that takes the most memory: its programs, how many members it has, and what it takes. No weights are read.
+
+    The one that `estimate` finds the largest too: of several packs the one with most members need not be it.
 
     Raises:
         InputError: the model, the data or an adapter will not do.
     """
     prepare = Preparer(weights=False)
     packs = Planner(config, prepare, largest=largest_pack(config, solo=False)).packs(members_of(config, many=True))
-    configs = [m.config for m in max(packs, key=lambda pack: len(pack.members)).members]
-    return PackShapes(prepare(configs[0]), configs), len(configs)
+    largest: tuple[PackShapes, int, PackMemory] | None = None
+    compiled = SingleSlotCache()
+    for pack in packs:
+        configs = [m.config for m in pack.members]
+        shapes, count = PackShapes(prepare(configs[0]), configs), len(configs)
+        key = setup_key(configs[0]), program_key(configs, shapes.structure)
+        memory = compiled.get(key, lambda shapes=shapes, count=count: shapes.memory(count))
+        if largest is None or memory.total > largest[2].total:
+            largest = shapes, count, memory
+    assert largest is not None  # a sweep without members is refused when it is read
+    return largest
 
 
 def _pack(setup: Setup, pack: PackPlan, rate: float, compiled: SingleSlotCache) -> PackEstimate:

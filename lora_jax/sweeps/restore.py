@@ -22,6 +22,7 @@ from ..models.load import BaseFiles, load_model
 from ..packing.pack import Member, Pack
 from ..tasks.base import task_of
 from ..tracking import Progress, member_folder
+from ..tracking.results import check_run
 from ..training.checkpoint import adapter_identity, load_adapter, saved_classes
 from ..training.loop import evaluate_pack
 from ..training.setup import Preparer
@@ -35,8 +36,7 @@ def run_members(run: Path) -> list[Member]:
     Raises:
         InputError: it is none.
     """
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: not a run directory (it holds no config.yaml).")
+    check_run(run)
     return members_of(load_config(run / "config.yaml"), many=True)  # asked about when they were trained
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,9 +122,11 @@ def members_of(config: Config, *, many: bool = False) -> list[Member]:
     if len(some) > MANY and not many:
         raise InputError(f"sweep: has more than {MANY:,} members. If they are meant, say --yes.")
     short = _short_keys(list(dict.fromkeys(key for settings in some for key in settings)))
+    paths = _short_paths(some)
+    shown = lambda key, value: paths.get(key, {}).get(str(value)) or _short_value(value)
     members: dict[str, Member] = {}
     for settings in some:
-        name = ",".join(f"{short[k]}={_short_value(v)}" for k, v in settings.items()) or "main"
+        name = ",".join(f"{short[k]}={shown(k, v)}" for k, v in settings.items()) or "main"
         if name in members:
             raise InputError(f"sweep: '{name}' appears twice.")
         members[name] = Member(name, settings, with_values(config, settings, where="sweep"))
@@ -145,6 +148,17 @@ def _same(a: Any, b: Any) -> bool:
 def _short_keys(keys: list[str]) -> dict[str, str]:
     ends = [k.rsplit(".", 1)[-1] for k in keys]
     return {k: e if ends.count(e) == 1 else k for k, e in zip(keys, ends, strict=True)}
+
+
+def _short_paths(some: Sequence[Settings]) -> dict[str, dict[str, str]]:
+    """Swept key -> absolute path -> its last word, where these tell all of the key's values apart: names don't hold a machine's folders."""
+    found: dict[str, dict[str, str]] = {}
+    for key in {key for settings in some for key, value in settings.items() if isinstance(value, str) and os.path.isabs(value)}:
+        values = {str(settings[key]) for settings in some if key in settings}
+        words = {value: os.path.basename(value) if os.path.isabs(value) else value for value in values}
+        if len(set(words.values())) == len(words) and all(words.values()):
+            found[key] = words
+    return found
 
 
 def _short_value(value: Any) -> str:

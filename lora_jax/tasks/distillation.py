@@ -16,7 +16,7 @@ from flax import nnx
 from pydantic import Field
 
 from ..config.doors import TASKS
-from ..config.schema import TaskConfig
+from ..config.schema import SOURCE, TaskConfig
 from ..data.batching import Example
 from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
 from ..errors import InputError
@@ -36,6 +36,7 @@ class DistillationConfig(TaskConfig):
             "The model whose last hidden states are to be met at each token (forms as model.source); of the same vocabulary and width. "
             "The loss is the mean squared error."
         ),
+        json_schema_extra=SOURCE,
     )
 
 

@@ -34,18 +34,19 @@ class Progress:
         interval: float = PLAIN_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        # soft_wrap: without a terminal, rich would cut lines at 80 columns.
-        self.console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, quiet=not enabled)
+        # soft_wrap: without a terminal, rich would cut lines at 80 columns. No markup: names of members and paths hold brackets.
+        self.console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False, emoji=False, quiet=not enabled)
         self._interval, self._clock = interval, clock
         self._bars: Bars | None = None
         if enabled and self.console.is_terminal:
             times = (TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn())
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.fields[metrics]}"))
+            description, metrics = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[metrics]}"))
+            columns = (description, BarColumn(), MofNCompleteColumn(), *times, metrics)
             self._bars = Bars(*columns, console=self.console, refresh_per_second=4)
 
     def print(self, text: str) -> None:
         """Prints a line of plain text above the bars."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     @contextmanager
     def track(self, total: int, description: str, *, start: int = 0) -> Iterator[Track]:

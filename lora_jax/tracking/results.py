@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, hint, nearest
 from .files import read_json, write_atomic, write_json
 
 STATUSES = ("finished", "diverged", "failed", "stopped")
@@ -37,6 +37,7 @@ class MemberResult:
         history: Optional rows of scalars by step, each with a `step`.
         error: Why it failed; empty where it did not.
         metric: What its task is compared by, a key of `final`; empty in runs of older versions.
+        rung: Which rung of halving stopped it, from 1; None where none did, and in runs of older versions.
     """
 
     name: str
@@ -54,6 +55,7 @@ class MemberResult:
     history: list[dict[str, float]] | None = None
     error: str = ""
     metric: str = ""
+    rung: int | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -108,6 +110,7 @@ _KINDS: dict[str, Any] = {
     "history": (list, type(None)),
     "error": str,
     "metric": str,
+    "rung": (int, type(None)),
     **dict.fromkeys(sorted(_FLOATS), (int, float, type(None))),
 }
 
@@ -155,6 +158,24 @@ def cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (list, dict, bool)) else value
 
 
+def check_run(path: Path) -> None:
+    """Every command that reads a run says the same of a path that is none.
+
+    Raises:
+        InputError: there is nothing, or nothing of a run.
+    """
+    if (path / "config.yaml").is_file():
+        return
+    if path.exists():
+        raise InputError(f"{path}: not a run directory (it has no config.yaml).")
+    try:
+        runs = [p.name for p in path.parent.iterdir() if (p / "config.yaml").is_file()]
+    except OSError:
+        runs = []
+    near = hint(str(path), [str(path.parent / name) for name in nearest(path.name, runs)])
+    raise InputError(f"{path}: no such run directory. {near}".rstrip())
+
+
 def read_run(run_dir: Path | str) -> list[MemberResult]:
     """The results of every member of a run directory, ordered by their settings (numbers by size, not by spelling).
 
@@ -164,10 +185,7 @@ def read_run(run_dir: Path | str) -> list[MemberResult]:
         InputError: Not a run directory, no member has ended yet, or a file in it is damaged.
     """
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir}: no such run directory")
-    if not (run_dir / "config.yaml").is_file():
-        raise InputError(f"{run_dir}: not a run directory (it has no config.yaml)")
+    check_run(run_dir)
     results = [MemberResult.read(path) for path in sorted(run_dir.glob("*/results.json"))]
     if not results:
         raise InputError(f"{run_dir}: no member has results yet")

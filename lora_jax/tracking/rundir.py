@@ -294,7 +294,7 @@ def _extended(path: Path, config_yaml: str) -> bool:
     if changes:
         shown = [f"  {key}: {_text(was)} -> {_text(now)}" for key, (was, now) in list(changes.items())[:_SHOWN]]
         more = [f"  ... and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
-        advice = "Give this run another 'name=', or --fresh to start it anew (the old one is kept aside)."
+        advice = "Give this run another 'name=', or --fresh to start over (the old directory is renamed)."
         raise InputError("\n".join([f"{path} holds a run with another config (old -> new):", *shown, *more, advice]))
     return False
 
@@ -357,13 +357,20 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     {'a.b': (1, 2)}
     """
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return {} if old == new and type(old) is type(new) else {prefix: (old, new)}
+        return {} if (old == new and type(old) is type(new)) or _same_path(old, new) else {prefix: (old, new)}
     found: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*old, *new]):
         dotted = f"{prefix}.{key}" if prefix else str(key)
         if dotted not in IGNORED:
             found |= differences(old.get(key, _ABSENT), new.get(key, _ABSENT), dotted)
     return found
+
+
+def _same_path(old: Any, new: Any) -> bool:
+    """Whether two values are one path, which a run of an older version kept relative to where it was started."""
+    if not (isinstance(old, str) and isinstance(new, str)) or os.path.isabs(old) == os.path.isabs(new):
+        return False
+    return os.path.realpath(old) == os.path.realpath(new)
 
 
 def _text(value: Any) -> str:

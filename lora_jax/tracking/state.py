@@ -67,7 +67,7 @@ _SECTIONS: dict[str, TypeAdapter[Any]] = {
 }
 # A run can decide these again. Splits and rungs say where members are, and only the user can give that up.
 _MADE_AGAIN = ("plan", "execution", "summary")
-_ADVICE = "Remove the file to plan anew (packs that have a checkpoint go on from it), or start anew with --fresh."
+_ADVICE = "Remove the file to plan anew (packs that have a checkpoint go on from it), or start over with --fresh."
 
 
 def read_state(folder: Path) -> RunState:

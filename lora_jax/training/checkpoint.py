@@ -184,13 +184,13 @@ class PackCheckpoints:
         except (OSError, ValueError, KeyError, TypeError):
             raise _Damaged(f"its {_FACTS} is missing or damaged") from None
         if base != self._fingerprint:
-            raise InputError(f"{path}: belongs to a base with other weights than model.source has now. Start anew with --fresh.")
+            raise InputError(f"{path}: belongs to a base with other weights than model.source has now. Start over with --fresh.")
         if members != self._members:
-            raise InputError(f"{path}: holds other members than this pack. Start anew with --fresh.")
+            raise InputError(f"{path}: holds other members than this pack. Start over with --fresh (the old directory is renamed).")
         if facts.get("data_order") != self._order:
             raise InputError(
                 f"{path}: was begun by a version that put the training examples in another order, so training cannot go on from it. "
-                "Start anew with --fresh, which sets the old run aside."
+                "Start over with --fresh (the old directory is renamed)."
             )
         for file, digest in digests.items():
             if not (path / "arrays" / file).is_file():

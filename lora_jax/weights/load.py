@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config.load import looked_for
 from ..errors import InputError, nearest, warn
 from .checkpoint import Checkpoint, GGUFArchitecture, first_part, read_json
 
@@ -35,10 +37,11 @@ def resolve(source: str, *, key: str, hub_kind: str = "model", hub_patterns: lis
         return _hub_folder(source, key, hub_kind, hub_patterns)
     if "://" in source:
         raise InputError(f"{key}: '{source}' has an unknown scheme; use a path, hf://org/name or package://import_name/path.")
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source))  # of a user who is not known it is the text as it stands
+    if not os.path.exists(path):
+        where = "" if path.is_absolute() else f" (looked for {' and '.join(looked_for(source))})"
         on_hub = f" On the Hugging Face hub? Write hf://{source}." if _HUB.fullmatch(f"hf://{source}") and not path.suffix else ""
-        raise InputError(f"{key}: no file or folder '{source}'{_near_files(path)}.{on_hub}")
+        raise InputError(f"{key}: no file or folder '{source}'{_near_files(path)}{where}.{on_hub}")
     return path
 
 

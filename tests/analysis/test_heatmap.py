@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.image import imread
 
 from lora_jax.analysis import write_heatmap
-from lora_jax.analysis.heatmap import choose_axes, grid_of, heatmap_png
+from lora_jax.analysis.heatmap import _ending, choose_axes, grid_of, heatmap_png
 from lora_jax.errors import InputError
 from lora_jax.tasks.evaluators import ACCURACY, LOSS
 from lora_jax.tracking import MemberResult
@@ -73,3 +73,15 @@ def test_nothing_to_show_is_none(tmp_path):
     assert write_heatmap(tmp_path / "map.png", results(**{RANK: [4, 8], "value": lambda s: math.nan})) is None
     assert not list(tmp_path.iterdir())
     assert write_heatmap(tmp_path / "map.png", results(**{RANK: [4, 8], "value": lambda s: 0.5})) is not None
+
+
+def test_labels_are_no_formulas():
+    values = {"q$|k$": 0.5, "$\\frac$": 0.6}
+    results = [MemberResult(v, {"adapter.targets": v}, 10, "finished", {"accuracy": a}) for v, a in values.items()]
+    assert heatmap_png(results, title="$\\x$", subtitle="$_$") is not None
+
+
+def test_a_cell_without_a_value_says_how_its_members_ended():
+    kinds = {2: "stopped", 4: "diverged", 8: "failed", 16: "finished"}
+    results = [MemberResult(str(r), {RANK: r}, r, status, {"accuracy": 0.5}) for r, status in kinds.items()]
+    assert [_ending(results, RANK, r, None, None) for r in kinds] == ["stopped", "diverged", "failed", "no result"]

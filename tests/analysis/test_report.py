@@ -77,3 +77,17 @@ def test_the_page_is_whole_escaped_and_loads_nothing(page):
 def test_a_damaged_run_is_refused(tmp_path):
     with pytest.raises(InputError):
         report_run(tmp_path)
+
+
+def test_the_page_tells_stopped_from_diverged(tmp_path):
+    for rank, status in ((2, "stopped"), (4, "finished"), (8, "stopped"), (16, "diverged")):
+        result = MemberResult(
+            str(rank), {"adapter.rank": rank}, rank, status, {"accuracy": 0.5}, steps=8, rung=1 if status == "stopped" else None
+        )
+        result.write(tmp_path / str(rank))
+    (tmp_path / "config.yaml").write_text("name: r\ntraining: {steps: 40, extend_steps: 8}\n")
+    page = report_run(tmp_path).read_text()
+    text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    assert "40 steps and 8 more steps" in text
+    assert "2 stopped by halving" in text and "1 diverged" in text and "diverged or failed" not in text
+    assert text.count("stopped (rung 1)") == 2 and page.count('class="bad"') == 1

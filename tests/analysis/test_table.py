@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -122,3 +123,51 @@ def test_each_at_its_best_learning_rate():
     assert "+10.0 ± 0.0" in row(table, "8,000") and "to rank=1" in text(table)
     assert "1 of 2 at the smallest swept (0.001) and 1 of 2 at the largest swept (0.01)" in said(table)
     assert rates_table(results[:2]) is None and rates_table([member(1, 0.5), member(2, 0.6)]) is None
+
+
+BRACKETS = "[INST] {text} [/INST]"
+
+
+def test_values_with_brackets_are_shown_as_they_are(tmp_path):
+    results = [MemberResult(f"m{i}", {"task.template": v}, 10 + i, "finished", {"accuracy": 0.5 + i / 10}) for i, v in enumerate(_MARKED)]
+    shown = text(results_table(results, title="[red]run[/x]"))
+    for words in (*_MARKED[:3], "{text}\\n[/b]\\x1b[31m", "[red]run[/x]"):
+        assert words in shown, words
+    write_run(tmp_path / "[b]x[red]", "name: x\n", results)
+    (table,) = compare_runs([tmp_path / "[b]x[red]"])
+    assert "[b]x[red]" in text(table) and BRACKETS in text(table)
+
+
+_MARKED = (BRACKETS, "layers[0-3].q[a-z]+", ":smile: {text}", "{text}\n[/b]\x1b[31m")
+
+
+def test_the_name_of_a_run_without_a_sweep_keeps_its_brackets():
+    assert "[a]b[/c]" in text(results_table([MemberResult("[a]b[/c]", {}, 1, "finished", {"accuracy": 0.5})]))
+
+
+def test_members_stopped_by_halving_are_said_to_be_stopped():
+    results = [
+        member(2, 0.6, status="stopped"),
+        replace(member(4, 0.7, status="stopped"), rung=2),
+        replace(member(16, 0.7, status="stopped"), steps=12),
+        member(8, 0.9),
+    ]
+    table = results_table(results)
+    assert "stopped (rung 2)" in row(table, "4,000") and "stopped (step 12)" in row(table, "16,000")
+    seeds = [replace(member(2, 0.6, **{SEED: i}), status=s, rung=r) for i, (s, r) in enumerate([("stopped", 1), ("finished", None)])]
+    assert "1 of 2 stopped (rung 1)" in row(results_table(seeds), "2,000")
+
+
+def test_the_best_column_says_whose_step_it_is():
+    results = [replace(member(r, 0.5), metric="accuracy", final={"accuracy": r / 10, "loss": 1.0}, best={"loss": 2.0}) for r in (2, 4)]
+    assert "loss at best accuracy" in text(results_table(results, "loss")) and "best loss" not in text(results_table(results, "loss"))
+    assert "best accuracy (%)" in text(results_table(results))
+    bare = [replace(r, metric="perplexity") for r in results]
+    assert "best loss" in text(results_table(bare, "loss"))
+
+
+def test_keys_of_another_method_are_no_difference(tmp_path):
+    one = write_run(tmp_path / "one", "name: one\nadapter: {method: lora, rank: 8, alpha: 4}\n", [member(8, 0.5)])
+    two = write_run(tmp_path / "two", "name: two\nadapter: {method: full, alpha: 2}\n", [member(8, 0.6)])
+    (table,) = compare_runs([one, two])
+    assert "also differ in: adapter.alpha, adapter.method." in said(table)

@@ -281,11 +281,14 @@ def test_rows_of_words_and_questions(hub, train, tmp_path):
 
 def test_evaluate_and_compare_on_what_is_no_run(hub, tmp_path):
     refused(call("evaluate", tmp_path), "not a run directory")
-    refused(call("evaluate", tmp_path / "nowhere"), "nowhere")
+    for command in ("evaluate", "compare", "export"):
+        refused(call(command, tmp_path / "nowhere"), f"error: {tmp_path / 'nowhere'}: no such run directory.\n")
     refused(call("compare", tmp_path), "not a run directory")
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
     hub.write(tmp_path, {"sweep": {"grid": {"adapter.rank": [2, 4]}}}).rename(run / "config.yaml")
+    for command in ("evaluate", "compare", "export"):
+        refused(call(command, run.with_name("tiyn")), f"no such run directory. Did you mean '{run}'?")
     refused(call("compare", run), "no member has results yet")
     refused(call("evaluate", run, "--split", "evl"), "--split: 'evl'", "Did you mean 'eval'?")
     refused(call("evaluate", run, "--member", "rank=3"), "--member: no member 'rank=3'", "rank=2", "rank=4")

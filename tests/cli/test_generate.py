@@ -133,7 +133,7 @@ def test_other_sources_that_are_refused(hub, run, tmp_path):
     for arguments, told in (
         ([path, "--prompt", "a", "--member", "rank=3"], ["--member", "rank=2"]),
         ([path, "--prompt", "a", "--adapter", tmp_path], ["--adapter"]),
-        ([hub.bert, "--prompt", "a"], ["only decoders"]),
+        ([hub.bert, "--prompt", "a"], ["generate needs a decoder; this model is an Encoder."]),
         ([tmp_path / "nothing", "--prompt", "a"], ["nothing"]),
     ):
         result = call("generate", *arguments)

@@ -16,6 +16,7 @@ from lora_jax.config.schema import Config
 from lora_jax.errors import InputError, RunError, Stopped, warn
 from lora_jax.interop.export import ExportOptions
 from lora_jax.parallel.processes import Joining
+from lora_jax.tracking import MemberResult
 
 
 @pytest.fixture
@@ -221,3 +222,37 @@ def test_what_is_left_out_is_said_in_one_line_and_once(call, monkeypatch):
     for _ in range(2):  # in each command anew
         code, out, err = call()
         assert (code, out, err) == (0, "", "warning: model.source: x: a tensor that the model does not use: [a].\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (OSError(36, "File name too long", "x" * 5000), 2, f"error: {'x' * 197}...: File name too long.\n"),
+        (PermissionError(13, "Permission denied", "/a"), 1, "error: /a: Permission denied.\n"),
+        (OSError(28, "No space left on device", b"/a"), 1, "error: /a: No space left on device.\n"),
+    ],
+)
+def test_what_a_file_system_refuses_is_foreseen(call, monkeypatch, error, code, told):
+    monkeypatch.setattr("lora_jax.config.load.load_config", failing(error))
+    assert call("train", "a.yaml") == (code, "", told)
+
+
+def test_odd_command_lines(call, tmp_path):
+    (tmp_path / "a.yaml").write_text(CONFIG)
+    run = tmp_path / "run"
+    MemberResult("m", {"adapter.rank": 2}, 1, "finished", {"accuracy": 0.5}).write(run / "m")
+    (run / "config.yaml").write_text(CONFIG)
+    config, long = str(tmp_path / "a.yaml"), "x" * 5000
+    for arguments, told in (
+        (["train", long], "File name too long"),
+        (["evaluate", long], "File name too long"),
+        (["compare", long], "File name too long"),
+        (["train", config, "task.source=\udcff"], "is not text (UTF-8)"),
+        (["compare", str(run), "--reference", "training.seed=1"], "seeds are paired"),
+        (["compare", str(run), "--reference", "adapter.rank=.nan"], "no member has rank=nan"),
+        (["launch", config, "--processes", "1000000000"], "at most 1,024"),
+        (["sweep", config, OVER_RANKS, "--part", "1/99999999999999999999"], "--part: at most 100,000 parts"),
+        (["doctor", config, "mesh.data=1000000000"], "mesh: needs 1,000,000,000 devices"),
+    ):
+        code, _, err = call(*arguments)
+        assert code == 2 and told in err and "unexpected" not in err, (arguments[:2], err)

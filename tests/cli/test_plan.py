@@ -80,3 +80,16 @@ def test_what_is_done_is_not_planned_again(hub, tmp_path, monkeypatch):
 def test_halving_trains_less():
     assert halving_fraction(32, 2, [1, 2, 4], 8) == 0.3125
     assert halving_fraction(6, 2, [2, 4], 8) == pytest.approx((6 * 2 + 3 * 2 + 2 * 4) / 48)
+
+
+def test_it_finds_the_memory_that_the_plan_finds(hub, tmp_path):
+    # Two packs: two small members, and one of larger batches that takes more.
+    path = hub.write(tmp_path, {"sweep": {"members": [{"adapter.rank": 1}, {"adapter.rank": 2}, {"training.batch_size": 48}]}})
+    plan, doctor = call("sweep", path, "--plan"), call("doctor", path)
+
+    def memory(out):
+        lines = out[out.index("memory of a device") :].splitlines()[1:]
+        return [" ".join(line.split()) for line in lines if line.startswith(("base", "batch", "trained", "activations", "together  "))]
+
+    assert plan.code == 0, plan
+    assert memory(plan.out) and memory(plan.out) == memory(doctor.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from lora_jax.adapters.bank import AdapterBank
 from lora_jax.errors import InputError
 from lora_jax.generation import decoding
 from lora_jax.generation.decoding import LENGTHS, DecodingParams, padded_length
-from lora_jax.generation.generate import Generator, left_padded
+from lora_jax.generation.generate import Generator, context_length, left_padded
+from lora_jax.generation.generate import _check as check
 from lora_jax.generation.sampling import Sampling, row_seeds
 from lora_jax.models.heads import Classifier
 from lora_jax.models.layers import HeadShape, LayerType
@@ -221,9 +223,22 @@ def test_bad_input(generator, prompts, options, message):
 
 def test_only_decoders_generate():
     for model in (tiny.encoder(1), Classifier(tiny.decoder(1), HeadShape("last"), 3, rngs=nnx.Rngs(0))):
-        with pytest.raises(InputError, match="only decoders"):
+        with pytest.raises(InputError, match="generate needs a decoder; this model is a"):
             Generator(model)
     learned = tiny.decoder(1)
     learned.config = nnx.static(dataclasses.replace(learned.config, positions=8))
-    with pytest.raises(InputError, match="8 positions"):
+    with pytest.raises(InputError, match=r"context of 8; at most 5 new tokens fit"):
         Generator(learned)([[1, 2, 3]], max_new_tokens=6)
+
+
+def test_more_than_the_context_is_refused_before_anything_is_made(generator):
+    model = tiny.decoder(1)
+    model.origin = nnx.static(SimpleNamespace(config={"max_position_embeddings": 16}))
+    assert context_length(model) == 16
+    for rows, new, told in (([[1] * 3], 14, "context of 16; at most 13 new"), ([[1] * 20], 1, r"20 tokens and 1 more .* context of 16\.")):
+        with pytest.raises(InputError, match=told):
+            check(rows, model, new)
+    check([[1] * 3], model, 13)
+    for rows, new in (([[1]], 10**8), ([[1] * 200_000], 8)):  # of a model that does not say
+        with pytest.raises(InputError, match="past the model's context of 131,072"):
+            generator(rows, max_new_tokens=new)

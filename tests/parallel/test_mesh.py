@@ -35,7 +35,7 @@ def test_shapes(sizes, shape):
 
 
 def test_more_devices_than_there_are():
-    with pytest.raises(InputError, match="data 3 x fsdp 1 needs 3 devices, and there are 2"):
+    with pytest.raises(InputError, match="data 3 x fsdp 1 needs 3 devices, but only 2 are available"):
         make_mesh(MeshConfig(data=3), jax.devices()[:1] * 2)
     with pytest.raises(InputError, match="mesh: 3 does not divide the 2 devices"):
         make_mesh(MeshConfig(data=-1, tensor=3), jax.devices()[:1] * 2)

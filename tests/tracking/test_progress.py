@@ -44,3 +44,14 @@ def test_two_bars_at_once_at_a_terminal(monkeypatch):
         track.update(2)
     text = stream.getvalue()
     assert all(word in text for word in ("sweep", "evaluating", "loss 0.5", "10/10", "again", "[note]"))
+
+
+def test_descriptions_with_brackets_at_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    progress = Progress(stream)
+    with progress.track(1, "rank=[INST] [/INST] :smile:") as track:
+        progress.print("[/b] :smile:")
+        track.update(1)
+    assert "rank=[INST] [/INST] :smile:" in stream.getvalue() and "[/b] :smile:" in stream.getvalue()
