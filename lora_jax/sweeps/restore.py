@@ -14,13 +14,14 @@ from flax import nnx
 from ..adapters.inject import fill_member, inject_layout, remember
 from ..adapters.layout import resolve, unite
 from ..adapters.partition import partition
-from ..config.load import load_config
+from ..config.load import load_config, with_values
 from ..errors import InputError, hint
 from ..models.heads import Classifier
 from ..models.load import load_model
 from ..packing.pack import Member, Pack
 from ..tasks.base import task_of
-from ..tracking import Progress, member_folder
+from ..tracking import Progress, member_folder, read_state
+from ..tracking.state import STATE
 from ..training.checkpoint import load_adapter, saved_classes
 from ..training.loop import evaluate_pack
 from ..training.setup import Preparer
@@ -35,7 +36,11 @@ def run_members(run: Path) -> list[Member]:
     """
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: not a run directory (it holds no config.yaml).")
-    return members_of(load_config(run / "config.yaml"), many=True)  # asked about when they were trained
+    config = load_config(run / "config.yaml")
+    known = read_state(run).members  # of all sweeps of this run; older versions wrote none
+    if known:
+        return [Member(name, settings, with_values(config, settings, where=str(run / STATE))) for name, settings in known.items()]
+    return members_of(config, many=True)  # asked about when they were trained
 
 
 def named_member(members: list[Member], name: str, key: str) -> Member:

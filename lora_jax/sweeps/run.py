@@ -24,7 +24,7 @@ from ..tracking import MemberResult, Progress, RunDirectory, holds_run
 from ..tracking.state import STATE
 from ..training.setup import Preparer, Setup, check_adapters
 from .halving import Halving
-from .plan import SweepPlan, largest_pack, plan_sweep, reopen, take_over_names
+from .plan import Joined, SweepPlan, join_run, largest_pack, plan_sweep, reopen
 from .space import members_of
 
 
@@ -112,6 +112,10 @@ def _run(
         raise InputError(f"sweep.halving: not with {'--solo' if solo else '--part'}; its members race each other.")
     if retry and (fresh or part is not None or halving is not None):
         raise InputError("--retry: not with --fresh, --part or sweep.halving.")
+    path = Path(config.tracking.dir) / config.name
+    there = not fresh and writer_says(holds_run(path))
+    joined = join_run(path, config, members) if there else Joined(members)
+    members = joined.members
     prepare = Preparer()
     planner = Planner(config, prepare, largest=largest_pack(config, solo=solo), say=progress.print)
     own = {m.name for m in (members if part is None else plan_sweep(config, members, planner, None, part).members)}
@@ -123,25 +127,32 @@ def _run(
 
     # An old run is resumed or refused before anything is loaded. A new directory is made only when every member is known to be
     # right: wrong input leaves nothing behind that would stand in the way of the corrected config.
-    run = open_run() if not fresh and writer_says(holds_run(Path(config.tracking.dir) / config.name)) else None
+    run = open_run() if there else None
     if retry and run is None:
-        raise InputError(f"--retry: {Path(config.tracking.dir) / config.name} holds no run yet.")
+        raise InputError(f"--retry: {path} holds no run yet.")
     try:
-        if run is not None and part is None and halving is None:
+        if run is not None:
             held = run
-            writer_first(lambda: _take_over(held, config, members, retry) if is_writer() else held.refresh())
+            writer_first(lambda: _take_over(held, joined, retry) if is_writer() else held.refresh())
         plan = plan_sweep(config, members, planner, run, part)
         for pack in reversed(plan.packs if run is not None else []):  # those planned now are checked; the first last, as it is trained next
             configs = [m.config for m in pack.members]
             check_adapters(prepare(configs[0]), configs)
         race = Halving(members, halving, prepare, signals, progress, planner) if halving is not None and plan.packs else None
-        run = run or open_run()
+        if run is None:
+            run = open_run()
+            _register(run, members)
         for section in run.state().dropped:
             progress.print(f"warning: {run.path / STATE}: '{section}' is damaged, and made anew.")
         if part is None and race is None and plan.packs:
             plan = dataclasses.replace(plan, packs=keep_plan(run, plan.packs))
         if run.resumed:
             progress.print(f"{run.path}: resumed, {len(plan.ended)} of {len(plan.members)} members are done.")
+            if joined.kept:
+                progress.print(f"{run.path}: {joined.kept} of them are of another sweep, which ran here before; they stay in all results.")
+            if joined.left_out:
+                names = ", ".join(joined.left_out[:4]) + (" ..." if len(joined.left_out) > 4 else "")
+                progress.print(f"warning: {run.path}: {len(joined.left_out)} members began here that this sweep has not: {names}")
         if race is not None:
             progress.print(describe_setup(config, prepare(members[0].config)))
             compiled = race.train(run)
@@ -149,23 +160,36 @@ def _run(
             compiled = _train_packs(plan, run, members, prepare, signals, progress, solo=solo)
         done = {r.name: r for r in writer_first(run.results)} if own else {}
         results = [done[m.name] for m in members if m.name in done]
-        if is_writer() and len(results) == len(members):
+        complete = len(results) == len(members)
+        results += [done[name] for name in done if name not in {m.name for m in members}]  # of an older version: with keys it has no more
+        if is_writer() and complete:
             run.write_results(results)
             if plan.packs and part is None:  # a call that found all members done, or trained some of them, has no figures of the whole
                 summary = {"compiled_programs": compiled, "packs": len(plan.packs), "seconds": time.perf_counter() - began}
                 run.update_state(lambda state: state.summary.update(summary))
-        outcome = SweepOutcome(run.path, results, compiled, len(members) - len(results))
+        outcome = SweepOutcome(run.path, results, compiled, len(members) - sum(m.name in done for m in members))
     finally:
         if run is not None:
             run.close()
     return outcome
 
 
-def _take_over(run: RunDirectory, config: Config, members: Sequence[Member], retry: Sequence[str]) -> None:
-    """Brings what members of an old run are called, and who of them is tried again, in line with this call."""
+def _take_over(run: RunDirectory, joined: Joined, retry: Sequence[str]) -> None:
+    """Brings the settings of members of an old run, and who of them is tried again, in line with this call."""
+    for result in joined.changed:
+        if result.name in run.statuses:
+            result.write(run.member(result.name))
     if retry:
-        reopen(run, members, retry)
-    take_over_names(run, config, members)
+        reopen(run, joined.members, retry)
+    run.refresh()
+    _register(run, joined.members)
+
+
+def _register(run: RunDirectory, members: Sequence[Member]) -> None:
+    """Writes down who the run's members are: `config.yaml` has the newest sweep alone."""
+    own = {m.name: m.settings for m in members}
+    if is_writer() and run.state().members != own:
+        run.update_state(lambda state: setattr(state, "members", own))
 
 
 def _train_packs(

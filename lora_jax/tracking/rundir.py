@@ -246,13 +246,11 @@ class RunDirectory:
                     break
         return found
 
-    def rename(self, old: MemberResult, new: MemberResult) -> None:
-        """Gives a member that has ended another name and other settings, with all its files."""
-        folder = self.member(new.name)
-        if not folder.exists():
-            new.write(self.member(old.name))
-            self.member(old.name).rename(folder)
-            self.refresh()
+    def trained(self) -> list[MemberResult]:
+        """The newest result of each member that has one; before a run was extended or a member tried again counts too."""
+        newest = {file.parent: file for file in sorted(self.path.glob("*/results-*.json"), key=lambda file: file.stat().st_mtime_ns)}
+        newest |= {file.parent: file for file in self.path.glob("*/results.json")}
+        return [MemberResult.read(file) for _, file in sorted(newest.items())]
 
     def refresh(self) -> None:
         """Reads anew which members have ended."""

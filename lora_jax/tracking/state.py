@@ -44,12 +44,15 @@ class RunState:
         plan: stage of halving (one without halving) -> packs -> names of their members.
         splits: packs that were split, in that order.
         halving: the rungs; None without halving.
+        members: every member that the run trains or has trained, name -> swept dotted key -> value. A member keeps the name that it was
+            given first, whatever keys a later sweep of this run has.
         execution: id of a pack (`RunDirectory.pack_id`) -> how it runs its members (`packing.choice.Choice`). The id, not what the
             pack has in common with others, is the key: it stays the same when a later version adds config keys.
         summary: figures of the whole run: `compiled_programs`, `packs`, `seconds`.
         dropped: sections that were damaged and are empty now; not written.
     """
 
+    members: dict[str, dict[str, Any]] = field(default_factory=dict)
     plan: list[list[list[str]]] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     halving: Rungs | None = None
@@ -59,6 +62,7 @@ class RunState:
 
 
 _SECTIONS: dict[str, TypeAdapter[Any]] = {
+    "members": TypeAdapter(dict[str, dict[str, Any]]),
     "plan": TypeAdapter(list[list[list[str]]]),
     "splits": TypeAdapter(list[Split]),
     "halving": TypeAdapter(Rungs | None),
@@ -66,7 +70,7 @@ _SECTIONS: dict[str, TypeAdapter[Any]] = {
     "summary": TypeAdapter(dict[str, Any]),
 }
 # A run can decide these again. Splits and rungs say where members are, and only the user can give that up.
-_MADE_AGAIN = ("plan", "execution", "summary")
+_MADE_AGAIN = ("members", "plan", "execution", "summary")
 _ADVICE = "Remove the file to plan anew (packs that have a checkpoint go on from it), or start anew with --fresh."
 
 

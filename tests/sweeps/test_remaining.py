@@ -4,14 +4,16 @@ import json
 
 import pytest
 
-from lora_jax.errors import Stopped
+from lora_jax.config.load import dump_config
+from lora_jax.errors import InputError, Stopped
 from lora_jax.packing.planner import Planner
 from lora_jax.packing.runner import PackRun
 from lora_jax.parallel.processes import StopSignals
-from lora_jax.sweeps.plan import plan_remaining
+from lora_jax.sweeps.plan import join_run, plan_remaining
+from lora_jax.sweeps.restore import run_members
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.sweeps.space import members_of
-from lora_jax.tracking import RunDirectory
+from lora_jax.tracking import MemberResult, Progress, RunDirectory
 from lora_jax.training.setup import Preparer
 from tests import tiny
 
@@ -55,17 +57,69 @@ def test_more_ranks_and_seeds_train_the_new_members_alone(hub, tmp_path, monkeyp
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())
     seeded = run_sweep(hub.config(tmp_path, grid(adapter__rank=[2, 3, 4], training__seed=[0, 1])))
     assert trained[2:] == [["rank=2,seed=1", "rank=3,seed=1", "rank=4,seed=1"]]
-    assert [r.name for r in seeded.results] == [f"rank={r},seed={s}" for r in (2, 3, 4) for s in (0, 1)]
-    assert not (more.path / "rank=2").exists() and (more.path / "rank=2,seed=0" / "final").is_dir()
+    # Who is there already keeps its name and its folder; its settings name the new key.
+    assert [r.name for r in seeded.results] == [f"rank={r}{s}" for r in (2, 3, 4) for s in ("", ",seed=1")]
+    assert [r.settings["training.seed"] for r in seeded.results] == [0, 1] * 3
+    assert (more.path / "rank=2" / "final").is_dir() and not (more.path / "rank=2,seed=0").exists()
     rows = (seeded.path / "results.csv").read_text().splitlines()
-    assert len(rows) == 7 and rows[1].startswith('"rank=2,seed=0",2,0,')
+    assert len(rows) == 7 and rows[1].startswith("rank=2,2,0,")
     fresh = run_sweep(hub.config(tmp_path, grid(adapter__rank=[2, 3, 4], training__seed=[0, 1]), name="fresh"))
     assert [r.final["loss"] for r in fresh.results] == pytest.approx([r.final["loss"] for r in seeded.results], rel=1e-5)
 
 
-def test_another_setting_outside_the_sweep_is_another_run(hub, tmp_path):
-    from lora_jax.errors import InputError
+def record(path, config, *, steps=3):
+    """A run directory of the config whose members have all ended, without training them."""
+    run = RunDirectory.open(path.parent, path.name, dump_config(config), devices=[])
+    for number, member in enumerate(members_of(config)):
+        MemberResult(member.name, member.settings, 1, "finished", {"accuracy": number / 10, "loss": 1.0}, steps=steps).write(
+            run.member(member.name)
+        )
+    run.close()
+    return run.path
 
+
+@pytest.mark.parametrize("registered", [True, False], ids=["registered", "older"])
+def test_a_smaller_sweep_joins_what_its_directory_holds(hub, tmp_path, registered, capsys):
+    """As `lora_jax.sweep(config, {"adapter.rank": [2, 3]})` after the config's own, larger sweep; nothing is trained twice or lost."""
+    large = hub.config(tmp_path, grid(adapter__rank=[2, 3], adapter__alpha=[8.0, 16.0]))
+    path = record(tmp_path / "runs" / "tiny", large)
+    if registered:
+        run_sweep(large)
+    folders = sorted(p.name for p in path.iterdir() if p.is_dir())
+    small = run_sweep(hub.config(tmp_path, grid(adapter__rank=[2, 3])), progress=Progress())
+    assert [r.name for r in small.results] == [f"rank={r},alpha={a}" for a in (16.0, 8.0) for r in (2, 3)]
+    assert "2 of them are of another sweep" in capsys.readouterr().err
+    assert len((path / "results.csv").read_text().splitlines()) == 5
+    assert sorted(p.name for p in path.iterdir() if p.is_dir()) == folders
+    assert sorted(m.name for m in run_members(path)) == folders and small.unfinished == 0
+    # As `train CONFIG sweep=null`: the member is of the sweep, and `main` is no other.
+    alone = run_sweep(large.model_copy(update={"sweep": None}))
+    assert alone.results[0].name == "rank=2,alpha=16.0" and len(alone.results) == 4
+    assert sorted(m.name for m in run_members(path)) == folders
+    assert {m.name: m.config.adapter.alpha for m in run_members(path)}["rank=2,alpha=8.0"] == 8.0
+
+
+def test_one_short_name_for_two_members_is_told_apart(hub, tmp_path):
+    """`source` is the model's in one sweep and the task's in the next."""
+    first = hub.config(tmp_path, grid(model__source=[str(hub.bert)]))
+    path = record(tmp_path / "runs" / "tiny", first)
+    second = hub.config(tmp_path, grid(task__source=[str(hub.bert)]))
+    joined = join_run(path, second, members_of(second))
+    assert [m.name for m in joined.members] == [f"task.source={hub.bert}", f"source={hub.bert}"] and joined.kept == 1
+
+
+def test_who_raced_is_not_joined(hub, tmp_path):
+    halving = {"halving": {"rungs": [1]}}
+    raced = hub.config(tmp_path, grid(adapter__rank=[2, 3, 4]) | {"sweep": {"grid": {"adapter.rank": [2, 3, 4]}, **halving}})
+    path = record(tmp_path / "runs" / "tiny", raced)
+    before = (path / "config.yaml").read_bytes()
+    fewer = hub.config(tmp_path, grid(adapter__rank=[2]) | {"sweep": {"grid": {"adapter.rank": [2]}, **halving}})
+    with pytest.raises(InputError, match=r"'rank=3', 'rank=4'\. Halving cannot grow"):
+        run_sweep(fewer)
+    assert (path / "config.yaml").read_bytes() == before
+
+
+def test_another_setting_outside_the_sweep_is_another_run(hub, tmp_path):
     run_sweep(hub.config(tmp_path, grid(adapter__rank=[2])))
     with pytest.raises(InputError, match=r"adapter\.alpha"):
         run_sweep(hub.config(tmp_path, grid(adapter__rank=[2, 4]) | {"adapter.alpha": 3.0}))
