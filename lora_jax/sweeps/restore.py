@@ -6,6 +6,7 @@ Evaluating saved adapters again.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,16 +16,19 @@ from ..adapters.inject import fill_member, inject_layout, remember
 from ..adapters.layout import resolve, unite
 from ..adapters.partition import partition
 from ..config.load import load_config, with_values
+from ..config.schema import Config
 from ..errors import InputError, hint
 from ..models.heads import Classifier
-from ..models.load import load_model
+from ..models.load import BaseFiles, load_model
 from ..packing.pack import Member, Pack
 from ..tasks.base import task_of
 from ..tracking import Progress, member_folder, read_state
-from ..tracking.state import STATE
+from ..tracking.state import STATE, check_identity
 from ..training.checkpoint import load_adapter, saved_classes
 from ..training.loop import evaluate_pack
-from ..training.setup import Preparer
+from ..training.setup import Preparer, Setup
+from ..weights.provenance import fingerprint, tokenizer_digest
+from ..weights.tokenizer import load_tokenizer
 from .space import members_of
 
 
@@ -72,6 +76,39 @@ def adapter_folder_of(run: Path, member: Member) -> Path:
     return folder
 
 
+def confirm_inputs(run: Path, setup: Setup, config: Config, members: Sequence[Member]) -> tuple[list[str], str | None]:
+    """Compares what a set-up has loaded with what the run's members of the same model and task were trained on.
+
+    Args:
+        run: the run directory.
+        setup: of `config`.
+        config: of a member that is trained next.
+        members: of the run.
+
+    Returns:
+        names of the members that this set-up is of; and what is to be told, once.
+
+    Raises:
+        InputError: the base, the tokenizer or the data is another one.
+    """
+    known = read_state(run).identity
+    alike = [m.name for m in members if m.config.model == config.model and m.config.task == config.task]
+    told = None
+    for name in alike:
+        if name in known:
+            told = check_identity(f"{run}: member '{name}'", known[name], setup.identity) or told
+    return alike, told
+
+
+def _confirm(run: Path, member: Member, now: dict[str, str], say: Callable[[str], None]) -> None:
+    """The same for one saved adapter."""
+    then = read_state(run).identity.get(member.name)
+    if then is None:
+        say(f"{run}: member '{member.name}' does not say which base, tokenizer and data it was trained on (an older version's).")
+    elif (told := check_identity(f"{run}: member '{member.name}'", then, now)) is not None:
+        say(told)
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A member as it was trained.
@@ -108,12 +145,24 @@ def restore_member(run: Path, member: Member) -> Restored:
         raise InputError(f"{folder}: does not say what its classes are; name them, in order, as task.labels in {run / 'config.yaml'}.")
     model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes)
     spec = resolve(model, config.adapter)
+    tokenizer = tokenizer_digest(load_tokenizer(config.model.source))
+    _confirm(run, member, {"base": _fingerprint_as_trained(base, config), "tokenizer": tokenizer}, Progress().print)
     adapted = inject_layout(model, unite(model, [spec]))
     fill_member(adapted, spec, config.training.seed)  # the scales; the factors are drawn and then replaced
     part = partition(adapted)
     filled = part.merge(load_adapter(folder, part.trainable), part.settings, part.frozen, training=False)
     remember(filled, config.adapter)
     return Restored(filled, classes, folder, run, member)
+
+
+def _fingerprint_as_trained(base: nnx.Module, config: Config) -> str:
+    """Of a base that was loaded in float32, as it is in the dtype it was trained in."""
+    source, dtype, transforms = config.model.source, config.model.dtype, config.model.transforms
+    if dtype == "float32":
+        return fingerprint(base)
+    if transforms:  # what they make of weights in another dtype is not a rounding of this
+        return fingerprint(load_model(source, dtype=dtype, transforms=transforms))
+    return fingerprint(base, like=BaseFiles(source, dtype=dtype).model)
 
 
 SPLITS = ("eval", "train")
@@ -144,6 +193,8 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
         for number, one in enumerate(chosen, 1):
             folder = adapter_folder_of(run, one)
             setup = prepare(one.config)
+            unused = "train" if split == "eval" else "held_out"
+            _confirm(run, one, {part: digest for part, digest in setup.identity.items() if part != unused}, progress.print)
             pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh)
             arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))
             examples = setup.data.held_out if split == "eval" else setup.data.train

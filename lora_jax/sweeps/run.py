@@ -25,6 +25,7 @@ from ..tracking.state import STATE
 from ..training.setup import Preparer, Setup, check_adapters
 from .halving import Halving
 from .plan import Joined, SweepPlan, join_run, largest_pack, plan_sweep, reopen
+from .restore import confirm_inputs
 from .space import members_of
 
 
@@ -125,6 +126,8 @@ def _run(
         where, name, text = config.tracking.dir, config.name, dump_config(config)
         return writer_first(lambda: RunDirectory.open(where, name, text, fresh=fresh, write=is_writer(), members=numbers))
 
+    if there:
+        _check_inputs(path, config, members, prepare)
     # An old run is resumed or refused before anything is loaded. A new directory is made only when every member is known to be
     # right: wrong input leaves nothing behind that would stand in the way of the corrected config.
     run = open_run() if there else None
@@ -155,6 +158,7 @@ def _run(
                 progress.print(f"warning: {run.path}: {len(joined.left_out)} members began here that this sweep has not: {names}")
         if race is not None:
             progress.print(describe_setup(config, prepare(members[0].config)))
+            _keep_identity(run, prepare(members[0].config), members[0].config, members, progress)
             compiled = race.train(run)
         else:
             compiled = _train_packs(plan, run, members, prepare, signals, progress, solo=solo)
@@ -185,6 +189,33 @@ def _take_over(run: RunDirectory, joined: Joined, retry: Sequence[str]) -> None:
     _register(run, joined.members)
 
 
+def _check_inputs(path: Path, config: Config, members: Sequence[Member], prepare: Preparer) -> None:
+    """Refuses to go on in a run whose base, tokenizer or data has changed, before anything in it has."""
+    look = RunDirectory.look(path, dump_config(config))
+    known = look.state().identity
+    pending = next((m for m in members if m.name not in look.statuses), None)
+    if pending is not None and known:
+        confirm_inputs(path, prepare(pending.config), pending.config, members)
+
+
+def _keep_identity(run: RunDirectory, setup: Setup, config: Config, members: Sequence[Member], progress: Progress) -> None:
+    """Notes what the members of a set-up are trained on; those that were trained before must have been on the same."""
+    alike, told = confirm_inputs(run.path, setup, config, members)
+    if told is not None:
+        progress.print(f"warning: {told}")
+    known = run.state().identity
+    begun = {*run.statuses, *(name for pack in run.started_packs() for name in pack)}
+    if unknown := [name for name in alike if name in begun and name not in known]:
+        progress.print(
+            f"warning: {run.path}: {len(unknown)} members do not say which base, tokenizer and data they were trained on (an older version's); "
+            "those of today are taken for the same."
+        )
+    identity = setup.identity
+    new = {name: identity for name in alike if name not in known or name not in run.statuses}
+    if is_writer() and any(known.get(name) != identity for name in new):
+        run.update_state(lambda state: state.identity.update(new))
+
+
 def _register(run: RunDirectory, members: Sequence[Member]) -> None:
     """Writes down who the run's members are: `config.yaml` has the newest sweep alone."""
     own = {m.name: m.settings for m in members}
@@ -208,6 +239,7 @@ def _train_packs(
         setup = prepare(config)
         if setup is not described:
             progress.print(describe_setup(config, setup))
+            _keep_identity(run, setup, config, members, progress)
             described = setup
         make = functools.partial(
             PackRun,

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -46,17 +47,47 @@ class Origin:
         return self.config["model_type"]
 
 
-def fingerprint(model: nnx.Module) -> str:
+def fingerprint(model: nnx.Module, like: nnx.Module | None = None) -> str:
     """16 hex digits of a model's parameters: names, shapes, dtypes and every bit.
 
     Each parameter is summed on its devices, every number weighted by its place, so that a sharded model is not gathered.
+
+    Args:
+        model: the base.
+        like: the same base in other dtypes, of which shapes are enough: the parameters are taken as they would be in those.
     """
-    params = {".".join(map(str, path)): v[...] for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
+    params = _parameters(model)
     names = sorted(params)
+    if like is not None:
+        dtypes = {name: array.dtype for name, array in _parameters(like).items()}
+        params = {name: array.astype(dtypes.get(name, array.dtype)) for name, array in params.items()}
     sums = jax.jit(lambda arrays: jnp.stack([_checksum(a) for a in arrays]))([params[n] for n in names])
     digest = hashlib.sha256()
     for name, pair in zip(names, jax.device_get(sums), strict=True):
         digest.update(f"{name} {params[name].shape} {params[name].dtype} {pair[0]} {pair[1]}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _parameters(model: nnx.Module) -> dict[str, Any]:
+    return {".".join(map(str, path)): v.get_value() for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """16 hex digits of what a Hugging Face tokenizer does: its tokens and rules, its special tokens and its chat template."""
+    rules = tokenizer.backend_tokenizer.to_str()
+    rules = rules[rules.find('"added_tokens"') :]  # before that: the padding and truncation of the newest call
+    parts = (rules, str(tokenizer.special_tokens_map), str(tokenizer.chat_template))
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def arrays_digest(columns: Sequence[Sequence[np.ndarray] | None]) -> str:
+    """16 hex digits of lists of arrays, such as the tokens and targets of examples: every length and every bit, in order."""
+    digest = hashlib.sha256()
+    for arrays in columns:
+        digest.update(b"none" if arrays is None else np.array([len(a) for a in arrays], np.int64).tobytes())
+        if arrays:
+            whole = np.ascontiguousarray(np.concatenate([np.asarray(a) for a in arrays]))
+            digest.update(f"{whole.shape} {whole.dtype}".encode() + whole.tobytes())
     return digest.hexdigest()[:16]
 
 
