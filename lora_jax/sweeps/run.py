@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.load import dump_config, load_config, with_values
+from ..config.load import config_of, dump_config, load_config, with_values
 from ..config.schema import Config
 from ..errors import InputError, RunError
 from ..packing.choice import PackModes
@@ -287,36 +288,70 @@ def failures_message(results: Sequence[MemberResult]) -> str | None:
     return "\n".join([count, *lines, f"The same command with --retry NAME tries one again: --retry '{failed[0].name}', or --retry '*'."])
 
 
-def fit(config: Config | str, *, fresh: bool = False, **values: Any) -> MemberResult:
+def fit(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str],
+    values: Mapping[str, Any] | None = None,
+    *,
+    fresh: bool = False,
+    **more: Any,
+) -> MemberResult:
     """Trains one adapter and returns its result. Everything else is in the run directory.
 
     Args:
-        config: a `Config`, or the path of a YAML file.
+        config: a `Config`, one as nested mappings, or the path of a YAML file; its sweep is left out.
+        values: dotted config key -> value: `{"adapter.rank": 4}`.
         fresh: rename an old run directory of this name instead of resuming it.
-        values: config keys with `__` for the dot: `adapter__rank=4`.
+        more: the same with `__` for the dot: `adapter__rank=4`.
     """
-    loaded = _loaded(config, {k.replace("__", "."): v for k, v in values.items()})
-    return run_sweep(loaded.model_copy(update={"sweep": None}), fresh=fresh, progress=Progress()).results[0]
+    loaded = _loaded(config, {**(values or {}), **{key.replace("__", "."): value for key, value in more.items()}}, None, "fit")
+    return run_sweep(loaded, fresh=fresh, progress=Progress()).results[0]
 
 
 def sweep(
-    config: Config | str, grid: Mapping[str, Sequence[Any]] | None = None, *, solo: bool = False, fresh: bool = False
+    config: Config | Mapping[str, Any] | str | os.PathLike[str],
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    values: Mapping[str, Any] | None = None,
+    *,
+    solo: bool = False,
+    fresh: bool = False,
 ) -> SweepOutcome:
     """Trains all members of a sweep, in packs.
 
     Args:
-        config: a `Config`, or the path of a YAML file.
-        grid: dotted config key -> values; replaces the config's `sweep.grid`.
+        config: as in `fit`, with its sweep.
+        grid: dotted config key -> values; replaces the config's `sweep.grid`. All else of its sweep (seeds, halving, limits) stays.
+        values: as in `fit`; `{"name": "other"}` gives a run directory of its own.
         solo: train each member alone.
         fresh: rename an old run directory of this name instead of resuming it.
+
+    Raises:
+        InputError: a value is not valid, or is of a key that is swept.
     """
-    loaded = _loaded(config, {} if grid is None else {"sweep": {"grid": {k: list(v) for k, v in grid.items()}}})
-    return run_sweep(loaded, solo=solo, fresh=fresh, progress=Progress())
+    return run_sweep(_loaded(config, values or {}, grid, "sweep"), solo=solo, fresh=fresh, progress=Progress())
 
 
-def _loaded(config: Config | str, values: Mapping[str, Any]) -> Config:
-    loaded = load_config(config) if isinstance(config, str) else config
-    if "sweep" in values:
-        loaded = Config.model_validate(loaded.model_dump() | {"sweep": values["sweep"]})
-        values = {k: v for k, v in values.items() if k != "sweep"}
-    return with_values(loaded, values, where="fit") if values else loaded
+def _loaded(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str], values: Mapping[str, Any], grid: Mapping[str, Sequence[Any]] | None, where: str
+) -> Config:
+    """The config that Python was given: `fit` without its sweep, `sweep` with another grid."""
+    if isinstance(config, Config):
+        loaded = config
+    elif isinstance(config, Mapping):
+        loaded = config_of(config, where)
+    elif isinstance(config, (str, os.PathLike)):
+        loaded = load_config(config)
+    else:
+        raise InputError(f"{where}: the config is a {type(config).__name__}; give the path of a YAML file, a Config, or nested mappings.")
+    changes: dict[str, Any] = {}
+    if where == "fit":
+        changes = {"sweep": None}
+    elif grid is not None:
+        wrong = next((key for key, own in grid.items() if isinstance(own, str) or not isinstance(own, Sequence)), None)
+        if wrong is not None:
+            advice = f'sweep(config, {{"{wrong}": [...]}}) sweeps over it, sweep(config, values={{"{wrong}": ...}}) sets it for all members.'
+            raise InputError(f"sweep: '{wrong}' has the value {grid[wrong]!r} and no list of values. {advice}")
+        kept = {} if loaded.sweep is None else loaded.sweep.model_dump(exclude={"grid"})
+        changes = {"sweep": {**kept, "grid": {key: list(own) for key, own in grid.items()}}}
+    if changes or values:
+        loaded = with_values(loaded, values, where=where, sections=changes)
+    return loaded
