@@ -135,8 +135,10 @@ def run_and_report(
     outcome = run_sweep(config, solo=solo, fresh=fresh, many=many, part=share, retry=retry, progress=progress)
     if not is_writer():
         return
-    _report(config, outcome, share, progress)
-    if (failures := failures_message(outcome.results)) is not None:
+    failures = failures_message(outcome.results)
+    if any(r.final for r in outcome.results) or failures is None:
+        _report(config, outcome, share, progress)
+    if failures is not None:
         raise RunError(failures)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import os
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 from ..config.load import config_of, dump_config, load_config, with_values
 from ..config.schema import Config
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, is_disk_full
 from ..packing.choice import PackModes
 from ..packing.execution import SCAN, compile_cache, configured_mode
 from ..packing.pack import Member
@@ -88,13 +87,23 @@ def run_sweep(
                 retry=retry,
                 progress=progress or Progress(enabled=False),
             )
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except Exception as error:
+            if (told := _told_of_disk(error, Path(config.tracking.dir))) is None:
                 raise
-            where = f" at {error.filename}" if error.filename else ""
-            raise RunError(
-                f"no space left on the disk{where}. What was saved before is intact: make room, and the same command resumes from there."
-            ) from error
+            raise RunError(told) from error
+
+
+def _told_of_disk(error: Exception, root: Path) -> str | None:
+    """What to say of a failure of the disk that the run is written to; None of any other failure."""
+    intact = "What was saved before is intact"
+    named = error.filename if isinstance(error, OSError) and isinstance(error.filename, (str, os.PathLike)) else None
+    if is_disk_full(error):
+        where = f" at {named}" if named else ""
+        return f"no space left on the disk{where}. {intact}: make room, and the same command resumes from there."
+    if isinstance(error, OSError) and named and Path(named).resolve().is_relative_to(root.resolve()):
+        advice = "Make it writable, or give another 'tracking.dir='; the same command resumes from there."
+        return f"{named}: cannot be written ({error.strerror or error}). {intact}. {advice}"
+    return None
 
 
 def _run(
@@ -168,11 +177,20 @@ def _run(
         complete = len(results) == len(members)
         results += [done[name] for name in done if name not in {m.name for m in members}]  # of an older version: with keys it has no more
         if is_writer() and complete:
-            run.write_results(results)
+            # Before `results.csv`, with which the run is whole: killed in between, the next call writes that one.
+            if not plan.packs and not run.state().summary and part is None:
+                summary = {"packs": len({r.seconds for r in results}), "seconds": sum({r.seconds for r in results})}
+                run.update_state(lambda state: state.summary.update(summary))
             if plan.packs and part is None:  # a call that found all members done, or trained some of them, has no figures of the whole
                 summary = {"compiled_programs": compiled, "packs": len(plan.packs), "seconds": time.perf_counter() - began}
                 run.update_state(lambda state: state.summary.update(summary))
+            run.write_results(results)
         outcome = SweepOutcome(run.path, results, compiled, len(members) - sum(m.name in done for m in members))
+    except Exception as error:
+        if run is not None and not (run.path / "config.yaml").exists():
+            advice = "Remove what is left of it, or give another 'name='."
+            raise RunError(f"{run.path}: the run directory was removed while the run wrote to it ({error}). {advice}") from error
+        raise
     finally:
         if run is not None:
             run.close()
@@ -279,8 +297,11 @@ def describe_setup(config: Config, setup: Setup) -> str:
 
 
 def failures_message(results: Sequence[MemberResult]) -> str | None:
-    """A message that lists the members that failed; None where none did."""
+    """A message that lists the members that failed, or says that all diverged; None where there is something to show."""
     failed = [r for r in results if r.status == "failed"]
+    if not failed and results and all(r.status == "diverged" for r in results):
+        who = f"member '{results[0].name}'" if len(results) == 1 else f"all {len(results)} members"
+        return f"{who} diverged: a loss was not finite. Try a smaller optimizer.learning_rate, or --retry '*' with the same config."
     if not failed:
         return None
     lines = [f"  {r.name}: {r.error}" for r in failed[:6]] + ([f"  ... and {len(failed) - 6} more"] if len(failed) > 6 else [])

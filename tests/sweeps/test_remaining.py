@@ -1,21 +1,25 @@
 """A sweep that grew, or was interrupted, trains what is left and nothing twice."""
 
 import json
+import shutil
+import signal
 
 import pytest
 
 from lora_jax.config.load import dump_config
-from lora_jax.errors import InputError, Stopped
+from lora_jax.errors import InputError, RunError, Stopped
+from lora_jax.packing import runner
 from lora_jax.packing.planner import Planner
 from lora_jax.packing.runner import PackRun
 from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.plan import join_run, plan_remaining
 from lora_jax.sweeps.restore import run_members
-from lora_jax.sweeps.run import run_sweep
+from lora_jax.sweeps.run import failures_message, run_sweep
 from lora_jax.sweeps.space import members_of
-from lora_jax.tracking import MemberResult, Progress, RunDirectory
+from lora_jax.tracking import MemberResult, Progress, RunDirectory, read_state
 from lora_jax.training.setup import Preparer
 from tests import tiny
+from tests.tiny_hub import call
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -106,6 +110,87 @@ def test_one_short_name_for_two_members_is_told_apart(hub, tmp_path):
     second = hub.config(tmp_path, grid(task__source=[str(hub.bert)]))
     joined = join_run(path, second, members_of(second))
     assert [m.name for m in joined.members] == [f"task.source={hub.bert}", f"source={hub.bert}"] and joined.kept == 1
+
+
+def test_a_kill_before_results_csv_leaves_nothing_unwritten(hub, tmp_path, monkeypatch):
+    """The last file of a run is `results.csv`; a run that lacks it, or its figures, gets them from the next call."""
+    config = hub.config(tmp_path, grid(adapter__rank=[2, 3]))
+    path = record(tmp_path / "runs" / "tiny", config)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_results", lambda self, results: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_sweep(config)
+    assert read_state(path).summary == {"packs": 1, "seconds": 0.0} and not (path / "results.csv").exists()
+    run_sweep(config)
+    assert (path / "results.csv").is_file()
+
+
+def full_disk(*_, **__):
+    raise ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device")
+
+
+def no_directory(*arguments, **_):
+    raise PermissionError(13, "Permission denied", f"{arguments[0]}/{arguments[1]}")
+
+
+def removed(self, *_, **__):
+    shutil.rmtree(self.run.path)
+    raise RuntimeError("NOT_FOUND")
+
+
+@pytest.mark.parametrize(
+    ("where", "failure", "told"),
+    [
+        ((runner, "train_pack"), full_disk, "no space left on the disk. What was saved before is intact"),
+        ((RunDirectory, "open"), no_directory, "cannot be written (Permission denied). What was saved before is intact"),
+        ((PackRun, "build"), removed, "the run directory was removed while the run wrote to it"),
+    ],
+)
+def test_a_failing_disk_is_told_of(hub, tmp_path, monkeypatch, where, failure, told):
+    config = hub.config(tmp_path, grid(adapter__rank=[2, 3]))
+    monkeypatch.setattr(*where, failure)
+    with pytest.raises(RunError) as refused:
+        run_sweep(config)
+    assert told in str(refused.value)
+
+
+def test_a_failed_pack_leaves_no_signal_waiting(hub, tmp_path, monkeypatch):
+    """What trains next may be loading, and is stopped at once; and a stop that C++ code made a failure of is one."""
+    config, seen = hub.config(tmp_path, grid(adapter__rank=[2, 3])), []
+    monkeypatch.setattr(runner, "train_pack", lambda *_, **__: 1 / 0)
+    original = PackRun.train
+
+    def train(self, **options):
+        seen.append(self.signals)
+        return original(self, **options)
+
+    monkeypatch.setattr(PackRun, "train", train)
+    assert {r.status for r in run_sweep(config).results} == {"failed"}
+    assert not seen[0].training
+
+    def swallowed(self, **options):
+        self.signals.received = signal.SIGTERM
+        raise RuntimeError("INTERNAL: a callback failed")
+
+    monkeypatch.setattr(PackRun, "train", swallowed)
+    with pytest.raises(Stopped) as stopped:
+        run_sweep(config, fresh=True)
+    assert stopped.value.signal == signal.SIGTERM
+
+
+def test_what_failed_or_diverged_is_a_failure(tmp_path):
+    def told(*statuses):
+        return failures_message([MemberResult(f"m{i}", {}, 1, s, {}, error="E") for i, s in enumerate(statuses)])
+
+    assert told("finished", "diverged") is None
+    assert "member 'm0' diverged" in told("diverged") and "all 2 members diverged" in told("diverged", "diverged")
+    assert "--retry" in told("failed", "failed") and "2 members failed" in told("failed", "failed")
+
+
+def test_a_command_whose_members_all_failed_says_how_to_try_again(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "train_pack", lambda *_, **__: 1 / 0)
+    failed = call("sweep", hub.write(tmp_path, grid(adapter__rank=[2, 3])))
+    assert failed.code == 1 and "--retry" in failed.err and "in common" not in failed.err
 
 
 def test_who_raced_is_not_joined(hub, tmp_path):
