@@ -154,7 +154,9 @@ class Halving:
             def failed(part: PackPlan, error: Exception) -> None:
                 record_failure(self._run, part.members, error, self._progress)
 
-            trained += train_split(plan, make, self._splits, until=until, start=start if before else None, failed=failed)
+            for one in train_split(plan, make, self._splits, until=until, start=start if before else None, failed=failed):
+                one.pack.release()  # its arrays are wanted when the rung ends; its programs are the set-up's, for packs of the same form
+                trained.append(one)
         scores: dict[str, float] = {}
         for one in trained:
             scores |= self._scores(one)

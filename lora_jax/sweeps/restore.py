@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 from flax import nnx
 
 from ..adapters.inject import fill_member, inject_layout, remember
@@ -20,7 +19,7 @@ from ..config.schema import Config
 from ..errors import InputError, hint
 from ..models.heads import Classifier
 from ..models.load import BaseFiles, load_model
-from ..packing.pack import Member, Pack
+from ..packing.pack import Member, Pack, static_key
 from ..tasks.base import task_of
 from ..tracking import Progress, member_folder, read_state
 from ..tracking.state import STATE, check_identity
@@ -195,10 +194,13 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
             setup = prepare(one.config)
             unused = "train" if split == "eval" else "held_out"
             _confirm(run, one, {part: digest for part, digest in setup.identity.items() if part != unused}, progress.print)
-            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh)
+            # In shapes that hold all members of its form: one program evaluates them, whatever their ranks and targets.
+            alike = [m.config for m in chosen if static_key(m.config) == static_key(one.config)]
+            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh, layout=setup.layout(alike))
+            pack.programs = setup.programs.get(pack.program_key, lambda pack=pack: pack.programs)
             arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))
             examples = setup.data.held_out if split == "eval" else setup.data.train
-            metrics = evaluate_pack(pack, setup, {n: jnp.asarray(a)[None] for n, a in arrays.items()}, examples)
+            metrics = evaluate_pack(pack, setup, pack.with_member_arrays(setup.model, 0, arrays), examples)
             results[one.name] = {name: float(values[0]) for name, values in metrics.items()}
             track.update(number)
     return results

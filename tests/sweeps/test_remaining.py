@@ -12,6 +12,7 @@ from lora_jax.packing import runner
 from lora_jax.packing.planner import Planner
 from lora_jax.packing.runner import PackRun
 from lora_jax.parallel.processes import StopSignals
+from lora_jax.sweeps import restore
 from lora_jax.sweeps.plan import join_run, plan_remaining
 from lora_jax.sweeps.restore import run_members
 from lora_jax.sweeps.run import failures_message, run_sweep
@@ -249,3 +250,16 @@ def test_a_damaged_checkpoint_names_no_pack(hub, tmp_path):
     for text in ("{", json.dumps({"members": ["a", "c"]}), json.dumps({})):
         (folder / "checkpoint.json").write_text(text)
         assert run.started_packs() == []
+
+
+@pytest.mark.slow
+def test_all_members_are_evaluated_by_one_program(hub, tmp_path, monkeypatch):
+    """Ranks and targets differ; the figures are those of training."""
+    space = {"zip": {"adapter.rank": [2, 3, 5], "adapter.targets": [["q_proj"], ["v_proj", "down_proj"], ["q_proj"]]}}
+    outcome = run_sweep(hub.config(tmp_path, {"training.steps": 3, "sweep": space}))
+    counted, original = set(), restore.evaluate_pack
+    monkeypatch.setattr(restore, "evaluate_pack", lambda pack, *rest: (counted.add(pack.programs), original(pack, *rest))[1])
+    found = restore.evaluate_run(outcome.path, member=None, split="eval", progress=Progress(enabled=False))
+    assert [programs.evaluate.traces.count for programs in counted] == [1]
+    for result in outcome.results:
+        assert found[result.name] == pytest.approx(result.best, rel=1e-5), result.name
