@@ -257,7 +257,9 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     steps: Steps | None = Field(default=None, description="Number of optimizer steps. Give either steps or epochs.")
-    epochs: Annotated[PositiveFloat, Field(le=1e6)] | None = Field(default=None, description="Passes over the training rows. Give either steps or epochs.")
+    epochs: Annotated[PositiveFloat, Field(le=1e6)] | None = Field(
+        default=None, description="Passes over the training rows. Give either steps or epochs."
+    )
     batch_size: Steps = Field(default=32, description="Examples per optimizer step.")
     accumulate: PositiveInt = Field(
         default=1, description="Micro-batches per optimizer step (gradient accumulation); must divide batch_size."

@@ -175,7 +175,9 @@ def _check_race(path: Path, config: Config, rungs: Rungs | None, own: Sequence[M
     unlike = sorted(raced.symmetric_difference(m.name for m in own) | {m.name for m in others})
     if unlike:
         shown = ", ".join(f"'{name}'" for name in unlike[:4]) + (f" and {len(unlike) - 4} more" if len(unlike) > 4 else "")
-        raise InputError(f"{path}: other members raced here than this sweep has: {shown}. Halving cannot grow: give another 'name=', or --fresh.")
+        raise InputError(
+            f"{path}: other members raced here than this sweep has: {shown}. Halving cannot grow: give another 'name=', or --fresh."
+        )
 
 
 def _with_keys(member: Member, keys: Collection[str]) -> Member:

@@ -226,7 +226,7 @@ def _keep_identity(run: RunDirectory, setup: Setup, config: Config, members: Seq
     begun = {*run.statuses, *(name for pack in run.started_packs() for name in pack)}
     if unknown := [name for name in alike if name in begun and name not in known]:
         progress.print(
-            f"warning: {run.path}: {len(unknown)} members do not say which base, tokenizer and data they were trained on (an older version's); "
+            f"warning: {run.path}: {len(unknown)} members do not say which base, tokenizer and data they are of (an older version's); "
             "those of today are taken for the same."
         )
     identity = setup.identity
@@ -352,7 +352,10 @@ def sweep(
 
 
 def _loaded(
-    config: Config | Mapping[str, Any] | str | os.PathLike[str], values: Mapping[str, Any], grid: Mapping[str, Sequence[Any]] | None, where: str
+    config: Config | Mapping[str, Any] | str | os.PathLike[str],
+    values: Mapping[str, Any],
+    grid: Mapping[str, Sequence[Any]] | None,
+    where: str,
 ) -> Config:
     """The config that Python was given: `fit` without its sweep, `sweep` with another grid."""
     if isinstance(config, Config):
@@ -369,7 +372,9 @@ def _loaded(
     elif grid is not None:
         wrong = next((key for key, own in grid.items() if isinstance(own, str) or not isinstance(own, Sequence)), None)
         if wrong is not None:
-            advice = f'sweep(config, {{"{wrong}": [...]}}) sweeps over it, sweep(config, values={{"{wrong}": ...}}) sets it for all members.'
+            advice = (
+                f'sweep(config, {{"{wrong}": [...]}}) sweeps over it, sweep(config, values={{"{wrong}": ...}}) sets it for all members.'
+            )
             raise InputError(f"sweep: '{wrong}' has the value {grid[wrong]!r} and no list of values. {advice}")
         kept = {} if loaded.sweep is None else loaded.sweep.model_dump(exclude={"grid"})
         changes = {"sweep": {**kept, "grid": {key: list(own) for key, own in grid.items()}}}

@@ -171,7 +171,6 @@ class Setup:
         """Of the pretrained weights; taken when first asked for. A new head is no part of it: each member draws its own."""
         return fingerprint(self.base)
 
-
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Part (`tracking.state.IDENTITY`) -> digest of what members of this set-up are trained and judged on."""

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lora_jax.analysis import report_run
+from lora_jax.analysis import report, report_run
 from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult, write_json
 
@@ -77,3 +77,11 @@ def test_the_page_is_whole_escaped_and_loads_nothing(page):
 def test_a_damaged_run_is_refused(tmp_path):
     with pytest.raises(InputError):
         report_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [("{steps: 40}", "40 steps"), ("{steps: 40, extend_steps: 8}", "48 steps"), ("{epochs: 2, extend_steps: 8}", "2 epochs and 8 steps")],
+)
+def test_the_steps_of_an_extended_run_are_all_of_them(training, told):
+    assert report._about(f"name: a\ntraining: {training}\n") == told

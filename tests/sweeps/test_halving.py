@@ -13,8 +13,8 @@ from experiments.fuzz_kills import bits_of_run, differing
 from lora_jax.config.schema import HalvingConfig
 from lora_jax.errors import InputError, Stopped
 from lora_jax.parallel.processes import StopSignals
-from lora_jax.sweeps.halving import rung_steps, survivors
 from lora_jax.sweeps import halving
+from lora_jax.sweeps.halving import rung_steps, survivors
 from lora_jax.sweeps.run import run_sweep
 from tests import tiny
 
@@ -58,9 +58,9 @@ def test_rungs():
     assert rung_steps(HalvingConfig(rungs=3), 80) == [10, 20, 40]
     assert rung_steps(HalvingConfig(rungs=2, factor=3), 90) == [10, 30]
     assert rung_steps(HalvingConfig(rungs=[5, 7]), 8) == [5, 7]
-    for halving, total in ((HalvingConfig(rungs=[5, 8]), 8), (HalvingConfig(rungs=5), 8)):
+    for section, total in ((HalvingConfig(rungs=[5, 8]), 8), (HalvingConfig(rungs=5), 8)):
         with pytest.raises(InputError, match="do not rise"):
-            rung_steps(halving, total)
+            rung_steps(section, total)
 
 
 def test_who_goes_on():

@@ -23,8 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from experiments.fuzz_kills import bits_of_run, differing
 from lora_jax.config.load import load_config
 from lora_jax.errors import InputError, Stopped
-from lora_jax.parallel.processes import StopSignals
 from lora_jax.models.load import load_model
+from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.restore import evaluate_run, restore_member, run_members
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import Progress, read_state
@@ -229,7 +229,7 @@ def test_a_run_without_an_identity_gets_todays_and_says_so(hub, two_ranks, tmp_p
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(two_ranks), str(folder)))
     (run / "state.json").unlink()
     run_sweep(inputs_config(hub, folder, **{"sweep": {"grid": {"adapter.rank": [2, 3]}}}), progress=Progress())
-    assert "1 members do not say which base, tokenizer and data they were trained on" in capsys.readouterr().err
+    assert "1 members do not say which base, tokenizer and data they are of" in capsys.readouterr().err
     assert read_state(run).identity.keys() == {"rank=2", "rank=3"}
 
 
