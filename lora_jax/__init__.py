@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .adapters.inject import inject as inject
     from .adapters.merge import merge as merge
     from .adapters.merge import unmerge as unmerge
+    from .adapters.methods.base import AdapterParam
     from .adapters.mixed import with_rows as with_rows
     from .adapters.partition import partition as partition
     from .config.doors import register_exporter as register_exporter
@@ -36,11 +37,14 @@ if TYPE_CHECKING:
     from .sweeps.run import sweep as sweep
     from .weights.tokenizer import load_tokenizer as load_tokenizer
 
+    LoRAParam = AdapterParam
+
 _NAMES = {
     "AdapterBank": "adapters.bank",
     "Config": "config.schema",
     "Generator": "generation.generate",
     "InputError": "errors",
+    "LoRAParam": "adapters.methods.base:AdapterParam",
     "LoraConfig": "interop.peft.save",
     "RunError": "errors",
     "describe": "adapters.describe",

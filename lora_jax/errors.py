@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import warnings
 from collections.abc import Iterable
 
 
@@ -33,6 +34,15 @@ class RunError(RuntimeError):
 
 class OutOfMemory(RunError):
     """A program that does not fit into the memory it may take."""
+
+
+class InputWarning(UserWarning):
+    """Something of an input is left out, overridden or taken in one of several senses. Commands print it on stderr."""
+
+
+def warn(text: str) -> None:
+    """Says an `InputWarning`; the same text is said once."""
+    warnings.warn(text, InputWarning, stacklevel=3)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.adapters.inject import inject, site_modules
-from lora_jax.adapters.methods.base import AdaptedSite
+from lora_jax.adapters.methods.base import AdaptedSite, is_base
 from lora_jax.config.doors import FAMILIES, METHODS
 from lora_jax.config.schema import AdapterConfig, Config
 from lora_jax.models.decoder import Decoder, DecoderConfig
@@ -221,8 +221,8 @@ def relative(a: Any, b: Any) -> float:
 
 
 def base_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Path -> value of every `nnx.Param`."""
-    return {".".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
+    """Path -> value of every parameter of the base."""
+    return {".".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.iter_graph(model) if is_base(v)}
 
 
 def exact(function: Any) -> Any:

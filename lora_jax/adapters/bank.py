@@ -17,6 +17,7 @@ from ..parallel.mesh import to_host
 from .combine import Combination, Factors, factors_of, layouts_of
 from .inject import LABEL, inject_layout, replace_sites, site_modules
 from .layout import Layout, SiteLayout
+from .merge import unmerge
 from .methods.base import Method
 from .mixed import MIXED_MODULES, NO_ADAPTER, with_rows
 from .partition import Partition, partition
@@ -81,14 +82,14 @@ class AdapterBank:
 
         Args:
             name: a new name.
-            adapted: made by `inject` on this base or one of the same structure. Only its trained arrays are kept; the frozen ones come
-                from the bank's base.
+            adapted: made by `inject` on this base or one of the same structure, merged or not. Only its trained arrays are kept; the frozen
+                ones come from the bank's base.
 
         Raises:
-            InputError: the name is taken, or the model's structure differs from the base's.
+            InputError: the name is taken, the model trains nothing, or its structure differs from the base's.
         """
         self._check_new(name)
-        self._keep(name, adapted)
+        self._keep(name, unmerge(adapted))
 
     def remove(self, name: str) -> None:
         """Removes an adapter. If it is in use, the bank falls back to the base.
@@ -131,7 +132,7 @@ class AdapterBank:
             adapter = self._known(name)
             if not adapter.low_rank:
                 raise InputError(
-                    f"adapter '{name}': the change that its method '{adapter.method}' makes is not low-rank, and only those can be "
+                    f"adapter '{name}': the change that its method '{adapter.method_name}' makes is not low-rank, and only those can be "
                     "mixed in a batch. Use it by itself: bank.use(name)."
                 )
             if adapter.changed:
@@ -198,7 +199,7 @@ class AdapterBank:
         adapters = [self._adapters[n] for n in weights]
         for adapter in adapters:
             if not adapter.low_rank:
-                raise InputError(f"combine: the change that '{adapter.method}' makes ('{adapter.name}') is not low-rank.")
+                raise InputError(f"combine: the change that '{adapter.method_name}' makes ('{adapter.name}') is not low-rank.")
         combined = {}
         for site in self._sites:
             here = {a.name: f for a in adapters if (f := a.factors.get(site.name)) is not None}
@@ -220,7 +221,10 @@ class AdapterBank:
         self._keep(name, model)
 
     def _keep(self, name: str, adapted: nnx.Module) -> None:
-        part = partition(adapted)
+        try:
+            part = partition(adapted)
+        except ValueError as error:
+            raise InputError(f"adapter '{name}': {error}") from None
         own = {n: a.shape for n, a in (part.frozen | part.trainable).items() if n not in part.parameters}
         wanted = {n: a.shape for n, a in self._arrays.items()}
         unlike = sorted(n for n in own.keys() | wanted.keys() if own.get(n) != wanted.get(n))
@@ -263,6 +267,11 @@ class _Adapter:
     changed: frozenset[str]
     method: Method | None
     low_rank: bool
+
+    @property
+    def method_name(self) -> str:
+        """The method's, for messages."""
+        return "none" if self.method is None else self.method.name
 
     @property
     def factors(self) -> dict[str, Factors]:

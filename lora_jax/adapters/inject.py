@@ -23,7 +23,7 @@ from ..models.layers import AXES, PER_SEGMENT
 from ..models.stack import Stack
 from ..parallel.mesh import to_host
 from .layout import Layout, ResolvedAdapter, ResolvedSite, SiteLayout, label_table, resolve, unite
-from .methods.base import FROZEN, AdaptedSite, AdapterParam, AdapterSetting, label_of
+from .methods.base import FROZEN, AdaptedSite, AdapterSetting, label_of
 from .sites import Path, SiteModule, logical_name, modules_named, named_variables, names_of
 
 # Metadata key of a variable's label.
@@ -127,7 +127,7 @@ def _label(model: nnx.Module, layout: Layout) -> bool:
         if isinstance(variable, AdapterSetting):
             continue
         # A user's batch statistics and random keys are variables too, but nothing to train.
-        label = label_of(name, table) if isinstance(variable, nnx.Param | AdapterParam) else FROZEN
+        label = label_of(name, table) if isinstance(variable, nnx.Param) else FROZEN
         variable.set_metadata(LABEL, label)
         trains |= label != FROZEN
         if label != FROZEN and id(variable) in owned and variable.get_metadata().get(AXES, ("",))[0] == "layers":
@@ -220,6 +220,7 @@ def _weight_of(module: AdaptedSite, layer: int) -> Callable[[], np.ndarray]:
 
     def weight() -> np.ndarray:
         whole = getattr(module.base, module.weight)[...]
-        return to_host(whole[layer] if module.stacked else whole).astype(np.float32)
+        array = to_host(whole[layer] if module.stacked else whole).astype(np.float32)
+        return array.reshape(module.site.inputs, module.site.outputs) if isinstance(module.base, nnx.LinearGeneral) else array
 
     return weight

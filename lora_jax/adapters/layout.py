@@ -19,7 +19,7 @@ from ..config.patterns import fullmatch
 from ..config.schema import AdapterConfig
 from ..errors import InputError
 from .methods.base import Method, Table, method_of
-from .sites import Site, find_sites, modules_named, select
+from .sites import Site, find_sites, modules_named, passed_over, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def resolve(model: nnx.Module, config: AdapterConfig) -> ResolvedAdapter:
     if not method.kinds:
         return ResolvedAdapter(config, {})
     sites = {s.name: s for s in find_sites(model)}
-    chosen = select(list(sites.values()), config.targets, config.exclude, config.layers)
+    chosen = select(list(sites.values()), config.targets, config.exclude, config.layers, passed_over(model))
     _check_kinds(method, config, [sites[name] for name in chosen])
     unused = {("rank_pattern", p) for p in config.rank_pattern} | {("alpha_pattern", p) for p in config.alpha_pattern}
     resolved = {}
@@ -117,6 +117,8 @@ def resolve(model: nnx.Module, config: AdapterConfig) -> ResolvedAdapter:
             ranks[i] = config.rank_pattern.get(rank_key, config.rank)
             alpha = config.alpha_pattern.get(alpha_key, config.alpha)
             for setting, value in method.settings(config, int(ranks[i]), alpha).items():
+                if not abs(value) <= float(np.finfo(np.float32).max):
+                    raise InputError(f"adapter.alpha: {alpha:g} gives {name} a {setting} beyond the largest float32.")
                 settings[setting][i] = value
         resolved[name] = ResolvedSite(ranks, settings)
     for key, pattern in sorted(unused):

@@ -21,8 +21,8 @@ class Merged(nnx.Module):
         self.merged = merged
         self.original: Any = original
 
-    def __call__(self, *inputs: jax.Array) -> jax.Array:
-        return self.merged(*inputs)
+    def __call__(self, *inputs: jax.Array, **options: Any) -> jax.Array:
+        return self.merged(*inputs, **options)
 
     def attend(self, query: jax.Array) -> jax.Array:
         """The output projection with the base's weight, as unmerged."""
@@ -67,8 +67,9 @@ def merged_base(model: nnx.Module) -> nnx.Module:
     """
     copy = copy_of(model)
     for _, module in nnx.iter_modules(copy):
-        if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, AdaptedSite):
+        if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, AdaptedSite | Merged):
             module.untie()
+    copy = _replace(copy, Merged, lambda module: module.merged)  # `save_pretrained(merge(model))`, as PEFT's users write
     return _replace(copy, AdaptedSite, _folded)
 
 
@@ -78,6 +79,10 @@ def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
     own = [getattr(module.base, name, None) for name in (module.weight, "bias")]
     weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
     assert weight is not None
+    if isinstance(module.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
+        lead = () if layers is None else (layers,)
+        weight = weight.reshape(*lead, module.site.inputs, module.site.outputs)
+        bias = None if bias is None else bias.reshape(*lead, module.site.outputs)
     return module.method.merged(module, weight, bias)
 
 
@@ -94,6 +99,7 @@ def _set_top(variable: nnx.Variable, layers: jax.Array) -> None:
     """Sets the topmost layers of a base's array, or all of it, rounded to its dtype."""
     whole = variable[...]
     layers = layers.astype(whole.dtype)
+    layers = layers.reshape(whole.shape if layers.size == whole.size else (layers.shape[0], *whole.shape[1:]))
     below = whole.shape[0] - layers.shape[0]
     variable[...] = jnp.concatenate([whole[:below], layers]) if below else layers
 

@@ -6,7 +6,7 @@ bit for bit. Which row takes which is data: one compiled program whatever the as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from ..models.experts import grouped_matmul
 from ..models.layers import PER_SEGMENT, Rows
 from ..parallel.constraints import take_positions
-from .methods.base import AdapterParam, AdapterSetting
+from .methods.base import AdapterParam, AdapterSetting, FlatSite
 from .sites import Site, SiteModule
 
 NO_ADAPTER = -1
@@ -58,8 +58,14 @@ class MixedSite(SiteModule):
 class MixedLinear(MixedSite):
     """A linear site."""
 
-    def __call__(self, x: jax.Array, rows: Rows | None = None) -> jax.Array:
-        y, adapters = self.base(x), self.rows[...]
+    def __call__(self, x: jax.Array, rows: Rows | None = None, out_sharding: None = None) -> jax.Array:
+        if not isinstance(self.base, nnx.LinearGeneral):
+            return self._mixed(self.base, x, rows)
+        flat = FlatSite(self, x)
+        return flat.unfold(self._mixed(flat.base, flat.x, rows))
+
+    def _mixed(self, base: Callable[[jax.Array], jax.Array], x: jax.Array, rows: Rows | None) -> jax.Array:
+        y, adapters = base(x), self.rows[...]
         if x.ndim > 2 and x.shape[0] == 1:  # what all rows share (relative positions): from here on each has its own
             x, y = (jnp.broadcast_to(a, (adapters.shape[0], *a.shape[1:])) for a in (x, y))
         own = _adapters_of(adapters, x, rows)

@@ -19,11 +19,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..errors import InputError
 from ..models.layers import AXES
 from ..parallel.constraints import gathered, looked_up
 from ..parallel.mesh import AnyMesh, parameter_sharding, place
 from .inject import LABEL
 from .layout import Layout, ResolvedAdapter, SiteLayout
+from .merge import Merged
 from .methods.base import FROZEN, PARAMETER, AdapterSetting, DropoutKey, Parameter
 from .sites import adapted_paths, logical_name, parameter_name
 
@@ -89,7 +91,10 @@ def partition(model: nnx.Module) -> Partition:
 
     Raises:
         ValueError: nothing is trainable, as in a model without adapters.
+        InputError: the model is merged, so that what it computes does not follow from its adapters.
     """
+    if any(isinstance(module, Merged) for _, module in nnx.iter_modules(model)):
+        raise InputError("the model is merged: its adapters would train and change nothing. Take lora_jax.unmerge(model).")
     graphdef, state = nnx.split(model, graph=True)
     eval_graphdef = nnx.graphdef(nnx.view(model, raise_if_not_found=False, deterministic=True, use_running_average=True))
     parts: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from ..config.patterns import fullmatch
-from ..errors import InputError, nearest
+from ..config.patterns import Patterns, fullmatch, parse_layers
+from ..errors import InputError, nearest, warn
 from ..models.experts import ExpertLinear
-from ..models.layers import HEAD_MODULES
+from ..models.layers import HEAD_MODULES, Embedding
 from ..models.stack import Stack
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -46,6 +47,7 @@ class Site:
         inputs, outputs: features in and out (of an embedding: rows, width).
         stack: path of the `Stack` that runs it, if one does.
         biased: whether its module has a bias.
+        lone: whether it is called `out` and stands beside no queries, keys or values: a model's head as a rule, not attention's.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class Site:
     outputs: int
     stack: Path | None
     biased: bool
+    lone: bool = False
 
 
 class SiteModule(nnx.Module):
@@ -142,7 +145,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
         raise InputError("the model bears adapters already: inject into the base.")
     sites = []
     for path, module in modules.items():
-        shape = _weight_shape(module)
+        shape = _weight_shape(module) if path else None
         if shape is None:
             continue
         kind, weight, leading, inputs, outputs = shape
@@ -152,25 +155,69 @@ def find_sites(model: nnx.Module) -> list[Site]:
         layers: list[int | None] = [None] if depth is None else list(range(depth))
         names = tuple(names_of(modules, path, i) for i in layers)
         biased = getattr(module, "bias", None) is not None
-        sites.append(Site(path, kind, logical_name(path), names, depth, weight, experts, inputs, outputs, stack, biased))
+        lone = path[-1] == "out" and not any((*path[:-1], name) in modules for name in _QUERIES)
+        sites.append(Site(path, kind, logical_name(path), names, depth, weight, experts, inputs, outputs, stack, biased, lone))
     return sorted(sites, key=lambda s: [(isinstance(p, str), str(p).zfill(6)) for p in s.path])
+
+
+_QUERIES = ("query", "key", "value", "qkv", "q_proj", "k_proj", "v_proj", "qkv_proj")
 
 
 def _weight_shape(module: nnx.Module) -> tuple[str, str, list[int], int, int] | None:
     """(kind, name of the weight, leading axes, inputs, outputs) of a module that can be a site, else None."""
     for kind, type_, weight, axes in _SITE_TYPES:
-        if isinstance(module, type_):
-            *leading, inputs, outputs = getattr(module, weight).shape
-            return (kind, weight, leading, inputs, outputs) if len(leading) in axes else None
+        if not _runs_as(module, type_):
+            continue
+        shape, ins, outs = getattr(module, weight).shape, 1, 1
+        if isinstance(module, nnx.LinearGeneral):
+            if module.batch_axis:
+                return None
+            ins, outs = len(module.in_features), len(module.out_features)
+        leading = list(shape[: len(shape) - ins - outs])
+        sizes = math.prod(shape[len(leading) : len(leading) + ins]), math.prod(shape[len(leading) + ins :])
+        return (kind, weight, leading, *sizes) if len(leading) in axes else None
     return None
+
+
+def _runs_as(module: nnx.Module, type_: type[nnx.Module]) -> bool:
+    """Whether a module computes what this type does: a subclass with a `__call__` of its own may compute anything of its weight."""
+    return isinstance(module, type_) and all(getattr(type(module), m, None) is getattr(type_, m, None) for m in ("__call__", "attend"))
 
 
 # Kind, module, its weight, and how many axes the weight may have before its inputs and outputs.
 _SITE_TYPES: tuple[tuple[str, type[nnx.Module], str, tuple[int, int]], ...] = (
     ("linear", nnx.Linear, "kernel", (0, 1)),
+    ("linear", nnx.LinearGeneral, "kernel", (0, 1)),
     ("embedding", nnx.Embed, "embedding", (0, 1)),
+    ("embedding", Embedding, "embedding", (0, 1)),
     ("expert", ExpertLinear, "kernel", (1, 2)),
 )
+
+
+def passed_over(model: nnx.Module) -> dict[str, str]:
+    """Name -> why not, of the modules with a weight that look like sites and are none."""
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        shape = _weight_shape(module)
+        if shape is not None and path:
+            continue
+        if isinstance(module, nnx.Conv | nnx.ConvTranspose):
+            why = "convolutions are not supported yet"
+        elif isinstance(module, nnx.Einsum):
+            why = "nnx.Einsum is not supported: write nnx.LinearGeneral"
+        elif shape is not None:
+            why = "it is the whole model: put it into a module of yours, such as nnx.Sequential"
+        elif isinstance(module, nnx.LinearGeneral) and module.batch_axis:
+            why = "nnx.LinearGeneral with batch axes is not supported"
+        elif (type_ := next((t for _, t, _, _ in _SITE_TYPES if isinstance(module, t)), None)) is not None:
+            own = (
+                "has a __call__ of its own, and merging could compute something else" if not _runs_as(module, type_) else "is stacked twice"
+            )
+            why = f"a subclass of nnx.{type_.__name__} that {own}" if type(module) is not type_ else f"nnx.{type_.__name__} that {own}"
+        else:
+            continue
+        found[logical_name(path)] = why
+    return found
 
 
 def names_of(modules: dict[Path, nnx.Module], path: Path, layer: int | str | None) -> tuple[str, ...]:
@@ -223,7 +270,7 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
 
 
-def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) -> bool:
+def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str], *, lone: bool = False) -> bool:
     """Whether targets (or exclude) name a site.
 
     A list follows PEFT: an entry is the whole name or its end, cut at a dot. A string is a preset, or a regular expression
@@ -239,7 +286,7 @@ def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) ->
             return kind == KINDS[pattern] and named
         if pattern not in PRESETS:
             return any(fullmatch(pattern, name, "adapter.targets or adapter.exclude") for name in site_names)
-        if kind != "linear":
+        if kind != "linear" or (pattern == "attention" and lone):
             return False
         pattern = list(PRESETS[pattern])
         site_names = site_names[:1]
@@ -247,9 +294,18 @@ def matches(site_names: tuple[str, ...], kind: str, pattern: str | list[str]) ->
 
 
 def select(
-    sites: list[Site], targets: str | list[str], exclude: str | list[str] | None, layers: int | str | list[int] | None
+    sites: list[Site],
+    targets: str | list[str],
+    exclude: str | list[str] | None,
+    layers: int | str | list[int] | None,
+    passed: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Which layers of which sites a config adapts.
+
+    Args:
+        sites: the model's.
+        targets, exclude, layers: the config's.
+        passed: the model's modules that are no sites (`passed_over`). `all-linear` warns of them; a target that names one is refused.
 
     Returns:
         site name -> (depth,) bool, or (1,) for a single weight; sites without any are left out.
@@ -257,43 +313,60 @@ def select(
     Raises:
         InputError: a target, an exclude entry or a layer matches nothing; the message lists the nearest names.
     """
-    for key, pattern in (("adapter.targets", targets), ("adapter.exclude", exclude)):
-        _check_patterns(sites, key, pattern)
+    left = {name: why for name, why in (passed or {}).items() if not (exclude and _names(exclude, name))}
+    _check_patterns(sites, "adapter.targets", targets, left)
+    _check_patterns(sites, "adapter.exclude", exclude, passed or {})
     chosen = {}
     for site in sites:
-        wanted = np.array([matches(n, site.kind, targets) and not (exclude and matches(n, site.kind, exclude)) for n in site.names])
+        wanted = np.array([_meant(site, n, targets) and not (exclude and _meant(site, n, exclude)) for n in site.names])
         if wanted.any():
             chosen[site.name] = (site, wanted)
     if not chosen:
         raise InputError("adapter.exclude: leaves nothing of adapter.targets to adapt.")
     if layers is not None:
         _keep_layers(chosen, layers, sites)
+    if targets == "all-linear" and left:
+        shown = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:6]) + ("; ..." if len(left) > 6 else "")
+        warn(f"adapter.targets: 'all-linear' passes over {len(left)} ({shown}). Name them in adapter.exclude.")
     return {name: wanted for name, (_, wanted) in chosen.items() if wanted.any()}
 
 
-def _check_patterns(sites: list[Site], key: str, pattern: str | list[str] | None) -> None:
+def _meant(site: Site, names: tuple[str, ...], pattern: str | list[str]) -> bool:
+    return matches(names, site.kind, pattern, lone=site.lone)
+
+
+def _names(pattern: str | list[str], name: str) -> bool:
+    """Whether a pattern names this module, which is no site: presets mean sites alone."""
+    return pattern not in (*PRESETS, *KINDS) and matches((name,), "", pattern)
+
+
+def _check_patterns(sites: list[Site], key: str, pattern: str | list[str] | None, passed: Mapping[str, str]) -> None:
     if isinstance(pattern, str) and pattern not in (*PRESETS, *KINDS):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{key}: '{pattern}' is not a regular expression ({error}).") from None
+        Patterns("the adapter's config").check(key, pattern)
     entries: list[str | list[str]] = [] if pattern is None else [pattern] if isinstance(pattern, str) else [[p] for p in pattern]
     for entry in entries:
-        if not any(matches(n, s.kind, entry) for s in sites for n in s.names):
-            word = entry if isinstance(entry, str) else entry[0]
-            raise InputError(f"{key}: '{word}' matches no module. {_suggest(word, sites, isinstance(entry, str))}")
+        word = entry if isinstance(entry, str) else entry[0]
+        unfit = next((name for name in passed if _names(entry, name)), None)
+        if unfit is not None and key == "adapter.targets":
+            raise InputError(f"{key}: '{word}' means {unfit or 'the model'}, which cannot be adapted: {passed[unfit]}.")
+        if unfit is None and not any(_meant(s, n, entry) for s in sites for n in s.names):
+            raise InputError(f"{key}: '{word}' matches no module. {_suggest(word, sites, isinstance(entry, str), passed)}")
 
 
-def _suggest(word: str, sites: list[Site], is_string: bool) -> str:
+def _suggest(word: str, sites: list[Site], is_string: bool, passed: Mapping[str, str]) -> str:
+    if not sites:
+        why = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(passed.items())[:4])
+        return "The model has no weight that can be adapted" + (f" ({why})." if why else ": no linear layer, embedding or experts.")
     endings = list(dict.fromkeys(n.rsplit(".", 1)[-1] for s in sites for n in s.names[0]))
+    full = f"Full paths look like {', '.join([s.names[0][0] for s in sites][:4])}."
+    if is_string and word in (*PRESETS, *KINDS):
+        meaning = f"linear layers called {', '.join(PRESETS[word])}" if word in PRESETS else f"every {KINDS[word]} weight"
+        return f"It is a preset: {meaning}. The model's weights are called {', '.join(endings[:20])}. {full}"
     if is_string and word in endings:
         return f"A string is a preset or a regex for the whole path; for the name alone write [{word}]."
     last = re.split(r"[.\\*]", word)[-1] or word
     near = nearest(last, [*endings, *PRESETS, *KINDS])
-    full = [s.names[0][0] for s in sites][:4]
-    return (
-        f"Nearest names: {', '.join(near)}. " if near else f"Names: {', '.join(endings[:20])}. "
-    ) + f"Full paths look like {', '.join(full)}."
+    return (f"Nearest names: {', '.join(near)}. " if near else f"Names: {', '.join(endings[:20])}. ") + full
 
 
 def layer_number(name: str) -> int | None:
@@ -318,32 +391,3 @@ def _keep_layers(chosen: dict[str, tuple[Site, np.ndarray]], layers: int | str |
         mask &= np.array([layer_number(names[0]) in wanted for names in site.names])
     if not any(mask.any() for _, mask in chosen.values()):
         raise InputError(f"adapter.layers: {layers!r} leaves no target (layers with targets: {sorted(numbers)}).")
-
-
-def parse_layers(layers: int | str | list[int], depth: int) -> set[int]:
-    """The layers a config names: an index (negative from the top), a list, `2-5`, `first:2`, `last:4`, or these joined by commas.
-
-    >>> sorted(parse_layers("0, last:2", 6))
-    [0, 4, 5]
-    """
-    if isinstance(layers, int):
-        layers = [layers]
-    if isinstance(layers, str):
-        found: set[int] = set()
-        for part in (p.strip() for p in layers.split(",")):
-            if match := re.fullmatch(r"(first|last):(\d+)", part):
-                count = int(match[2])
-                if not 0 < count <= depth:
-                    raise InputError(f"adapter.layers: '{part}' of {depth} layers.")
-                found |= set(range(count)) if match[1] == "first" else set(range(depth - count, depth))
-            elif match := re.fullmatch(r"(\d+)-(\d+)", part):
-                found |= parse_layers(list(range(int(match[1]), int(match[2]) + 1)) or [depth], depth)
-            elif re.fullmatch(r"-?\d+", part):
-                found |= parse_layers([int(part)], depth)
-            else:
-                raise InputError(f"adapter.layers: cannot read '{part}'. Write an index, 2-5, first:2 or last:4.")
-        return found
-    for layer in layers:
-        if not -depth <= layer < depth:
-            raise InputError(f"adapter.layers: there is no layer {layer}; the model has layers 0 to {depth - 1}.")
-    return {layer % depth for layer in layers}

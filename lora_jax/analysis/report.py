@@ -60,7 +60,7 @@ def write_report(
         name: The run's name.
         config_yaml: The resolved config, shown as it is.
         environment: What `describe_environment` gave.
-        summary: Figures of the whole run: `compiled_programs`, `seconds`; unknown ones are left out.
+        summary: Figures of the whole run: `compiled_programs`, `seconds`, and `data`, what became of its rows; unknown ones are left out.
         metric: What to compare by; `primary_metric` by default.
         reference: Swept key -> value of what members are compared with, as in `mark_best`; the best setting by default.
 
@@ -82,6 +82,8 @@ def write_report(
     if len(rates_of(rows)) > 1 and len(tuned) > 1:
         parts += ["<h2>Each at its best learning rate</h2>", _table(tuned, metric, reference), _notes(rate_notes(tuned, rows))]
     parts += ["<h2>Members</h2>", _table(rows, metric, reference), _notes(footnotes(results, rows))]
+    if isinstance(data := (summary or {}).get("data"), list):
+        parts += ["<h2>Data</h2>", _notes([str(line) for line in data])]
     if environment:
         parts += ["<h2>Environment</h2>", _environment(environment)]
     if config_yaml:

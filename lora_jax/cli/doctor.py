@@ -10,14 +10,17 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..data.batching import NO_TARGET
+from ..errors import InputError
 from .options import Overrides
 
 State = Literal["ok", "missing", "note"]
@@ -42,11 +45,22 @@ def doctor(
         typer.Argument(metavar="CONFIG", help="An experiment's YAML file: show its parameters and memory too.", show_default=False),
     ] = None,
     overrides: Overrides = None,
+    examples: Annotated[
+        int,
+        typer.Option(
+            "--examples", metavar="N", min=0, help="With a config: show N training examples, and nothing else. What has no loss is marked."
+        ),
+    ] = 0,
 ) -> None:
     """Show devices, memory, versions, and what is missing.
 
     With a config, also shows the placement of each parameter on the mesh and the memory per device. No weights are loaded.
     """
+    if examples:
+        if config is None:
+            raise InputError("--examples: give a config, as in: lora-jax doctor CONFIG --examples 3.")
+        examples_command(config, overrides or [], examples)
+        return
     from .plan import placement_command
 
     ready = doctor_command()
@@ -71,6 +85,45 @@ def doctor_command() -> bool:
     missing = [f.name for findings in groups.values() for f in findings if f.state == "missing"]
     console.print(f"[bold red]missing: {', '.join(missing)}[/]" if missing else "[green]ready[/]")
     return not missing
+
+
+def examples_command(path: Path, overrides: list[str], count: int) -> None:
+    """Prints the first training examples as the model sees them; what has no loss is dim at a terminal, elsewhere in {{braces}}."""
+    from ..config.load import load_config
+    from ..sweeps.space import members_of
+    from ..tasks.base import task_of
+    from ..training.setup import Preparer
+    from ..weights.tokenizer import load_tokenizer
+
+    config = members_of(load_config(path, overrides), many=True)[0].config
+    data = Preparer(weights=False)(config).data
+    tokenizer, task = load_tokenizer(config.model.source), task_of(config.task)
+    console, train = Console(highlight=False, soft_wrap=True), data.train
+    for line in data.lines():
+        console.print(line, markup=False)
+    console.print("dim: no loss" if console.is_terminal else "{{in braces}}: no loss", markup=False)
+    for number in range(min(count, len(train.tokens))):
+        ids, targets = train.tokens[number], train.targets[number]
+        learned = targets != NO_TARGET
+        if task.next_token:
+            learned = np.concatenate([[False], learned[:-1]])
+        console.print(f"example {number + 1} of {len(train.tokens):,}: {len(ids)} tokens, {learned.sum()} with loss", style="bold")
+        shown = Text()
+        for text, wanted in _stretches(tokenizer, ids.tolist(), learned.tolist()):
+            text = text.replace("\n", "\\n")
+            shown.append(text if wanted or console.is_terminal else "{{" + text + "}}", style="" if wanted else "dim")
+        console.print(shown)
+        if not task.next_token and data.classes is not None:
+            places = np.flatnonzero(learned).tolist()
+            named = [f"{tokenizer.decode([int(ids[p])]).strip()} -> {data.classes[int(targets[p])]}" for p in places]
+            console.print("  to predict: " + ", ".join(named), markup=False)
+
+
+def _stretches(tokenizer: Any, ids: list[int], learned: list[bool]) -> list[tuple[str, bool]]:
+    """The text cut where the loss begins and ends: (text, whether it has loss). Pieces are cut out of the whole, so that spaces stay."""
+    ends = [n for n in range(1, len(ids) + 1) if n == len(ids) or learned[n] != learned[n - 1]]
+    texts = ["", *(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in ends)]
+    return [(after[len(before) :], learned[end - 1]) for before, after, end in zip(texts, texts[1:], ends, strict=False)]
 
 
 def machine() -> list[Finding]:

@@ -9,11 +9,12 @@ import importlib.metadata
 import os
 import signal
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import InputError, RunError, Stopped
+from ..errors import InputError, InputWarning, RunError, Stopped
 from ..parallel import processes
 from .compare import compare
 from .doctor import doctor
@@ -57,7 +58,9 @@ def main() -> None:
     Exit codes: 0 success, 1 failure while running, 2 wrong input, 75 stopped by SIGTERM, 130 stopped by Ctrl-C.
     """
     try:
-        app()
+        with warnings.catch_warnings():
+            _print_warnings()
+            app()
     except Stopped as stopped:
         print(f"{stopped}; everything is saved. The same command resumes the run.", file=sys.stderr)
         sys.exit(130 if stopped.signal == signal.SIGINT else 75)
@@ -67,6 +70,20 @@ def main() -> None:
         # Plain text without wrapping: paths and keys in a message can be copied and searched for.
         print(f"error: {_message(error)}", file=sys.stderr)
         processes.leave(2 if isinstance(error, InputError) else 1)
+
+
+def _print_warnings() -> None:
+    """What is said of an input goes to stderr as one plain line, without the place in our code that says it."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+        if issubclass(category, InputWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *rest, **options)
+
+    warnings.showwarning = show
+    warnings.simplefilter("default", InputWarning)  # whatever PYTHONWARNINGS says
 
 
 def _message(error: Exception) -> str:

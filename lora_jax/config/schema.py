@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS, OneOf
-from .types import Bytes, DataSeed, Fraction, NonNegativeFloat, NonNegativeInt, Points, PositiveFloat, PositiveInt, Section, Seed, Steps
+from .patterns import what_is_wrong
+from .types import (
+    Bytes,
+    DataSeed,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Points,
+    PositiveFloat,
+    PositiveInt,
+    Rank,
+    Section,
+    Seed,
+    Steps,
+)
 
 
 class Distribution(Section):
@@ -180,20 +193,26 @@ class TaskConfig(Section):
     eval_source: str | None = Field(
         default=None, description="A separate held-out file. Without it, `eval_size` rows of `source` are held out."
     )
-    eval_size: PositiveInt = Field(
-        default=500, description="Number of held-out rows (with `eval_source`: the number of its rows that are used)."
+    eval_size: PositiveInt | Literal["all"] = Field(
+        default=500, description="Number of held-out rows (with `eval_source`: the number of its rows that are used, or `all`)."
     )
     train_size: PositiveInt | None = Field(default=None, description="Number of training rows to use, after shuffling. Default: all.")
     split_seed: DataSeed = Field(default=0, description="Seed of the train / held-out split.")
     max_length: Steps = Field(default=128, description="Maximal number of tokens of an example; longer ones are truncated.")
     drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to exclude: column -> values.")
 
+    @model_validator(mode="after")
+    def _eval_size(self) -> TaskConfig:
+        if self.eval_size == "all" and self.eval_source is None:
+            raise ValueError("'eval_size: all' needs 'eval_source': of 'source' some rows are left to train on")
+        return self
+
 
 class AdapterConfig(Section):
     """What the sections of all methods have in common; each method's own adds its keys (`adapters/methods/`)."""
 
     method: str = Field(default="lora", description="The adaptation method. Each method has its own keys.")
-    rank: PositiveInt = Field(default=8, description="Rank r of the update.")
+    rank: Rank = Field(default=8, description="Rank r of the update.")
     alpha: PositiveFloat = Field(default=16.0, description="The update is scaled by alpha / rank.")
     targets: str | list[str] = Field(
         default="attention",
@@ -206,9 +225,7 @@ class AdapterConfig(Section):
     layers: int | str | list[int] | None = Field(
         default=None, description="Layers to adapt: 3, [0, 5], '2-5', 'last:4', 'first:2', or several joined by commas. Default: all."
     )
-    rank_pattern: dict[str, PositiveInt] = Field(
-        default_factory=dict, description="Regex -> rank, for modules whose path ends with a match."
-    )
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict, description="Regex -> rank, for modules whose path ends with a match.")
     alpha_pattern: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="Regex -> alpha, for modules whose path ends with a match."
     )
@@ -233,10 +250,8 @@ class AdapterConfig(Section):
     @classmethod
     def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
         for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+            if (why := what_is_wrong(pattern)) is not None:
+                raise ValueError(f"'{pattern[:60]}' {why}")
         return value
 
 

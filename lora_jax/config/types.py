@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
 
 _SIZE = TypeAdapter(ByteSize)
 
@@ -41,6 +41,16 @@ def size_text(size: int) -> str:
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
+LARGEST_RANK = 2**16  # beyond the width of every model; no array is asked for before it is known to be one
+
+
+def _possible_rank(rank: int) -> int:
+    if rank > LARGEST_RANK:
+        raise ValueError(f"a rank is at most {LARGEST_RANK}, got {rank:.3g}")
+    return rank
+
+
+Rank = Annotated[PositiveInt, AfterValidator(_possible_rank)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 # What NumPy, JAX and the run's files can hold: beyond it a value would overflow where nobody looks for it.
 Steps = Annotated[int, Field(gt=0, lt=2**31)]

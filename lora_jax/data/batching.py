@@ -31,12 +31,16 @@ class Example:
             any other number marks the positions.
         types: (length,) int32, 1 in the second text of a pair; None where there is one text.
         values: (targets, width) float32, what is to be predicted at each position with a target, in order; None where ids are.
+        cut: whether the row had more tokens.
+        end_cut: whether something was to be predicted of those.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     types: np.ndarray | None = None
     values: np.ndarray | None = None
+    cut: bool = False
+    end_cut: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,8 @@ Batch = dict[str, np.ndarray]
 # Of the order that `BatchPlan` gives the examples. A change to it changes which batch each step sees: it then takes the next number, and
 # runs that were half-way are refused.
 DATA_ORDER = 2
+# The same where a step has several micro-batches: up to 2, a step's examples depended on their number.
+ACCUMULATED_ORDER = 3
 
 # After so many epochs the batches' members come again (in another order): each epoch that is unlike the others has to be looked at
 # before the first step, to know the shape that holds them all.
@@ -109,6 +115,7 @@ class BatchPlan:
         extra_steps: beyond those.
 
     Attributes:
+        order: number of the order that the examples are in (`DATA_ORDER`, `ACCUMULATED_ORDER`).
         rows, length: shape of a micro-batch's tokens.
         targets: size of its target arrays.
         steps, steps_per_epoch: optimizer steps in all, and in one pass over the data.
@@ -137,6 +144,7 @@ class BatchPlan:
         self._train, self._held_out, self._seed, self._per_example = train, held_out, seed, per_example
         self._row_multiple = row_multiple
         self._micro, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
+        self.order = DATA_ORDER if accumulate == 1 else ACCUMULATED_ORDER
         self.steps_per_epoch = len(train.tokens) // batch_size
         self.steps = steps if steps is not None else max(1, round((epochs or 0) * self.steps_per_epoch))
         self.steps += extra_steps
@@ -197,15 +205,18 @@ class BatchPlan:
         }
 
     def _make_epoch(self, epoch: int) -> list[np.ndarray]:
-        """The micro-batches of an epoch, as arrays of example indices."""
-        like = epoch % DISTINCT_EPOCHS
-        count = self.steps_per_epoch * self._accumulate
-        order = epoch_order(len(self._train.tokens), seed=self._seed, epoch=like)[: count * self._micro]
-        groups = balance(order, self._train.lengths, count, seed=[self._seed, like])
+        """The micro-batches of an epoch, as arrays of example indices. Which examples a step has does not depend on their number."""
+        like, count = epoch % DISTINCT_EPOCHS, self.steps_per_epoch
+        lengths = self._train.lengths
+        order = epoch_order(len(lengths), seed=self._seed, epoch=like)[: count * self._accumulate * self._micro]
+        steps = balance(order, lengths, count, seed=[self._seed, like])
         if like != epoch:
             again = np.random.default_rng(np.random.SeedSequence([self._seed, epoch])).permutation(count)
-            groups = [groups[i] for i in again]
-        return groups
+            steps = [steps[i] for i in again]
+        if self._accumulate == 1:
+            return steps
+        cut = (balance(step, lengths, self._accumulate, seed=[self._seed, like, number]) for number, step in enumerate(steps))
+        return [micro for step in cut for micro in step]
 
     def _choose_shape(self) -> tuple[int, int, int]:
         """(rows, length, targets) that hold every batch, with the least work."""

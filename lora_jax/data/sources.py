@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, hint
-from ..weights.load import resolve
+from ..weights.load import hub_or_cache, hub_reason, resolve
 from .files import KINDS, Columns, as_text, kind_of, read_columns
 
 # What a split is called in file names and on the hub; the first that is there is taken.
@@ -31,10 +31,16 @@ class Table:
     Attributes:
         columns: name -> values, `ROW` among them.
         dropped: (column, value) of `task.drop` -> rows that were left out for it.
+        values: column of `task.drop` -> the values it has.
+        files: what was read: files, or the split of a hub data set.
+        note: what was read in place of the split asked for; "" where that was there.
     """
 
     columns: Columns
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    values: dict[str, set[str]] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    note: str = ""
 
     def __getitem__(self, column: str) -> list[Any]:
         return self.columns[column]
@@ -61,14 +67,18 @@ def load_rows(
     Raises:
         InputError: nothing is there, it cannot be read, it has no rows, or a column is missing.
     """
-    drop = drop or {}
+    drop, note = drop or {}, ""
     wanted = list(dict.fromkeys([*columns, *drop]))
     if source.startswith("hf://"):
-        names, found = _from_hub(source, key, splits, wanted)
+        names, found, split = _from_hub(source, key, splits, wanted)
+        read = (f"{source}, {split}",)
+        if split not in splits:
+            note = f"{key}: {source} has no {splits[0]} split; '{split}' was taken."
     else:
         path = resolve(source, key=key)
         files = _files_in(path, key, splits) if path.is_dir() else [path]
         names, found = _joined([(file, *read_columns(file, wanted, key)) for file in files], key)
+        read = tuple(str(file.resolve()) for file in files)
     count = len(next(iter(found.values()), []))
     if not count and found:
         raise InputError(f"{key}: {source} has no rows.")
@@ -77,8 +87,9 @@ def load_rows(
             where = "task" if column in columns else "task.drop"
             raise InputError(f"{where}: {source} has no column '{column}'. {hint(column, names)} Columns: {', '.join(names)}.")
     kept, dropped = np.ones(count, bool), Counter[tuple[str, str]]()
+    texts = {column: [as_text(value) for value in found[column]] for column in drop}
     for column, values in drop.items():
-        for row, value in enumerate(map(as_text, found[column])):
+        for row, value in enumerate(texts[column]):
             if value in values:
                 kept[row] = False
                 dropped[column, str(value)] += 1
@@ -86,7 +97,73 @@ def load_rows(
         raise InputError(f"task.drop: leaves no row of {source}.")
     chosen = np.flatnonzero(kept).tolist()
     table = {name: [found[name][i] for i in chosen] for name in dict.fromkeys(columns)}
-    return Table(table | {ROW: [i + 1 for i in chosen]}, dropped)
+    present = {column: {value for value in values if value is not None} for column, values in texts.items()}
+    return Table(table | {ROW: [i + 1 for i in chosen]}, dropped, present, read, note)
+
+
+def check_tables(tables: Sequence[Table], drop: dict[str, list[str]]) -> None:
+    """`InputError` where a value of `task.drop` is in none of the tables, or the two were read from the same file."""
+    for column, values in drop.items():
+        present = set().union(*(table.values[column] for table in tables))
+        for value in values:
+            if value not in present:
+                near = hint(value, present) or f"Values: {', '.join(sorted(present)[:10])}."
+                raise InputError(f"task.drop: no row has '{value}' in the column '{column}'. {near}")
+    both = set.intersection(*(set(table.files) for table in tables)) if len(tables) > 1 else set()
+    if both:
+        raise InputError(
+            f"task.eval_source: {min(both)} is trained on too (task.source), so it cannot be held out. Without task.eval_source, "
+            "task.eval_size of its rows are held out."
+        )
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of the rows of a source.
+
+    Attributes:
+        part: `training` or `held-out`.
+        source: where they were read.
+        rows: how many there are, but for those of `task.drop`.
+        used: how many were taken.
+        max_length: `task.max_length`.
+        dropped: (column, value) of `task.drop` -> rows left out for it.
+        left_out: examples left out because nothing is to be predicted within `max_length` tokens of them.
+        cut: examples cut to `max_length`, of those that were kept.
+        ends_cut: those of them that lost something to be predicted: the end.
+        turns_left_out: turns of an assistant that the chat template does not show.
+        others: held-out rows that are among the training rows too.
+        sampled: whether they were drawn of more.
+    """
+
+    part: str
+    source: str
+    rows: int
+    used: int
+    max_length: int
+    dropped: dict[tuple[str, str], int] = field(default_factory=dict)
+    left_out: int = 0
+    cut: int = 0
+    ends_cut: int = 0
+    turns_left_out: int = 0
+    others: int = 0
+    sampled: bool = False
+
+    def lines(self) -> list[str]:
+        """For a person to read."""
+        some = f"all {self.rows:,}" if self.used == self.rows else f"{self.used:,} of {self.rows:,}"
+        head = f"{self.part}: {some} rows of {self.source}" + (", sampled" if self.sampled else "")
+        said = [f"{count:,} dropped ({column}: {value})" for (column, value), count in self.dropped.items()]
+        if self.left_out:
+            said.append(f"{self.left_out:,} left out (nothing to predict within task.max_length = {self.max_length} tokens)")
+        if self.cut:
+            ends = f", {self.ends_cut:,} of them without their end" if self.ends_cut else ""
+            said.append(f"{self.cut:,} cut to task.max_length = {self.max_length} tokens{ends}")
+        if self.turns_left_out:
+            said.append(f"{self.turns_left_out:,} turns of the assistant left out (the chat template does not show them)")
+        if self.others:
+            said.append(f"{self.others:,} are among the training rows too")
+        return ["; ".join([head, *said])]
 
 
 def _split_names(names: Iterable[str]) -> dict[str, list[str]]:
@@ -140,7 +217,7 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(before)
 
 
-def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[str]) -> tuple[list[str], Columns]:
+def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[str]) -> tuple[list[str], Columns, str]:
     import datasets
 
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
@@ -150,19 +227,15 @@ def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[
         raise InputError(f"{key}: '{source}': the folder '{match[1]}' is in the way; give its path for what is in it, or run elsewhere.")
     datasets.disable_progress_bars()
     try:
-        with _quiet():
+        with _quiet(), hub_or_cache(match[1], "dataset"):
             found = datasets.load_dataset(match[1], revision=match[2])
     except Exception as error:  # the hub client raises many unrelated kinds; all mean that the rows cannot be had
-        raise InputError(f"{key}: cannot fetch '{source}' ({_first_line(error)}).") from None
+        raise InputError(f"{key}: cannot fetch '{source}' ({hub_reason(error)}).") from None
     split = next((s for s in (*splits, *TRAINING) if s in found), None)
     if split is None:
         raise InputError(f"{key}: '{source}' has no split {splits[0]}, only {', '.join(map(str, found))}.")
     names = list(found[split].column_names or ())
-    return names, {name: list(found[split][name]) for name in columns if name in names}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    return names, {name: list(found[split][name]) for name in columns if name in names}, split
 
 
 def split_rows(texts: Sequence[str], *, held_out: int, train: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..errors import InputError
+from ..data.tokens import render_prompt
+from ..errors import InputError, warn
 from ..models.decoder import Decoder
 from ..models.heads import Classifier
 from ..weights.checkpoint import read_json
 from ..weights.load import HUB_FILES, resolve
+from ..weights.tokenizer import check_text
 from .decoding import Continuation, Decoding, DecodingParams, padded_length
 from .sampling import Sampling, row_seeds
 
@@ -33,10 +35,10 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, number: int = 0) -> list[int]:
         InputError: it is empty, or of another kind, or there is no tokenizer or chat template for it.
     """
     if isinstance(prompt, str):
-        ids = _needed(tokenizer, number)(prompt)["input_ids"]
+        ids = _needed(tokenizer, number)(check_text(prompt, f"prompt {number}"))["input_ids"]
     elif prompt and all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-        text = _render(prompt, _needed(tokenizer, number), number)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = render_prompt([dict(m) for m in prompt if isinstance(m, Mapping)], _needed(tokenizer, number), f"prompt {number}")
+        ids = tokenizer(check_text(text, f"prompt {number}"), add_special_tokens=False)["input_ids"]
     elif all(isinstance(part, int) or hasattr(part, "__index__") for part in prompt):
         ids = [int(part) for part in prompt]  # pyright: ignore[reportArgumentType]
     else:
@@ -50,16 +52,6 @@ def _needed(tokenizer: Any, number: int) -> Any:
     if tokenizer is None:
         raise InputError(f"prompt {number}: text needs a tokenizer (load_tokenizer); without one prompts are token ids.")
     return tokenizer
-
-
-def _render(messages: Any, tokenizer: Any, number: int) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"prompt {number}: this model's tokenizer has no chat template; give the prompt as text.")
-    try:
-        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may refuse a conversation in any way it likes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise InputError(f"prompt {number}: the chat template refuses it: {reason}") from None
 
 
 class TextStream:
@@ -266,8 +258,8 @@ def stop_tokens(model: Decoder, tokenizer: Any = None) -> list[int]:
             file = resolve(model.origin.source, key="model.source", hub_patterns=HUB_FILES)
             file = (file if file.is_dir() else file.parent) / "generation_config.json"
             named.append(read_json(file, "the generation config").get("eos_token_id") if file.is_file() else None)
-        except InputError:
-            pass  # the checkpoint has moved, or the file is damaged: the others speak
+        except InputError as error:  # the checkpoint has moved, or the file is damaged
+            warn(f"the tokens that end a text are those of the config and the tokenizer alone: {error}")
     flat = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]
     return sorted({i for i in flat if isinstance(i, int) and not isinstance(i, bool) and i >= 0})
 

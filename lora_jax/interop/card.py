@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def model_card(restored: Restored, *, library: str, relation: str, summary: str,
         restored: the member.
         library: that loads the export (`library_name` of the card's metadata).
         relation: of the export to its base: `finetune` or `adapter`.
-        summary: a sentence on what it is; `{base}` stands for the base's name.
+        summary: a sentence on what it is; {base} in backticks stands for the base's name.
         usage: lines of Python that load it.
     """
     config, classes = restored.member.config, restored.classes
@@ -39,9 +40,12 @@ def model_card(restored: Restored, *, library: str, relation: str, summary: str,
     lines = ["---", f"library_name: {library}"]
     lines += [f"pipeline_tag: {kind.pipeline}"] if kind is not None else []
     if config.model.source.startswith("hf://"):
-        lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", base)
+        lines += [f"base_model: {base if plain else json.dumps(base)}", f"base_model_relation: {relation}"]
     title = f"{config.name}: {result.name}" if result.name != "main" else config.name
-    lines += ["tags: [lora, lora-jax]", "---", "", f"# {title}", "", summary.format(base=base), ""]
+    for key, value in result.settings.items():  # the name of a member tells its settings
+        title = title.replace(str(value), _shown(key, value)) if key.endswith("source") else title
+    lines += ["tags: [lora, lora-jax]", "---", "", f"# {plain_text(title)}", "", summary.replace("`{base}`", code(base)), ""]
     lines += ["## Use", "", "```python", *usage, "```", "", "## Training", "", "| | |", "| --- | --- |"]
     adapted = bool(site_modules(restored.model))
     lines += [f"| {name} | {value} |" for name, value in _facts(config, result, base, classes, adapted=adapted).items()]
@@ -67,35 +71,63 @@ def public_name(source: str) -> str:
     """
     if source.startswith("hf://"):
         return source.removeprefix("hf://").partition("@")[0]
-    return source if "://" in source else Path(source).name
+    local = Path(source)
+    return local.name if "://" not in source and (local.is_absolute() or source.startswith(("~", ".."))) else source
+
+
+_ESCAPED = {ord(c): f"&#{ord(c)};" for c in "<>&|`[]"} | {ord(c): " " for c in "\r\n"}
+
+
+def plain_text(value: str) -> str:
+    """A value as text of a card: no HTML, link or line of its own.
+
+    >>> plain_text("<b>|[a](b)")
+    '&#60;b&#62;&#124;&#91;a&#93;(b)'
+    """
+    return value.translate(_ESCAPED)
+
+
+def code(value: str) -> str:
+    """A value as code in a card.
+
+    >>> code("q_proj"), code("<script>`")
+    ('`q_proj`', '<code>&#60;script&#62;&#96;</code>')
+    """
+    if any(c in value for c in "<>&`\r\n"):  # a code span ends at a backtick
+        return f"<code>{plain_text(value)}</code>"
+    return "`" + value.replace("|", r"\|") + "`"
 
 
 def _facts(config: Config, result: MemberResult, base: str, classes: Sequence[str] | None, *, adapted: bool) -> dict[str, str]:
     task, training, optimizer = config.task, config.training, config.optimizer
-    facts = {"base": f"`{base}`", "method": config.adapter.method} | (_adapter_facts(config.adapter) if adapted else {})
+    facts = {"base": code(base), "method": config.adapter.method} | (_adapter_facts(config.adapter) if adapted else {})
     facts |= {
         "trained parameters": f"{result.parameters:,}",
         "task": task.kind.replace("_", " "),
-        "data": f"`{public_name(task.source)}`",
-        **({"classes": ", ".join(classes)} if classes else {}),
+        "data": code(public_name(task.source)),
+        **({"classes": plain_text(", ".join(classes))} if classes else {}),
         "steps": f"{result.steps:,} of {training.batch_size} examples, {result.tokens:,} tokens in all",
         "learning rate": f"{optimizer.learning_rate:g}, {optimizer.schedule}, {optimizer.warmup_steps} steps of warm-up",
         "weight decay": f"{optimizer.weight_decay:g}",
         "seed": str(training.seed),
     }
-    return facts | {key: f"`{json.dumps(value)}`" for key, value in result.settings.items() if key not in _OWN_ROWS}
+    return facts | {key: code(json.dumps(_shown(key, value))) for key, value in result.settings.items() if key not in _OWN_ROWS}
+
+
+def _shown(key: str, value: Any) -> Any:
+    return public_name(str(value)) if key.endswith("source") else value
 
 
 def _adapter_facts(adapter: AdapterConfig) -> dict[str, str]:
     """Rank, targets and so on, and the other keys of the method's section that are not at their defaults."""
     facts = {
         "rank, alpha": f"{adapter.rank}, {adapter.alpha:g}",
-        "targets": f"`{json.dumps(adapter.targets)}`",
-        "layers": "all" if adapter.layers is None else f"`{json.dumps(adapter.layers)}`",
+        "targets": code(json.dumps(adapter.targets)),
+        "layers": "all" if adapter.layers is None else code(json.dumps(adapter.layers)),
         "dropout": f"{adapter.dropout:g}",
     }
     for name, field in type(adapter).model_fields.items():
         value = getattr(adapter, name)
         if name not in _ALWAYS_SHOWN and value != field.get_default(call_default_factory=True):
-            facts[name] = f"`{json.dumps(value)}`"
+            facts[name] = code(json.dumps(value))
     return facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack, overload
 
@@ -13,15 +14,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from ..config.schema import TransformConfig
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..parallel.mesh import parameter_sharding
 from ..weights.load import open_checkpoint
 from ..weights.provenance import Origin
 from ..weights.safetensors import Tensor
 from .decoder import Decoder
 from .encoder import Encoder
-from .families import find_family, gguf_architectures
-from .families.base import HEAD_CLASSES, Family, Head, Weight
+from .families import check_config, find_family, gguf_architectures
+from .families.base import HEAD_CLASSES, Family, Head, Weight, size
 from .heads import Classifier, add_head, check_head
 from .layers import AXES, HeadShape
 from .transforms.base import Base, TransformContext, apply_transforms
@@ -65,9 +66,15 @@ class BaseFiles:
         self._where = f"{key}: {source}"
         hf = self._checkpoint.config
         family = find_family(hf, self._where)
-        config = family.config(hf, jnp.dtype(dtype))
-        heads = family.heads(hf)
         names = set(self._checkpoint.names())
+        try:
+            check_config(hf, map(self._checkpoint.shape, names))
+            config = family.config(hf, jnp.dtype(dtype))
+            heads = family.heads(hf)
+        except InputError as error:
+            raise InputError(f"{self._where}: {error}") from None
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a value of a type that the family does not expect
+            raise InputError(f"{self._where}: config.json cannot be understood as {hf['model_type']}'s ({error}).") from None
         own = self._head(heads, head, names) if head is not None else None
         prefix = _prefix(family, names)
         if family.kind == "encoder" and prefix + "pooler.dense.weight" not in names:
@@ -92,7 +99,7 @@ class BaseFiles:
             self.model.new, self.model.class_names = nnx.static(()), nnx.static(class_names(hf))
             table = {f"base.{path}": _renamed(w, own) for path, w in table.items()} | own.weights()
         self._table = {path: weight.found(names) for path, weight in table.items()}
-        self._check_names(names)
+        self._check_tensors(names, {name.partition(".")[0] for h in heads.values() for name in h.modules.values()})
         base = self.base
         base.layers.remat, base.layers.scan, base.dropout = remat, scan_layers, dropout
         base.site_aliases = nnx.static(aliases(family.weights(config)))
@@ -129,8 +136,9 @@ class BaseFiles:
                 the default device.
 
         Raises:
-            InputError: a tensor has a wrong shape.
+            InputError: a file changed or cannot be read any more.
         """
+        self._check_tied()
         graphdef, state = nnx.split(self.model)
         filled = []
         for path, variable in nnx.to_flat_state(state):
@@ -147,20 +155,50 @@ class BaseFiles:
     def _weight(self, path: tuple[Any, ...]) -> Weight:
         return self._table[".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")]
 
-    def _check_names(self, names: set[str]) -> None:
-        parameters = [(self._weight(path), v.shape) for path, v in nnx.to_flat_state(nnx.state(self.model))]
-        missing = sorted({name for weight, shape in parameters for _, _, name in weight.tensors(shape)} - names)
+    def _check_tensors(self, names: set[str], heads: set[str]) -> None:
+        """That every parameter has its tensors, of the right shape; and a word of those that none has."""
+        missing, used = [], set()
+        for path, variable in nnx.to_flat_state(nnx.state(self.model)):
+            weight = self._weight(path)
+            wanted = _tensor_shape(weight, variable.shape)
+            for _, _, name in weight.tensors(variable.shape):
+                used.add(name)
+                if name not in names:
+                    missing.append(name)
+                elif (found := weight.oriented(self._checkpoint.shape(name))) != wanted:
+                    file = self._checkpoint.file(name)
+                    raise InputError(f"{self._where}: '{name}' has shape {found} in {file.name}, the config asks for {wanted}.")
         if missing:
-            raise InputError(f"{self._where}: {len(missing)} tensors are missing, among them {', '.join(missing[:4])}.")
+            there = f" The file has {', '.join(sorted(names - used)[:3])}." if names - used else ""
+            raise InputError(f"{self._where}: {len(missing)} tensors are missing, among them {', '.join(sorted(missing)[:4])}.{there}")
+        unused = sorted(names - used - {n for n in names if _NO_PART.search(n) or n.partition(".")[0] in heads})
+        if self.model is not self.base or not isinstance(self.base, Decoder):  # a head in place of the one that predicts tokens
+            unused = [name for name in unused if not _TOKEN_HEAD.match(name)]
+        if unused:
+            shown = ", ".join(unused[:6]) + (", ..." if len(unused) > 6 else "")
+            count = "a tensor" if len(unused) == 1 else f"{len(unused)} tensors"
+            warn(f"{self._where}: {count} of the checkpoint that the model does not use as its config has it: {shown}.")
+
+    def _check_tied(self) -> None:
+        """A word where the checkpoint holds another projection to the vocabulary than the embedding that the config ties it to."""
+        table, output = self._table.get("embed.embedding"), "lm_head.weight"
+        if not isinstance(self.base, Decoder) or self.model is not self.base or table is None or table.name == output:
+            return
+        if not self.base.config.tied or output not in self._checkpoint.names():
+            return
+        rows, width = self._checkpoint.shape(table.name)
+        step = max(1, 2**20 // width)
+        parts = [(slice(start, start + step),) for start in range(0, rows, step)]
+        same = self._checkpoint.shape(output) == (rows, width) and all(
+            np.array_equal(self._checkpoint.read_slice(table.name, part), self._checkpoint.read_slice(output, part)) for part in parts
+        )
+        if not same:
+            warn(f"{self._where}: '{output}' differs from '{table.name}', but tie_word_embeddings is true: the latter is used for both.")
 
     def _read(self, weight: Weight, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
         """One parameter. Host memory holds the part of it that lies on this process's devices, and one tensor of it more."""
-        lead, pieces = weight.leading, 1 + len(weight.joined)
-        wanted = (*shape[lead:-1], shape[-1] // pieces)  # of each tensor
-        for _, _, name in weight.tensors(shape):
-            found = weight.oriented(self._checkpoint.shape(name))
-            if found != wanted:
-                raise InputError(f"{self._where}: '{name}' has shape {found}, the config asks for {wanted}.")
+        lead = weight.leading
+        wanted = _tensor_shape(weight, shape)
         box = [(0, size) for size in shape] if sharding is None else _own_part(sharding, shape)
         part = np.empty([stop - start for start, stop in box], dtype)
         if weight.first:
@@ -185,6 +223,25 @@ class BaseFiles:
             return part[tuple(slice(lo - first, hi - first) for (lo, hi, _), (first, _) in zip(bounds, box, strict=True))]
 
         return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, cut))
+
+
+# What checkpoints hold beside parameters, and why. The output heads that a family has are left out as well unless they are asked for.
+_NO_PART = re.compile(
+    r"((^|\.)position_ids"  # 0, 1, 2, ...
+    r"|rotary(_emb|_pos_emb)?\.(inv_freq|cos_cached|sin_cached)"  # follow from the config
+    r"|\.(attn|attention)\.(bias|masked_bias)"  # the causal mask (GPT-2, GPT-NeoX)
+    r"|(^|\.)pooler\.dense\.(weight|bias)"  # of an encoder whose head asks each token
+    r"|^(lm_head|embed_out)\.weight)$"  # tied to the embedding (`_check_tied`)
+)
+_TOKEN_HEAD = re.compile(
+    r"(cls|predictions|lm_predictions|mask_predictions|lm_head|vocab_transform|vocab_layer_norm|vocab_projector)\."
+    r"|decoder\.(weight|bias)$|head\.(dense|norm)\."
+)
+
+
+def _tensor_shape(weight: Weight, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape, in our layout, of each tensor of a parameter of this shape."""
+    return (*shape[weight.leading : -1], shape[-1] // (1 + len(weight.joined)))
 
 
 class _Options(TypedDict, total=False):
@@ -246,7 +303,7 @@ def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:
     named = hf.get("id2label")
     if isinstance(named, Mapping) and named and all(str(i).isdecimal() for i in named):
         return tuple(str(named[i]) for i in sorted(named, key=int))
-    return tuple(f"LABEL_{i}" for i in range(hf.get("num_labels") or 2))
+    return tuple(f"LABEL_{i}" for i in range(size(hf, "num_labels", 2)))
 
 
 def _renamed(weight: Weight, head: Head) -> Weight:

@@ -11,7 +11,7 @@ import numpy as np
 from ..parallel.processes import is_writer
 from ..tasks.evaluators import EVALUATORS
 from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory, write_atomic
-from ..training.checkpoint import save_adapter
+from ..training.checkpoint import adapter_identity, save_adapter
 from ..training.loop import Outcome
 from ..training.setup import Setup
 from .pack import Member, Pack
@@ -90,7 +90,7 @@ class Recorder:
             outcome: their arrays and metrics.
             stopped: these members alone, which lost in a rung and go no further; the others are still under way.
         """
-        facts = self.setup.plan.summary
+        facts, fingerprint = self.setup.plan.summary, self.setup.fingerprint  # in every process: all may hold a part of the base
         for i, member in enumerate(self.members):
             if stopped is not None and member.name not in stopped:
                 self.writers[i].close("interrupted")  # it goes on in another pack, with a writer of its own
@@ -105,7 +105,8 @@ class Recorder:
                 if save in (kind, "both"):
                     own = pack.member_arrays(self.setup.model, i, arrays)  # in every process: all may hold a part of them
                     if is_writer():
-                        save_adapter(folder / kind, own, self.setup.data.classes)
+                        identity = adapter_identity(fingerprint, self.setup.spec(member.config))
+                        save_adapter(folder / kind, own, identity, self.setup.data.classes)
             self.writers[i].close(status)
             result = MemberResult(
                 name=member.name,

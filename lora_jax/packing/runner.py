@@ -70,7 +70,8 @@ class PackRun:
         def warn(text: str) -> None:
             self.progress.print(f"warning: {text}")
 
-        return PackCheckpoints(self.run.checkpoints(names), names, self.setup.fingerprint, keep=keep, warn=warn)
+        options = {"keep": keep, "warn": warn, "order": self.setup.plan.order}
+        return PackCheckpoints(self.run.checkpoints(names), names, self.setup.fingerprint, **options)
 
     def left(self) -> tuple[Pack, Saved | None]:
         """The pack freshly built, and its newest checkpoint; None where there is none."""

@@ -16,14 +16,14 @@ from ..adapters.layout import resolve, unite
 from ..adapters.partition import partition
 from ..config.load import load_config, with_values
 from ..config.schema import Config
-from ..errors import InputError, hint
+from ..errors import InputError, hint, warn
 from ..models.heads import Classifier
 from ..models.load import BaseFiles, load_model
 from ..packing.pack import Member, Pack, static_key
 from ..tasks.base import task_of
 from ..tracking import Progress, member_folder, read_state
 from ..tracking.state import STATE, check_identity
-from ..training.checkpoint import load_adapter, saved_classes
+from ..training.checkpoint import adapter_identity, load_adapter, saved_classes
 from ..training.loop import evaluate_pack
 from ..training.setup import Preparer, Setup
 from ..weights.provenance import fingerprint, tokenizer_digest
@@ -133,7 +133,7 @@ def restore_member(run: Path, member: Member) -> Restored:
     The base is float32 whatever it was while training: what is made of the two is then rounded once.
 
     Raises:
-        InputError: the base is not where it was, no adapter was saved, or it is damaged or fits another model.
+        InputError: the base is not where it was or not what it was, no adapter was saved, or it is damaged or fits another model.
     """
     folder, config = adapter_folder_of(run, member), member.config
     section, task = config.task, task_of(config.task)
@@ -145,23 +145,27 @@ def restore_member(run: Path, member: Member) -> Restored:
     model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes)
     spec = resolve(model, config.adapter)
     tokenizer = tokenizer_digest(load_tokenizer(config.model.source))
-    _confirm(run, member, {"base": _fingerprint_as_trained(base, config), "tokenizer": tokenizer}, Progress().print)
+    known = _fingerprint_as_trained(base, config, task.loaded_head(section))
+    _confirm(run, member, {"base": known, "tokenizer": tokenizer}, warn)
     adapted = inject_layout(model, unite(model, [spec]))
     fill_member(adapted, spec, config.training.seed)  # the scales; the factors are drawn and then replaced
     part = partition(adapted)
-    filled = part.merge(load_adapter(folder, part.trainable), part.settings, part.frozen, training=False)
+    identity = adapter_identity(known, spec)
+    filled = part.merge(load_adapter(folder, part.trainable, identity), part.settings, part.frozen, training=False)
     remember(filled, config.adapter)
     return Restored(filled, classes, folder, run, member)
 
 
-def _fingerprint_as_trained(base: nnx.Module, config: Config) -> str:
-    """Of a base that was loaded in float32, as it is in the dtype it was trained in."""
-    source, dtype, transforms = config.model.source, config.model.dtype, config.model.transforms
-    if dtype == "float32":
+def _fingerprint_as_trained(base: nnx.Module, config: Config, head: str | None) -> str:
+    """Of a float32 base in the dtype that the member was trained over; it is loaded again where a transform may round on its way."""
+    model = config.model
+    if model.dtype == "float32":
         return fingerprint(base)
-    if transforms:  # what they make of weights in another dtype is not a rounding of this
-        return fingerprint(load_model(source, dtype=dtype, transforms=transforms))
-    return fingerprint(base, like=BaseFiles(source, dtype=dtype).model)
+    files = BaseFiles(model.source, dtype=model.dtype, head=head, transforms=model.transforms)
+    if not model.transforms:
+        return fingerprint(base, files.base)
+    loaded = files.load()
+    return fingerprint(loaded.base if isinstance(loaded, Classifier) else loaded)
 
 
 SPLITS = ("eval", "train")
@@ -198,7 +202,8 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
             alike = [m.config for m in chosen if static_key(m.config) == static_key(one.config)]
             pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh, layout=setup.layout(alike))
             pack.programs = setup.programs.get(pack.program_key, lambda pack=pack: pack.programs)
-            arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable))
+            identity = adapter_identity(setup.fingerprint, setup.spec(one.config))
+            arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable), identity)
             examples = setup.data.held_out if split == "eval" else setup.data.train
             metrics = evaluate_pack(pack, setup, pack.with_member_arrays(setup.model, 0, arrays), examples)
             results[one.name] = {name: float(values[0]) for name, values in metrics.items()}

@@ -167,7 +167,7 @@ def _run(
                 names = ", ".join(joined.left_out[:4]) + (" ..." if len(joined.left_out) > 4 else "")
                 progress.print(f"warning: {run.path}: {len(joined.left_out)} members began here that this sweep has not: {names}")
         if race is not None:
-            progress.print(describe_setup(config, prepare(members[0].config)))
+            _describe(run, config, prepare(members[0].config), progress)
             _keep_identity(run, prepare(members[0].config), members[0].config, members, progress)
             compiled = race.train(run)
         else:
@@ -178,7 +178,7 @@ def _run(
         results += [done[name] for name in done if name not in {m.name for m in members}]  # of an older version: with keys it has no more
         if is_writer() and complete:
             # Before `results.csv`, with which the run is whole: killed in between, the next call writes that one.
-            if not plan.packs and not run.state().summary and part is None:
+            if not plan.packs and "packs" not in run.state().summary and part is None:
                 summary = {"packs": len({r.seconds for r in results}), "seconds": sum({r.seconds for r in results})}
                 run.update_state(lambda state: state.summary.update(summary))
             if plan.packs and part is None:  # a call that found all members done, or trained some of them, has no figures of the whole
@@ -257,7 +257,7 @@ def _train_packs(
         config = pack.members[0].config
         setup = prepare(config)
         if setup is not described:
-            progress.print(describe_setup(config, setup))
+            _describe(run, config, setup, progress)
             _keep_identity(run, setup, config, members, progress)
             described = setup
         make = functools.partial(
@@ -284,6 +284,15 @@ def _layout_members(plan: PackPlan, members: Sequence[Member]) -> list[Member]:
     if configured_mode(plan.members[0].config) != SCAN:
         return []
     return next(group for group in alike(members) if plan.members[0] in group)
+
+
+def _describe(run: RunDirectory, config: Config, setup: Setup, progress: Progress) -> None:
+    """Prints what was loaded; what became of the data's rows is kept in the run's summary, for the report."""
+    lines = setup.data.lines()
+    for line in (describe_setup(config, setup), *lines):
+        progress.print(line)
+    if is_writer():
+        run.update_state(lambda state: state.summary.update(data=list(dict.fromkeys([*state.summary.get("data", []), *lines]))))
 
 
 def describe_setup(config: Config, setup: Setup) -> str:

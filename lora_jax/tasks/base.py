@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,7 +15,8 @@ from pydantic import Field
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
 from ..data.batching import NO_TARGET, Example, Examples, Scorer
-from ..data.sources import HELD_OUT, ROW, TRAINING, load_rows, sample_rows, split_rows
+from ..data.files import as_text
+from ..data.sources import HELD_OUT, ROW, TRAINING, Table, Taken, check_tables, load_rows, sample_rows, split_rows
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
@@ -41,7 +42,7 @@ class Columns:
         names: all of them, in order.
         targets: those that say what is to be predicted. Rows that are equal in all others are copies of one another, and stay on one
             side of the split.
-        structured: those whose values may be lists or mappings; the others hold text or numbers.
+        structured: those whose values may be lists or mappings; the others are read as text.
         nonempty: those that may not hold an empty text.
     """
 
@@ -80,10 +81,12 @@ class Encoded:
     Attributes:
         examples: any number for each row.
         scorer: makes the task's own metrics from the examples that are kept; None where evaluators compute them.
+        turns_left_out: turns of an assistant that are in no example.
     """
 
     examples: list[Example]
     scorer: Callable[[list[Example]], Scorer] | None = None
+    turns_left_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +134,8 @@ class TaskData:
         classes: class names in order (of texts or tokens), else None.
         class_token_ids: (classes,) int32, the token of each class's word where classes are words of the vocabulary, else None.
         per_example: whether each example has exactly one target.
-        dropped: rows left out because nothing is to be predicted within `max_length` tokens of them.
+        taken: what became of the training rows, and of the held-out ones.
+        notes: what else of the data is to be known.
     """
 
     train: Examples
@@ -140,7 +144,17 @@ class TaskData:
     classes: tuple[str, ...] | None = None
     class_token_ids: np.ndarray | None = None
     per_example: bool = False
-    dropped: int = 0
+    taken: tuple[Taken, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dropped(self) -> int:
+        """Rows left out because nothing is to be predicted within `max_length` tokens of them."""
+        return sum(part.left_out for part in self.taken)
+
+    def lines(self) -> list[str]:
+        """Which rows are used, and all that was left out, cut or taken in place of something else, for a person to read."""
+        return [*(line for part in self.taken for line in part.lines()), *self.notes]
 
 
 class Task(ABC):
@@ -153,6 +167,7 @@ class Task(ABC):
         objective: the name of its loss (`objectives.py`).
         targets: how many targets each example has; None where that differs.
         shared_keys: keys of the section that `shared` depends on, and examples do not.
+        next_token: whether a target is the token that follows.
     """
 
     name: str
@@ -161,6 +176,7 @@ class Task(ABC):
     objective: str = "cross_entropy"
     targets: int | None = None
     shared_keys: frozenset[str] = frozenset()
+    next_token: bool = False
 
     @abstractmethod
     def columns(self, section: Any) -> Columns:
@@ -213,6 +229,10 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, section: Any, classes: tuple[str, ...] | None) -> TaskMetrics:
         """What is computed of a member, and what members are compared by."""
+
+    def notes(self, section: Any, tokenizer: Any) -> list[str]:
+        """What a run says of the tokenizer, or of what it presumes; nothing by default."""
+        return []
 
     def check_base(self, section: Any, base: Base, source: str) -> None:
         """`InputError` where the base cannot do this task; `source` is `model.source`, for the message."""
@@ -285,73 +305,76 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
     """
     task = task_of(section)
     columns = task.columns(section)
-    rows = _load(task, section, columns, section.source, "task.source", TRAINING)
+    rows, table = _load(task, section, columns, section.source, "task.source", TRAINING)
+    texts = _inputs(columns, rows)
     if section.eval_source is None:
-        texts = _inputs(columns, rows)
+        assert section.eval_size != "all"
         train_at, held_at = split_rows(texts, held_out=section.eval_size, train=section.train_size, seed=section.split_seed)
-        held_rows, held_key = rows, "task.source"
+        held_rows, held_key, held_table, others = rows, "task.source", table, 0
+        check_tables([table], section.drop)
     else:
-        held_key = "task.eval_source"
-        held_rows = _load(task, section, columns, section.eval_source, held_key, HELD_OUT)
+        held_key, size = "task.eval_source", None if section.eval_size == "all" else section.eval_size
+        held_rows, held_table = _load(task, section, columns, section.eval_source, held_key, HELD_OUT)
+        check_tables([table, held_table], section.drop)
         train_at = sample_rows(len(rows), size=section.train_size, seed=section.split_seed)
-        held_at = sample_rows(len(held_rows), size=section.eval_size, seed=section.split_seed)
+        held_at = sample_rows(len(held_rows), size=size, seed=section.split_seed)
+        trained = {texts[i] for i in train_at}
+        others = sum(text in trained for text in _inputs(columns, held_rows.take(held_at)))
     classes = task.classes(section, rows, known)
     if section.eval_source is not None:
         task.check_held_out(section, held_rows, classes)
     class_token_ids = task.class_tokens(section, classes, tokenizer, decoder=decoder)
-    dropped = 0
 
-    def examples(chosen: Rows, key: str) -> Examples:
-        nonlocal dropped
-        encoded = task.encode(section, chosen, tokenizer, decoder=decoder, classes=classes)
+    def examples(part: str, source: Rows, at: np.ndarray, key: str, dropped: dict[tuple[str, str], int]) -> tuple[Examples, Taken]:
+        encoded = task.encode(section, source.take(at), tokenizer, decoder=decoder, classes=classes)
         kept = [e for e in encoded.examples if (e.targets != NO_TARGET).any()]
-        dropped += len(encoded.examples) - len(kept)
         if not kept:
             raise InputError(f"{key}: no example has anything to predict within task.max_length = {section.max_length} tokens.")
-        return Examples.of(kept, encoded.scorer and encoded.scorer(kept))
+        taken = Taken(
+            part,
+            source.source,
+            len(source),
+            len(at),
+            section.max_length,
+            dropped,
+            left_out=len(encoded.examples) - len(kept),
+            cut=sum(e.cut for e in kept),
+            ends_cut=sum(e.end_cut for e in kept),
+            turns_left_out=encoded.turns_left_out,
+            others=others if part == "held-out" else 0,
+            sampled=len(at) < (len(source) if part == "held-out" or held_table is not table else len(source) - len(held_at)),
+        )
+        return Examples.of(kept, encoded.scorer and encoded.scorer(kept)), taken
 
-    train = examples(rows.take(train_at), "task.source")
-    held_out = examples(held_rows.take(held_at), held_key)
-    return TaskData(train, held_out, task.metrics(section, classes), classes, class_token_ids, task.targets == 1, dropped)
+    train, of_train = examples("training", rows, train_at, "task.source", dict(table.dropped))
+    own = {} if held_table is table else dict(held_table.dropped)
+    held_out, of_held = examples("held-out", held_rows, held_at, held_key, own)
+    notes = [n for n in dict.fromkeys([table.note, held_table.note, *task.notes(section, tokenizer)]) if n]
+    metrics = task.metrics(section, classes)
+    return TaskData(train, held_out, metrics, classes, class_token_ids, task.targets == 1, (of_train, of_held), tuple(notes))
 
 
-def _load(task: Task, section: TaskConfig, columns: Columns, source: str, key: str, splits: tuple[str, ...]) -> Rows:
-    """Reads the task's columns; `InputError` for a row where one of them is missing or not text."""
+def _load(task: Task, section: TaskConfig, columns: Columns, source: str, key: str, splits: tuple[str, ...]) -> tuple[Rows, Table]:
+    """Reads the task's columns, as text but for structured values; `InputError` for a row where one is missing or not text."""
     table = load_rows(source, key=key, columns=list(columns.names), drop=section.drop, splits=splits)
-    rows = Rows(source, {name: list(table[name][:]) for name in columns.names}, np.array(table[ROW][:]))
-    for name in columns.names:
-        for number, value in zip(rows.numbers, rows.columns[name], strict=True):
-            if value is None or (name in columns.nonempty and value == ""):
-                raise InputError(f"{key}: row {number} of {source} has no '{name}'.")
-            if isinstance(value, list | dict) and name not in columns.structured:
-                raise InputError(f"{key}: row {number} of {source}: '{name}' is a {type(value).__name__}, not a text.")
-    return task.read(section, rows, key)
+    numbers = np.array(table[ROW])
+
+    def read(name: str, number: int, value: Any) -> Any:
+        if isinstance(value, list | dict) and name in columns.structured:
+            return value
+        text = as_text(value)
+        if value is None or (name in columns.nonempty and text == ""):
+            raise InputError(f"{key}: row {number} of {source} has no '{name}'.")
+        if text is None:
+            what = "bytes that are not UTF-8" if isinstance(value, bytes) else f"a {type(value).__name__}"
+            raise InputError(f"{key}: row {number} of {source}: '{name}' is {what}, not a text.")
+        return text
+
+    found = {name: [read(name, int(n), value) for n, value in zip(numbers, table[name], strict=True)] for name in columns.names}
+    return task.read(section, Rows(source, found, numbers), key), table
 
 
 def _inputs(columns: Columns, rows: Rows) -> list[str]:
     """What makes two rows copies of one another: all columns that are no targets."""
     inputs = [v for n, v in rows.columns.items() if n not in columns.targets]
     return ["\x1f".join(map(str, values)) for values in zip(*inputs, strict=True)]
-
-
-def plain_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of texts without special tokens."""
-    return tokenizer([str(t) for t in texts], add_special_tokens=False, padding=False)["input_ids"]
-
-
-def start_ids(tokenizer: Any) -> list[int]:
-    """The token a decoder's texts begin with, where the tokenizer says there is one; the model was trained with it."""
-    begin = tokenizer.bos_token_id
-    return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
-
-
-def encoder_ids(tokenizer: Any, texts: Sequence[Any], max_length: int) -> list[list[int]]:
-    """Token ids of an encoder's texts, cut to `max_length` with the special tokens.
-
-    Raises:
-        InputError: the special tokens alone take as many.
-    """
-    # Asked for no more than its special tokens, the tokenizer cuts nothing.
-    if max_length <= tokenizer.num_special_tokens_to_add():
-        raise InputError(f"task.max_length: {max_length} leaves no room for text beside the special tokens.")
-    return tokenizer([str(t) for t in texts], truncation=True, max_length=max_length, padding=False)["input_ids"]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
 from ..data.batching import NO_TARGET, Example
+from ..data.tokens import DATE, encode_chat, plain_ids, start_ids, template_of, with_start, writes_date
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.heads import LanguageModel
-from .base import Base, Columns, Encoded, Rows, Task, TaskMetrics, plain_ids, start_ids
+from .base import Base, Columns, Encoded, Rows, Task, TaskMetrics
 
 
 class CausalLMConfig(TaskConfig):
@@ -26,6 +28,19 @@ class CausalLMConfig(TaskConfig):
     messages: str | None = Field(
         default=None, description="Chat-messages column: [{role, content}], through the chat template, loss on the assistant."
     )
+
+    date: str = Field(
+        default=DATE,
+        description="The day, YYYY-MM-DD, that chat templates which write today's date get in its place: the same on every day.",
+    )
+
+    @field_validator("date")
+    @classmethod
+    def _date(cls, value: str) -> str:
+        try:
+            return datetime.date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError(f"must be a day such as 2024-07-26, got {value!r}") from None
 
     @model_validator(mode="after")
     def _columns(self) -> CausalLMConfig:
@@ -40,7 +55,7 @@ class CausalLMConfig(TaskConfig):
 class CausalLM(Task):
     """The next token."""
 
-    name, section = "causal_lm", CausalLMConfig
+    name, section, next_token = "causal_lm", CausalLMConfig, True
 
     def columns(self, section: CausalLMConfig) -> Columns:
         """Texts, prompts and responses, or messages."""
@@ -51,6 +66,14 @@ class CausalLM(Task):
         """The mean loss of a token; reports show it as perplexity."""
         # Chosen by the loss, not by its exponential, which may be infinite.
         return TaskMetrics(("loss", "perplexity", "token_accuracy"), "loss", "perplexity", training=("perplexity",))
+
+    def notes(self, section: CausalLMConfig, tokenizer: Any) -> list[str]:
+        """A tokenizer without an end; the date that a chat template writes."""
+        if section.messages is None:
+            ends = tokenizer.eos_token_id is not None
+            return [] if ends else ["the tokenizer has no EOS token: the model does not learn where a text ends."]
+        dated = writes_date(template_of(tokenizer, "task.messages: no chat template."))
+        return [f"the chat template writes a date: task.date = {section.date}, not today's."] if dated else []
 
     def check_base(self, section: CausalLMConfig, base: Base, source: str) -> None:
         """It needs a decoder."""
@@ -69,18 +92,20 @@ class CausalLM(Task):
         start = start_ids(tokenizer)
         if section.text is not None:
             # A blank text teaches nothing, not even where it ends.
-            texts = plain_ids(tokenizer, rows.columns[section.text])
-            whole = [[*start, *_with_end(ids, tokenizer)][: section.max_length] if ids else [] for ids in texts]
-            return Encoded([next_token(ids, [True] * len(ids), len(ids)) for ids in whole])
+            texts = rows.columns[section.text]
+            found = zip(texts, plain_ids(tokenizer, texts), strict=True)
+            whole = [with_start(_with_end(ids, text, tokenizer), start) if ids else [] for text, ids in found]
+            return Encoded([next_token(ids, [True] * len(ids), section.max_length) for ids in whole])
         if section.messages is not None:
-            chats = zip(rows.columns[section.messages], rows.numbers, strict=True)
-            return Encoded([next_token(*encode_chat(m, tokenizer, int(n)), section.max_length) for m, n in chats])
-        prompts, responses = (plain_ids(tokenizer, rows.columns[str(name)]) for name in (section.prompt, section.response))
+            rows_of = zip(rows.columns[section.messages], rows.numbers, strict=True)
+            chats = [encode_chat(messages, tokenizer, int(n), section.date) for messages, n in rows_of]
+            made = [next_token(chat.ids, chat.wanted, section.max_length) for chat in chats]
+            return Encoded(made, turns_left_out=sum(chat.left_out for chat in chats))
+        asked, answers = (rows.columns[str(name)] for name in (section.prompt, section.response))
         made = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            answer = _with_end(response, tokenizer)
-            asked = [*start, *prompt]
-            made.append(next_token([*asked, *answer], [False] * len(asked) + [True] * len(answer), section.max_length))
+        for prompt, response, text in zip(plain_ids(tokenizer, asked), plain_ids(tokenizer, answers), answers, strict=True):
+            answer, before = _with_end(response, text, tokenizer), with_start(prompt, start)
+            made.append(next_token([*before, *answer], [False] * len(before) + [True] * len(answer), section.max_length))
         return Encoded(made)
 
 
@@ -92,50 +117,11 @@ def next_token(ids: Sequence[int], wanted: Sequence[bool], length: int) -> Examp
     tokens = np.array(ids[:length], np.int32)
     targets = np.full(len(tokens), NO_TARGET, np.int32)
     targets[:-1] = np.where(np.array(wanted[:length], bool)[1:], tokens[1:], NO_TARGET)
-    return Example(tokens, targets)
+    return Example(tokens, targets, cut=len(ids) > length, end_cut=any(wanted[length:]))
 
 
-def _with_end(ids: list[int], tokenizer: Any) -> list[int]:
-    return [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
-
-
-def encode_chat(messages: Any, tokenizer: Any, row: int) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and for each whether the assistant wrote it (its end-of-turn token included).
-
-    The template is rendered up to each assistant message with its opening words (`add_generation_prompt`), and up to its end; what
-    the second has more than the first is the assistant's, but for white space after the end-of-turn token: that is the template's.
-
-    Args:
-        messages: a list of `{role, content}`.
-        tokenizer: with a chat template.
-        row: the row's number in its file, for messages.
-
-    Raises:
-        InputError: no template, or the row is not a list of messages.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError("task.messages: this model's tokenizer has no chat template; use 'prompt' and 'response', or another base.")
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages) or not messages:
-        raise InputError(f"task.messages: row {row} is not a list of messages with 'role' and 'content'.")
-
-    def render(upto: int, opening: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=opening)
-        except Exception as error:  # a template may refuse a conversation in any way it likes
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-            raise InputError(f"task.messages: the chat template refuses row {row}: {reason}") from None
-
-    whole = render(len(messages), False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        # The first message has nothing before it to render: its own words are found in place.
-        so_far = render(i + 1, False)
-        opening = render(i, True) if i else so_far[: max(0, so_far.rfind(str(message["content"])))]
-        if not whole.startswith(so_far) or not so_far.startswith(opening):
-            raise InputError("task.messages: this chat template rewrites earlier messages, so the assistant's words cannot be told apart.")
-        spans.append((len(opening), len(so_far.rstrip())))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, padding=False)
-    wanted = [any(start <= a < end for start, end in spans) for a, _ in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), wanted
+def _with_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """A text's token ids and the token that ends it, which is not put there twice; white space may follow it in the text."""
+    end: Any = tokenizer.eos_token_id
+    ended = end is None or ids[-1:] == [end] or (end in ids[-4:] and text.rstrip().endswith(str(tokenizer.eos_token)))
+    return ids if ended or end is None else [*ids, int(end)]

@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 
 from ..config.doors import TASKS
 from ..data.batching import NO_TARGET, Example
+from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
 from ..errors import InputError, hint
 from ..models.decoder import Decoder
 from ..models.heads import LabelWordClassifier, LanguageModel, add_head
-from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics, encoder_ids, plain_ids, start_ids
+from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
 
 
 class LabelledConfig(HeadTaskConfig):
@@ -51,7 +52,7 @@ class Labelled(Task):
         if section.labels is None and not known:
             found = {label for _, label in _labels(rows, section.label)}
             # Numbers in the order of numbers: 2 before 10.
-            classes = tuple(sorted(found, key=int if all(f.isdecimal() for f in found) else None))
+            classes = tuple(sorted(found, key=(lambda f: (int(f), f)) if all(f.isdecimal() for f in found) else None))
         else:
             classes = tuple(section.labels or known)
             if len(set(classes)) < len(classes):
@@ -128,25 +129,28 @@ class Classification(Labelled):
     ) -> Encoded:
         """A target at an encoder's first token, at a decoder's last."""
         assert classes is not None
-        texts, labels = [str(t) for t in rows.columns[section.text]], [str(v) for v in rows.columns[section.label]]
+        texts, labels = rows.columns[section.text], rows.columns[section.label]
         if decoder:
             before, _, after = section.template.partition("{text}")
             head, tail = (plain_ids(tokenizer, [part])[0] if part else [] for part in (before, after))
-            head = [*start_ids(tokenizer), *head]
+            start = start_ids(tokenizer)
+            head = with_start(head, start)
             room = section.max_length - len(head) - len(tail)
             if room < 1:
                 raise InputError(
                     f"task.max_length: {section.max_length} leaves no room for text beside the template's {len(head) + len(tail)} tokens."
                 )
-            encoded = [[*head, *ids[:room], *tail] for ids in plain_ids(tokenizer, texts)]
+            bare = head == start  # the text comes first, and may bear the token itself
+            found = ((with_start(ids, start)[len(start) :] if bare else ids) for ids in plain_ids(tokenizer, texts))
+            encoded = [([*head, *ids[:room], *tail], len(ids) > room) for ids in found]
         else:
-            encoded = encoder_ids(tokenizer, texts, section.max_length)
+            encoded = encoder_texts(tokenizer, texts, section.max_length)
         made = []
-        for ids, label in zip(encoded, labels, strict=True):
+        for (ids, cut), label in zip(encoded, labels, strict=True):
             targets = np.full(len(ids), NO_TARGET, np.int32)
             if ids:  # an empty text may have no token at all, and is then left out
                 targets[-1 if decoder else 0] = classes.index(label)
-            made.append(Example(np.array(ids, np.int32), targets))
+            made.append(Example(np.array(ids, np.int32), targets, cut=cut))
         return Encoded(made)
 
     def class_tokens(

@@ -18,9 +18,10 @@ from pydantic import Field
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
 from ..data.batching import Example
+from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
 from ..errors import InputError
 from ..models.heads import HiddenStates, TaskModel
-from .base import Base, Columns, Encoded, Rows, Shared, Task, TaskMetrics, encoder_ids, plain_ids, start_ids
+from .base import Base, Columns, Encoded, Rows, Shared, Task, TaskMetrics
 from .objectives import OBJECTIVES, summed_squared_error
 
 # The array of a batch that holds the teacher's states, (targets, width).
@@ -70,10 +71,12 @@ class Distillation(Task):
         texts = rows.columns[section.text]
         if decoder:
             start = start_ids(tokenizer)
-            encoded = [[*start, *ids][: section.max_length] if ids else [] for ids in plain_ids(tokenizer, texts)]
+            whole = [with_start(ids, start) if ids else [] for ids in plain_ids(tokenizer, texts)]
+            encoded = [(ids[: section.max_length], len(ids) > section.max_length) for ids in whole]
         else:
-            encoded = encoder_ids(tokenizer, texts, section.max_length)
-        return Encoded([Example(np.array(ids, np.int32), np.zeros(len(ids), np.int32)) for ids in encoded])
+            encoded = encoder_texts(tokenizer, texts, section.max_length)
+        made = [(np.array(ids, np.int32), cut) for ids, cut in encoded]
+        return Encoded([Example(ids, np.zeros(len(ids), np.int32), cut=cut, end_cut=cut) for ids, cut in made])
 
     def shared(self, section: DistillationConfig, base: Base, load: Callable[..., Any]) -> Shared:
         """The teacher's hidden state at each target.

@@ -65,7 +65,7 @@ def summed_cross_entropy(
         weights: (n,) float32, 0 where there is no label.
 
     Returns:
-        two float32 scalars: sum of weights * -log p, and sum of weights where no logit is larger than the right one (no gradient).
+        two float32 scalars: sum of weights * -log p, and sum of weights where the right logit is larger than all others (no gradient).
     """
     # What `head` closes over and is being differentiated becomes an argument; the rest stays closed over.
     pure_head, trained = jax.closure_convert(head, features[:1])
@@ -85,8 +85,9 @@ def summed_cross_entropy(
         logits = by_rows(pure_head(by_rows(features), *trained)).astype(jnp.float32)
         right = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
         loss = jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - right))
-        # A comparison with the maximum, which logsumexp takes anyway: an argmax over a vocabulary costs as much as its softmax.
-        return loss, jnp.sum(weights * (right >= jax.lax.stop_gradient(logits).max(axis=-1)))
+        # Right where no other logit is as large: a tie says nothing. Counted, as an argmax over a vocabulary costs as much as its softmax.
+        as_large = jnp.sum(jax.lax.stop_gradient(logits) >= jax.lax.stop_gradient(right)[:, None], axis=-1, dtype=jnp.int32)
+        return loss, jnp.sum(weights * (as_large == 1))
 
     @jax.custom_vjp
     def total(trained: list[Any], features: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

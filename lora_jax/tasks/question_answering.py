@@ -22,6 +22,7 @@ from pydantic import Field
 from ..config.doors import TASKS
 from ..config.types import NonNegativeInt, PositiveInt
 from ..data.batching import NO_TARGET, Example, Scorer
+from ..data.files import as_text
 from ..errors import InputError
 from .base import Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
 
@@ -109,7 +110,6 @@ def question_of(question: Any, context: Any, answers: Any, where: str) -> Questi
     Raises:
         InputError: another form, or an answer that is not where it should be.
     """
-    question, context = str(question), str(context)
     for what, text in (("question", question), ("context", context)):
         if not text.strip():
             raise InputError(f"{where}: the {what} is empty.")
@@ -123,12 +123,13 @@ def question_of(question: Any, context: Any, answers: Any, where: str) -> Questi
         raise InputError(f"{where}: the answers should be a text, or lists 'text' and 'answer_start'.")
     if len(texts) != len(starts):
         raise InputError(f"{where}: {len(texts)} answers and {len(starts)} places where they start.")
+    texts = [as_text(text) for text in texts]
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not isinstance(start, int) or not text:
             raise InputError(f"{where}: the answer {text!r} at {start!r} is none.")
         if start < 0 or context[start : start + len(text)] != text:
             raise InputError(f"{where}: the answer {text!r} does not stand at character {start} of the context.")
-    return Question(question, context, tuple(texts), starts[0] if starts else -1)
+    return Question(question, context, tuple(map(str, texts)), starts[0] if starts else -1)
 
 
 def encode_questions(

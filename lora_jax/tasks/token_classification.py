@@ -15,6 +15,7 @@ from pydantic import Field
 
 from ..config.doors import TASKS
 from ..data.batching import NO_TARGET, Example, Scorer
+from ..data.files import as_text
 from ..errors import InputError
 from .base import Columns, Encoded, Rows, TaskMetrics
 from .classification import Labelled, LabelledConfig
@@ -78,9 +79,9 @@ def words_of(words: Any, labels: Any, where: str) -> Words:
         if not isinstance(parts, list):
             raise InputError(f"{where}: the {name}s are a {type(value).__name__}, neither a list nor a text.")
         for part in parts:
-            if not isinstance(part, str | int) or isinstance(part, bool) or not str(part).strip():
+            if isinstance(part, bool) or not (as_text(part) or "").strip():
                 raise InputError(f"{where}: {part!r} is no {name}.")
-        both.append([str(part) for part in parts])
+        both.append([str(as_text(part)) for part in parts])
     found, named = both
     if not found:
         raise InputError(f"{where}: there is no word.")
@@ -107,11 +108,13 @@ def encode_words(rows: Sequence[Words], tokenizer: Any, classes: Sequence[str], 
         ids = np.array(encoded["input_ids"][i], np.int32)
         targets = np.full(len(ids), NO_TARGET, np.int32)
         before = None
+        cut = [word for part in encoded.encodings[i].overflowing for word in part.word_ids if word is not None]
         for place, word in enumerate(encoded.word_ids(i)):
             if word is not None and word != before:
                 targets[place] = classes.index(labels[word])
             before = word
-        made.append(Example(ids, targets))
+        kept = max((word for word in encoded.word_ids(i) if word is not None), default=-1)
+        made.append(Example(ids, targets, cut=bool(cut), end_cut=max(cut, default=-1) > kept))
     return made
 
 

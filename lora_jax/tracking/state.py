@@ -49,7 +49,7 @@ class RunState:
         identity: member -> part (`IDENTITY`) -> digest of what it was trained and judged on.
         execution: id of a pack (`RunDirectory.pack_id`) -> how it runs its members (`packing.choice.Choice`). The id, not what the
             pack has in common with others, is the key: it stays the same when a later version adds config keys.
-        summary: figures of the whole run: `compiled_programs`, `packs`, `seconds`.
+        summary: figures of the whole run: `compiled_programs`, `packs`, `seconds`, and `data`, what became of the rows.
         dropped: sections that were damaged and are empty now; not written.
     """
 

@@ -10,7 +10,8 @@ a half-written one has another name and is removed by the next run.
 
 Orbax's checkpointer, as one process or several use it.
 
-Saved adapters: a member's trainable arrays in an Orbax checkpoint, with the fingerprint of the base they belong to.
+Saved adapters: a member's trainable arrays in an Orbax checkpoint, beside an `adapter.json` that says what they belong to (the base's
+fingerprint, the method, every rank and scale) and holds a digest of every file and of itself.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ..adapters.layout import ResolvedAdapter
 from ..adapters.partition import Arrays
 from ..data.batching import DATA_ORDER
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..parallel.processes import process_count
 from .step import MemberState
 
@@ -55,12 +57,16 @@ class PackCheckpoints:
         members: names of the pack's members, in order.
         fingerprint: of the base the arrays belong to.
         keep: how many of the newest are kept; more than one, so that a damaged one has a predecessor.
+        order: number of the order that the batches have the examples in (`BatchPlan.order`).
         warn: told in words of what went wrong and how it was met.
     """
 
-    def __init__(self, folder: Path, members: Sequence[str], fingerprint: str, *, keep: int, warn: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, members: Sequence[str], fingerprint: str, *, keep: int, warn: Callable[[str], None], order: int = DATA_ORDER
+    ):
         self.folder = folder.resolve()
         self._members, self._fingerprint, self._keep, self._warn = list(members), fingerprint, keep, warn
+        self._order = order
         self._writes = jax.process_index() == 0
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -144,7 +150,7 @@ class PackCheckpoints:
                 orbax.save(part / "arrays", arrays)
             if not self._writes:
                 return
-            own = {"format": _FORMAT, "data_order": DATA_ORDER, "members": self._members, "base": self._fingerprint}
+            own = {"format": _FORMAT, "data_order": self._order, "members": self._members, "base": self._fingerprint}
             facts = {**own, **facts, "files": _digests(part / "arrays")}
             (part / _FACTS).write_text(json.dumps(facts))
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -181,7 +187,7 @@ class PackCheckpoints:
             raise InputError(f"{path}: belongs to a base with other weights than model.source has now. Start anew with --fresh.")
         if members != self._members:
             raise InputError(f"{path}: holds other members than this pack. Start anew with --fresh.")
-        if facts.get("data_order") != DATA_ORDER:
+        if facts.get("data_order") != self._order:
             raise InputError(
                 f"{path}: was begun by a version that put the training examples in another order, so training cannot go on from it. "
                 "Start anew with --fresh, which sets the old run aside."
@@ -246,15 +252,32 @@ def checkpointer(*, alone: bool = False) -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
-_ADAPTER_FORMAT = 1
+_ADAPTER_FORMAT = 2  # 1 had neither identity nor digests
+_ADAPTER_FACTS = "adapter.json"
 
 
-def save_adapter(folder: Path, arrays: Arrays, classes: Sequence[str] | None = None) -> None:
+def adapter_identity(fingerprint: str, spec: ResolvedAdapter) -> dict[str, Any]:
+    """What an adapter belongs to: JSON values that are equal for the same adapter of the same base, and for no other.
+
+    Args:
+        fingerprint: of the base, in the dtype that the adapter was trained over.
+        spec: what the member adapts.
+    """
+    sites = {
+        name: {"ranks": site.ranks.tolist()}
+        | {setting: np.asarray(values, np.float32).tolist() for setting, values in site.settings.items()}
+        for name, site in spec.sites.items()
+    }
+    return {"base": fingerprint, "method": spec.method.name, "sites": sites}
+
+
+def save_adapter(folder: Path, arrays: Arrays, identity: dict[str, Any], classes: Sequence[str] | None = None) -> None:
     """Writes the arrays to `folder`, which appears complete or not at all.
 
     Args:
         folder: where; replaced if it exists.
         arrays: one member's, in its solo shapes.
+        identity: of the adapter (`adapter_identity`).
         classes: of a classification, in the order of its logits: who takes the adapter away needs no data to know them.
     """
     part = folder.with_name(f".{folder.name}.part")
@@ -263,34 +286,66 @@ def save_adapter(folder: Path, arrays: Arrays, classes: Sequence[str] | None = N
     with checkpointer(alone=True) as orbax:
         orbax.save((part / "arrays").resolve(), {n: np.asarray(a) for n, a in arrays.items()})
     shapes = {name: [list(a.shape), str(a.dtype)] for name, a in arrays.items()}
-    (part / "adapter.json").write_text(
-        json.dumps({"format": _ADAPTER_FORMAT, "arrays": shapes, "classes": list(classes) if classes else None}, indent=2)
-    )
+    facts = {"format": _ADAPTER_FORMAT, **identity, "arrays": shapes, "classes": list(classes) if classes else None}
+    facts["files"] = _digests(part / "arrays")
+    (part / _ADAPTER_FACTS).write_text(json.dumps(facts | {"digest": _facts_digest(facts)}, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
 
-def load_adapter(folder: Path, expected: Arrays) -> Arrays:
-    """The arrays in `folder`, checked against the names and shapes a model asks for.
+def load_adapter(folder: Path, expected: Arrays, identity: dict[str, Any]) -> Arrays:
+    """The arrays in `folder`, checked against the names and shapes a model asks for and the digests they were saved with.
+
+    An adapter of a version that saved neither is read, with a warning.
+
+    Args:
+        folder: as it was given to `save_adapter`.
+        expected: arrays of the names, shapes and dtypes that are wanted.
+        identity: what the arrays are to be put on (`adapter_identity`).
 
     Raises:
-        InputError: nothing is there, it is damaged, or it belongs to another model or adapter config.
+        InputError: nothing is there, it is damaged, or it belongs to another base, model or adapter config.
     """
     facts = _facts(folder)
     try:
         shapes = {name: (tuple(shape), dtype) for name, (shape, dtype) in facts["arrays"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / 'adapter.json'}: damaged.") from None
+        raise InputError(f"{folder / _ADAPTER_FACTS}: damaged.") from None
     wanted = {name: (tuple(a.shape), str(a.dtype)) for name, a in expected.items()}
     if shapes != wanted:
         unlike = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
         raise InputError(f"{folder}: does not fit this model and adapter config, in {', '.join(unlike[:4])}.")
+    if facts["format"] == 1:
+        warn(f"{folder}: saved by an older version, which kept no fingerprint of the base and no digests: not checked.")
+    else:
+        _check_identity(folder, facts, identity)
+        for file, digest in facts["files"].items():
+            if not (folder / "arrays" / file).is_file() or _digest(folder / "arrays" / file) != digest:
+                raise InputError(f"{folder}: damaged (the file arrays/{file} is not as it was written).")
     target = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     try:
         with checkpointer(alone=True) as orbax:
             return orbax.restore((folder / "arrays").resolve(), target)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-        raise InputError(f"{folder}: damaged ({str(error).splitlines()[0][:120]}).") from None
+        raise InputError(f"{folder}: damaged ({_reason(error)}).") from None
+
+
+def _check_identity(folder: Path, facts: dict[str, Any], identity: dict[str, Any]) -> None:
+    """`InputError` where an adapter belongs to something else; the message says to what."""
+    if facts["base"] != identity["base"]:
+        raise InputError(
+            f"{folder}: was trained over a base with other weights (fingerprint {facts['base']}) than model.source has now "
+            f"({identity['base']}). Put the old weights back, or train anew with --fresh."
+        )
+    if facts["method"] != identity["method"]:
+        raise InputError(f"{folder}: was trained with adapter.method {facts['method']}, and the config says {identity['method']}.")
+    old, new = facts["sites"], identity["sites"]
+    for site in sorted(old.keys() | new.keys()):
+        if site not in old or site not in new:
+            raise InputError(f"{folder}: was trained {'with' if site in old else 'without'} {site}; adapter.targets of the config differs.")
+        for name in old[site].keys() | new[site].keys():
+            if old[site].get(name) != new[site].get(name):
+                raise InputError(f"{folder}: was trained with other {name} at {site} than the config's adapter section gives now.")
 
 
 def saved_classes(folder: Path) -> tuple[str, ...] | None:
@@ -301,17 +356,29 @@ def saved_classes(folder: Path) -> tuple[str, ...] | None:
     """
     classes = _facts(folder).get("classes")
     if classes is not None and not (isinstance(classes, list) and len(classes) > 1 and all(isinstance(c, str) for c in classes)):
-        raise InputError(f"{folder / 'adapter.json'}: damaged.")
+        raise InputError(f"{folder / _ADAPTER_FACTS}: damaged.")
     return None if classes is None else tuple(classes)
 
 
 def _facts(folder: Path) -> dict[str, Any]:
+    """What `adapter.json` says, found as it was written."""
+    damaged = InputError(f"{folder / _ADAPTER_FACTS}: damaged.")
     try:
-        facts = json.loads((folder / "adapter.json").read_text())
+        facts = json.loads((folder / _ADAPTER_FACTS).read_text())
     except FileNotFoundError:
         raise InputError(f"{folder}: no saved adapter here.") from None
     except (OSError, ValueError):
-        raise InputError(f"{folder / 'adapter.json'}: damaged.") from None
+        raise damaged from None
     if not isinstance(facts, dict):
-        raise InputError(f"{folder / 'adapter.json'}: damaged.")
+        raise damaged
+    digest = facts.pop("digest", None)
+    # One that says neither its format nor a digest is none of ours: a flipped bit makes no new adapter an old one.
+    if not (facts.get("format") == 1 and digest is None) and digest != _facts_digest(facts):
+        raise damaged
+    if facts["format"] not in (1, _ADAPTER_FORMAT):
+        raise InputError(f"{folder / _ADAPTER_FACTS}: written by a newer version (format {facts['format']}).")
     return facts
+
+
+def _facts_digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

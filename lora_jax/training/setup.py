@@ -228,7 +228,7 @@ class Preparer:
             return prepare(section, tokenizer, decoder=base.is_decoder, known=known), tokenizer_digest(tokenizer)
 
         data, tokenizer = self._data.get(data_key, examples)
-        _check_length(base, data)
+        check_data(base, data, known)
 
         # What is computed once for all members.
         def load(source: str, *, key: str) -> Any:
@@ -259,11 +259,33 @@ class Preparer:
         return self._weights or bool(config.model.transforms)  # a transform's shapes may depend on the weights
 
 
-def _check_length(base: Encoder | Decoder, data: TaskData) -> None:
+def check_data(base: Encoder | Decoder, data: TaskData, known: Sequence[str] = ()) -> None:
+    """Checks all that a run presumes of its model and data together, before anything is compiled.
+
+    Args:
+        known: the classes of a head that was loaded, in order; none of a new one.
+
+    Raises:
+        InputError: an example is longer than the model has positions, a token, a text's type or a class is none that the model has.
+    """
+    both = (data.train, data.held_out)
     most = base.config.longest if isinstance(base, Encoder) else base.config.positions
-    longest = int(max(data.train.lengths.max(), data.held_out.lengths.max()))
+    longest = int(max(examples.lengths.max() for examples in both))
     if most is not None and longest > most:
         raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")
+    own = () if data.class_token_ids is None else (int(data.class_token_ids.max()),)
+    token = max(*own, *(int(tokens.max()) for examples in both for tokens in examples.tokens))
+    if token >= base.config.vocab:
+        raise InputError(
+            f"model.source: the tokenizer gives the token {token}, and the model's embedding has {base.config.vocab} rows; is the "
+            "tokenizer another model's, or were tokens added to it?"
+        )
+    types = base.config.token_types if isinstance(base, Encoder) else 0
+    kind = max((int(t.max()) for examples in both for t in examples.types or ()), default=0)
+    if types and kind >= types:
+        raise InputError(f"model.source: the tokenizer marks texts of a pair as 0 to {kind}, and the model has {types} types of text.")
+    if known and data.classes is not None and len(known) != len(data.classes):
+        raise InputError(f"task.labels: {len(data.classes)} classes; the model's head has {len(known)}: {', '.join(known)}.")
 
 
 def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan:

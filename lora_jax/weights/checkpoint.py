@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, hint
+from ..errors import InputError, hint, warn
 
 
 class Checkpoint(ABC):
@@ -54,6 +55,10 @@ class Checkpoint(ABC):
             index: up to one slice per axis, of step 1: what `jax.make_array_from_callback` passes.
         """
 
+    def file(self, name: str) -> Path:
+        """The file that the tensor lies in."""
+        return self.path
+
     def __contains__(self, name: object) -> bool:
         return name in self.names()
 
@@ -78,6 +83,66 @@ class GGUFArchitecture:
     layer: Mapping[str, str] = dataclasses.field(default_factory=dict)
     interleaved: bool = False
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+# What wrappers of PyTorch modules put before all names; those without a sense of their own also stand inside names.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_forward_module.": "Lightning Fabric",
+    "base_model.model.": "PEFT",
+}
+_INSIDE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Layer norms of TensorFlow's days. A model may have a `gamma` that is something else: only what is called a norm is meant.
+_OLD_NORMS = re.compile(r"(?i:(norm\w*|ln\w*))\.(?P<old>gamma|beta)$")
+_NOT_MERGED = re.compile(r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|original_module)(\.|$)")
+
+
+def plain_names(path: Path, stored: Iterable[str]) -> dict[str, str]:
+    """The names as transformers has them -> the names in the file: without wrappers' prefixes, with norms called by today's names.
+
+    Raises:
+        InputError: two tensors would get one name, or a PEFT model was saved whole, its adapters not merged.
+    """
+    stored = list(stored)
+    adapted = next((name for name in stored if _NOT_MERGED.search(name)), None)
+    if adapted is not None:
+        raise InputError(
+            f"{path}: '{adapted}' belongs to a PEFT model that was saved with its adapters beside the weights. Merge them first"
+            " (merge_and_unload), or give the base here and load the adapter by itself."
+        )
+    names, removed = stored, []
+    while names and (prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in names)), None)):
+        names = [name.removeprefix(prefix) for name in names]
+        removed.append(f"'{prefix}' ({_WRAPPERS[prefix]})")
+    inside = next((match[0] for name in names if (match := _INSIDE.search(name))), None)
+    if inside:
+        names = [_INSIDE.sub("", name) for name in names]
+        removed.append(f"'{inside}'")
+    if removed:
+        warn(f"{path}: the tensors' names are read without the wrapper's part {', '.join(removed)}.")
+    there = set(names)
+    found: dict[str, str] = {}
+    for name, original in zip(names, stored, strict=True):
+        old = _OLD_NORMS.search(name)
+        if old:
+            modern = name[: old.start("old")] + {"gamma": "weight", "beta": "bias"}[old["old"]]
+            name = name if modern in there else modern
+        if name in found:
+            raise InputError(f"{path}: '{found[name]}' and '{original}' both mean '{name}'.")
+        found[name] = original
+    return found
+
+
+GGUF_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def first_part(path: Path) -> Path:
+    """The first file of the split GGUF model that `path` is a part of, which holds its metadata; `path` itself where it is no such part."""
+    match = GGUF_PART.fullmatch(path.name)
+    return path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf") if match else path
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

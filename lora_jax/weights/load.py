@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from ..errors import InputError, nearest
-from .checkpoint import Checkpoint, GGUFArchitecture, read_json
+from ..errors import InputError, nearest, warn
+from .checkpoint import Checkpoint, GGUFArchitecture, first_part, read_json
 
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -35,7 +37,8 @@ def resolve(source: str, *, key: str, hub_kind: str = "model", hub_patterns: lis
         raise InputError(f"{key}: '{source}' has an unknown scheme; use a path, hf://org/name or package://import_name/path.")
     path = Path(source).expanduser()
     if not path.exists():
-        raise InputError(f"{key}: no file or folder '{source}'{_near_files(path)}.")
+        on_hub = f" On the Hugging Face hub? Write hf://{source}." if _HUB.fullmatch(f"hf://{source}") and not path.suffix else ""
+        raise InputError(f"{key}: no file or folder '{source}'{_near_files(path)}.{on_hub}")
     return path
 
 
@@ -67,16 +70,76 @@ def _hub_folder(source: str, key: str, kind: str, patterns: list[str] | None) ->
     try:
         return _snapshot(match["repo"], kind, match["revision"], None if patterns is None else tuple(patterns))
     except Exception as error:  # the hub client raises many unrelated kinds; all mean that the files cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{key}: cannot fetch '{source}' ({reason}).") from None
+        raise InputError(f"{key}: cannot fetch '{source}' ({hub_reason(error)}).") from None
 
 
 @functools.cache
 def _snapshot(repo: str, kind: str, revision: str | None, patterns: tuple[str, ...] | None) -> Path:
     """Asked once in a process: the weights, the tokenizer and an export read one commit, though a branch moves meanwhile."""
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
-    return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=None if patterns is None else list(patterns)))
+    with hub_or_cache(repo, kind):
+        wanted = None if patterns is None else list(patterns)
+        return Path(huggingface_hub.snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=wanted))
+
+
+@contextlib.contextmanager
+def hub_or_cache(repo: str, kind: str) -> Iterator[None]:
+    """What is read of the hub inside comes from its cache alone where the hub does not answer, and a word says so.
+
+    The clients would try again and again, for half a minute.
+
+    Args:
+        repo: org/name.
+        kind: `model` or `dataset`.
+
+    Raises:
+        InputError: the hub does not answer, and what was asked for is not in the cache.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        huggingface_hub.HfApi().repo_info(repo, repo_type=kind, timeout=10)
+        unreachable = None
+    except (HfHubHTTPError, OfflineModeIsEnabled, ValueError):  # it answers, or nobody wants it to, or there is no such name
+        unreachable = None
+    except Exception as error:  # whatever its HTTP library raises
+        unreachable = hub_reason(error)
+    if unreachable is None:
+        yield
+        return
+    clients: list[Any] = [huggingface_hub.constants]
+    if kind == "dataset":
+        from datasets import config
+
+        clients.append(config)
+    before = [client.HF_HUB_OFFLINE for client in clients]
+    try:
+        for client in clients:
+            client.HF_HUB_OFFLINE = True
+        yield
+    except Exception:
+        raise InputError(f"the hub does not answer: {unreachable}; and its files are not in the cache") from None
+    finally:
+        for client, value in zip(clients, before, strict=True):
+            client.HF_HUB_OFFLINE = value
+    warn(f"the hub does not answer ({unreachable}): what is in its cache of '{repo}' is read, be it up to date or not.")
+
+
+def hub_reason(error: Exception) -> str:
+    """Why the hub's client failed, in a few words."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "GatedRepoError" in kinds:
+        return "its owner grants access: ask for it on the repository's page, then log in with `hf auth login`"
+    if "RepositoryNotFoundError" in kinds:
+        return "no such repository, or a private one; `hf auth login` gives access to yours"
+    if "RevisionNotFoundError" in kinds:
+        return "the repository has no such revision"
+    if "OfflineModeIsEnabled" in kinds | {type(error.__cause__).__name__}:
+        return "HF_HUB_OFFLINE is set, and its files are not in the cache"
+    text = str(error).strip()
+    return text.splitlines()[0][:200].rstrip(".") if text else type(error).__name__
 
 
 # What a hub repository is asked for: weights in the one format that is read, configs, tokenizer files. Not its pickles, nor
@@ -125,11 +188,19 @@ def weights_file(path: Path, *, key: str) -> Path:
         if path.suffix in _PICKLES:
             raise InputError(f"{key}: {path}: {_NO_PICKLE}")
         raise InputError(f"{key}: {path} is neither a .safetensors nor a .gguf file.")
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (path / name).is_file():
-            return path / name
+    whole = [path / name for name in ("model.safetensors", "model.safetensors.index.json") if (path / name).is_file()]
+    others = sorted(p for p in path.glob("*.gguf"))
+    if whole:
+        if (path / "adapter_model.safetensors").is_file():
+            warn(f"{key}: {path} holds an adapter beside the model (adapter_model.safetensors), which is not applied.")
+        if len(whole) > 1 or others:
+            passed = ", ".join(p.name for p in [*whole[1:], *others[:4]])
+            warn(f"{key}: {path} holds several models; {whole[0].name} is read, and not {passed}.")
+        return whole[0]
     adapters = {"adapter_model.safetensors"}
     found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".gguf") and p.name not in adapters)
+    if found and len({first_part(p) for p in found}) == 1:
+        return first_part(found[0])
     if len(found) == 1:
         return found[0]
     if found:

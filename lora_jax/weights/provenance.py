@@ -48,28 +48,29 @@ class Origin:
 
 
 def fingerprint(model: nnx.Module, like: nnx.Module | None = None) -> str:
-    """16 hex digits of a model's parameters: names, shapes, dtypes and every bit.
+    """16 hex digits of a base's parameters: names, shapes, dtypes and every bit.
 
     Each parameter is summed on its devices, every number weighted by its place, so that a sharded model is not gathered.
 
     Args:
         model: the base.
-        like: the same base in other dtypes, of which shapes are enough: the parameters are taken as they would be in those.
+        like: the same base in other dtypes, of which the parameters may be shapes: the fingerprint is then of `model` rounded to those.
     """
-    params = _parameters(model)
+    params, kinds = _base_parameters(model), _base_parameters(model if like is None else like)
     names = sorted(params)
-    if like is not None:
-        dtypes = {name: array.dtype for name, array in _parameters(like).items()}
-        params = {name: array.astype(dtypes.get(name, array.dtype)) for name, array in params.items()}
-    sums = jax.jit(lambda arrays: jnp.stack([_checksum(a) for a in arrays]))([params[n] for n in names])
+    dtypes = [kinds[n].dtype for n in names]
+    arrays = [params[n].get_value() for n in names]
+    sums = jax.jit(lambda arrays: jnp.stack([_checksum(a.astype(d)) for a, d in zip(arrays, dtypes, strict=True)]))(arrays)
     digest = hashlib.sha256()
-    for name, pair in zip(names, jax.device_get(sums), strict=True):
-        digest.update(f"{name} {params[name].shape} {params[name].dtype} {pair[0]} {pair[1]}\n".encode())
+    for name, dtype, pair in zip(names, dtypes, jax.device_get(sums), strict=True):
+        digest.update(f"{name} {params[name].shape} {dtype} {pair[0]} {pair[1]}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _parameters(model: nnx.Module) -> dict[str, Any]:
-    return {".".join(map(str, path)): v.get_value() for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
+def _base_parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Path -> parameter of the base; adapters' arrays (`nnx.LoRAParam`) are none."""
+    found = ((path, v) for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param) and not isinstance(v, nnx.LoRAParam))
+    return {".".join(map(str, path)): v for path, v in found}
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

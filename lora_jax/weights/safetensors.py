@@ -1,13 +1,15 @@
 """Checkpoints in safetensors: one file, or an index and its shards, read and written by the safetensors package.
 
 That package checks a file's header when it opens it, and reads slices of all dtypes but float8, which its NumPy side has no name
-for: those are read from the file directly. Bfloat16 and float8 are ml_dtypes' here.
+for: those are read from the file directly. Bfloat16 and float8 are ml_dtypes' here. Float8 weights with scales beside them are
+multiplied by those as they are read; every other quantised layout is refused by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,8 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..errors import InputError
-from .checkpoint import Checkpoint, parse_json, read_json, slice_bounds
+from ..errors import InputError, warn
+from .checkpoint import Checkpoint, parse_json, plain_names, read_json, slice_bounds
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -58,8 +60,9 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `offset` counts from the start of `file`."""
+    """Where one tensor lies, and what it is called there: `offset` counts from the start of `file`."""
 
+    name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -71,40 +74,145 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path = path
-        self.config = config
-        self._entries = _read_index(path) if path.suffix == ".json" else read_header(path)
+        stored = _read_index(path) if path.suffix == ".json" else read_header(path)
+        self._entries = {name: stored[original] for name, original in plain_names(path, stored).items()}
+        self._scales = _scales(path, self._entries, config)
+        # What is read is no longer quantised, and what is written from it is not.
+        self.config = {key: value for key, value in config.items() if key not in _QUANTISED_KEYS}
 
     def names(self) -> list[str]:
-        return list(self._entries)
+        hidden = {scale.name for scale in self._scales.values()}
+        return [n for n, entry in self._entries.items() if entry.name not in hidden and not _ACTIVATION_SCALES.search(n)]
+
+    def file(self, name: str) -> Path:
+        return self._entry(name).file
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        return self._entry(name).dtype
+        return np.dtype(np.float32) if name in self._scales else self._entry(name).dtype
 
     def read(self, name: str) -> np.ndarray:
         return self.read_slice(name, ())
 
     def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
-        entry = self._entry(name)
-        bounds = slice_bounds(entry.shape, index)
-        if any(start == stop for start, stop in bounds):  # safetensors refuses empty slices
-            return np.empty([stop - start for start, stop in bounds], entry.dtype)
-        part = tuple(slice(*b) for b in bounds)
-        try:
-            if entry.dtype in _FLOAT8:
-                return np.array(np.memmap(entry.file, np.uint8, "r", entry.offset, entry.shape)[part]).view(entry.dtype)
-            # Opened for each tensor: while a file is open, the pages that were read of it count as memory in use.
-            with safe_open(entry.file, "numpy") as file:
-                return file.get_slice(name)[part]
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"{entry.file}: '{name}' cannot be read; the file has changed since it was opened ({error}).") from None
+        entry, scale = self._entry(name), self._scales.get(name)
+        values = _read_part(entry, slice_bounds(entry.shape, index))
+        return values if scale is None else values.astype(np.float32) * scale.part(slice_bounds(entry.shape, index))
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
             raise self._missing(name)
         return self._entries[name]
+
+
+def _read_part(entry: TensorEntry, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """A part of a tensor; `bounds` are (start, stop) for each axis."""
+    if any(start == stop for start, stop in bounds):  # safetensors refuses empty slices
+        return np.empty([stop - start for start, stop in bounds], entry.dtype)
+    part = tuple(slice(*b) for b in bounds)
+    try:
+        if entry.dtype in _FLOAT8:
+            return np.array(np.memmap(entry.file, np.uint8, "r", entry.offset, entry.shape)[part]).view(entry.dtype)
+        # Opened for each tensor: while a file is open, the pages that were read of it count as memory in use.
+        with safe_open(entry.file, "numpy") as file:
+            return file.get_slice(entry.name)[part]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{entry.file}: '{entry.name}' cannot be read; the file has changed since it was opened ({error}).") from None
+
+
+# Keys of config.json that say how weights are stored.
+_QUANTISED_KEYS = ("quantization_config", "compression_config")
+
+# Tensors that only quantised layouts have: GPTQ and AWQ, bitsandbytes, compressed-tensors, MXFP4, NVFP4, torchao and others.
+_QUANTISED = re.compile(
+    r"(\.(qweight|qzeros|g_idx|SCB|CB|absmax|quant_map|nested_absmax|nested_quant_map|weight_format|weight_packed|weight_g_idx"
+    r"|weight_zero_point|weight_scale_2|weight_global_scale|compressed|bitmask|qdata|_packed_weight)"
+    r"|\.quant_state\.\w+|_blocks|\.weight_scale_and_zero)$"
+)
+# How inputs, keys and values were scaled where those are float8 too; here they are not quantised.
+_ACTIVATION_SCALES = re.compile(r"\.(input_scale(_ub)?|activation_scale|output_scale|[kvq]_scale)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What a float8 weight's numbers are multiplied by: one number per block of `block` (an axis each) of the weight."""
+
+    name: str
+    entry: TensorEntry
+    block: tuple[int, ...]
+
+    def part(self, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The scales of a part of the weight, a number each (or one for a whole axis)."""
+        scales = _read_part(self.entry, [(0, size) for size in self.entry.shape]).astype(np.float32)
+        if scales.size == 1:
+            return scales.reshape(())
+        scales = scales.reshape(*scales.shape, *[1] * (len(self.block) - scales.ndim))
+        places = [np.arange(*b) // size for b, size in zip(bounds, self.block, strict=True)]
+        return scales[np.ix_(*places)]
+
+
+def _scales(path: Path, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> dict[str, Scale]:
+    """Float8 weight -> its scale.
+
+    Raises:
+        InputError: the weights are quantised in a layout that is not read.
+    """
+    said = next((config[key] for key in _QUANTISED_KEYS if config.get(key)), None)
+    told = said if isinstance(said, Mapping) else {}
+    method = str(told.get("quant_method") or "quantised") + (f" ({told['format']})" if told.get("format") else "")
+    instead = "Load the model's unquantised checkpoint, or a GGUF file of it"
+    scales = {}
+    for name, entry in entries.items():
+        if _QUANTISED.search(name) or (name.endswith(".weight") and entry.dtype.kind in "iu"):
+            raise InputError(f"{entry.file}: '{entry.name}' is stored in a quantised layout that is not read: {method}. {instead}.")
+        if name.endswith(("_scale_inv", "_scale")) and (weight := name.rpartition("_scale")[0]) in entries:
+            if entries[weight].dtype not in _FLOAT8[:2]:
+                raise InputError(
+                    f"{entry.file}: '{entry.name}' scales a weight that is {entries[weight].dtype}, not float8: {method}. {instead}."
+                )
+            scales[weight] = Scale(entry.name, entry, _block(entries[weight], entry, told))
+    plain = [name for name, entry in entries.items() if entry.dtype in _FLOAT8[:2] and name not in scales]
+    modules = {name.rpartition(".")[0] for name in plain}
+    used = {scale.name for scale in scales.values()}
+    stray = [n for n, e in entries.items() if "scale" in n.rpartition(".")[2] and n.rpartition(".")[0] in modules and e.name not in used]
+    if plain and (scales or said or stray):
+        beside = f"; '{stray[0]}' is not a scale as known here" if stray else ""
+        raise InputError(f"{path}: '{plain[0]}' is float8 without '{plain[0]}_scale'{beside}: {method}. {instead}.")
+    if told.get("transform_config"):
+        raise InputError(f"{path}: quantization_config.transform_config rotates activations, which is not done here. {instead}.")
+    if scales:
+        warn(f"{path}: {len(scales)} float8 weights are multiplied by their scales and no longer quantised; nor are activations.")
+    elif plain:
+        warn(f"{path}: {len(plain)} weights are float8 without scales, and read as they are.")
+    elif said:
+        warn(f"{path}: the config's quantization_config ({method}) is not used: the weights are stored unquantised, and read so.")
+    return scales
+
+
+def _block(weight: TensorEntry, scale: TensorEntry, told: Mapping[str, Any]) -> tuple[int, ...]:
+    """The weight's numbers to a scale, along each axis; `InputError` where the shapes don't tell."""
+    counts = (*scale.shape, *[1] * (len(weight.shape) - len(scale.shape)))
+    if scale.shape in ((), (1,)) or set(scale.shape) == {1}:
+        return weight.shape
+    size = told.get("weight_block_size")
+    for group in (told.get("config_groups") or {}).values() if isinstance(told.get("config_groups"), Mapping) else ():
+        args = group.get("weights") if isinstance(group, Mapping) else None
+        if size is None and isinstance(args, Mapping):
+            size = args.get("block_structure") or (args.get("group_size") and [1, args["group_size"]])
+    named = tuple(size) if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size) else (None, None)
+    named = (*[None] * (len(weight.shape) - 2), *named)[-len(weight.shape) :]
+    blocks = []
+    for length, count, block in zip(weight.shape, counts, named, strict=False):
+        fits = {b for b in (1, length, block or 128) if -(-length // b) == count}
+        if not fits and block is None and count and length % count == 0:
+            fits = {length // count}
+        if not fits or len(counts) != len(weight.shape):
+            shapes = f"{scale.shape} for a weight of {weight.shape}" + (f" in blocks of {size}" if size else "")
+            raise InputError(f"{scale.file}: '{scale.name}' has shape {shapes}, which do not fit.")
+        blocks.append(min(fits))
+    return tuple(blocks)
 
 
 def _read_index(path: Path) -> dict[str, TensorEntry]:
@@ -124,6 +232,10 @@ def _read_index(path: Path) -> dict[str, TensorEntry]:
         if name not in shards[shard]:
             raise InputError(f"{path}: '{name}' is said to lie in '{shard}', which does not hold it.")
         entries[name] = shards[shard][name]
+    more = [name for held in shards.values() for name in held if name not in entries]
+    if more:
+        shown = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
+        warn(f"{path}: its shards hold {len(more)} tensors that it does not name, and that are not read: {shown}.")
     return entries
 
 
@@ -152,7 +264,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     for name, value in header.items():
         if value["dtype"] not in DTYPES:
             raise InputError(f"{path}: '{name}' has dtype {value['dtype']}, which cannot be read; readable: {', '.join(DTYPES)}.")
-        entries[name] = TensorEntry(path, DTYPES[value["dtype"]], tuple(value["shape"]), 8 + length + value["data_offsets"][0])
+        entries[name] = TensorEntry(name, path, DTYPES[value["dtype"]], tuple(value["shape"]), 8 + length + value["data_offsets"][0])
     return entries
 
 

@@ -8,7 +8,9 @@ It comes from the files beside the weights, without remote code and without PyTo
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ..errors import InputError, hint
 from .checkpoint import read_json
-from .gguf import GGUFHeader, read_gguf_header
+from .gguf_header import GGUFHeader, read_gguf
 from .load import HUB_FILES, resolve, weights_file
 
 if TYPE_CHECKING:
@@ -57,15 +59,17 @@ def load_tokenizer(source: str | Path, *, key: str = "model.source") -> PreTrain
     path = resolve(str(source), key=key, hub_patterns=HUB_FILES)
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".gguf":
-        tokenizer = tokenizer_from_metadata(read_gguf_header(path))
+        tokenizer = tokenizer_from_metadata(read_gguf(path))
     elif (folder / "tokenizer.json").is_file():
         tokenizer = _from_tokenizer_json(folder)
     elif any((folder / name).is_file() for name in _OLDER_FILES):
         tokenizer = _from_older_files(folder)
     elif path.is_dir() and (file := weights_file(path, key=key)).suffix == ".gguf":
-        tokenizer = tokenizer_from_metadata(read_gguf_header(file))
+        tokenizer = tokenizer_from_metadata(read_gguf(file))
     else:
         raise InputError(f"{key}: {folder} holds no tokenizer: neither tokenizer.json nor {', '.join(_OLDER_FILES)}.")
+    with _no_panic(f"{path}: its tokenizer cannot be used"):
+        _try_out(tokenizer)
     # Some tokenizer.json files carry the limits of the program that wrote them (MiniLM's pads everything to 128).
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -85,10 +89,11 @@ def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
 
     names = {"tokenizer_config.json", "special_tokens_map.json"}
     named = [read_json(folder / name, "the tokenizer's config") for name in sorted(names) if (folder / name).is_file()]
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust parser raises bare Exception
-        raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer that can be read ({_first_line(error)}).") from None
+    with _no_panic(f"{folder / 'tokenizer.json'}: not a tokenizer that can be read"):
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the Rust parser raises bare Exception
+            raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer that can be read ({_first_line(error)}).") from None
     if not any(key in config for config in named for key in _USUAL_NAMES):
         vocabulary = tokenizer.get_vocab()
         for key, choices in _USUAL_NAMES.items():
@@ -101,22 +106,55 @@ def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
 def _from_older_files(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many unrelated kinds; all mean that these files make no tokenizer
-        raise InputError(f"{folder}: its tokenizer files cannot be read without a tokenizer.json ({_first_line(error)}).") from None
+    with _no_panic(f"{folder}: its tokenizer files cannot be read"):
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises many unrelated kinds; all mean that these files make no tokenizer
+            raise InputError(f"{folder}: its tokenizer files cannot be read without a tokenizer.json ({_first_line(error)}).") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{folder}: only its slow tokenizer could be built; add a tokenizer.json.")
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
+@contextlib.contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """A panic of the Rust library as an `InputError`: it is a BaseException, of a class that nothing can import."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what} ({_first_line(error)}).") from None
+
+
+def _try_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Some files are read without complaint and panic at the first text."""
+    with contextlib.suppress(Exception):  # a vocabulary without these letters is no fault of its own
+        tokenizer.decode(tokenizer("A film, 1 é")["input_ids"])
+
+
+def check_text(text: str, what: str) -> str:
+    """The text, if it is one.
+
+    Raises:
+        InputError: it holds half of a character (a surrogate, as JSON's "\\ud83d" by itself gives it), which no tokenizer takes.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise InputError(f"{what}: holds {half!a} at character {error.start}, half of a character (a lone surrogate).") from None
+    return text
+
+
+def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 # llama.cpp's token types that are matched whole in the text before anything else.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_LONGEST = 2048  # characters of a token; those of real vocabularies have a few hundred at most
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -170,16 +208,20 @@ def tokenizer_from_metadata(header: GGUFHeader) -> PreTrainedTokenizerFast:
     if model not in builders:
         raise InputError(f"{header.path}: the tokenizer kind '{model}' is not supported in GGUF. {hint(model, builders)}")
     tokens = _strings(header, "tokenizer.ggml.tokens")
+    longest = max(range(len(tokens)), key=lambda i: len(tokens[i]))
+    if len(tokens[longest]) > _LONGEST:  # every way to cut a token in two is looked at
+        raise InputError(f"{header.path}: token {longest} has {len(tokens[longest])} characters; more than {_LONGEST} are not read.")
     types = header.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
     if len(types) != len(tokens):
         raise InputError(f"{header.path}: {len(tokens)} tokens but {len(types)} token types.")
-    try:
-        tokenizer, add_bos = builders[model](header, tokens, types)
-    except InputError:
-        raise
-    except Exception as error:  # the Rust library raises bare Exception, for a merge outside the vocabulary say
-        raise InputError(f"{header.path}: its vocabulary makes no tokenizer ({error}).") from None
-    _add_whole_tokens(tokenizer, tokens, types)
+    with _no_panic(f"{header.path}: its vocabulary makes no tokenizer"):
+        try:
+            tokenizer, add_bos = builders[model](header, tokens, types)
+        except InputError:
+            raise
+        except Exception as error:  # the Rust library raises bare Exception, for a merge outside the vocabulary say
+            raise InputError(f"{header.path}: its vocabulary makes no tokenizer ({error}).") from None
+        _add_whole_tokens(tokenizer, tokens, types)
 
     def special(name: str) -> str | None:
         index = header.get(f"tokenizer.ggml.{name}_token_id", int, None)

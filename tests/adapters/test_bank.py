@@ -10,6 +10,8 @@ from flax import nnx
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.inject import inject
 from lora_jax.adapters.merge import merge
+from lora_jax.adapters.methods.base import Method, Parameter
+from lora_jax.adapters.partition import partition
 from lora_jax.config.schema import AdapterConfig
 from lora_jax.errors import InputError
 from tests import tiny
@@ -135,3 +137,54 @@ def test_bad_input(bank):
     with pytest.raises(InputError, match="bears adapters already"):
         AdapterBank(bank.mixed(["one"]))
     assert bank.names == ("both", "one")
+
+
+class Called(nnx.Module):
+    """Modules called `base`, in modules called `base`."""
+
+    def __init__(self, rngs):
+        self.base = nnx.Linear(4, 4, rngs=rngs)
+        self.inner = nnx.List([nnx.Dict(base=nnx.Linear(4, 4, rngs=rngs), kernel=nnx.Linear(4, 4, rngs=rngs))])
+
+    def __call__(self, x):
+        return self.inner[0].kernel(self.inner[0].base(self.base(x)))
+
+
+def test_a_users_module_called_base_is_adapted_mixed_combined_and_merged():
+    model, x = Called(nnx.Rngs(0)), np.ones((3, 4), np.float32)
+    bank, adapted = AdapterBank(model), {n: tiny.trained(model, i, targets=["base"]) for i, n in enumerate("ab")}
+    for name, one in adapted.items():
+        bank.add(name, one)
+        np.testing.assert_allclose(bank.use(name)(x), one(x), atol=1e-6)
+    expected = np.stack([adapted["a"](x)[0], model(x)[1], adapted["b"](x)[2]])
+    np.testing.assert_allclose(bank.mixed(["a", None, "b"])(x), expected, atol=1e-5)
+    bank.combine("half", {"a": 1.0, "b": 0.0})
+    np.testing.assert_allclose(bank.use("half")(x), adapted["a"](x), atol=1e-5)
+    bank.add("merged", merge(adapted["b"]))
+    np.testing.assert_allclose(bank.use("merged")(x), adapted["b"](x), atol=1e-6)
+
+
+class Gain(Method):
+    name, section, kinds = "bank-gain", AdapterConfig, ("linear",)
+
+    def parameters(self, site, rank):
+        return {"gain": Parameter((site.outputs,), fill=1.0)}
+
+    def apply(self, module, *inputs, rows):
+        return module.base(*inputs) * module.gain[...]
+
+
+def test_what_a_bank_cannot_do_is_said(monkeypatch):
+    model = Called(nnx.Rngs(0))
+    lora, bank = tiny.trained(model, targets=["base"]), AdapterBank(model)
+    with pytest.raises(InputError, match="'plain': nothing is trainable"):
+        bank.add("plain", model)
+    bank.add("lora", lora)
+    monkeypatch.setattr("lora_jax.adapters.layout.method_of", lambda config: Gain())
+    bank.add("gain", inject(model, AdapterConfig(targets=["base"]), rngs=nnx.Rngs(0)))
+    with pytest.raises(InputError, match="its method 'bank-gain' makes is not low-rank"):
+        bank.mixed(["gain", "lora", None])
+    with pytest.raises(InputError, match=r"'bank-gain' makes \('gain'\) is not low-rank"):
+        bank.combine("both", {"gain": 1.0, "lora": 1.0})
+    with pytest.raises(InputError, match="the model is merged"):
+        partition(merge(lora))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+import lora_jax
 from lora_jax.adapters.inject import LABEL, inject, site_modules
 from lora_jax.adapters.methods.base import AdapterParam
 from lora_jax.adapters.partition import partition
@@ -135,11 +137,28 @@ def test_layers_below_the_lowest_adapted_one_stay_plain():
     assert upper.block.attn.q_proj.lora_a.shape == (2, 32, 4)
 
 
-def test_factors_are_no_params():
-    adapted = _adapt(tiny.encoder(2), targets=["q_proj"])
+def test_factors_are_no_parameters_of_the_base():
+    base = tiny.encoder(2)
+    adapted = _adapt(base, targets=["q_proj"])
     assert not any("lora" in name for name in tiny.base_arrays(adapted))
-    state = nnx.state(adapted, AdapterParam)
-    assert len(jax.tree.leaves(state)) == 2
+    for kind in (AdapterParam, lora_jax.LoRAParam, nnx.LoRAParam):
+        assert len(jax.tree.leaves(nnx.state(adapted, kind))) == 2
+
+
+def test_the_loop_of_flax_docs_trains_the_adapter_and_nothing_else():
+    base = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 1, rngs=nnx.Rngs(1)))
+    adapted = _adapt(base, targets="all-linear")
+    optimizer = nnx.Optimizer(adapted, optax.adamw(1e-2), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(X) - 1.0) ** 2), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(adapted, optimizer)) for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert tiny.arrays_equal(list(tiny.base_arrays(adapted).values()), list(tiny.base_arrays(base).values()))
 
 
 def test_a_model_that_bears_adapters_is_refused():
@@ -150,7 +169,7 @@ def test_a_model_that_bears_adapters_is_refused():
 def test_every_variable_of_the_model_has_a_label():
     adapted = _adapt(tiny.classifier(3), layers="last:1")
     for path, variable in nnx.iter_graph(adapted):
-        if isinstance(variable, nnx.Param | AdapterParam):
+        if isinstance(variable, nnx.Param):
             assert variable.get_metadata().get(LABEL), path
 
 

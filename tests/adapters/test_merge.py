@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.adapters.inject import site_modules
+from lora_jax.adapters.bank import AdapterBank
+from lora_jax.adapters.inject import inject, site_modules
 from lora_jax.adapters.merge import Merged, merge, merged_base, unmerge
 from lora_jax.adapters.partition import partition
 from lora_jax.adapters.sites import SiteModule
@@ -94,3 +95,28 @@ def test_merging_copies_only_the_adapted_weights():
     before = {v[...].unsafe_buffer_pointer() for _, v in nnx.iter_graph(adapted) if isinstance(v, nnx.Param)}
     fresh = [p for p, v in nnx.iter_graph(plain) if isinstance(v, nnx.Param) and v[...].unsafe_buffer_pointer() not in before]
     assert [p[-2:] for p in fresh] == [("q_proj", "kernel")]
+
+
+def test_attention_of_flax_is_adapted_merged_and_mixed():
+    model = nnx.Dict(attn=nnx.MultiHeadAttention(2, 8, qkv_features=12, decode=False, rngs=nnx.Rngs(0)))
+    adapted = tiny.trained(model, targets="attention")
+    x = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
+    plain, changed = model.attn(x), adapted.attn(x)
+    assert np.abs(changed - plain).max() > 0.01
+    np.testing.assert_allclose(merge(adapted).attn(x), changed, atol=1e-5)
+    np.testing.assert_allclose(merged_base(adapted).attn(x), changed, atol=1e-5)
+    assert type(merged_base(adapted).attn.query) is nnx.LinearGeneral
+    np.testing.assert_array_equal(unmerge(merge(adapted)).attn(x), changed)
+    np.testing.assert_array_equal(inject(model, tiny.adapter(targets="attention"), rngs=nnx.Rngs(0)).attn(x), plain)
+    bank = AdapterBank(model)
+    bank.add("one", adapted)
+    mixed = bank.mixed(["one", None, "one"]).attn(x)
+    np.testing.assert_allclose(mixed, jnp.stack([changed[0], plain[1], changed[2]]), atol=1e-5)
+
+
+def test_a_linear_general_over_several_axes_that_are_not_the_last():
+    model = nnx.Dict(general=nnx.LinearGeneral((4, 3), (2, 5), axis=(-2, 1), rngs=nnx.Rngs(0)))
+    adapted = tiny.trained(model, targets=["general"])
+    x = np.random.default_rng(0).standard_normal((6, 4, 3, 7)).astype(np.float32)
+    assert adapted.general(x).shape == (6, 7, 2, 5)
+    np.testing.assert_allclose(merge(adapted).general(x), adapted.general(x), atol=1e-5)

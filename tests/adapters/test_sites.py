@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from flax import nnx
 
 from lora_jax.adapters.partition import partition
-from lora_jax.adapters.sites import find_sites, logical_name, named_variables, parameter_name, parse_layers, select
+from lora_jax.adapters.sites import find_sites, logical_name, named_variables, parameter_name, passed_over, select
+from lora_jax.config.patterns import parse_layers
 from lora_jax.errors import InputError
 from tests import tiny
 
@@ -113,7 +116,10 @@ def test_layers(layers, wanted):
     assert parse_layers(layers, 6) == wanted
 
 
-@pytest.mark.parametrize("layers", [6, -7, [0, 6], "2-6", "4-2", "last:0", "last:7", "first:9", "top", "1,,2", "", "2-", "last:"])
+@pytest.mark.parametrize(
+    "layers",
+    [6, -7, [0, 6], "2-6", "4-2", "last:0", "last:7", "first:9", "top", "1,,2", "", "2-", "last:", "0-999999999999", "last:" + "9" * 5000],
+)
 def test_bad_layers(layers):
     with pytest.raises(InputError, match=r"adapter\.layers"):
         parse_layers(layers, 6)
@@ -183,3 +189,58 @@ def test_a_users_own_module_may_be_called_base():
 def test_site_order_is_stable(bert):
     assert [s.name for s in bert] == [s.name for s in find_sites(tiny.encoder(4, seed=3))]
     assert all(isinstance(v, np.ndarray) for v in select(bert, "attention", None, None).values())
+
+
+class Mine(nnx.Linear):
+    """Computes something else of its weight."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Renamed(nnx.Linear):
+    """A subclass that computes what nnx.Linear does."""
+
+
+class OwnModel(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.mha = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.ein = nnx.Einsum("ab,bc->ac", (8, 8), rngs=rngs)
+        self.mine, self.renamed = Mine(8, 8, rngs=rngs), Renamed(8, 8, rngs=rngs)
+        self.out = nnx.Linear(8, 3, rngs=rngs)
+
+
+def test_own_models_are_adapted_or_what_is_passed_over_is_named():
+    model = OwnModel(nnx.Rngs(0))
+    sites, passed = find_sites(model), passed_over(model)
+    assert {s.name for s in sites} == {"mha.query", "mha.key", "mha.value", "mha.out", "renamed", "out"}
+    assert set(passed) == {"conv", "ein", "mine"}
+    query = next(s for s in sites if s.name == "mha.query")
+    assert (query.inputs, query.outputs) == (8, 8)
+    with pytest.warns(UserWarning, match=r"passes over 3 \(conv: convolutions.*ein: .*mine: a subclass of nnx.Linear"):
+        select(sites, "all-linear", None, None, passed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(select(sites, "all-linear", ["conv", "ein", "mine"], None, passed)) == {s.name for s in sites}
+        assert set(select(sites, "attention", None, None, passed)) == {"mha.query", "mha.key", "mha.value", "mha.out"}
+    for targets in (["conv"], "mi.e", ["out", "mine"]):
+        with pytest.raises(InputError, match=r"adapter\.targets: .* cannot be adapted"):
+            select(sites, targets, None, None, passed)
+
+
+@pytest.mark.parametrize("model", [tiny.encoder(2), tiny.decoder(2), tiny.encoder_of("deberta-v2")])
+def test_nothing_of_our_own_bases_is_passed_over(model):
+    assert passed_over(model) == {}
+
+
+def test_hints_for_presets_and_empty_models():
+    net = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(InputError, match=r"'attention' matches no module. It is a preset: .*called 0. Full paths look like layers.0"):
+        names(find_sites(net), "attention")
+    empty = nnx.Dict(norm=nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+    with pytest.raises(InputError, match="no weight that can be adapted: no linear"):
+        names(find_sites(empty), "all-linear")
+    whole = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match=r"can be adapted \(the model: it is the whole model: .*nnx.Sequential"):
+        select(find_sites(whole), "all-linear", None, None, passed_over(whole))

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from lora_jax.cli import doctor
+from tests.tiny_hub import call
 
 
 @pytest.fixture
@@ -120,3 +121,25 @@ def test_command_tells_everything_and_whether_it_is_enough(installed, monkeypatc
     assert doctor.doctor_command() is False
     out = capsys.readouterr().out
     assert "✗  jax" in out and out.endswith("missing: jax\n")
+
+
+@pytest.mark.parametrize(
+    ("causal", "changes", "lines"),
+    [
+        (False, {}, ["[CLS]{{", "  to predict: [CLS] -> "]),
+        (True, {}, ["{{What is", " </s>"]),
+        (
+            True,
+            {"task.prompt": None, "task.response": None, "task.messages": "messages"},
+            ["{{<|user|> What is", "<|assistant|>}} ", " <|end|>"],
+        ),
+    ],
+    ids=["classification", "prompt and response", "chat"],
+)
+def test_examples_as_the_model_sees_them(hub, tmp_path, causal, changes, lines):
+    called = call("doctor", hub.write(tmp_path, changes, causal=causal), "--examples", 2)
+    assert called.code == 0 and called.out.count("with loss") == 2
+    assert "held-out: 20 of" in called.out and "{{in braces}}: no loss" in called.out
+    for line in lines:
+        assert called.out.count(line) >= 2
+    assert call("doctor", "--examples", 2).code == 2

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import lora_jax
+from lora_jax.errors import InputWarning
 from lora_jax.sweeps.restore import restore_member, run_members
 from tests import tiny
 from tests.tiny_hub import call
@@ -139,7 +140,7 @@ def test_other_sources_that_are_refused(hub, run, tmp_path):
         assert result.code == 2 and result.out == "" and all(t in result.err for t in told), (arguments, result)
 
 
-def test_damaged_generation_config_is_passed_over(hub, tokenizer, tmp_path):
+def test_a_damaged_generation_config_is_left_out_with_a_word(hub, tokenizer, tmp_path):
     """What the checkpoint says ends a text, wherever it says it."""
     from lora_jax.generation.generate import stop_tokens
 
@@ -152,4 +153,5 @@ def test_damaged_generation_config_is_passed_over(hub, tokenizer, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 3]}))
     assert stop_tokens(model) == [3, 5]
     (folder / "generation_config.json").write_text("{")
-    assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id]
+    with pytest.warns(InputWarning, match=r"the config and the tokenizer alone: .*generation_config\.json"):
+        assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id]

@@ -13,7 +13,7 @@ import pytest
 from lora_jax.cli import main as cli
 from lora_jax.config.load import load_config
 from lora_jax.config.schema import Config
-from lora_jax.errors import InputError, RunError, Stopped
+from lora_jax.errors import InputError, RunError, Stopped, warn
 from lora_jax.interop.export import ExportOptions
 from lora_jax.parallel.processes import Joining
 
@@ -209,3 +209,15 @@ def test_help_does_not_import_jax(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_left_out_is_said_in_one_line_and_once(call, monkeypatch):
+    def command():
+        for _ in range(2):
+            warn("model.source: x: a tensor that the model does not use: [a].")
+        sys.exit(0)
+
+    monkeypatch.setattr(cli, "app", command)
+    for _ in range(2):  # in each command anew
+        code, out, err = call()
+        assert (code, out, err) == (0, "", "warning: model.source: x: a tensor that the model does not use: [a].\n")

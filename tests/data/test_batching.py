@@ -200,3 +200,14 @@ def test_film_reviews_hardly_need_padding(minilm_source, reviews_source):
     assert plan.summary["dynamic_padding_share"] > 0.4  # what padding each batch to its longest review would waste
     seen = sum(int(b["target_weights"].sum()) for b in plan.eval_batches())
     assert seen == 1000
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_the_examples_of_a_step_do_not_depend_on_accumulate(batching):
+    def steps(accumulate: int) -> list[list[int]]:
+        plan = plan_of(examples(50), epochs=DISTINCT_EPOCHS + 1, accumulate=accumulate, batching=batching)
+        batches = [plan.batch(s)["tokens"] for s in (0, 1, 5, 6, plan.steps - 1)]
+        return [sorted(tokens[tokens >= 1000].tolist()) for tokens in batches]
+
+    assert steps(1) == steps(2) == steps(4)
+    assert plan_of(examples(50)).order != plan_of(examples(50), accumulate=2).order

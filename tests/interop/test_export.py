@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file
 
-from lora_jax import load_model, save_pretrained
+from lora_jax import load_model, merge, save_pretrained
 from lora_jax.config.doors import FAMILIES
 from lora_jax.interop.hf import architecture
 from lora_jax.models.heads import LanguageModel
@@ -207,3 +207,11 @@ def test_the_gguf_base(smollm2_source: str, tmp_path: Path):
     got, expected = theirs(model, tokens, np.ones_like(tokens)), tiny.outputs(adapted, jnp.asarray(tokens))
     print(f"logits: {np.abs(got - expected).max():.1e} of {np.abs(expected).max():.0f}")
     assert np.abs(got - expected).max() < 5e-4  # its residual stream reaches 25,000: float32 itself is 4e-4 from float64
+
+
+def test_a_merged_model_is_saved_as_an_adapted_one(hub, tmp_path):
+    adapted = tiny.trained(load_model(str(hub.llama)), targets=["q_proj", "embed_tokens"])
+    save_pretrained(adapted, tmp_path / "adapted")
+    save_pretrained(merge(adapted), tmp_path / "merged")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("adapted", "merged"))
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)

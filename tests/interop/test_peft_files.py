@@ -17,9 +17,9 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from lora_jax import LoraConfig, inject, load_model, load_peft, save_peft
+from lora_jax import InputError, LoraConfig, inject, load_model, load_peft, save_peft
 from lora_jax.adapters.sites import find_sites
 from tests.interop.drawing import drawn
 from tests.interop.zoo import VOCAB, ZOO, Zoo
@@ -206,3 +206,26 @@ def test_to_peft(name: str, case: str, zoo: Zoo, tmp_path: Path):
     assert as_sets(tmp_path / "ours")["task_type"] == KINDS[ZOO[name].head][1]
     save_peft(load_peft(base, tmp_path / "ours"), tmp_path / "again")
     assert_same_files(tmp_path / "ours", tmp_path / "again")
+
+
+def test_saved_embeddings_that_peft_writes_twice(zoo: Zoo, tmp_path: Path):
+    """`modules_to_save` with `save_embedding_layers`: the wrapper's two copies lie beside the saved weight."""
+    torch.manual_seed(1)
+    options = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    model = peft.get_peft_model(zoo.model("llama-mha-tied"), peft.LoraConfig(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    twice = "base_model.model.model.embed_tokens.modules_to_save.weight"
+    assert twice in tensors
+    adapted = load_peft(our_model(zoo, "llama-mha-tied"), tmp_path / "adapter")
+    assert np.abs(our_logits(adapted) - their_logits(model)).max() < TOLERANCE
+    save_peft(adapted, tmp_path / "again")
+    assert np.abs(our_logits(load_peft(our_model(zoo, "llama-mha-tied"), tmp_path / "again")) - their_logits(model)).max() < TOLERANCE
+    tensors[twice] = tensors[twice] + 1
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"embed_tokens\.modules_to_save\.weight.*other numbers"):
+        load_peft(our_model(zoo, "llama-mha-tied"), tmp_path / "adapter")

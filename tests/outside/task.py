@@ -10,8 +10,9 @@ from pydantic import Field
 from lora_jax import register_task
 from lora_jax.config.schema import TaskConfig
 from lora_jax.data.batching import NO_TARGET, Example
+from lora_jax.data.tokens import encoder_ids
 from lora_jax.models.heads import SequenceClassifier
-from lora_jax.tasks.base import Columns, Encoded, Task, TaskMetrics, encoder_ids
+from lora_jax.tasks.base import Columns, Encoded, Task, TaskMetrics
 from lora_jax.tasks.evaluators import EVALUATORS, Evaluator
 from lora_jax.tasks.objectives import OBJECTIVES
 

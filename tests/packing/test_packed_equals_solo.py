@@ -140,7 +140,7 @@ def quick():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [VMAP, pytest.param(SCAN, marks=pytest.mark.long)], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", [VMAP, SCAN], ids=lambda mode: mode.name)
 @QUICK
 @given(drawn=SETS)
 def test_packed_equals_solo(mode, drawn):

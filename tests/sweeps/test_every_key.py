@@ -98,7 +98,7 @@ OTHERS = {
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
-    "task.messages",
+    "task.messages", "task.date",
     "model.transforms",  # tests/models/transforms
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip

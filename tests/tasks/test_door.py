@@ -17,10 +17,11 @@ from lora_jax.analysis import find_metric, primary_metric, results_table
 from lora_jax.config.doors import TASKS
 from lora_jax.config.schema import Config, TaskConfig
 from lora_jax.data.batching import NO_TARGET, Example
+from lora_jax.data.tokens import encoder_ids
 from lora_jax.errors import InputError
 from lora_jax.models.heads import SequenceClassifier
 from lora_jax.sweeps.restore import evaluate_run
-from lora_jax.tasks.base import Columns, Encoded, Task, TaskMetrics, encoder_ids
+from lora_jax.tasks.base import Columns, Encoded, Task, TaskMetrics
 from lora_jax.tasks.evaluators import EVALUATORS, Evaluator
 from lora_jax.tasks.objectives import OBJECTIVES
 from lora_jax.tracking import Progress, read_run

@@ -228,3 +228,77 @@ def test_real_label_words(smollm2_source, tmp_path):
     data = prepare(task, smol, decoder=True)
     assert smol.convert_ids_to_tokens(data.class_token_ids.tolist()) == ["Ġnegative", "Ġpositive"]
     assert smol.decode(data.train.tokens[0]).endswith("b\nAnswer:")
+
+
+def test_tokens_that_a_text_bears_are_not_doubled(task):
+    tok = tokenizer(start=["<s>"])
+    tok.backend_tokenizer.add_special_tokens(["<s>", "</s>"])
+    once = [BOS, *ids("a b"), EOS]
+    rows = [{"text": "<s>a b</s>"}, {"text": "a b"}, {"text": "<s>a b</s>\n"}, {"text": "c"}]
+    found = [t for t, _ in everything(task(rows, tok, kind="causal_lm", text="text", eval_size=1))]
+    assert found.count(once) == 3
+    pairs = [{"q": "<s>a", "r": "b</s>"}, {"q": "a", "r": "b"}, {"q": "c", "r": "d"}]
+    found = [t for t, _ in everything(task(pairs, tok, eval_size=1, **REPLIES))]
+    assert found.count([BOS, *ids("a b"), EOS]) == 2
+
+
+def test_what_is_left_out_and_cut_is_counted_and_said(task):
+    rows = [{"q": "a " * (20 if i % 2 else 2), "r": "b " * (20 if i % 4 == 0 else 1) + str(i)} for i in range(16)]
+    data = task(rows, max_length=8, eval_size=4, **REPLIES)
+    left_out, cut, ends = (sum(getattr(part, name) for part in data.taken) for name in ("left_out", "cut", "ends_cut"))
+    assert (left_out, cut, ends, data.dropped) == (8, 4, 4, 8)
+    text = "\n".join(data.lines())
+    assert "left out (nothing to predict within task.max_length = 8 tokens)" in text and "without their end" in text
+    assert "held-out: 4 of 16 rows" in text and "sampled" in text
+
+
+def test_texts_that_an_encoder_cuts_are_counted(task):
+    assert sum(part.cut for part in task(REVIEWS, BERT, decoder=False, max_length=4, **CLASSES).taken) == 6
+    assert sum(part.cut for part in task(REVIEWS, BERT, decoder=False, max_length=5, **CLASSES).taken) == 0
+    cut = task(REVIEWS, template="Review : {text} Answer :", max_length=5, **CLASSES)
+    assert sum(part.cut for part in cut.taken) == 6
+
+
+def test_values_to_drop_that_are_in_no_row(task):
+    rows = [{**r, "kind": "plot" if i == 0 else "review"} for i, r in enumerate(REVIEWS)]
+    with pytest.raises(InputError, match="task.drop: no row has 'plots' in the column 'kind'. Did you mean 'plot'"):
+        task(rows, BERT, decoder=False, drop={"kind": ["plots"]}, **CLASSES)
+    data = task(rows, BERT, decoder=False, drop={"kind": ["plot"]}, **CLASSES)
+    assert data.taken[0].dropped == {("kind", "plot"): 1} and "1 dropped (kind: plot)" in data.lines()[0]
+    held = [{"text": "c", "label": "good", "kind": "other"}]  # in one of the two is enough
+    assert task(rows, BERT, decoder=False, drop={"kind": ["other", "plot"]}, held=[*held, rows[2]], **CLASSES).taken[1].dropped
+
+
+def test_a_held_out_source_that_is_trained_on(task, tmp_path):
+    with pytest.raises(InputError, match="task.eval_source: .*rows.jsonl is trained on too"):
+        task(REVIEWS, BERT, decoder=False, eval_source=str(tmp_path / "." / "rows.jsonl"), **CLASSES)
+    data = task(REVIEWS, BERT, decoder=False, held=[REVIEWS[0], {"text": "c", "label": "bad"}], **CLASSES | {"eval_size": "all"})
+    assert data.taken[1].others == 1 and data.lines()[1].startswith("held-out: all 2 rows")
+    with pytest.raises(ValueError, match="needs 'eval_source'"):
+        task(REVIEWS, BERT, decoder=False, **CLASSES | {"eval_size": "all"})
+
+
+def test_labels_are_read_as_they_are_written(task):
+    rows = [{"text": f"a {i}", "label": ("01", "1", "2", "10")[i % 4]} for i in range(8)]
+    assert task(rows, BERT, decoder=False, **CLASSES).classes == ("01", "1", "2", "10")
+    rows = [{"text": f"a {i}", "label": i % 2 == 0} for i in range(8)]
+    assert task(rows, BERT, decoder=False, **CLASSES).classes == ("false", "true")
+
+
+def test_a_tokenizer_without_an_end_is_said(task):
+    bare = PreTrainedTokenizerFast(tokenizer_object=GPT.backend_tokenizer, unk_token="<unk>")
+    assert any("no EOS token" in line for line in task(PAIRS, bare, **REPLIES).lines())
+    assert not any("EOS" in line for line in task(PAIRS, GPT, **REPLIES).lines())
+
+
+def test_the_date_of_a_template_is_the_config_s(task):
+    tok = tokenizer()
+    tok.chat_template = "{{ strftime_now('%d') }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    rows = [{"m": [{"role": "user", "content": f"a {i}"}, {"role": "assistant", "content": "b"}]} for i in range(4)]
+    chats = {"kind": "causal_lm", "messages": "m", "eval_size": 1}
+    for config, day in (({}, 26), ({"date": "2025-01-11"}, 11)):
+        data = task(rows, tok, **chats, **config)
+        assert {t[0] for t, _ in everything(data)} == {WORDS.index(str(day))}
+        assert any("task.date" in line for line in data.lines())
+    with pytest.raises(ValueError, match="must be a day such as"):
+        task(rows, tok, **chats, date="today")

@@ -26,8 +26,8 @@ def state(value=1.0):
 def open_pack(tmp_path):
     opened, told = [], []
 
-    def make(members=("a", "b"), base="base", keep=2):
-        opened.append(PackCheckpoints(tmp_path / "pack", members, base, keep=keep, warn=told.append))
+    def make(members=("a", "b"), base="base", keep=2, **options):
+        opened.append(PackCheckpoints(tmp_path / "pack", members, base, keep=keep, warn=told.append, **options))
         return opened[-1]
 
     make.told, make.folder = told, tmp_path / "pack"
@@ -192,3 +192,11 @@ def test_another_order_of_the_data_is_refused(open_pack):
         facts.write_text(json.dumps({k: v for k, v in written.items() if k != "data_order"} | order))
         with pytest.raises(InputError, match="another order"):
             open_pack().restore(state())
+
+
+def test_a_checkpoint_of_another_order_of_the_examples_is_refused(open_pack):
+    pack = open_pack()
+    pack.save(1, state(), {})
+    pack.close()
+    with pytest.raises(InputError, match="another order"):
+        open_pack(order=3).restore(state())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -98,3 +100,21 @@ def test_adapters_are_checked_without_compiling(hub, tmp_path):
             check_adapters(setup, [with_values(config, changes)])
     after = {p: np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(module.nnx.state(setup.model))}
     assert before.keys() == after.keys() and all(np.array_equal(before[p], after[p]) for p in before)
+
+
+def test_what_a_run_presumes_of_model_and_data_is_checked_first(hub, tmp_path):
+    setup = Preparer(weights=False)(hub.config(tmp_path))
+    base, data = setup.base, setup.data
+    module.check_data(base, data)
+    for message, changed in {
+        "the tokenizer gives the token 5000": [np.array([2, 5000], np.int32)],
+        "examples of 500 tokens, but the model has 64 positions": [np.ones(500, np.int32)],
+    }.items():
+        train = dataclasses.replace(data.train, tokens=changed)
+        with pytest.raises(InputError, match=message):
+            module.check_data(base, dataclasses.replace(data, train=train))
+    pairs = dataclasses.replace(data.train, types=[np.full(len(t), 2, np.int32) for t in data.train.tokens])
+    with pytest.raises(InputError, match="marks texts of a pair as 0 to 2, and the model has 2 types"):
+        module.check_data(base, dataclasses.replace(data, train=pairs))
+    with pytest.raises(InputError, match="task.labels: 2 classes; the model's head has 3"):
+        module.check_data(base, data, ("a", "b", "c"))

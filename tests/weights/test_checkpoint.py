@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, InputWarning
 from lora_jax.weights.checkpoint import slice_bounds
 from lora_jax.weights.load import open_checkpoint
 from lora_jax.weights.safetensors import DTYPES, Tensor, write_checkpoint, write_safetensors
@@ -145,6 +145,12 @@ def test_index_with_a_missing_shard_or_tensor(sharded):
         index.write_text(text)
         with pytest.raises(InputError, match=r"no 'weight_map'"):
             open_checkpoint(sharded)
+
+
+def test_tensors_that_an_index_does_not_name_are_said(sharded):
+    spoil(sharded / "model.safetensors.index.json", "weight_map", lambda m: m.pop("ids"))
+    with pytest.warns(InputWarning, match=r"hold 1 tensors that it does not name, and that are not read: ids\."):
+        assert "ids" not in open_checkpoint(sharded).names()
 
 
 def test_every_truncation_is_found(folder):

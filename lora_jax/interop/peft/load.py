@@ -52,6 +52,7 @@ class _Plan:
         copies: the same, of weights that a file may hold and need not: PEFT adds the embeddings where one is adapted.
         saved: our names of the modules that are saved.
         idle: keys that PEFT writes beside these and that change nothing (`bias: all` copies a saved module's bias).
+        spare: further ones, of saved embeddings and projections (`save_embedding_layers`), which are not written again.
     """
 
     sites: list[_Site]
@@ -59,6 +60,7 @@ class _Plan:
     copies: dict[str, Parameter]
     saved: set[str]
     idle: set[str]
+    spare: set[str]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Key -> shape of all that must be there."""
@@ -89,7 +91,8 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
     base = copy_of(model)
     names = _names(base, config, file)
     plan = _plan(names, config, file)
-    arrays = {key: _read(file, key) for key in file.names() if key not in plan.idle}
+    arrays = {key: _read(file, key) for key in file.names() if key not in plan.idle | plan.spare}
+    _check_spare(plan, file, arrays)
     for key, parameter in (plan.values | plan.copies).items():
         if key in arrays:
             parameter.write(arrays[key])
@@ -145,7 +148,7 @@ def _names(base: nnx.Module, config: PeftConfig, file: Checkpoint) -> PeftNames:
 
 
 def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
-    plan = _Plan([], {}, {}, set(), set())
+    plan = _Plan([], {}, {}, set(), set(), set())
     chosen = {name: m for name, m in names.modules.items() if config.adapts(name, linear=m.linear, parameter=m.parameter)}
     for module in chosen.values():
         plan.sites.append(_Site(module, *config.size(module.name), *factor_keys(module, chosen)))
@@ -165,15 +168,31 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
         if config.saves_part_of(module):
             plan.values[ROOT + name] = parameter
             plan.saved.add(parameter.module)
+            wrapped = {f"{ROOT}{module}.{wrapper}.{kind}" for wrapper in ("modules_to_save", "original_module")}
             if config.bias == "all" and kind == "bias":
-                plan.idle |= {f"{ROOT}{module}.{wrapped}.bias" for wrapped in ("modules_to_save", "original_module")}
+                plan.idle |= wrapped
+            elif _is_vocabulary(parameter):
+                plan.spare |= wrapped
         elif kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and module in adapted)):
             plan.values[inner] = parameter
-        elif parameter.module.rsplit(".", 1)[-1] in ("embed", "lm_head"):
+        elif _is_vocabulary(parameter):
             plan.copies[inner] = parameter
     _check_whole(plan, names, file)
     _check(plan, file)
     return plan
+
+
+def _is_vocabulary(parameter: Parameter) -> bool:
+    """Whether it is of the embedding or of the projection to the vocabulary, of which PEFT's files may hold copies."""
+    return parameter.module.rsplit(".", 1)[-1] in ("embed", "lm_head")
+
+
+def _check_spare(plan: _Plan, file: Checkpoint, arrays: dict[str, np.ndarray]) -> None:
+    """`InputError` where a file holds a saved weight twice, and not the same numbers."""
+    for key in sorted(plan.spare & set(file.names())):
+        saved = key.replace(".modules_to_save.", ".")
+        if saved != key and not np.array_equal(_read(file, key), arrays[saved]):
+            raise InputError(f"{file.path}: '{key}' and '{saved}' are one weight in PEFT, and hold other numbers here.")
 
 
 def _check_whole(plan: _Plan, names: PeftNames, file: Checkpoint) -> None:
@@ -196,7 +215,7 @@ def _suggest(config: PeftConfig, names: PeftNames) -> str:
 def _check(plan: _Plan, file: Checkpoint) -> None:
     """`InputError` unless the file holds what the plan wants, in these shapes, and nothing else."""
     wanted, there = plan.shapes(), set(file.names())
-    known = wanted.keys() | plan.copies.keys() | plan.idle
+    known = wanted.keys() | plan.copies.keys() | plan.idle | plan.spare
     for what, keys in (("missing", wanted.keys() - there), ("too many for this config and model", there - known)):
         if keys:
             some = sorted(keys)

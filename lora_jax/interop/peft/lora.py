@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from pydantic import ValidationError
 
 from ...adapters.methods.base import AdaptedSite
 from ...adapters.methods.lora import LoraSection
 from ...adapters.sites import KINDS, PRESETS
-from ...errors import InputError
-from .config import DEFAULTS, PeftConfig
+from ...errors import InputError, hint, warn
+from .config import DEFAULTS, KNOWN, PeftConfig
 from .names import ROOT, Module
 
 _PRESETS = (*PRESETS, *KINDS)
@@ -55,6 +56,47 @@ def section_of(peft: PeftConfig) -> LoraSection:
         "modules_to_save": list(peft.saved),
     }
     return LoraSection(**values)
+
+
+# PEFT's word -> ours, of what can be said in both.
+_PEFT_WORDS = {
+    "r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "exclude_modules": "exclude", "lora_dropout": "dropout",
+    "use_rslora": "rslora", "layers_to_transform": "layers",
+}  # fmt: skip
+
+
+def in_our_words(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's values with PEFT's words for ours.
+
+    Raises:
+        InputError: a key is given in both words, or PEFT knows it and `LoraConfig` does not.
+    """
+    found = {}
+    for key, value in values.items():
+        own = _PEFT_WORDS.get(key, key)
+        if own in found or (own != key and own in values):
+            raise InputError(f"LoraConfig: '{own}' is given twice: {key} is PEFT's word for it.")
+        if own == key and key not in LoraSection.model_fields:
+            if key in KNOWN:
+                raise InputError(
+                    f"LoraConfig: '{key}' is an option of PEFT's that this one does not have. LoraConfig.from_peft reads PEFT's files, "
+                    f"notes and all. Keys: {', '.join(LoraSection.model_fields)}."
+                )
+            raise InputError(f"LoraConfig: there is no key '{key}'. {hint(key, [*LoraSection.model_fields, *_PEFT_WORDS])}".rstrip())
+        found[own] = sorted(value) if own in ("targets", "exclude") and isinstance(value, set) else value
+    said = [key for key in values if key in _PEFT_WORDS]
+    if said and "alpha" not in found:
+        default = LoraSection.model_fields["alpha"].default
+        warn(f"LoraConfig: alpha is {default:g} where lora_alpha is not given; PEFT's default is {DEFAULTS['lora_alpha']}.")
+    return found
+
+
+def wrong_values(error: ValidationError) -> InputError:
+    """What a section's values have wrong, in a line each."""
+    lines = [
+        f"LoraConfig: '{'.'.join(map(str, e['loc']))}': {e['msg']}, not {str(e['input'])[:60]!r}." for e in error.errors(include_url=False)
+    ]
+    return InputError("\n".join(lines))
 
 
 def section_of_record(text: str) -> LoraSection | None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ...adapters.methods.base import is_base
 from ...adapters.sites import HEADS, Path, Site, find_sites, logical_name, names_of
 from ...models.decoder import Decoder
 from ...models.encoder import Encoder
@@ -156,7 +157,7 @@ class PeftNames:
 
     def _parameters(self, model: nnx.Module) -> Iterable[Parameter]:
         for path, variable in nnx.iter_graph(model):
-            if not isinstance(variable, nnx.Param) or path[-1] not in _KINDS:
+            if not is_base(variable) or path[-1] not in _KINDS:
                 continue
             weight = self._weight(path)
             for layer in weight.layers(variable.shape[0]):

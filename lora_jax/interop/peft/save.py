@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, ValidationError
 
 from ...adapters.inject import LABEL, inject, recall, site_modules
-from ...adapters.merge import strip
+from ...adapters.merge import strip, unmerge
 from ...adapters.methods.lora import LoraSection
 from ...config.doors import EXPORTERS
 from ...config.patterns import Patterns
@@ -31,7 +31,7 @@ from ...weights.safetensors import Tensor, write_safetensors
 from ..card import model_card, public_name, write_card
 from ..export import Exporter, ExportOptions, kind_of
 from .config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, PeftConfig, read_peft_config, to_json
-from .lora import Factors, alpha_of, config_values, factor_keys, plain, section_of, section_of_record, to_file
+from .lora import Factors, alpha_of, config_values, factor_keys, in_our_words, plain, section_of, section_of_record, to_file, wrong_values
 from .names import PROJECTION, ROOT, Module, Parameter, PeftNames, Renaming
 
 
@@ -104,7 +104,7 @@ def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, c
     Raises:
         InputError: the model has no low-rank adapter, or `path` is not empty.
     """
-    adapter = _Adapter(model)
+    adapter = _Adapter(unmerge(model))
     with new_folder(Path(path)) as folder:
         _write(adapter, folder, base)
         write_card(folder, card)
@@ -122,7 +122,10 @@ def _write(adapter: _Adapter, folder: Path, base: str | None) -> None:
 
 
 class LoraConfig(LoraSection):
-    """LoRA's config section, which reads and writes PEFT's config.
+    """LoRA's config section, which reads and writes PEFT's config. PEFT's words (`r`, `lora_alpha`, `target_modules`, ...) are taken too.
+
+    Raises:
+        InputError: there is no such key, or a value will not do.
 
     >>> config = LoraConfig(rank=4, alpha=8, targets=["q_proj"])
     >>> config.to_peft()["lora_alpha"], config.to_peft()["target_modules"]
@@ -131,6 +134,12 @@ class LoraConfig(LoraSection):
 
     # The file that it was read from: what has no key here (task_type, revision, ...) is written again.
     _peft: dict[str, Any] | None = PrivateAttr(None)
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**in_our_words(values))
+        except ValidationError as error:
+            raise wrong_values(error) from None
 
     @classmethod
     def from_peft(cls, path: str | Path) -> LoraConfig:
@@ -310,8 +319,9 @@ def _source(adapter: _Adapter) -> dict[str, Any]:
     base: Any = next((m for _, m in nnx.iter_modules(adapter.model) if getattr(m, "origin", None) is not None), None)
     if base is None:
         return {"base_model_name_or_path": None}
-    name, _, revision = base.origin.source.removeprefix("hf://").partition("@" if base.origin.source.startswith("hf://") else "\0")
-    return {"base_model_name_or_path": name} | ({"revision": revision} if revision else {})
+    source = base.origin.source
+    revision = source.partition("@")[2] if source.startswith("hf://") else ""
+    return {"base_model_name_or_path": public_name(source)} | ({"revision": revision} if revision else {})
 
 
 # The tensors
@@ -371,7 +381,7 @@ class PeftExporter(Exporter):
             "from peft import PeftModel",
             f"from transformers import {auto}",
             "",
-            f'base = {auto}.from_pretrained("{base}"{labels})',
+            f"base = {auto}.from_pretrained({json.dumps(base)}{labels})",
             'model = PeftModel.from_pretrained(base, "PATH")',
         ]
         summary = "A low-rank adapter for `{base}`, in PEFT's format."

@@ -194,7 +194,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lea
     value = config.get(key)
     if value is None:
         value = required(config, key) if default is None else default
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
         raise InputError(f"config.json: {key} = {value!r} should be a whole number, {least} or more.")
     return value
 

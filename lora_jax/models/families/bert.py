@@ -65,7 +65,7 @@ def weights_of(config: EncoderConfig) -> dict[str, Weight]:
 
 def _roberta_config(hf: Mapping[str, Any], dtype: Any) -> EncoderConfig:
     only(hf, "is_decoder", False)
-    return config_of(hf, dtype, padding_idx=1 if hf.get("pad_token_id") is None else hf["pad_token_id"])
+    return config_of(hf, dtype, padding_idx=size(hf, "pad_token_id", 1, least=0))
 
 
 def _roberta_heads(_: Mapping[str, Any]) -> dict[str, Head]:
