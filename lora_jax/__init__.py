@@ -50,7 +50,7 @@ _NAMES = {
     "LoraConfig": "interop.peft.save",
     "RunError": "errors",
     "describe": "adapters.describe",
-    "fit": "sweeps.api",
+    "fit": "sweeps.run",
     "generate": "generation.generate",
     "inject": "adapters.inject",
     "load_config": "config.load",
@@ -66,7 +66,7 @@ _NAMES = {
     "register_transform": "config.doors",
     "save_peft": "interop.peft.save",
     "save_pretrained": "interop.hf",
-    "sweep": "sweeps.api",
+    "sweep": "sweeps.run",
     "unmerge": "adapters.merge",
     "with_rows": "adapters.mixed",
 }

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import warnings
 from collections.abc import Iterable
 
@@ -46,7 +47,17 @@ def warn(text: str) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a failure was for want of memory, found by us or by the device."""
-    return isinstance(error, (OutOfMemory, MemoryError)) or "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, (OutOfMemory, MemoryError)) or ("RESOURCE_EXHAUSTED" in str(error) and not is_disk_full(error))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a failure was for want of room on a disk; TensorStore says so in a ValueError, as `RESOURCE_EXHAUSTED`.
+
+    >>> is_disk_full(ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device"))
+    True
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(words in str(error) for words in ("No space left on device", "Disk quota exceeded", "ENOSPC"))
 
 
 def nearest(word: str, choices: Iterable[str], *, count: int = 3) -> list[str]:

@@ -177,8 +177,11 @@ def rates_of(rows: Sequence[Row]) -> list[float]:
     return sorted({float(row.settings[LEARNING_RATE]) for row in rows if LEARNING_RATE in row.settings})
 
 
-def _best(rows: Sequence[Row], metric: Evaluator) -> Row | None:
-    return best_of([row for row in rows if not row.unfinished], lambda row: row.final.mean, metric)
+def _best(rows: Sequence[Row], metric: Evaluator, *, partial: bool = False) -> Row | None:
+    """The row with the best mean; of equals the one that trains the fewest parameters, whatever order the rows are in."""
+    whole = [row for row in rows if partial or not row.unfinished]
+    whole.sort(key=lambda row: (row.parameters, row.run, _key(row.settings)))
+    return best_of(whole, lambda row: row.final.mean, metric)
 
 
 def _key(settings: Mapping[str, Any], *without: str) -> str:
@@ -235,6 +238,9 @@ def footnotes(results: Sequence[MemberResult], rows: Sequence[Row]) -> list[str]
     elif len(rows) > 1:
         more = f"{SEED} was swept, but no setting finished with two seeds" if SEED in keys else f"One seed: sweep {SEED}"
         notes.append(f"{more} to see which differences are more than chance; of a single seed there is no interval.")
+    best = next((row for row in rows if row.is_best), None)
+    if best is not None and (equal := sum(row.final.mean == best.final.mean and not row.unfinished for row in rows)) > 1:
+        notes.append(f"{equal} settings are equally good; the one that trains the fewest parameters is marked as best.")
     if any(row.unfinished for row in rows):
         notes.append(
             "Settings of which a seed diverged, failed or was stopped by halving cannot be best; figures are over the other seeds."
@@ -265,19 +271,30 @@ def rate_notes(chosen: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def best_result(results: Sequence[MemberResult]) -> tuple[MemberResult, Evaluator, float]:
-    """The best of some finished members by their primary metric, at its best step; the metric, and the value. Of equals the first.
+def best_result(results: Sequence[MemberResult]) -> tuple[MemberResult, str]:
+    """The best member, and why: of the setting that tables mark as best, the one whose figure is the median of its seeds.
+
+    So the luckiest seed of a worse setting is not taken for better. Where no setting has finished with all its seeds, the best of what did.
 
     Raises:
-        InputError: they have no metric in common.
+        InputError: no member has finished, or they have no metric in common.
     """
     metric = primary_metric(results)
-
-    def value(result: MemberResult) -> float:
-        return (result.best or result.final).get(metric.name, math.nan)
-
-    best = best_of(results, value, metric) or results[0]
-    return best, metric, value(best)
+    rows = rows_of(results, metric)
+    whole = [row for row in rows if not row.unfinished]
+    row = _best(whole or rows, metric, partial=not whole)
+    if row is None:
+        row = next(row for row in rows if any(m.status == "finished" for m in row.members))
+    finished = [m for m in row.members if m.status == "finished"]
+    ranked = sorted(finished, key=lambda m: (metric.sign * m.final.get(metric.name, math.nan), m.name))
+    member = ranked[(len(ranked) - 1) // 2]
+    equal = sum(other.final.mean == row.final.mean for other in (whole or rows))
+    tie = f", with the fewest parameters of {equal} equal ones" if equal > 1 else ""
+    value = metric.format(member.final.get(metric.name, math.nan))
+    if len(row.members) == 1:
+        return member, f"best of {len(rows)} by {metric.heading}: {value}{tie}"
+    mean = f"{metric.format(row.final.mean)} over {len(finished)} seeds"
+    return member, f"best setting of {len(rows)} by mean {metric.heading}: {mean}{tie}; its median member: {value}"
 
 
 def choose_member(path: Path, name: str | None) -> tuple[Path, Member, str]:
@@ -301,11 +318,10 @@ def choose_member(path: Path, name: str | None) -> tuple[Path, Member, str]:
     if len(members) == 1:
         return run, members[0], ""
     known = {m.name for m in members}
-    finished = [r for r in read_run(run) if r.name in known and r.status == "finished"]
-    if not finished:
+    results = [r for r in read_run(run) if r.name in known]
+    if not any(r.status == "finished" for r in results):
         raise InputError(f"{run}: no member has finished yet; name one with --member to take what is saved of it.")
-    best, metric, value = best_result(finished)
-    reason = f"best of {len(finished)} by {metric.heading}: {metric.format(value)}"
+    best, reason = best_result(results)
     return run, named_member(members, best.name, str(run)), reason
 
 

@@ -129,7 +129,8 @@ def _about(config_yaml: str) -> str:
     sections = {key: value for key, value in config.items() if isinstance(value, dict)} if isinstance(config, dict) else {}
     model, task, training = (sections.get(key, {}) for key in ("model", "task", "training"))
     length = next((f"{training[key]:g} {key}" for key in ("steps", "epochs") if training.get(key)), "")
-    length += f" and {extra:,} more steps" if isinstance(extra := training.get("extend_steps"), int) and extra else ""
+    if length and isinstance(more := training.get("extend_steps"), int) and more:
+        length = f"{training['steps'] + more:g} steps" if training.get("steps") else f"{length} and {more:g} steps"
     tail = [str(part.get("source", "")).rstrip("/").split("/")[-1] for part in (model, task)]
     return ", ".join(text for text in (tail[0], str(task.get("kind", "")).replace("_", " "), tail[1], length) if text)
 

@@ -117,7 +117,7 @@ def examples_command(path: Path, overrides: list[str], count: int) -> None:
         console.print(shown)
         if not task.next_token and data.classes is not None:
             places = np.flatnonzero(learned).tolist()
-            named = [f"{tokenizer.decode([int(ids[p])]).strip()} -> {data.classes[int(targets[p])]}" for p in places]
+            named = [f"{str(tokenizer.decode([int(ids[p])])).strip()} -> {data.classes[int(targets[p])]}" for p in places]
             console.print("  to predict: " + ", ".join(named), markup=False)
 
 

@@ -135,10 +135,12 @@ def run_and_report(
     outcome = run_sweep(config, solo=solo, fresh=fresh, many=many, part=share, retry=retry, progress=progress)
     if not is_writer():
         return
+    failures = failures_message(outcome.results)
     try:
-        _report(config, outcome, share, progress)
+        if failures is None or any(result.final for result in outcome.results):
+            _report(config, outcome, share, progress)
     finally:  # members that failed are what the exit code tells, though nobody reads the tables
-        if (failures := failures_message(outcome.results)) is not None:
+        if failures is not None:
             raise RunError(failures)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -46,6 +46,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     data = apply_overrides(data, overrides, origins)
     data = _located(data, FilePath(file).parent, origins)
     config = _validated(data, file, origins)
+    _check_not_swept(config, _keys_set(overrides), file)
     found = _sweep_problems(config)
     if found:
         raise InputError(report(found, file, origins))
@@ -123,25 +124,64 @@ def _located(data: dict[str, Any], folder: FilePath, origins: Mapping[Path, str]
     return {k: walk(v, (k,), k) if isinstance(k, str) else v for k, v in data.items()}
 
 
-def with_values(config: Config, values: Mapping[str, Any], *, where: str = "sweep.grid") -> Config:
+def with_values(
+    config: Config, values: Mapping[str, Any], *, where: str = "sweep.grid", sections: Mapping[str, Any] | None = None
+) -> Config:
     """A copy of `config` with the values set, checked as a whole again.
 
     Args:
         config: a valid config.
         values: dotted key -> value.
         where: what the values come from, for messages.
+        sections: whole sections in place of the config's. Where they are given the values are a user's own, and none of a swept key.
 
     Raises:
-        InputError: a key does not exist, or the config with these values is not valid.
+        InputError: a key does not exist, the config with these values is not valid, or a value is of a key that is swept.
     """
-    data = config.model_dump()
+    data = config.model_dump() | dict(sections or {})
     for key, value in values.items():
         try:
             path = split_key(key)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         _set(data, path, value, where)
-    return _validated(_of_its_kind(data, config, [".".join(split_key(key)) for key in values]), where, {})
+    changed = _validated(_of_its_kind(data, config, [".".join(split_key(key)) for key in values]), where, {})
+    if sections is not None:
+        _check_not_swept(changed, list(values), where)
+        if sections and (found := _sweep_problems(changed)):
+            raise InputError(report(found, where, {}))
+    return changed
+
+
+def _keys_set(overrides: list[str] | tuple[str, ...]) -> list[str]:
+    """The dotted keys that overrides set, those inside of sections too."""
+    found: list[str] = []
+    for override in overrides:
+        key, _, text = override.partition("=")
+        try:
+            value = parse(text, "")[0]
+        except InputError:
+            value = text
+        found += [key.strip(), *(f"{key.strip()}.{inner}" for inner in value)] if isinstance(value, dict) else [key.strip()]
+    return found
+
+
+def _check_not_swept(config: Config, keys: Sequence[str], where: str) -> None:
+    """Refuses values of keys that every member of the sweep has a value of its own for: nothing would come of them."""
+    sweep = config.sweep
+    if sweep is None:
+        return
+    combined = {*sweep.grid, *sweep.zip, *(sweep.random.keys if sweep.random else ())}
+    spaces = ([combined] if combined or not sweep.members else []) + [set(member) for member in sweep.members]
+    fixed = set.intersection(*spaces) | ({"training.seed"} if isinstance(sweep.seeds, list) else set())
+    if (ignored := next((key for key in keys if key in fixed), None)) is None:
+        return
+    place = next((f"sweep.{part}" for part in ("grid", "zip") if ignored in getattr(sweep, part)), "sweep.seeds")
+    place = place if ignored in combined or ignored == "training.seed" else "sweep.members"
+    place = "sweep.random.keys" if sweep.random is not None and ignored in sweep.random.keys else place
+    instead = "training.seed=... with sweep.seeds=2" if place == "sweep.seeds" else f"{place}.{ignored}=[...]"
+    advice = f"Set {'' if place == 'sweep.members' else instead + ', or '}sweep=null for a single adapter."
+    raise InputError(f"{where}: '{ignored}' is set, and {place} gives each member its own: the value would have no effect. {advice}")
 
 
 def _of_its_kind(data: dict[str, Any], before: Config, given: list[str]) -> dict[str, Any]:

@@ -289,7 +289,8 @@ def expected(schema: Mapping[str, Any]) -> str:
     if kind == "array":
         return "a list of " + _several(schema.get("items", {}))
     if kind == "object":
-        return "a mapping of names to " + _several(schema.get("additionalProperties", {}))
+        values = schema.get("additionalProperties", {})
+        return "a mapping of names to " + _several(values if isinstance(values, dict) else {})  # `true`: whatever one likes
     single = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
     return single.get(str(kind), "a value") + _range(schema)
 

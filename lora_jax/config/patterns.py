@@ -106,7 +106,7 @@ def parse_layers(layers: int | str | list[int], depth: int) -> set[int]:
         if match := re.fullmatch(r"(first|last):(\d+)", part):
             count = int(match[2])
             if not 0 < count <= depth:
-                raise InputError(f"adapter.layers: '{part}' of {depth} layers.")
+                raise InputError(f"adapter.layers: '{part}' asks for {count} layers, but the model has {depth}.")
             found |= set(range(count)) if match[1] == "first" else set(range(depth - count, depth))
         elif match := re.fullmatch(r"(\d+)-(\d+)", part):
             first, last = (_layer(int(end), depth) for end in match.groups())

@@ -9,7 +9,20 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS, OneOf
 from .patterns import what_is_wrong
-from .types import Bytes, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Rank, Section
+from .types import (
+    Bytes,
+    DataSeed,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Points,
+    PositiveFloat,
+    PositiveInt,
+    Rank,
+    Section,
+    Seed,
+    Steps,
+)
 
 
 class Distribution(Section):
@@ -36,8 +49,8 @@ class Distribution(Section):
 
 
 class RandomConfig(Section):
-    count: PositiveInt = Field(description="Number of points to draw. Raising it keeps the earlier points.")
-    seed: NonNegativeInt = Field(default=0, description="Seed of the draws.")
+    count: Points = Field(description="Number of points to draw. Raising it keeps the earlier points.")
+    seed: DataSeed = Field(default=0, description="Seed of the draws.")
     keys: dict[str, Distribution] = Field(description="Dotted config key -> {uniform: [a, b]}, {log_uniform: [a, b]} or {choice: [...]}.")
 
 
@@ -47,7 +60,7 @@ class HalvingConfig(Section):
         description="The held-out metric of the task that ranks members at a rung. Default: the task's primary metric.",
     )
     factor: Annotated[float, Field(gt=1)] = Field(default=2.0, description="At each rung, one in `factor` members continues.")
-    rungs: PositiveInt | list[PositiveInt] = Field(
+    rungs: Annotated[int, Field(gt=0, le=100)] | list[Steps] = Field(
         description="Number of rungs, the last at 1 / factor of the steps and each at 1 / factor of the next; or a list of steps."
     )
 
@@ -68,7 +81,7 @@ class SweepConfig(Section):
     members: list[dict[str, Any]] = Field(
         default_factory=list, description="Single members, each a mapping of dotted config keys to values."
     )
-    seeds: PositiveInt | list[NonNegativeInt] | None = Field(
+    seeds: Points | list[Seed] | None = Field(
         default=None, description="Repeat each point with several values of training.seed: a number of seeds, or a list."
     )
     where: str | None = Field(
@@ -192,8 +205,8 @@ class TaskConfig(Section):
         default=500, description="Number of held-out rows (with `eval_source`: the number of its rows that are used, or `all`)."
     )
     train_size: PositiveInt | None = Field(default=None, description="Number of training rows to use, after shuffling. Default: all.")
-    split_seed: NonNegativeInt = Field(default=0, description="Seed of the train / held-out split.")
-    max_length: PositiveInt = Field(default=128, description="Maximal number of tokens of an example; longer ones are truncated.")
+    split_seed: DataSeed = Field(default=0, description="Seed of the train / held-out split.")
+    max_length: Steps = Field(default=128, description="Maximal number of tokens of an example; longer ones are truncated.")
     drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to exclude: column -> values.")
 
     @model_validator(mode="after")
@@ -266,17 +279,19 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: PositiveInt | None = Field(default=None, description="Number of optimizer steps. Give either steps or epochs.")
-    epochs: PositiveFloat | None = Field(default=None, description="Passes over the training rows. Give either steps or epochs.")
-    batch_size: PositiveInt = Field(default=32, description="Examples per optimizer step.")
+    steps: Steps | None = Field(default=None, description="Number of optimizer steps. Give either steps or epochs.")
+    epochs: Annotated[PositiveFloat, Field(le=1e6)] | None = Field(
+        default=None, description="Passes over the training rows. Give either steps or epochs."
+    )
+    batch_size: Steps = Field(default=32, description="Examples per optimizer step.")
     accumulate: PositiveInt = Field(
         default=1, description="Micro-batches per optimizer step (gradient accumulation); must divide batch_size."
     )
     batching: Literal["packed", "padded"] = Field(
         default="packed", description="packed: several examples per row, separated by segment ids. padded: one example per row."
     )
-    seed: NonNegativeInt = Field(default=0, description="Seed of the factors, the head and dropout. Members may differ in it.")
-    data_seed: NonNegativeInt = Field(
+    seed: Seed = Field(default=0, description="Seed of the factors, the head and dropout. Members may differ in it.")
+    data_seed: DataSeed = Field(
         default=0, description="Seed of the order of the training rows and of the base's dropout. Shared by all members of a pack."
     )
     pack: Literal["auto", "vmap", "scan", "chunk"] = Field(
@@ -303,7 +318,7 @@ class TrainingConfig(Section):
     trunk_disk_gb: NonNegativeFloat = Field(
         default=20.0, description="Most that files of trunk caches take below tracking.dir; those used longest ago are removed. 0: none."
     )
-    extend_steps: NonNegativeInt = Field(
+    extend_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         default=0, description="Additional optimizer steps after 'steps' or 'epochs'. Raise it to extend a finished run."
     )
 
@@ -357,7 +372,7 @@ class Config(Section):
     # Methods and tasks bring their sections when the first config is read; more can be registered later.
     model_config = ConfigDict(defer_build=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")]
+    name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")]
     model: ModelConfig
     task: Annotated[TaskConfig, OneOf(TASKS, "kind")]
     adapter: Annotated[AdapterConfig, OneOf(METHODS, "method", "lora")] = Field(default_factory=dict, validate_default=True)

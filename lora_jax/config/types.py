@@ -52,6 +52,12 @@ def _possible_rank(rank: int) -> int:
 
 Rank = Annotated[PositiveInt, AfterValidator(_possible_rank)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+# What NumPy, JAX and the run's files can hold: beyond it a value would overflow where nobody looks for it.
+Steps = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+DataSeed = Annotated[int, Field(ge=0, lt=2**63)]
+# More than anybody means, and what is built at once from them still fits.
+Points = Annotated[int, Field(gt=0, le=1_000_000)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

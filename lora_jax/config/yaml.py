@@ -19,6 +19,7 @@ from ..errors import InputError
 
 Path = tuple[str | int, ...]
 _MOST_NODES = 100_000
+_MOST_CHARACTERS = 4_000_000
 
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
@@ -27,10 +28,21 @@ _FLOAT = re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]
 _NUMBER_STARTS = list("-+.0123456789")
 
 
+_TOO_MANY = f"holds more than {_MOST_NODES:,} values (aliases unfolded); a config is smaller."
+
+
 class _Loader(yaml.SafeLoader):
     """The safe loader with the core rules; PyYAML's own resolvers (YAML 1.1) are dropped."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's class-level table, replaced and not shared)
+    nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # Here, and not when all is built: a long list takes a hundred times its size.
+        self.nodes += 1
+        if self.nodes > _MOST_NODES:
+            raise InputError(_TOO_MANY)
+        return super().compose_node(parent, index)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
@@ -74,6 +86,8 @@ def parse(text: str, where: str) -> tuple[Any, dict[Path, int]]:
     >>> parse("adapter:\\n  rank: 8", "x.yaml")
     ({'adapter': {'rank': 8}}, {('adapter',): 1, ('adapter', 'rank'): 2})
     """
+    if len(text) > _MOST_CHARACTERS:
+        raise InputError(f"{where}: holds {len(text):,} characters; a config has at most {_MOST_CHARACTERS:,}.")
     try:
         loader = _Loader(text)
         try:
@@ -91,7 +105,7 @@ def parse(text: str, where: str) -> tuple[Any, dict[Path, int]]:
         raise InputError(f"{where}: broken YAML: the character #x{error.character:04x} is not allowed.") from None
     except (RecursionError, ValueError) as error:
         if isinstance(error, InputError):
-            raise
+            raise (InputError(f"{where}: {_TOO_MANY}") if str(error) == _TOO_MANY else error) from None
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InputError(f"{where}: broken YAML: {what}.") from None
 
@@ -122,7 +136,7 @@ def _inspect(root: yaml.Node, path: Path, lines: dict[Path, int], where: str) ->
         nonlocal count
         count += 1
         if count > _MOST_NODES:
-            raise InputError(f"{where}: holds more than {_MOST_NODES} values (aliases unfolded); a config is smaller.")
+            raise InputError(f"{where}: {_TOO_MANY}")
         if id(node) in open_nodes:
             raise InputError(f"{where}, line {node.start_mark.line + 1}: an alias refers to a node that contains it.")
         open_nodes.add(id(node))

@@ -116,6 +116,10 @@ class Pack:
         """Gives the pack other programs, yet to be compiled, that run its members in another way."""
         self.programs = self.programs.in_mode(mode)
 
+    def release(self) -> None:
+        """Lets go of its programs, which take much memory; where they are wanted again they are compiled again."""
+        self.use_mode(self.programs.mode)
+
     def windows(self, model: nnx.Module, index: int) -> dict[str, Window]:
         """Where a member's own part lies in each trainable array, (members, ...) without the first axis; None where it has none.
 
@@ -138,6 +142,17 @@ class Pack:
         """One member's trainable arrays in the shapes it has alone, on the host."""
         windows = self.windows(model, index)
         return {name: to_host(array[index])[window] for name, array in trainable.items() if (window := windows[name]) is not None}
+
+    def with_member_arrays(self, model: nnx.Module, index: int, arrays: Arrays) -> Arrays:
+        """The trainable arrays as they are, (members, ...), with one member's own part from arrays in the shapes it has alone."""
+        windows = self.windows(model, index)
+        found: Arrays = {}
+        for name, array in self.state.trainable.items():
+            rows = np.array(to_host(array))
+            if (window := windows[name]) is not None:
+                rows[index][window] = arrays[name]
+            found[name] = jax.device_put(rows, array.sharding)
+        return found
 
     def parameter_count(self, index: int) -> int:
         """How many numbers one member trains, its padding not counted."""

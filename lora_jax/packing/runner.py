@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..config.schema import Config
-from ..errors import InputError, OutOfMemory, Stopped, is_out_of_memory
+from ..errors import InputError, OutOfMemory, Stopped, is_disk_full, is_out_of_memory
 from ..parallel.processes import StopSignals, is_writer, process_count
 from ..tracking import Progress, RunDirectory
 from ..tracking.state import Split
@@ -89,6 +88,7 @@ class PackRun:
         """
         members = self.plan.members
         config = members[0].config
+        self.signals.check()
         pack = self.build()
         counts = [pack.parameter_count(i) for i in range(len(members))]
         known: PackPrograms | None = self.setup.programs.find(pack.program_key)
@@ -107,23 +107,26 @@ class PackRun:
         check_fits(pack, self.setup, prefix)
         counted = _counts(prefix)
         recorder = Recorder(self.run, members, counts, self.setup, self.progress, self.title)
-        with recorder, contextlib.closing(self.checkpoints()) as checkpoints:
-            self.signals.training = True
-            outcome = train_pack(
-                pack,
-                self.setup,
-                eval_every=config.training.eval_every,
-                log_every=config.tracking.log_every,
-                listener=recorder,
-                checkpoints=checkpoints,
-                checkpoint_every=config.tracking.checkpoint_every,
-                stop=self.signals.asked,
-                trace=StepTrace(self.run.path / "profile", config.tracking.profile),
-                until=until,
-                start=None if start is None else lambda: start(pack),
-                prefix=prefix,
-            )
-            self.signals.training = False
+        try:
+            with recorder, contextlib.closing(self.checkpoints()) as checkpoints:
+                self.signals.check()
+                self.signals.training = True
+                outcome = train_pack(
+                    pack,
+                    self.setup,
+                    eval_every=config.training.eval_every,
+                    log_every=config.tracking.log_every,
+                    listener=recorder,
+                    checkpoints=checkpoints,
+                    checkpoint_every=config.tracking.checkpoint_every,
+                    stop=self.signals.asked,
+                    trace=StepTrace(self.run.path / "profile", config.tracking.profile),
+                    until=until,
+                    start=None if start is None else lambda: start(pack),
+                    prefix=prefix,
+                )
+        finally:
+            self.signals.training = False  # whatever came of it: until the next pack trains, a signal has nothing to wait for
         if prefix is not None and prefix.stores is not None:
             hits, misses = (a - b for a, b in zip(_counts(prefix), counted, strict=True))
             self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches began from the trunk cache")
@@ -213,8 +216,7 @@ def is_of_the_pack(error: Exception) -> bool:
 
     Of several processes that train together the others are in the middle of the pack's step: there every failure ends the run.
     """
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return not (isinstance(error, (InputError, Stopped)) or full or process_count() > 1)
+    return not (isinstance(error, (InputError, Stopped)) or is_disk_full(error) or process_count() > 1)
 
 
 def train_split(
@@ -248,6 +250,7 @@ def train_split(
     try:
         trained, why = run.train(until=until, start=_start(plan, make, splits, start)), ""
     except Exception as error:
+        run.signals.check(error)
         # A limit is met in all processes alike; a device's own refusal is met in one of them, while the others wait for it.
         short = is_out_of_memory(error) and (process_count() == 1 or isinstance(error, OutOfMemory))
         if short and len(plan.members) == 1:

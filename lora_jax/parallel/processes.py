@@ -232,6 +232,12 @@ class StopSignals:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, Exception):  # it may be what callbacks of C++ code made of a stop
+            try:
+                self.check(error)
+            except Stopped as stopped:
+                stopped.signal = self.received or stopped.signal
+                raise
         if isinstance(error, Stopped) and self.received is not None:
             error.signal = self.received
 
@@ -242,6 +248,15 @@ class StopSignals:
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
+
+    def check(self, cause: BaseException | None = None) -> None:
+        """Stops here where a signal came before training, and what ran then kept `Stopped` to itself, as callbacks of C++ code do.
+
+        Raises:
+            Stopped: it did.
+        """
+        if self.received is not None and not self.training and process_count() == 1:
+            raise Stopped(0) from cause
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again, self.received = self.received is not None, number

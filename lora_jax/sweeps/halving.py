@@ -43,6 +43,20 @@ def rung_steps(halving: HalvingConfig, total: int) -> list[int]:
     return list(rungs)
 
 
+def halving_fraction(members: int, factor: float, rungs: Sequence[int], steps: int) -> float:
+    """The fraction of all members' steps that successive halving trains.
+
+    >>> halving_fraction(32, 2, [1, 2, 4], 8)
+    0.3125
+    """
+    bounds = [0, *rungs, steps]
+    done, left = 0, members
+    for before, until in itertools.pairwise(bounds):
+        done += left * (until - before)
+        left = math.ceil(left / factor)
+    return done / (members * steps)
+
+
 def survivors(scores: dict[str, float], factor: float) -> list[str]:
     """The members that go on: the best 1 / factor, rounded up, in the order of `scores`.
 
@@ -154,7 +168,9 @@ class Halving:
             def failed(part: PackPlan, error: Exception) -> None:
                 record_failure(self._run, part.members, error, self._progress)
 
-            trained += train_split(plan, make, self._splits, until=until, start=start if before else None, failed=failed)
+            for one in train_split(plan, make, self._splits, until=until, start=start if before else None, failed=failed):
+                one.pack.release()  # its arrays are wanted when the rung ends; its programs are the set-up's, for packs of the same form
+                trained.append(one)
         scores: dict[str, float] = {}
         for one in trained:
             scores |= self._scores(one)

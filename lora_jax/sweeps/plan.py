@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
-import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..config.load import dump_config, with_values
 from ..config.schema import Config
@@ -19,10 +20,11 @@ from ..packing.pack import Member, program_key
 from ..packing.planner import PackPlan, Part, Planner, Weights, packs_of_names, planned
 from ..packing.runner import Splits
 from ..parallel.program import memory_limit
-from ..tracking import RunDirectory, holds_run
+from ..tracking import MemberResult, RunDirectory, holds_run
+from ..tracking.state import Rungs
 from ..training.setup import Preparer, Setup, SingleSlotCache, setup_key
-from .halving import rung_steps
-from .space import members_of
+from .halving import halving_fraction, rung_steps
+from .space import full_name, members_of
 
 RETRIED = ("failed", "diverged")
 
@@ -103,29 +105,94 @@ def plan_remaining(members: list[Member], run: RunDirectory, planner: Planner) -
     return packs_of_names(packs, by_name) + rest
 
 
-def take_over_names(run: RunDirectory, config: Config, members: Sequence[Member]) -> None:
-    """Gives members that have ended the names they have in `config` now.
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """The members of a sweep and those that its run directory has trained already.
 
-    A name holds the swept keys, so one more of these gives the same member another: `rank=2` becomes `rank=2,seed=0`.
+    Attributes:
+        members: of the sweep, in its order; then those that were trained there and are not in it. A member that is there already keeps its
+            name, and so its folder and its packs.
+        kept: how many the last ones are.
+        left_out: names of members that began there, have not ended, and are not in this sweep.
+        changed: results whose settings name more keys now.
+    """
+
+    members: list[Member]
+    kept: int = 0
+    left_out: Sequence[str] = ()
+    changed: Sequence[MemberResult] = ()
+
+
+def join_run(path: Path, config: Config, members: Sequence[Member]) -> Joined:
+    """What a sweep comes to in a run directory that others, with other members, may have written. Nothing is written here.
 
     Args:
-        run: open for writing; equal to `config` but for the sweep.
+        path: a run of `config`, but for the sweep.
         config: of the whole sweep.
         members: its members.
+
+    Raises:
+        InputError: the run's state or a result is damaged, or its members raced one another and are not these.
     """
-    waiting = {m.name: m for m in members if m.name not in run.statuses}
-    known = {m.name for m in members}
-    for result in run.results() if run.statuses else []:
-        if result.name in known or not waiting:
-            continue
-        try:
-            same = with_values(config, result.settings)
-        except InputError:
-            continue  # it has keys or values that are not valid any more
-        new = next((m for m in waiting.values() if m.config == same), None)
-        if new is not None:
-            run.rename(result, dataclasses.replace(result, name=new.name, settings=new.settings))
-            del waiting[new.name]
+    run = RunDirectory(path)
+    state, results = run.state(), {r.name: r for r in run.trained()}
+    known = {name: r.settings for name, r in results.items()} | {n: s for n, s in state.members.items() if n not in results}
+    configs: dict[str, Config] = {}
+    for name, settings in known.items():
+        with contextlib.suppress(InputError):  # it has keys or values that are not valid any more; its result stays in the tables
+            configs[name] = with_values(config, settings)
+    names: dict[str, str] = {}
+    for name, one in configs.items():
+        names.setdefault(one.model_dump_json(), name)
+    own: list[Member] = []
+    for member in members:
+        name = names.get(member.config.model_dump_json())
+        if name is None:
+            name = full_name(member.settings) if member.name in known else member.name
+        own.append(dataclasses.replace(member, name=name))
+    taken = dict.fromkeys(m.name for m in own)
+    others = [Member(name, known[name], configs[name]) for name in results if name in configs and name not in taken]
+    _check_race(path, config, state.halving, own, others)
+    # The settings of one side say nothing of keys that only the other side has.
+    keys = {k: None for m in own for k in m.settings}
+    earlier = {k: None for name in (*taken, *(m.name for m in others)) for k in known.get(name, ()) if k not in keys}
+    own, others = [_with_keys(m, earlier) for m in own], [_with_keys(m, keys) for m in others]
+    changed = []
+    for member in (*own, *others):
+        result = results.get(member.name)
+        if result is not None and not member.settings.items() <= result.settings.items():
+            changed.append(dataclasses.replace(result, settings={**result.settings, **member.settings}))
+    left_out = [name for name in known if name not in results and name not in taken]
+    return Joined([*own, *others], len(others), left_out, changed)
+
+
+def _check_race(path: Path, config: Config, rungs: Rungs | None, own: Sequence[Member], others: Sequence[Member]) -> None:
+    """Members of successive halving are compared with one another: who came later cannot have raced."""
+    if config.sweep is None or config.sweep.halving is None:
+        return
+    raced = set(rungs.members) if rungs is not None else {m.name for m in own}
+    unlike = sorted(raced.symmetric_difference(m.name for m in own) | {m.name for m in others})
+    if unlike:
+        shown = ", ".join(f"'{name}'" for name in unlike[:4]) + (f" and {len(unlike) - 4} more" if len(unlike) > 4 else "")
+        raise InputError(
+            f"{path}: other members raced here than this sweep has: {shown}. Halving cannot grow: give another 'name=', or --fresh."
+        )
+
+
+def _with_keys(member: Member, keys: Collection[str]) -> Member:
+    """A member whose settings name these keys too, with the values of its config, where that has them."""
+    found: dict[str, Any] = {}
+    values = member.config.model_dump() if keys else {}
+    for key in keys:
+        value: Any = values
+        for part in key.split("."):
+            value = value[part] if isinstance(value, dict) and part in value else _NONE
+        if value is not _NONE:
+            found[key] = value
+    return dataclasses.replace(member, settings=member.settings | {k: v for k, v in found.items() if k not in member.settings})
+
+
+_NONE = object()
 
 
 def reopen(run: RunDirectory, members: Sequence[Member], wanted: Sequence[str]) -> None:
@@ -252,7 +319,9 @@ def estimate(config: Config, *, solo: bool = False, fresh: bool = False, many: b
 def _estimate(config: Config, *, solo: bool, fresh: bool, many: bool, part: Part | None) -> Estimate:
     prepare = Preparer()
     planner = Planner(config, prepare, largest=largest_pack(config, solo=solo))
-    plan = plan_sweep(config, members_of(config, many=many), planner, None if fresh else _run_before(config), part)
+    run, members = None if fresh else _run_before(config), members_of(config, many=many)
+    members = members if run is None else join_run(run.path, config, members).members
+    plan = plan_sweep(config, members, planner, run, part)
     halving = config.sweep.halving if config.sweep is not None else None
     packs: list[PackEstimate] = []
     fraction, rate, product, devices = 1.0, math.nan, (0, 0, 0), 1
@@ -266,20 +335,6 @@ def _estimate(config: Config, *, solo: bool, fresh: bool, many: bool, part: Part
                 fraction = halving_fraction(len(plan.members), halving.factor, rung_steps(halving, setup.steps), setup.steps)
         packs.append(_pack(setup, pack, rate * devices, compiled))
     return Estimate(packs, len(plan.members), len(plan.ended), memory_limit(config), fraction, rate, product, devices)
-
-
-def halving_fraction(members: int, factor: float, rungs: Sequence[int], steps: int) -> float:
-    """The fraction of all members' steps that successive halving trains.
-
-    >>> halving_fraction(32, 2, [1, 2, 4], 8)
-    0.3125
-    """
-    bounds = [0, *rungs, steps]
-    done, left = 0, members
-    for before, until in itertools.pairwise(bounds):
-        done += left * (until - before)
-        left = math.ceil(left / factor)
-    return done / (members * steps)
 
 
 def _run_before(config: Config) -> RunDirectory | None:

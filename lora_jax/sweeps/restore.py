@@ -6,27 +6,29 @@ Evaluating saved adapters again.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 from flax import nnx
 
 from ..adapters.inject import fill_member, inject_layout, remember
 from ..adapters.layout import resolve, unite
 from ..adapters.partition import partition
-from ..config.load import load_config
+from ..config.load import load_config, with_values
 from ..config.schema import Config
-from ..errors import InputError, hint
+from ..errors import InputError, hint, warn
 from ..models.heads import Classifier
 from ..models.load import BaseFiles, load_model
-from ..packing.pack import Member, Pack
+from ..packing.pack import Member, Pack, static_key
 from ..tasks.base import task_of
-from ..tracking import Progress, member_folder
+from ..tracking import Progress, member_folder, read_state
 from ..tracking.results import check_run
+from ..tracking.state import STATE, check_identity
 from ..training.checkpoint import adapter_identity, load_adapter, saved_classes
 from ..training.loop import evaluate_pack
-from ..training.setup import Preparer
-from ..weights.provenance import fingerprint
+from ..training.setup import Preparer, Setup
+from ..weights.provenance import fingerprint, tokenizer_digest
+from ..weights.tokenizer import load_tokenizer
 from .space import members_of
 
 
@@ -37,7 +39,11 @@ def run_members(run: Path) -> list[Member]:
         InputError: it is none.
     """
     check_run(run)
-    return members_of(load_config(run / "config.yaml"), many=True)  # asked about when they were trained
+    config = load_config(run / "config.yaml")
+    known = read_state(run).members  # of all sweeps of this run; older versions wrote none
+    if known:
+        return [Member(name, settings, with_values(config, settings, where=str(run / STATE))) for name, settings in known.items()]
+    return members_of(config, many=True)  # asked about when they were trained
 
 
 def named_member(members: list[Member], name: str, key: str) -> Member:
@@ -67,6 +73,39 @@ def adapter_folder_of(run: Path, member: Member) -> Path:
     if folder is None:
         raise InputError(f"{run}: member '{member.name}' has no saved adapter (not finished, or tracking.save: none).")
     return folder
+
+
+def confirm_inputs(run: Path, setup: Setup, config: Config, members: Sequence[Member]) -> tuple[list[str], str | None]:
+    """Compares what a set-up has loaded with what the run's members of the same model and task were trained on.
+
+    Args:
+        run: the run directory.
+        setup: of `config`.
+        config: of a member that is trained next.
+        members: of the run.
+
+    Returns:
+        names of the members that this set-up is of; and what is to be told, once.
+
+    Raises:
+        InputError: the base, the tokenizer or the data is another one.
+    """
+    known = read_state(run).identity
+    alike = [m.name for m in members if m.config.model == config.model and m.config.task == config.task]
+    told = None
+    for name in alike:
+        if name in known:
+            told = check_identity(f"{run}: member '{name}'", known[name], setup.identity) or told
+    return alike, told
+
+
+def _confirm(run: Path, member: Member, now: dict[str, str], say: Callable[[str], None]) -> None:
+    """The same for one saved adapter."""
+    then = read_state(run).identity.get(member.name)
+    if then is None:
+        say(f"{run}: member '{member.name}' does not say which base, tokenizer and data it was trained on (an older version's).")
+    elif (told := check_identity(f"{run}: member '{member.name}'", then, now)) is not None:
+        say(told)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +144,13 @@ def restore_member(run: Path, member: Member) -> Restored:
         raise InputError(f"{folder}: does not say what its classes are; name them, in order, as task.labels in {run / 'config.yaml'}.")
     model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes)
     spec = resolve(model, config.adapter)
+    tokenizer = tokenizer_digest(load_tokenizer(config.model.source))
+    known = _fingerprint_as_trained(base, config, task.loaded_head(section))
+    _confirm(run, member, {"base": known, "tokenizer": tokenizer}, warn)
     adapted = inject_layout(model, unite(model, [spec]))
     fill_member(adapted, spec, config.training.seed)  # the scales; the factors are drawn and then replaced
     part = partition(adapted)
-    identity = adapter_identity(_fingerprint_as_trained(base, config, task.loaded_head(section)), spec)
+    identity = adapter_identity(known, spec)
     filled = part.merge(load_adapter(folder, part.trainable, identity), part.settings, part.frozen, training=False)
     remember(filled, config.adapter)
     return Restored(filled, classes, folder, run, member)
@@ -154,11 +196,16 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
         for number, one in enumerate(chosen, 1):
             folder = adapter_folder_of(run, one)
             setup = prepare(one.config)
-            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh)
+            unused = "train" if split == "eval" else "held_out"
+            _confirm(run, one, {part: digest for part, digest in setup.identity.items() if part != unused}, progress.print)
+            # In shapes that hold all members of its form: one program evaluates them, whatever their ranks and targets.
+            alike = [m.config for m in chosen if static_key(m.config) == static_key(one.config)]
+            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh, layout=setup.layout(alike))
+            pack.programs = setup.programs.get(pack.program_key, lambda pack=pack: pack.programs)
             identity = adapter_identity(setup.fingerprint, setup.spec(one.config))
             arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable), identity)
             examples = setup.data.held_out if split == "eval" else setup.data.train
-            metrics = evaluate_pack(pack, setup, {n: jnp.asarray(a)[None] for n, a in arrays.items()}, examples)
+            metrics = evaluate_pack(pack, setup, pack.with_member_arrays(setup.model, 0, arrays), examples)
             results[one.name] = {name: float(values[0]) for name, values in metrics.items()}
             track.update(number)
     return results

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.load import dump_config, load_config, with_values
+from ..config.load import config_of, dump_config, load_config, with_values
 from ..config.schema import Config
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, is_disk_full
 from ..packing.choice import PackModes
 from ..packing.execution import SCAN, compile_cache, configured_mode
 from ..packing.pack import Member
@@ -24,7 +24,8 @@ from ..tracking import MemberResult, Progress, RunDirectory, holds_run
 from ..tracking.state import STATE
 from ..training.setup import Preparer, Setup, check_adapters
 from .halving import Halving
-from .plan import SweepPlan, largest_pack, plan_sweep, reopen, take_over_names
+from .plan import Joined, SweepPlan, join_run, largest_pack, plan_sweep, reopen
+from .restore import confirm_inputs
 from .space import members_of
 
 
@@ -86,13 +87,23 @@ def run_sweep(
                 retry=retry,
                 progress=progress or Progress(enabled=False),
             )
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except Exception as error:
+            if (told := _told_of_disk(error, Path(config.tracking.dir))) is None:
                 raise
-            where = f" at {error.filename}" if error.filename else ""
-            raise RunError(
-                f"no space left on the disk{where}. What was saved before is intact: make room, and the same command resumes from there."
-            ) from error
+            raise RunError(told) from error
+
+
+def _told_of_disk(error: Exception, root: Path) -> str | None:
+    """What to say of a failure of the disk that the run is written to; None of any other failure."""
+    intact = "What was saved before is intact"
+    named = error.filename if isinstance(error, OSError) and isinstance(error.filename, (str, os.PathLike)) else None
+    if is_disk_full(error):
+        where = f" at {named}" if named else ""
+        return f"no space left on the disk{where}. {intact}: make room, and the same command resumes from there."
+    if isinstance(error, OSError) and named and Path(named).resolve().is_relative_to(root.resolve()):
+        advice = "Make it writable, or give another 'tracking.dir='; the same command resumes from there."
+        return f"{named}: cannot be written ({error.strerror or error}). {intact}. {advice}"
+    return None
 
 
 def _run(
@@ -112,6 +123,10 @@ def _run(
         raise InputError(f"sweep.halving: not with {'--solo' if solo else '--part'}; its members race each other.")
     if retry and (fresh or part is not None or halving is not None):
         raise InputError("--retry: not with --fresh, --part or sweep.halving.")
+    path = Path(config.tracking.dir) / config.name
+    there = not fresh and writer_says(holds_run(path))
+    joined = join_run(path, config, members) if there else Joined(members)
+    members = joined.members
     prepare = Preparer()
     planner = Planner(config, prepare, largest=largest_pack(config, solo=solo), say=progress.print)
     own = {m.name for m in (members if part is None else plan_sweep(config, members, planner, None, part).members)}
@@ -121,51 +136,110 @@ def _run(
         where, name, text = config.tracking.dir, config.name, dump_config(config)
         return writer_first(lambda: RunDirectory.open(where, name, text, fresh=fresh, write=is_writer(), members=numbers))
 
+    if there:
+        _check_inputs(path, config, members, prepare)
     # An old run is resumed or refused before anything is loaded. A new directory is made only when every member is known to be
     # right: wrong input leaves nothing behind that would stand in the way of the corrected config.
-    run = open_run() if not fresh and writer_says(holds_run(Path(config.tracking.dir) / config.name)) else None
+    run = open_run() if there else None
     if retry and run is None:
-        raise InputError(f"--retry: {Path(config.tracking.dir) / config.name} holds no run yet.")
+        raise InputError(f"--retry: {path} holds no run yet.")
     try:
-        if run is not None and part is None and halving is None:
+        if run is not None:
             held = run
-            writer_first(lambda: _take_over(held, config, members, retry) if is_writer() else held.refresh())
+            writer_first(lambda: _take_over(held, joined, retry) if is_writer() else held.refresh())
         plan = plan_sweep(config, members, planner, run, part)
         for pack in reversed(plan.packs if run is not None else []):  # those planned now are checked; the first last, as it is trained next
             configs = [m.config for m in pack.members]
             check_adapters(prepare(configs[0]), configs)
         race = Halving(members, halving, prepare, signals, progress, planner) if halving is not None and plan.packs else None
-        run = run or open_run()
+        if run is None:
+            run = open_run()
+            _register(run, members)
         for section in run.state().dropped:
             progress.print(f"warning: {run.path / STATE}: '{section}' is damaged, and made anew.")
         if part is None and race is None and plan.packs:
             plan = dataclasses.replace(plan, packs=keep_plan(run, plan.packs))
         if run.resumed:
             progress.print(f"{run.path}: resumed, {len(plan.ended)} of {len(plan.members)} members are done.")
+            if joined.kept:
+                progress.print(f"{run.path}: {joined.kept} of them are of another sweep, which ran here before; they stay in all results.")
+            if joined.left_out:
+                names = ", ".join(joined.left_out[:4]) + (" ..." if len(joined.left_out) > 4 else "")
+                progress.print(f"warning: {run.path}: {len(joined.left_out)} members began here that this sweep has not: {names}")
         if race is not None:
             _describe(run, config, prepare(members[0].config), progress)
+            _keep_identity(run, prepare(members[0].config), members[0].config, members, progress)
             compiled = race.train(run)
         else:
             compiled = _train_packs(plan, run, members, prepare, signals, progress, solo=solo)
         done = {r.name: r for r in writer_first(run.results)} if own else {}
         results = [done[m.name] for m in members if m.name in done]
-        if is_writer() and len(results) == len(members):
-            run.write_results(results)
+        complete = len(results) == len(members)
+        results += [done[name] for name in done if name not in {m.name for m in members}]  # of an older version: with keys it has no more
+        if is_writer() and complete:
+            # Before `results.csv`, with which the run is whole: killed in between, the next call writes that one.
+            if not plan.packs and "packs" not in run.state().summary and part is None:
+                summary = {"packs": len({r.seconds for r in results}), "seconds": sum({r.seconds for r in results})}
+                run.update_state(lambda state: state.summary.update(summary))
             if plan.packs and part is None:  # a call that found all members done, or trained some of them, has no figures of the whole
                 summary = {"compiled_programs": compiled, "packs": len(plan.packs), "seconds": time.perf_counter() - began}
                 run.update_state(lambda state: state.summary.update(summary))
-        outcome = SweepOutcome(run.path, results, compiled, len(members) - len(results))
+            run.write_results(results)
+        outcome = SweepOutcome(run.path, results, compiled, len(members) - sum(m.name in done for m in members))
+    except Exception as error:
+        if run is not None and not (run.path / "config.yaml").exists():
+            advice = "Remove what is left of it, or give another 'name='."
+            raise RunError(f"{run.path}: the run directory was removed while the run wrote to it ({error}). {advice}") from error
+        raise
     finally:
         if run is not None:
             run.close()
     return outcome
 
 
-def _take_over(run: RunDirectory, config: Config, members: Sequence[Member], retry: Sequence[str]) -> None:
-    """Brings what members of an old run are called, and who of them is tried again, in line with this call."""
+def _take_over(run: RunDirectory, joined: Joined, retry: Sequence[str]) -> None:
+    """Brings the settings of members of an old run, and who of them is tried again, in line with this call."""
+    for result in joined.changed:
+        if result.name in run.statuses:
+            result.write(run.member(result.name))
     if retry:
-        reopen(run, members, retry)
-    take_over_names(run, config, members)
+        reopen(run, joined.members, retry)
+    run.refresh()
+    _register(run, joined.members)
+
+
+def _check_inputs(path: Path, config: Config, members: Sequence[Member], prepare: Preparer) -> None:
+    """Refuses to go on in a run whose base, tokenizer or data has changed, before anything in it has."""
+    look = RunDirectory.look(path, dump_config(config))
+    known = look.state().identity
+    pending = next((m for m in members if m.name not in look.statuses), None)
+    if pending is not None and known:
+        confirm_inputs(path, prepare(pending.config), pending.config, members)
+
+
+def _keep_identity(run: RunDirectory, setup: Setup, config: Config, members: Sequence[Member], progress: Progress) -> None:
+    """Notes what the members of a set-up are trained on; those that were trained before must have been on the same."""
+    alike, told = confirm_inputs(run.path, setup, config, members)
+    if told is not None:
+        progress.print(f"warning: {told}")
+    known = run.state().identity
+    begun = {*run.statuses, *(name for pack in run.started_packs() for name in pack)}
+    if unknown := [name for name in alike if name in begun and name not in known]:
+        progress.print(
+            f"warning: {run.path}: {len(unknown)} members do not say which base, tokenizer and data they are of (an older version's); "
+            "those of today are taken for the same."
+        )
+    identity = setup.identity
+    new = {name: identity for name in alike if name not in known or name not in run.statuses}
+    if is_writer() and any(known.get(name) != identity for name in new):
+        run.update_state(lambda state: state.identity.update(new))
+
+
+def _register(run: RunDirectory, members: Sequence[Member]) -> None:
+    """Writes down who the run's members are: `config.yaml` has the newest sweep alone."""
+    own = {m.name: m.settings for m in members}
+    if is_writer() and run.state().members != own:
+        run.update_state(lambda state: setattr(state, "members", own))
 
 
 def _train_packs(
@@ -184,6 +258,7 @@ def _train_packs(
         setup = prepare(config)
         if setup is not described:
             _describe(run, config, setup, progress)
+            _keep_identity(run, setup, config, members, progress)
             described = setup
         make = functools.partial(
             PackRun,
@@ -231,8 +306,11 @@ def describe_setup(config: Config, setup: Setup) -> str:
 
 
 def failures_message(results: Sequence[MemberResult]) -> str | None:
-    """A message that lists the members that failed; None where none did."""
+    """A message that lists the members that failed, or says that all diverged; None where there is something to show."""
     failed = [r for r in results if r.status == "failed"]
+    if not failed and results and all(r.status == "diverged" for r in results):
+        who = f"member '{results[0].name}'" if len(results) == 1 else f"all {len(results)} members"
+        return f"{who} diverged: a loss was not finite. Try a smaller optimizer.learning_rate, or --retry '*' with the same config."
     if not failed:
         return None
     lines = [f"  {r.name}: {r.error}" for r in failed[:6]] + ([f"  ... and {len(failed) - 6} more"] if len(failed) > 6 else [])
@@ -240,36 +318,75 @@ def failures_message(results: Sequence[MemberResult]) -> str | None:
     return "\n".join([count, *lines, f"The same command with --retry NAME tries one again: --retry '{failed[0].name}', or --retry '*'."])
 
 
-def fit(config: Config | str, *, fresh: bool = False, **values: Any) -> MemberResult:
+def fit(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str],
+    values: Mapping[str, Any] | None = None,
+    *,
+    fresh: bool = False,
+    **more: Any,
+) -> MemberResult:
     """Trains one adapter and returns its result. Everything else is in the run directory.
 
     Args:
-        config: a `Config`, or the path of a YAML file.
+        config: a `Config`, one as nested mappings, or the path of a YAML file; its sweep is left out.
+        values: dotted config key -> value: `{"adapter.rank": 4}`.
         fresh: rename an old run directory of this name instead of resuming it.
-        values: config keys with `__` for the dot: `adapter__rank=4`.
+        more: the same with `__` for the dot: `adapter__rank=4`.
     """
-    loaded = _loaded(config, {k.replace("__", "."): v for k, v in values.items()})
-    return run_sweep(loaded.model_copy(update={"sweep": None}), fresh=fresh, progress=Progress()).results[0]
+    loaded = _loaded(config, {**(values or {}), **{key.replace("__", "."): value for key, value in more.items()}}, None, "fit")
+    return run_sweep(loaded, fresh=fresh, progress=Progress()).results[0]
 
 
 def sweep(
-    config: Config | str, grid: Mapping[str, Sequence[Any]] | None = None, *, solo: bool = False, fresh: bool = False
+    config: Config | Mapping[str, Any] | str | os.PathLike[str],
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    values: Mapping[str, Any] | None = None,
+    *,
+    solo: bool = False,
+    fresh: bool = False,
 ) -> SweepOutcome:
     """Trains all members of a sweep, in packs.
 
     Args:
-        config: a `Config`, or the path of a YAML file.
-        grid: dotted config key -> values; replaces the config's `sweep.grid`.
+        config: as in `fit`, with its sweep.
+        grid: dotted config key -> values; replaces the config's `sweep.grid`. All else of its sweep (seeds, halving, limits) stays.
+        values: as in `fit`; `{"name": "other"}` gives a run directory of its own.
         solo: train each member alone.
         fresh: rename an old run directory of this name instead of resuming it.
+
+    Raises:
+        InputError: a value is not valid, or is of a key that is swept.
     """
-    loaded = _loaded(config, {} if grid is None else {"sweep": {"grid": {k: list(v) for k, v in grid.items()}}})
-    return run_sweep(loaded, solo=solo, fresh=fresh, progress=Progress())
+    return run_sweep(_loaded(config, values or {}, grid, "sweep"), solo=solo, fresh=fresh, progress=Progress())
 
 
-def _loaded(config: Config | str, values: Mapping[str, Any]) -> Config:
-    loaded = load_config(config) if isinstance(config, str) else config
-    if "sweep" in values:
-        loaded = Config.model_validate(loaded.model_dump() | {"sweep": values["sweep"]})
-        values = {k: v for k, v in values.items() if k != "sweep"}
-    return with_values(loaded, values, where="fit") if values else loaded
+def _loaded(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str],
+    values: Mapping[str, Any],
+    grid: Mapping[str, Sequence[Any]] | None,
+    where: str,
+) -> Config:
+    """The config that Python was given: `fit` without its sweep, `sweep` with another grid."""
+    if isinstance(config, Config):
+        loaded = config
+    elif isinstance(config, Mapping):
+        loaded = config_of(config, where)
+    elif isinstance(config, (str, os.PathLike)):
+        loaded = load_config(config)
+    else:
+        raise InputError(f"{where}: the config is a {type(config).__name__}; give the path of a YAML file, a Config, or nested mappings.")
+    changes: dict[str, Any] = {}
+    if where == "fit":
+        changes = {"sweep": None}
+    elif grid is not None:
+        wrong = next((key for key, own in grid.items() if isinstance(own, str) or not isinstance(own, Sequence)), None)
+        if wrong is not None:
+            advice = (
+                f'sweep(config, {{"{wrong}": [...]}}) sweeps over it, sweep(config, values={{"{wrong}": ...}}) sets it for all members.'
+            )
+            raise InputError(f"sweep: '{wrong}' has the value {grid[wrong]!r} and no list of values. {advice}")
+        kept = {} if loaded.sweep is None else loaded.sweep.model_dump(exclude={"grid"})
+        changes = {"sweep": {**kept, "grid": {key: list(own) for key, own in grid.items()}}}
+    if changes or values:
+        loaded = with_values(loaded, values, where=where, sections=changes)
+    return loaded

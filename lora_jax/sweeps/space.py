@@ -141,6 +141,15 @@ def members_of(config: Config, *, many: bool = False) -> list[Member]:
     return list(members.values())
 
 
+def full_name(settings: Settings) -> str:
+    """A member's name with whole keys, where the short one is taken.
+
+    >>> full_name({"adapter.rank": 2, "task.source": "a"})
+    'adapter.rank=2,task.source=a'
+    """
+    return ",".join(f"{key}={_short_value(value)}" for key, value in settings.items())
+
+
 def _same(a: Any, b: Any) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 

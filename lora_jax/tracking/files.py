@@ -136,7 +136,7 @@ def acquire(folder: Path, members: Sequence[int] | None = None) -> None:
     path = folder.resolve() / ".lock"
     if fcntl is None or path in _held:
         return
-    file = open(path, "ab")  # noqa: SIM115  kept open on purpose
+    file = _open_lock(path)
     try:
         for start, length in [(0, 0)] if members is None else [(member, 1) for member in members]:  # a length of 0 is to the end
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
@@ -146,6 +146,16 @@ def acquire(folder: Path, members: Sequence[int] | None = None) -> None:
     _held[path] = file
 
 
+def _open_lock(path: Path) -> IO[bytes]:
+    """Opens a lock's file, made where there is none; never what a link points to, which may be anywhere."""
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666), "ab")
+    except OSError as error:
+        if path.is_symlink():
+            raise InputError(f"{path}: is a link; a run's lock is a plain file. Remove it.") from None
+        raise error
+
+
 @contextlib.contextmanager
 def turn(folder: Path) -> Iterator[None]:
     """Waits until no other process is in here: for the moments in which processes that share a run would do the same thing twice."""
@@ -153,7 +163,7 @@ def turn(folder: Path) -> Iterator[None]:
         yield
         return
     # A file of its own: closing any descriptor of `.lock` would drop what this process holds of it.
-    with open(folder / ".turn", "ab") as file:
+    with _open_lock(folder / ".turn") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 

@@ -17,9 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config.load import config_of, dump_config
+from ..config.messages import belongs_to, section_keys
+from ..config.yaml import parse
 from ..errors import InputError
 from . import files as lock
 from .files import read_json, write_atomic, write_json
@@ -246,13 +246,11 @@ class RunDirectory:
                     break
         return found
 
-    def rename(self, old: MemberResult, new: MemberResult) -> None:
-        """Gives a member that has ended another name and other settings, with all its files."""
-        folder = self.member(new.name)
-        if not folder.exists():
-            new.write(self.member(old.name))
-            self.member(old.name).rename(folder)
-            self.refresh()
+    def trained(self) -> list[MemberResult]:
+        """The newest result of each member that has one; before a run was extended or a member tried again counts too."""
+        newest = {file.parent: file for file in sorted(self.path.glob("*/results-*.json"), key=lambda file: file.stat().st_mtime_ns)}
+        newest |= {file.parent: file for file in self.path.glob("*/results.json")}
+        return [MemberResult.read(file) for _, file in sorted(newest.items())]
 
     def refresh(self) -> None:
         """Reads anew which members have ended."""
@@ -282,12 +280,13 @@ def _extended(path: Path, config_yaml: str) -> bool:
         InputError: it differs in anything else that matters.
     """
     try:
-        old = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        old = parse((path / "config.yaml").read_text(encoding="utf-8"), "config.yaml")[0] or {}
+    except (OSError, ValueError) as error:
         raise InputError(f"{path / 'config.yaml'}: cannot be read ({error}). Give another 'name=', or --fresh.") from None
+    new = parse(config_yaml, "config.yaml")[0] or {}
     with contextlib.suppress(InputError):  # one that is no valid config today is compared as it is
-        old = yaml.safe_load(dump_config(config_of(old, str(path))))  # with defaults for keys that were added since
-    changes = differences(old, yaml.safe_load(config_yaml) or {})
+        old = parse(dump_config(config_of(old, str(path))), "config.yaml")[0]  # with defaults for keys that were added since
+    changes = {key: change for key, change in differences(old, new).items() if not _says_nothing(key, *change, new)}
     was, now = changes.get(_EXTENSION, (0, 0))
     if set(changes) == {_EXTENSION} and isinstance(was, int) and isinstance(now, int) and was < now:
         return True
@@ -297,6 +296,24 @@ def _extended(path: Path, config_yaml: str) -> bool:
         advice = "Give this run another 'name=', or --fresh to start over (the old directory is renamed)."
         raise InputError("\n".join([f"{path} holds a run with another config (old -> new):", *shown, *more, advice]))
     return False
+
+
+def _says_nothing(key: str, was: Any, now: Any, config: Mapping[str, Any]) -> bool:
+    """Whether a key is in one of two configs alone, and changes nothing: it is another method's or task's, or has its default."""
+    if now is _ABSENT:
+        return bool(belongs_to(key))
+    if was is not _ABSENT:
+        return False
+    if isinstance(now, Mapping) and key in section_keys():
+        return all(_says_nothing(f"{key}.{name}", _ABSENT, value, config) for name, value in now.items())
+    try:
+        section: Any = config_of(config, "config.yaml")
+        *parents, name = key.split(".")
+        for parent in parents:
+            section = getattr(section, parent)
+        return type(section).model_fields[name].get_default(call_default_factory=True) == now
+    except (InputError, AttributeError, KeyError):
+        return False
 
 
 def holds_run(path: Path) -> bool:

@@ -44,12 +44,17 @@ class RunState:
         plan: stage of halving (one without halving) -> packs -> names of their members.
         splits: packs that were split, in that order.
         halving: the rungs; None without halving.
+        members: every member that the run trains or has trained, name -> swept dotted key -> value. A member keeps the name that it was
+            given first, whatever keys a later sweep of this run has.
+        identity: member -> part (`IDENTITY`) -> digest of what it was trained and judged on.
         execution: id of a pack (`RunDirectory.pack_id`) -> how it runs its members (`packing.choice.Choice`). The id, not what the
             pack has in common with others, is the key: it stays the same when a later version adds config keys.
         summary: figures of the whole run: `compiled_programs`, `packs`, `seconds`, and `data`, what became of the rows.
         dropped: sections that were damaged and are empty now; not written.
     """
 
+    members: dict[str, dict[str, Any]] = field(default_factory=dict)
+    identity: dict[str, dict[str, str]] = field(default_factory=dict)
     plan: list[list[list[str]]] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     halving: Rungs | None = None
@@ -59,6 +64,8 @@ class RunState:
 
 
 _SECTIONS: dict[str, TypeAdapter[Any]] = {
+    "members": TypeAdapter(dict[str, dict[str, Any]]),
+    "identity": TypeAdapter(dict[str, dict[str, str]]),
     "plan": TypeAdapter(list[list[list[str]]]),
     "splits": TypeAdapter(list[Split]),
     "halving": TypeAdapter(Rungs | None),
@@ -66,8 +73,40 @@ _SECTIONS: dict[str, TypeAdapter[Any]] = {
     "summary": TypeAdapter(dict[str, Any]),
 }
 # A run can decide these again. Splits and rungs say where members are, and only the user can give that up.
-_MADE_AGAIN = ("plan", "execution", "summary")
+_MADE_AGAIN = ("members", "plan", "execution", "summary")
 _ADVICE = "Remove the file to plan anew (packs that have a checkpoint go on from it), or start over with --fresh."
+
+
+# What a run presumes beside its config. `code` is told of and not refused: runs of older versions go on.
+IDENTITY = {
+    "base": "the base (model.source has other weights)",
+    "tokenizer": "the tokenizer or its chat template",
+    "train": "task data: other training rows",
+    "held_out": "task data: other held-out rows",
+    "shared": "the model that the task computes with (other weights)",
+    "code": "the version of lora-jax",
+}
+
+
+def check_identity(where: str, then: dict[str, str], now: dict[str, str]) -> str | None:
+    """Compares what members were trained on with what is there now, in the parts that both have.
+
+    Args:
+        where: what was trained, for messages.
+        then: its parts.
+        now: today's.
+
+    Returns:
+        What is to be told of a difference that does not forbid to go on.
+
+    Raises:
+        InputError: something else is there now.
+    """
+    unlike = [part for part in IDENTITY if part in then and part in now and then[part] != now[part]]
+    if changed := [IDENTITY[part] for part in unlike if part != "code"]:
+        advice = "Put back what was there, give another 'name=', or start over with --fresh."
+        raise InputError(f"{where} was trained on something else than is there now. What changed: {'; '.join(changed)}. {advice}")
+    return f"{where} was trained by {then['code']}; this is {now['code']}." if unlike else None
 
 
 def read_state(folder: Path) -> RunState:

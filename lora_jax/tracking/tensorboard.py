@@ -54,9 +54,10 @@ class MemberWriter:
     ) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Event files are named by the second and read in the order of their names: a count keeps two of one second apart.
+        # Event files are read in the order of their names, which hold the second: a count before it keeps the order of the run, whatever
+        # the clock says. Older versions wrote `events.out...`, which comes before any `events.resumed-0001...`.
         count = len(list(folder.glob("*tfevents*")))
-        self._writer: EventsWriter | None = EventsWriter(str(folder / "events"), f".{count:04d}")
+        self._writer: EventsWriter | None = EventsWriter(str(folder / (f"events.resumed-{count:04d}" if count else "events")), "")
         self._flushed = time.monotonic()
         if resume_step is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..parallel.constraints import place_batch, row_sharding, targets_by_rows
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from ..parallel.program import Program, compiler_options, release_freed_memory
 from ..tasks.base import Shared, TaskData, TaskMetrics, prepare, task_of
-from ..weights.provenance import fingerprint
+from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
 from .step import Batch
 from .trunk import Prefix, prefix_depth
@@ -68,10 +69,12 @@ class SharedProgram:
 
     Attributes:
         name: of the array in the batch.
+        model: that computes it.
     """
 
     def __init__(self, shared: Shared, mesh: Mesh):
         self.name = shared.name
+        self.model = shared.model
         graphdef, self._state = nnx.split(shared.model, graph=True)
 
         def of_micro(state: nnx.State, micro: Batch) -> jax.Array:
@@ -108,6 +111,7 @@ class Setup:
         steps: optimizer steps.
         mesh: the devices; the model's weights lie on it already.
         shared: what the task computes once a batch for all members; None where it computes nothing.
+        tokenizer: digest of the tokenizer and its chat template.
         prefixes: of packs, the newest.
         programs: of packs, the newest, by the packs' form: packs of one form share them.
     """
@@ -119,6 +123,7 @@ class Setup:
     steps: int
     mesh: Mesh
     shared: SharedProgram | None = None
+    tokenizer: str = ""
     prefixes: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
     programs: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
     specs: dict[str, ResolvedAdapter] = dataclasses.field(default_factory=dict)
@@ -166,6 +171,14 @@ class Setup:
         """Of the pretrained weights; taken when first asked for. A new head is no part of it: each member draws its own."""
         return fingerprint(self.base)
 
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """Part (`tracking.state.IDENTITY`) -> digest of what members of this set-up are trained and judged on."""
+        train, held_out = (arrays_digest([e.tokens, e.targets, e.types, e.values]) for e in (self.data.train, self.data.held_out))
+        known = {"base": self.fingerprint, "tokenizer": self.tokenizer, "train": train, "held_out": held_out}
+        known |= {} if self.shared is None else {"shared": fingerprint(self.shared.model)}
+        return known | {"code": f"lora-jax {importlib.metadata.version('lora-jax')}"}
+
 
 def setup_key(config: Config) -> tuple[str, ...]:
     """Configs with equal keys share a `Setup`."""
@@ -210,9 +223,11 @@ class Preparer:
         task.check_base(section, base, config.model.source)
 
         # The examples.
-        data: TaskData = self._data.get(
-            data_key, lambda: prepare(section, load_tokenizer(config.model.source), decoder=base.is_decoder, known=known)
-        )
+        def examples() -> tuple[TaskData, str]:
+            tokenizer = load_tokenizer(config.model.source)
+            return prepare(section, tokenizer, decoder=base.is_decoder, known=known), tokenizer_digest(tokenizer)
+
+        data, tokenizer = self._data.get(data_key, examples)
         check_data(base, data, known)
 
         # What is computed once for all members.
@@ -232,7 +247,7 @@ class Preparer:
         if self._reads_weights(config):
             place_model(model, mesh)
         release_freed_memory()
-        return Setup(model, base, data, plan, plan.steps, mesh, shared)
+        return Setup(model, base, data, plan, plan.steps, mesh, shared, tokenizer)
 
     def _load(self, config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | Classifier:
         model = config.model

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -70,6 +71,25 @@ def _base_parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
     """Path -> parameter of the base; adapters' arrays (`nnx.LoRAParam`) are none."""
     found = ((path, v) for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param) and not isinstance(v, nnx.LoRAParam))
     return {".".join(map(str, path)): v for path, v in found}
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """16 hex digits of what a Hugging Face tokenizer does: its tokens and rules, its special tokens and its chat template."""
+    rules = tokenizer.backend_tokenizer.to_str()
+    rules = rules[rules.find('"added_tokens"') :]  # before that: the padding and truncation of the newest call
+    parts = (rules, str(tokenizer.special_tokens_map), str(tokenizer.chat_template))
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def arrays_digest(columns: Sequence[Sequence[np.ndarray] | None]) -> str:
+    """16 hex digits of lists of arrays, such as the tokens and targets of examples: every length and every bit, in order."""
+    digest = hashlib.sha256()
+    for arrays in columns:
+        digest.update(b"none" if arrays is None else np.array([len(a) for a in arrays], np.int64).tobytes())
+        if arrays:
+            whole = np.ascontiguousarray(np.concatenate([np.asarray(a) for a in arrays]))
+            digest.update(f"{whole.shape} {whole.dtype}".encode() + whole.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _checksum(array: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from lora_jax.analysis import Estimate, best_rates, find_metric, footnotes, mark_best, primary_metric, rows_of
+from lora_jax.analysis.compare import best_result
 from lora_jax.analysis.metrics import ordered_values, short_names, short_value
 from lora_jax.errors import InputError
 from lora_jax.tasks.evaluators import ACCURACY, LOSS
@@ -40,6 +41,29 @@ def test_primary_metric_is_one_that_all_finished_members_have():
 def test_best_follows_the_direction_of_the_metric(metric, best):
     rows = mark_best(rows_of([member(0.5, 4, metric=metric.name), member(0.7, 8, metric=metric.name)], metric), metric)
     assert [row.settings["adapter.rank"] for row in rows if row.is_best] == [best]
+
+
+def test_the_best_member_is_the_median_of_the_best_setting():
+    """Not the luckiest seed of a worse setting, whose 0.9 is the largest figure of all."""
+    results = [member(v, 4, s) for s, v in enumerate((0.5, 0.6, 0.9))] + [member(v, 8, s) for s, v in enumerate((0.8, 0.7, 0.75))]
+    rows = mark_best(rows_of(results, ACCURACY), ACCURACY)
+    best, why = best_result(results)
+    assert best in next(row for row in rows if row.is_best).members and best.settings == {"adapter.rank": 8, "training.seed": 2}
+    assert why == "best setting of 2 by mean accuracy (%): 75.0 over 3 seeds; its median member: 75.0"
+    # An even number has the lower of the two in the middle; where no setting has finished, what did of one.
+    assert best_result(results[3:5])[0].final["accuracy"] == 0.7
+    assert best_result([member(0.5, 4, 0), member(math.nan, 4, 1, "diverged")])[0].final["accuracy"] == 0.5
+    assert best_result([member(math.nan, 4)])[0].settings == {"adapter.rank": 4}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equals_the_smallest_is_best_in_any_order(order):
+    results = [member(0.7, 8), member(0.7, 4), member(0.6, 2)][::order]
+    rows = mark_best(rows_of(results, ACCURACY), ACCURACY)
+    best, why = best_result(results)
+    assert best.settings["adapter.rank"] == 4 == next(row for row in rows if row.is_best).settings["adapter.rank"]
+    assert why.endswith("with the fewest parameters of 2 equal ones")
+    assert any(note.startswith("2 settings are equally good") for note in footnotes(results, rows))
 
 
 def test_seeds_are_averaged_and_differences_paired():

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lora_jax.analysis import report_run
+from lora_jax.analysis import report, report_run
 from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult, write_json
 
@@ -88,6 +88,14 @@ def test_the_page_tells_stopped_from_diverged(tmp_path):
     (tmp_path / "config.yaml").write_text("name: r\ntraining: {steps: 40, extend_steps: 8}\n")
     page = report_run(tmp_path).read_text()
     text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
-    assert "40 steps and 8 more steps" in text
+    assert "48 steps" in text
     assert "2 stopped by halving" in text and "1 diverged" in text and "diverged or failed" not in text
     assert text.count("stopped (rung 1)") == 2 and page.count('class="bad"') == 1
+
+
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [("{steps: 40}", "40 steps"), ("{steps: 40, extend_steps: 8}", "48 steps"), ("{epochs: 2, extend_steps: 8}", "2 epochs and 8 steps")],
+)
+def test_the_steps_of_an_extended_run_are_all_of_them(training, told):
+    assert report._about(f"name: a\ntraining: {training}\n") == told

@@ -109,7 +109,7 @@ def test_a_command_for_the_other_kind_of_config(train):
         ({"adapter.exclude": "attention"}, ["adapter.exclude: leaves nothing"]),
         ({"adapter.rank_pattern": {"k_proj": 3}}, ["adapter.rank_pattern: 'k_proj' matches no adapted module", "q_proj"]),
         ({"adapter.layers": 3}, ["adapter.layers: there is no layer 3", "0 to 2"]),
-        ({"adapter.layers": "last:4"}, ["adapter.layers: 'last:4' of 3 layers"]),
+        ({"adapter.layers": "last:4"}, ["'last:4' asks for 4 layers, but the model has 3"]),
         ({"adapter.layers": "top"}, ["adapter.layers: cannot read 'top'"]),
         ({"adapter.modules_to_save": ["poler"]}, ["adapter.modules_to_save: 'poler'", "pooler"]),
         ({"task.labels": ["neg", "positive"]}, ["task.labels: row 1 ", "'pos'", "Did you mean 'positive'?"]),

@@ -253,6 +253,8 @@ def test_what_cannot_be_taken_away_is_told(copied, tmp_path):
     tensors = load_file(bare / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "pooler" not in k}, bare / "model.safetensors")
     (run / "config.yaml").write_text(text.replace(load_config(path).model.source, str(bare)))
+    assert "What changed: the base" in last(call("export", run, "--out", out))
+    (run / "state.json").unlink()  # as of an older version, which did not say what its base was
     assert "was saved without a pooler" in last(call("export", run, "--out", out))
     (run / "config.yaml").write_text(text)
     shutil.rmtree(bare)

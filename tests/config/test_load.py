@@ -15,8 +15,8 @@ training: {steps: 10}
 optimizer: {learning_rate: 1e-3}
 sweep:
   grid:
-    adapter.rank: [2, 4]
-    optimizer.learning_rate: [1e-3, 3e-3]
+    adapter.dropout: [0.1, 0.2]
+    optimizer.b1: [0.8, 0.9]
 """
 
 
@@ -32,7 +32,7 @@ def test_values_and_defaults(path):
     assert config.optimizer.learning_rate == 1e-3
     assert config.task.labels == ["no", "yes"]
     assert config.adapter.rank == 8
-    assert config.sweep is not None and config.sweep.grid == {"adapter.rank": [2, 4], "optimizer.learning_rate": [1e-3, 3e-3]}
+    assert config.sweep is not None and config.sweep.grid == {"adapter.dropout": [0.1, 0.2], "optimizer.b1": [0.8, 0.9]}
 
 
 @pytest.mark.parametrize(
@@ -146,3 +146,39 @@ def test_a_config_of_an_older_version_says_the_keys_of_every_kind():
     values["task"]["stride"] = 16
     with pytest.raises(ValidationError, match="stride"):
         Config.model_validate(values)
+
+
+SWEPT = """\
+name: a
+model: {source: m.gguf}
+task: {kind: classification, source: x.csv, text: t, label: l}
+training: {steps: 10}
+sweep: {%s}
+"""
+
+
+@pytest.mark.parametrize(
+    ("sweep", "override", "place"),
+    [
+        ("grid: {adapter.rank: [2, 4]}", "adapter.rank=8", "sweep.grid"),
+        ("grid: {adapter.rank: [2, 4]}", "adapter={rank: 8}", "sweep.grid"),
+        ("zip: {adapter.rank: [2, 4]}", "adapter.rank=8", "sweep.zip"),
+        ("random: {count: 2, keys: {adapter.rank: {choice: [2, 4]}}}", "adapter.rank=8", "sweep.random.keys"),
+        ("members: [{adapter.rank: 2}, {adapter.rank: 4}]", "adapter.rank=8", "sweep.members"),
+        ("seeds: [3, 4]", "training.seed=8", "sweep.seeds"),
+        ("seeds: 2", "training.seed=8", None),  # the first of them
+        ("grid: {adapter.rank: [2, 4]}", "adapter.alpha=8.0", None),
+        ("members: [{adapter.rank: 2}, {adapter.alpha: 4.0}]", "adapter.rank=8", None),  # the second member has it
+    ],
+)
+def test_an_override_of_a_swept_key_is_refused(tmp_path, sweep, override, place):
+    file = tmp_path / "a.yaml"
+    file.write_text(SWEPT % sweep)
+    if place is None:
+        load_config(file, [override])
+        return
+    with pytest.raises(InputError) as refused:
+        load_config(file, [override])
+    key = "training.seed" if "seed" in override else "adapter.rank"
+    assert f"'{key}' is set, and {place} gives each member its own" in str(refused.value)
+    assert load_config(file, [override, "sweep=null"]).sweep is None

@@ -75,7 +75,7 @@ def test_what_a_config_may_not_hold(text, message):
 def test_aliases_that_unfold_beyond_reason_are_refused():
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    with pytest.raises(InputError, match="more than 100000 values"):
+    with pytest.raises(InputError, match="more than 100,000 values"):
         parse("\n".join(levels), "f.yaml")
 
 

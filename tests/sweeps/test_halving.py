@@ -13,6 +13,7 @@ from experiments.fuzz_kills import bits_of_run, differing
 from lora_jax.config.schema import HalvingConfig
 from lora_jax.errors import InputError, Stopped
 from lora_jax.parallel.processes import StopSignals
+from lora_jax.sweeps import halving
 from lora_jax.sweeps.halving import rung_steps, survivors
 from lora_jax.sweeps.run import run_sweep
 from tests import tiny
@@ -57,9 +58,9 @@ def test_rungs():
     assert rung_steps(HalvingConfig(rungs=3), 80) == [10, 20, 40]
     assert rung_steps(HalvingConfig(rungs=2, factor=3), 90) == [10, 30]
     assert rung_steps(HalvingConfig(rungs=[5, 7]), 8) == [5, 7]
-    for halving, total in ((HalvingConfig(rungs=[5, 8]), 8), (HalvingConfig(rungs=5), 8)):
+    for section, total in ((HalvingConfig(rungs=[5, 8]), 8), (HalvingConfig(rungs=5), 8)):
         with pytest.raises(InputError, match="do not rise"):
-            rung_steps(halving, total)
+            rung_steps(section, total)
 
 
 def test_who_goes_on():
@@ -113,6 +114,19 @@ def test_a_race_that_was_stopped_again_and_again_ends_the_same(hub, tmp_path, mo
     assert [(r.name, r.status, r.steps) for r in again.results] == [(r.name, r.status, r.steps) for r in raced.results]
     assert not differing(bits_of_run(raced.path), bits_of_run(again.path))
     assert run_sweep(config).compiled_programs == 0
+
+
+def test_no_pack_keeps_its_programs_until_the_rung_ends(hub, tmp_path, monkeypatch):
+    space = {"grid": {"adapter.rank": [1, 2]}, "halving": {"rungs": [1]}, "max_pack": 1}
+    held, original = [], halving.Halving._scores
+
+    def scores(self, trained):
+        held.append(trained.pack.programs.compiled)
+        return original(self, trained)
+
+    monkeypatch.setattr(halving.Halving, "_scores", scores)
+    run_sweep(hub.config(tmp_path, {"training.steps": 2, "training.eval_every": 0, "sweep": space}))
+    assert len(held) == 3 and not any(held)
 
 
 def many_members():

@@ -17,14 +17,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments.fuzz_kills import bits_of_run, differing
 from lora_jax.config.load import load_config
 from lora_jax.errors import InputError, Stopped
+from lora_jax.models.load import load_model
 from lora_jax.parallel.processes import StopSignals
+from lora_jax.sweeps.restore import evaluate_run, restore_member, run_members
 from lora_jax.sweeps.run import run_sweep
-from lora_jax.tracking import Progress
+from lora_jax.tracking import Progress, read_state
+from lora_jax.weights.provenance import fingerprint
 from tests import tiny
 from tests.tiny_hub import call
 
@@ -149,22 +153,89 @@ def test_more_steps_take_a_finished_run_further(hub, tmp_path):
     assert json.loads((tmp_path / "runs" / "tiny" / "main" / "results-4.json").read_text())["steps"] == 4
 
 
-def test_another_base_is_refused(hub, tmp_path, monkeypatch):
-    from safetensors.numpy import load_file, save_file
-
-    model = tmp_path / "model"
-    shutil.copytree(hub.bert, model)
-    config = hub.config(tmp_path, {"model.source": str(model), "tracking.checkpoint_every": 2})
-    stop_at(monkeypatch, 3)
-    with pytest.raises(Stopped):
-        run_sweep(config)
+def change_weights(model):
     weights = load_file(model / "model.safetensors")
     name = "encoder.layer.1.output.dense.weight"
     weights[name] = weights[name].copy()
     weights[name][0, 0] += 1e-6
     save_file(weights, model / "model.safetensors")
-    with pytest.raises(InputError, match="other weights"):
-        run_sweep(config)
+
+
+def change_tokenizer(model):
+    text = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(text.replace('"yes":', '"no_":').replace('"no":', '"yes":').replace('"no_":', '"no":'))
+
+
+def flip_labels(data):
+    text = data.read_text()
+    data.write_text(text.replace(",pos,", ",?,").replace(",neg,", ",pos,").replace(",?,", ",neg,"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(hub, tmp_path_factory, quick, compile_cache):
+    """A folder with a copy of a base, a copy of a data file, and a finished run of them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    shutil.copytree(hub.bert, folder / "model")
+    shutil.copy(hub.reviews, folder / "reviews.csv")
+    run_sweep(inputs_config(hub, folder))
+    return folder
+
+
+def inputs_config(hub, folder, **more):
+    changes = {"model.source": str(folder / "model"), "task.source": str(folder / "reviews.csv"), "training.steps": 2}
+    return hub.config(folder, changes | {"sweep": {"grid": {"adapter.rank": [2]}}} | more)
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "named"),
+    [
+        ("model", change_weights, "the base (model.source has other weights)"),
+        ("model", change_tokenizer, "the tokenizer or its chat template"),
+        ("reviews.csv", flip_labels, "task data: other training rows; task data: other held-out rows"),
+    ],
+)
+def test_changed_inputs_are_refused_by_name(hub, two_ranks, tmp_path, change, what, named):
+    """By a sweep that grows, by more steps, by an evaluation, and, where it matters, by an export."""
+    folder = tmp_path / "copy"
+    shutil.copytree(two_ranks, folder)
+    run = folder / "runs" / "tiny"
+    for file in (run / "state.json", run / "config.yaml"):
+        file.write_text(file.read_text().replace(str(two_ranks), str(folder)))
+    grown = inputs_config(hub, folder, **{"sweep": {"grid": {"adapter.rank": [2, 3]}}})
+    before = bits_of_run(run)
+    member = run_members(run)[0]
+    restore_member(run, member)
+    what(folder / change)
+    told = f"member 'rank=2' was trained on something else than is there now. What changed: {named}"
+    for call_of in (
+        lambda: run_sweep(grown),
+        lambda: run_sweep(inputs_config(hub, folder, **{"training.extend_steps": 2})),
+        lambda: evaluate_run(run, member=None, split="train", progress=Progress(enabled=False)),
+    ):
+        with pytest.raises(InputError) as refused:
+            call_of()
+        assert told.partition(";")[0] in str(refused.value)
+    if change == "model":
+        with pytest.raises(InputError) as refused:
+            restore_member(run, member)
+        assert told in str(refused.value)
+    assert not differing(before, bits_of_run(run)) and (run / "rank=2" / "results.json").exists()
+
+
+def test_a_run_without_an_identity_gets_todays_and_says_so(hub, two_ranks, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_ranks, folder)
+    run = folder / "runs" / "tiny"
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(two_ranks), str(folder)))
+    (run / "state.json").unlink()
+    run_sweep(inputs_config(hub, folder, **{"sweep": {"grid": {"adapter.rank": [2, 3]}}}), progress=Progress())
+    assert "1 members do not say which base, tokenizer and data they are of" in capsys.readouterr().err
+    assert read_state(run).identity.keys() == {"rank=2", "rank=3"}
+
+
+def test_the_fingerprint_of_a_rounded_base_is_known_from_the_whole_one(hub):
+    whole, rounded = load_model(str(hub.bert)), load_model(str(hub.bert), dtype="bfloat16")
+    assert fingerprint(whole, like=rounded) == fingerprint(rounded) != fingerprint(whole)
 
 
 @pytest.mark.slow

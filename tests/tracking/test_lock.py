@@ -94,3 +94,14 @@ def test_turns_wait_for_one_another(tmp_path):
         assert "another process is writing to this run" in told.stderr
     finally:
         lock.release(tmp_path)
+
+
+def test_a_link_is_no_lock(tmp_path):
+    """What it points to is not made."""
+    for name in (".lock", ".turn"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"\.lock: is a link"):
+        lock.acquire(tmp_path)
+    with pytest.raises(InputError, match=r"\.turn: is a link"), lock.turn(tmp_path):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

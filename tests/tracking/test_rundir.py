@@ -4,9 +4,11 @@ import sys
 
 import pytest
 
+from lora_jax.config.load import dump_config
 from lora_jax.errors import InputError
 from lora_jax.tracking import MemberResult, RunDirectory, member_folder, write_atomic, write_json
 from lora_jax.tracking import files as locks
+from tests import tiny
 
 
 class Device:
@@ -54,6 +56,31 @@ def test_another_config_is_refused_and_nothing_changes(tmp_path):
     text = str(error.value)
     assert "adapter.rank: 8 -> 4" in text and "adapter.alpha: 16.0 -> 8.0" in text and "--fresh" in text and "name=" in text
     assert (run.path / "config.yaml").read_text() == CONFIG
+
+
+WHOLE = dump_config(tiny.config())
+
+
+@pytest.mark.parametrize(
+    ("old", "told"),
+    [
+        (WHOLE.replace("  clip_norm: null\n", "").replace("  b_lr_ratio: 1.0\n", ""), None),
+        (WHOLE[: WHOLE.index("optimizer:")] + WHOLE[WHOLE.index("training:") :], "optimizer"),
+        (WHOLE.replace("kind: classification\n", "kind: classification\n  stride: 16\n").replace("  eps: 1.0e-08\n", ""), None),
+        (WHOLE.replace("kind: classification\n", "kind: classification\n  strid: 16\n"), "task.strid: 16 -> (absent)"),
+        (WHOLE.replace("  clip_norm: null\n", "  clip_norm: 1.0\n  gone: 1\n"), "optimizer.clip_norm: 1.0 -> null"),
+    ],
+    ids=["absent defaults", "absent section", "another kind's key", "no kind's key", "another value"],
+)
+def test_what_says_nothing_is_no_difference(tmp_path, old, told):
+    """A key that lacks has its default, and one of another method or task never did anything."""
+    start(tmp_path, old)
+    if told is None:
+        assert start(tmp_path, WHOLE).resumed
+    else:
+        with pytest.raises(InputError) as refused:
+            start(tmp_path, WHOLE)
+        assert told in str(refused.value)
 
 
 def test_at_most_eight_differences_are_listed(tmp_path):

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -66,6 +68,16 @@ def test_resuming_hides_the_steps_that_were_lost(tmp_path):
         writer.scalars(20, {"train/loss": 2.0})
     assert len(list(tmp_path.glob("*tfevents*"))) == 2
     assert [(e.step, e.value) for e in events(tmp_path).Scalars("train/loss")] == [(0, 1.0), (10, 1.0), (20, 2.0)]
+
+
+def test_a_clock_set_back_leaves_the_curves_in_order(tmp_path, monkeypatch):
+    """The files of a run that goes on are read after those before it, whatever second they were begun in."""
+    now = 1_700_000_000.0
+    for number, clock in enumerate((now, now - 10_000.0, now - 20_000.0)):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        with MemberWriter(tmp_path, {"adapter.rank": 4}, resume_step=10 * number if number else None) as writer:
+            writer.scalars(10 * (number + 1), {"train/loss": float(number)})
+    assert [(e.step, e.value) for e in events(tmp_path).Scalars("train/loss")] == [(10, 0.0), (20, 1.0), (30, 2.0)]
 
 
 def test_an_error_ends_the_session_and_a_closed_writer_complains(tmp_path):

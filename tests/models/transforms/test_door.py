@@ -17,8 +17,7 @@ from lora_jax.config.load import dump_config, load_config
 from lora_jax.config.schema import TransformConfig
 from lora_jax.errors import InputError
 from lora_jax.models.load import load_model
-from lora_jax.models.transforms import register_transform
-from lora_jax.models.transforms.base import BaseTransform, TransformContext
+from lora_jax.models.transforms.base import BaseTransform, TransformContext, register_transform
 from lora_jax.sweeps.restore import named_member, restore_member, run_members
 from lora_jax.weights.provenance import fingerprint
 from tests.tiny_hub import call
