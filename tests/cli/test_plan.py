@@ -9,7 +9,8 @@ import pytest
 from lora_jax.packing.cost import PackMemory, PackShapes
 from lora_jax.packing.pack import Pack
 from lora_jax.packing.runner import PackRun
-from lora_jax.sweeps.plan import estimate, halving_fraction
+from lora_jax.sweeps.halving import halving_fraction
+from lora_jax.sweeps.plan import estimate
 from lora_jax.sweeps.run import run_sweep
 from tests import tiny
 from tests.tiny_hub import call

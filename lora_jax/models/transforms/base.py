@@ -64,3 +64,6 @@ def apply_transforms(model: Base, sections: Sequence[TransformConfig], context: 
     for section in sections:
         model = TRANSFORMS.get(section.kind, "model.transforms").apply(model, section, context)
     return model
+
+
+register_transform = TRANSFORMS.register
