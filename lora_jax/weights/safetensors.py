@@ -70,12 +70,19 @@ class TensorEntry:
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """The tensors of a `.safetensors` file, or of all shards that a `.safetensors.index.json` names."""
+    """The tensors of a `.safetensors` file, or of all shards that a `.safetensors.index.json` names.
 
-    def __init__(self, path: Path, config: dict[str, Any]):
+    Args:
+        path: the file.
+        config: the model's. None: the file is no model, but an adapter, and its tensors keep the names they have.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any] | None):
         self.path = path
         stored = _read_index(path) if path.suffix == ".json" else read_header(path)
-        self._entries = {name: stored[original] for name, original in plain_names(path, stored).items()}
+        names = {name: name for name in stored} if config is None else plain_names(path, stored)
+        config = config or {}
+        self._entries = {name: stored[original] for name, original in names.items()}
         self._scales = _scales(path, self._entries, config)
         # What is read is no longer quantised, and what is written from it is not.
         self.config = {key: value for key, value in config.items() if key not in _QUANTISED_KEYS}

@@ -129,7 +129,7 @@ def _open(folder: Path) -> Checkpoint:
                 else "."
             )
         )
-    return SafetensorsCheckpoint(file, {})
+    return SafetensorsCheckpoint(file, None)
 
 
 def _names(base: nnx.Module, config: PeftConfig, file: Checkpoint) -> PeftNames:
