@@ -80,5 +80,6 @@ def test_the_package_says_its_version_and_that_it_is_typed():
 
 
 def test_the_last_line_of_make_install_says_how_to_activate(tmp_path):
-    told = subprocess.run(["make", "-n", "install"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    command = ["make", "--no-print-directory", "-n", "install"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     assert ". .venv/bin/activate" in told[-1] and ". .venv/bin/activate" in (ROOT / "README.md").read_text()

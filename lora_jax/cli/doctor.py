@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
 
-from ..data.batching import NO_TARGET
 from ..errors import InputError
 from .options import Overrides, results_console
 
@@ -91,7 +89,10 @@ def doctor_command() -> bool:
 
 def examples_command(path: Path, overrides: list[str], count: int) -> None:
     """Prints the first training examples as the model sees them; what has no loss is dim at a terminal, elsewhere in {{braces}}."""
+    import numpy as np
+
     from ..config.load import load_config
+    from ..data.batching import NO_TARGET
     from ..sweeps.space import members_of
     from ..tasks.base import task_of
     from ..training.setup import Preparer

@@ -104,7 +104,7 @@ def test_a_command_for_the_other_kind_of_config(train):
         ({"adapter.targets": ["q_porj"]}, ["adapter.targets: 'q_porj' matches no module", "q_proj", "layers.0.attn"]),
         ({"adapter.targets": "attenion"}, ["adapter.targets: 'attenion' matches no module", "attention"]),
         ({"adapter.targets": "q_proj"}, ["write [q_proj]"]),
-        ({"adapter.targets": "(q_proj"}, ["adapter.targets: '(q_proj' is not a regular expression"]),
+        ({"adapter.targets": "(q_proj"}, ["adapter.targets", "'(q_proj'", "not a regular expression"]),
         ({"adapter.exclude": ["k_porj"]}, ["adapter.exclude: 'k_porj' matches no module", "k_proj"]),
         ({"adapter.exclude": "attention"}, ["adapter.exclude: leaves nothing"]),
         ({"adapter.rank_pattern": {"k_proj": 3}}, ["adapter.rank_pattern: 'k_proj' matches no adapted module", "q_proj"]),

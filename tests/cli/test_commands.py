@@ -187,8 +187,9 @@ def test_compare_shows_all_members(swept):
 
 def last(result):
     """The lines of an error message, whole."""
-    assert result.code == 2 and result.err.startswith("error: ") and "Traceback" not in result.err and result.out == "", result
-    return result.err
+    lines = [line for line in result.err.splitlines() if not line.startswith("warning: ")]
+    assert result.code == 2 and lines[0].startswith("error: ") and "Traceback" not in result.err and result.out == "", result
+    return "\n".join(lines)
 
 
 def test_the_winner_is_taken_away(copied, tmp_path):
@@ -255,12 +256,15 @@ def test_what_cannot_be_taken_away_is_told(copied, tmp_path):
     (run / "config.yaml").write_text(text.replace(load_config(path).model.source, str(bare)))
     assert "What changed: the base" in last(call("export", run, "--out", out))
     (run / "state.json").unlink()  # as of an older version, which did not say what its base was
+    for file in run.glob("*/*/adapter.json"):
+        facts = json.loads(file.read_text())
+        file.write_text(json.dumps({"format": 1, "arrays": facts["arrays"], "classes": facts["classes"]}))
     assert "was saved without a pooler" in last(call("export", run, "--out", out))
     (run / "config.yaml").write_text(text)
     shutil.rmtree(bare)
     (run / NAMES[0] / "best" / "adapter.json").write_text("{")
     assert "adapter.json: damaged" in last(call("export", run, "--member", NAMES[0], "--out", out))
-    assert set(tmp_path.rglob("*")) == before
+    assert set(tmp_path.rglob("*")) == before - {run / "state.json"}
 
 
 def test_a_full_disk_leaves_no_half_of_an_export(copied, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_one_short_name_for_two_members_is_told_apart(hub, tmp_path):
     path = record(tmp_path / "runs" / "tiny", first)
     second = hub.config(tmp_path, grid(task__source=[str(hub.bert)]))
     joined = join_run(path, second, members_of(second))
-    assert [m.name for m in joined.members] == [f"task.source={hub.bert}", f"source={hub.bert}"] and joined.kept == 1
+    assert [m.name for m in joined.members] == [f"task.source={hub.bert}", f"source={hub.bert.name}"] and joined.kept == 1
 
 
 def test_a_kill_before_results_csv_leaves_nothing_unwritten(hub, tmp_path, monkeypatch):

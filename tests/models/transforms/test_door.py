@@ -59,6 +59,7 @@ def test_it_is_applied_after_the_load_and_is_part_of_the_fingerprint(hub):
     assert fingerprint(load_model(str(hub.bert), transforms=[section])) == fingerprint(changed)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_over_bases_of_two_grids(hub, tmp_path):
     grid = {"model.transforms": [[], rounded(0.5)], "adapter.rank": [1, 2]}
     path = hub.write(tmp_path, {"sweep": {"grid": grid}})
