@@ -28,7 +28,7 @@ class Context:
     Attributes:
         mask: (layer types, rows, 1, queries, keys) bool, which key each query sees in layers of each type.
         rotary: cos and sin, (layer types, rows, length, dims) each, or None.
-        noise: a PRNG key for dropout, or None where nothing is dropped.
+        dropout_rng: a PRNG key for dropout, or None where nothing is dropped.
         relative: (1, 2 * span, width), the vectors of relative positions, or None.
         types: for each layer the index of its type; empty where there is one type.
         dropout: share of the values that are dropped; static.
@@ -36,7 +36,7 @@ class Context:
 
     mask: Array
     rotary: tuple[Array, Array] | None
-    noise: Array | None = None
+    dropout_rng: Array | None = None
     relative: Array | None = None
     types: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
@@ -50,9 +50,9 @@ class Context:
 
     def drop(self, x: Array, layer: Array | int, place: int, rows: Rows | None = None) -> Array:
         """Dropout of `x` in layer `layer`; each `place` in a layer has a key of its own. `rows` says where a gathered `x` is."""
-        if self.noise is None or not self.dropout:
+        if self.dropout_rng is None or not self.dropout:
             return x
-        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.noise, layer), place), rows)
+        return dropout(x, self.dropout, jax.random.fold_in(jax.random.fold_in(self.dropout_rng, layer), place), rows)
 
 
 def make_context(
@@ -61,7 +61,7 @@ def make_context(
     positions: Array,
     *,
     causal: bool,
-    noise: Array | None = None,
+    dropout_rng: Array | None = None,
     dropout: float = 0.0,
     cache: Cache | None = None,
     relative: Array | None = None,
@@ -71,7 +71,7 @@ def make_context(
     Args:
         layers: each layer's kind; a single one is that of all.
         segment_ids, positions: (rows, length) int32, as for `segment_mask` and `rotary_angles`.
-        noise, dropout, relative: as in `Context`.
+        dropout_rng, dropout, relative: as in `Context`.
         cache: that the keys are read from, these tokens' among them; None: they are the tokens' own alone.
     """
     types = tuple(dict.fromkeys(layers))
@@ -80,7 +80,7 @@ def make_context(
     else:
         mask = jnp.stack([cache.seen(segment_ids.shape[1], one.window) for one in types])
     index = tuple(types.index(one) for one in layers) if len(types) > 1 else ()
-    return Context(mask, rotary_tables(types, positions), noise, relative, index, dropout)
+    return Context(mask, rotary_tables(types, positions), dropout_rng, relative, index, dropout)
 
 
 def rotary_tables(types: tuple[LayerType, ...], positions: Array) -> tuple[Array, Array] | None:

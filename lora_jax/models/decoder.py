@@ -45,7 +45,7 @@ class Decoder(nnx.Module):
 
     Attributes:
         config: the shape it was built from.
-        dropout: rate of the model's own dropout, in calls that are given `noise`.
+        dropout: rate of the model's own dropout, in calls that are given `dropout_rng`.
         site_aliases: site path -> Hugging Face module path with `{i}` for the layer, so that those names work as targets.
         head_shapes: kind of head -> its shape, where the family has one of its own.
         origin: the checkpoint it was loaded from, if it was.
@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
         segment_ids: Array | None = None,
         *,
         gather: Array | None = None,
-        noise: Array | None = None,
+        dropout_rng: Array | None = None,
         trunk: Array | None = None,
     ) -> Array:
         """The last hidden states, after the final norm.
@@ -95,13 +95,13 @@ class Decoder(nnx.Module):
                 those that count the mask's ones.
             segment_ids: (batch, seq) int32 for packed rows: 0 is padding, tokens see their own segment alone. Replaces the mask.
             gather: (n,) int32, positions of the flattened (batch * seq) to return; all by default.
-            noise: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
+            dropout_rng: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
             trunk: (batch, seq, width), what `trunk` gave for the same rows; the layers below the cut are not run then.
 
         Returns:
             (batch, seq, width), or (n, width) with `gather`.
         """
-        x, context = self._entering(tokens, attention_mask, positions, segment_ids, noise)
+        x, context = self._entering(tokens, attention_mask, positions, segment_ids, dropout_rng)
         # Leaving most of the top layer out pays only where few positions are wanted; else it is one more layer to compile.
         early = gather is not None and 2 * gather.shape[0] <= tokens.size
         x = self.layers(x, context, gather if early else None, trunk=trunk)
@@ -114,21 +114,21 @@ class Decoder(nnx.Module):
         positions: Array | None = None,
         segment_ids: Array | None = None,
         *,
-        noise: Array | None = None,
+        dropout_rng: Array | None = None,
     ) -> Array:
         """(batch, seq, width): what enters the layers above the lowest cut of the stack; the arguments are those of `hidden`.
 
         Raises:
             ValueError: the stack is not cut.
         """
-        return self.layers.below(*self._entering(tokens, attention_mask, positions, segment_ids, noise))
+        return self.layers.below(*self._entering(tokens, attention_mask, positions, segment_ids, dropout_rng))
 
     def _entering(
-        self, tokens: Array, attention_mask: Array | None, positions: Array | None, segment_ids: Array | None, noise: Array | None
+        self, tokens: Array, attention_mask: Array | None, positions: Array | None, segment_ids: Array | None, dropout_rng: Array | None
     ) -> tuple[Array, Context]:
         """What the stack is called with: the embedded tokens, and what all layers see."""
         segment_ids, positions = row_layout(tokens, attention_mask, positions, segment_ids)
-        context = make_context(self.config.layer_types, segment_ids, positions, causal=True, noise=noise, dropout=self.dropout)
+        context = make_context(self.config.layer_types, segment_ids, positions, causal=True, dropout_rng=dropout_rng, dropout=self.dropout)
         return context.drop(self.embedded(tokens, positions), 0, 3), context
 
     @property

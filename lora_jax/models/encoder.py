@@ -88,7 +88,7 @@ class Encoder(nnx.Module):
 
     Attributes:
         config: the shape it was built from.
-        dropout: rate of the model's own dropout, in calls that are given `noise`.
+        dropout: rate of the model's own dropout, in calls that are given `dropout_rng`.
         site_aliases: site path -> Hugging Face module path with `{i}` for the layer, so that those names work as targets.
         head_shapes: kind of head -> its shape, where the family has one of its own.
         origin: the checkpoint it was loaded from, if it was.
@@ -140,7 +140,7 @@ class Encoder(nnx.Module):
         *,
         token_types: Array | None = None,
         gather: Array | None = None,
-        noise: Array | None = None,
+        dropout_rng: Array | None = None,
         trunk: Array | None = None,
     ) -> Array:
         """The last hidden states.
@@ -153,13 +153,13 @@ class Encoder(nnx.Module):
             segment_ids: (batch, seq) int32 for packed rows: 0 is padding, tokens see their own segment alone. Replaces the mask.
             token_types: (batch, seq) int32, 1 in the second text of a pair; 0 by default. Nothing to a model without token types.
             gather: (n,) int32, positions of the flattened (batch * seq) to return; all by default.
-            noise: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
+            dropout_rng: PRNG key of the model's own dropout, at the rate `dropout`; nothing is dropped without it.
             trunk: (batch, seq, width), what `trunk` gave for the same rows; the layers below the cut are not run then.
 
         Returns:
             (batch, seq, width), or (n, width) with `gather`.
         """
-        x, context, after_first = self._entering(tokens, attention_mask, positions, segment_ids, token_types, noise)
+        x, context, after_first = self._entering(tokens, attention_mask, positions, segment_ids, token_types, dropout_rng)
         x = self.layers(x, context, gather, after_first, trunk)
         return self.final_norm(x) if self.config.final_norm else x
 
@@ -171,14 +171,14 @@ class Encoder(nnx.Module):
         segment_ids: Array | None = None,
         *,
         token_types: Array | None = None,
-        noise: Array | None = None,
+        dropout_rng: Array | None = None,
     ) -> Array:
         """(batch, seq, width): what enters the layers above the lowest cut of the stack; the arguments are those of `hidden`.
 
         Raises:
             ValueError: the stack is not cut.
         """
-        return self.layers.below(*self._entering(tokens, attention_mask, positions, segment_ids, token_types, noise))
+        return self.layers.below(*self._entering(tokens, attention_mask, positions, segment_ids, token_types, dropout_rng))
 
     def _entering(
         self,
@@ -187,7 +187,7 @@ class Encoder(nnx.Module):
         positions: Array | None,
         segment_ids: Array | None,
         token_types: Array | None,
-        noise: Array | None,
+        dropout_rng: Array | None,
     ) -> tuple[Array, Context, Callable[[Array], Array] | None]:
         """What the stack is called with: the embedded tokens, what all layers see, and what follows layer 0."""
         padding, counted = self.config.padding_idx, positions is not None
@@ -201,7 +201,7 @@ class Encoder(nnx.Module):
         if self.config.token_types:
             types = self.type_embed.embedding[...][0].astype(x.dtype) if token_types is None else self.type_embed(token_types)
             x += types
-        shared = {"noise": noise, "dropout": self.dropout, "relative": self._relative()}
+        shared = {"dropout_rng": dropout_rng, "dropout": self.dropout, "relative": self._relative()}
         context = make_context(self.config.layer_types, segment_ids, positions, causal=False, **shared)
         x = context.drop(self.embed_norm(x), 0, 3)
         return x, context, self._convolved(x, segment_ids, context) if self.config.convolution else None

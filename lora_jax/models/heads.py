@@ -131,10 +131,10 @@ class Classifier(nnx.Module):
 
     def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(rows, length, width): what enters the base's layers above its lowest cut."""
-        return self.base.trunk(**rows_of(self.base, batch), noise=dropout_rng)
+        return self.base.trunk(**rows_of(self.base, batch), dropout_rng=dropout_rng)
 
     def _hidden(self, batch: Mapping[str, Array], dropout_rng: Array | None, gather: Array | None = None) -> Array:
-        return self.base.hidden(**rows_of(self.base, batch), gather=gather, noise=dropout_rng, trunk=batch.get("prefix"))
+        return self.base.hidden(**rows_of(self.base, batch), gather=gather, dropout_rng=dropout_rng, trunk=batch.get("trunk"))
 
     def _transform(self, x: Array, rows: Rows | None = None) -> Array:
         """What stands between the hidden states (..., width) and the classifier; `rows` says where a gathered `x` is."""
@@ -230,11 +230,13 @@ class LanguageModel(nnx.Module):
 
     def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(n, width): the hidden state at each target position."""
-        return self.base.hidden(**rows_of(self.base, batch), gather=batch["target_index"], noise=dropout_rng, trunk=batch.get("prefix"))
+        return self.base.hidden(
+            **rows_of(self.base, batch), gather=batch["target_index"], dropout_rng=dropout_rng, trunk=batch.get("trunk")
+        )
 
     def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(rows, length, width): what enters the base's layers above its lowest cut."""
-        return self.base.trunk(**rows_of(self.base, batch), noise=dropout_rng)
+        return self.base.trunk(**rows_of(self.base, batch), dropout_rng=dropout_rng)
 
     def readout(self) -> Callable[[Array], Array]:
         """(n, width) -> (n, vocab) logits."""
@@ -253,11 +255,13 @@ class HiddenStates(nnx.Module):
 
     def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(n, width): the hidden state at each target position."""
-        return self.base.hidden(**rows_of(self.base, batch), gather=batch["target_index"], noise=dropout_rng, trunk=batch.get("prefix"))
+        return self.base.hidden(
+            **rows_of(self.base, batch), gather=batch["target_index"], dropout_rng=dropout_rng, trunk=batch.get("trunk")
+        )
 
     def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(rows, length, width): what enters the base's layers above its lowest cut."""
-        return self.base.trunk(**rows_of(self.base, batch), noise=dropout_rng)
+        return self.base.trunk(**rows_of(self.base, batch), dropout_rng=dropout_rng)
 
     def readout(self) -> Callable[[Array], Array]:
         """The features are the answer."""

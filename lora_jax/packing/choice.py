@@ -19,7 +19,7 @@ from ..errors import OutOfMemory, is_out_of_memory
 from ..parallel.processes import is_writer, process_count
 from ..tracking import RunDirectory
 from ..training.setup import Setup, setup_key
-from ..training.trunk import Prefix
+from ..training.trunk import Trunk
 from .execution import SCAN, VMAP, PackMode, configured_mode
 from .pack import Pack, static_key
 
@@ -59,7 +59,7 @@ class Choice:
         return cls(PackMode(facts["width"]), facts["why"], facts["seconds_per_step"], facts["device"])
 
 
-def choose(pack: Pack, setup: Setup, prefix: Prefix | None) -> Choice:
+def choose(pack: Pack, setup: Setup, trunk: Trunk | None) -> Choice:
     """Chooses a mode for a pack that is about to train, and leaves it with that mode's programs, compiled if they were measured.
 
     Each mode takes a few steps from copies of the pack's state on the first batch, as it will be in training; the state itself is
@@ -68,7 +68,7 @@ def choose(pack: Pack, setup: Setup, prefix: Prefix | None) -> Choice:
     Args:
         pack: at whatever state.
         setup: its data.
-        prefix: what its members have in common.
+        trunk: what its members have in common.
     """
     device = jax.devices()[0].device_kind
     candidates = _candidates(pack, setup)
@@ -78,8 +78,8 @@ def choose(pack: Pack, setup: Setup, prefix: Prefix | None) -> Choice:
         why = "several processes train together" if process_count() > 1 else f"a run of {setup.steps} steps is too short to measure"
         if _keeps_cpu_busy(setup):
             return Choice(SCAN, f"{why}, and one such member keeps a CPU busy", {}, device)
-        return Choice(_first_that_fits(pack, setup, prefix, candidates), why, {}, device)
-    batch = first_batch(pack, setup, prefix)
+        return Choice(_first_that_fits(pack, setup, trunk, candidates), why, {}, device)
+    batch = first_batch(pack, setup, trunk)
     seconds: dict[PackMode, float] = {}
     programs = {}
     for mode in candidates:
@@ -100,9 +100,9 @@ def choose(pack: Pack, setup: Setup, prefix: Prefix | None) -> Choice:
     return Choice(best, "measured", {mode.name: round(s, 6) for mode, s in seconds.items()}, device)
 
 
-def first_batch(pack: Pack, setup: Setup, prefix: Prefix | None) -> dict[str, jax.Array]:
+def first_batch(pack: Pack, setup: Setup, trunk: Trunk | None) -> dict[str, jax.Array]:
     """The first training batch as the pack's step takes it."""
-    return setup.step_inputs(0, setup.plan.batch(0), prefix)
+    return setup.step_inputs(0, setup.plan.batch(0), trunk)
 
 
 def _candidates(pack: Pack, setup: Setup) -> list[PackMode]:
@@ -118,20 +118,20 @@ def _keeps_cpu_busy(setup: Setup) -> bool:
     return setup.plan.batch(0)["tokens"][0].size * setup.base.config.block.width >= _BUSY_CPU
 
 
-def _first_that_fits(pack: Pack, setup: Setup, prefix: Prefix | None, candidates: list[PackMode]) -> PackMode:
+def _first_that_fits(pack: Pack, setup: Setup, trunk: Trunk | None, candidates: list[PackMode]) -> PackMode:
     if pack.programs.train.limit is None:
         return candidates[0]
     for mode in candidates:
         pack.use_mode(mode)
         try:
-            check_fits(pack, setup, prefix)
+            check_fits(pack, setup, trunk)
         except OutOfMemory:
             continue
         return mode
     return candidates[-1]
 
 
-def check_fits(pack: Pack, setup: Setup, prefix: Prefix | None) -> None:
+def check_fits(pack: Pack, setup: Setup, trunk: Trunk | None) -> None:
     """Compiles a pack's programs where there is a limit of memory, before anything is trained.
 
     Raises:
@@ -140,8 +140,8 @@ def check_fits(pack: Pack, setup: Setup, prefix: Prefix | None) -> None:
     programs = pack.programs
     if programs.train.limit is None:
         return
-    programs.train.prepare(pack.state, pack.fixed, pack.part.frozen, first_batch(pack, setup, prefix), np.int32(0))
-    held_out = setup.held_out_inputs(next(iter(setup.plan.eval_batches())), prefix)
+    programs.train.prepare(pack.state, pack.fixed, pack.part.frozen, first_batch(pack, setup, trunk), np.int32(0))
+    held_out = setup.held_out_inputs(next(iter(setup.plan.eval_batches())), trunk)
     programs.evaluate.prepare(pack.state.trainable, pack.fixed.settings, pack.part.frozen, held_out)
 
 
@@ -171,14 +171,14 @@ class PackModes:
             if (choice := _loaded(facts)) is not None:
                 self._by_kind.setdefault(str(facts.get("kind")), choice)
 
-    def settle(self, names: Sequence[str], pack: Pack, setup: Setup, prefix: Prefix | None) -> str | None:
+    def settle(self, names: Sequence[str], pack: Pack, setup: Setup, trunk: Trunk | None) -> str | None:
         """Gives a pack the programs of its mode.
 
         Args:
             names: of its members.
             pack: about to train.
             setup: its data.
-            prefix: what its members have in common.
+            trunk: what its members have in common.
 
         Returns:
             what was chosen and why, for the console; None where there was nothing to choose.
@@ -189,7 +189,7 @@ class PackModes:
         kind = hashlib.sha256(repr((setup_key(config), static_key(config))).encode()).hexdigest()[:12]
         recorded = self._recorded(names)
         known = recorded or self._by_kind.get(kind)
-        choice = known or choose(pack, setup, prefix)
+        choice = known or choose(pack, setup, trunk)
         if choice.mode != pack.programs.mode:
             pack.use_mode(choice.mode)
         self._by_kind.setdefault(kind, choice)

@@ -32,7 +32,7 @@ from ..tasks.base import objective_of
 from ..training.optimizer import hyper_of
 from ..training.setup import Setup
 from ..training.step import Batch, MemberFixed, MemberState, eval_step, init_member, train_step
-from ..training.trunk import prefix_depth, trace_prefix
+from ..training.trunk import trace_trunk, trunk_depth
 from .execution import VMAP, PackPrograms, configured_mode
 
 
@@ -125,11 +125,11 @@ class PackShapes:
     @functools.cached_property
     def depth(self) -> int:
         """How many layers are computed once for all members."""
-        return prefix_depth(self.part, self._micro)
+        return trunk_depth(self.part, self._micro)
 
     @functools.cached_property
-    def _prefix(self) -> ClosedJaxpr | None:
-        return trace_prefix(self.part, self._micro) if self.depth else None
+    def _trunk(self) -> ClosedJaxpr | None:
+        return trace_trunk(self.part, self._micro) if self.depth else None
 
     @functools.cached_property
     def _step(self) -> ClosedJaxpr:
@@ -157,13 +157,13 @@ class PackShapes:
     @functools.cached_property
     def shared_flops(self) -> int:
         """Of what is computed once in an optimizer step, however many members there are."""
-        return 0 if self._prefix is None else count_flops(self._prefix) * self._setup.plan.batch(0)["tokens"].shape[0]
+        return 0 if self._trunk is None else count_flops(self._trunk) * self._setup.plan.batch(0)["tokens"].shape[0]
 
     @functools.cached_property
     def evaluation_flops(self) -> tuple[int, int]:
         """Of one evaluation: (one member's, what is computed once for all)."""
         batches = len(self._setup.plan.eval_batches())
-        shared = 0 if self._prefix is None else count_flops(self._prefix)
+        shared = 0 if self._trunk is None else count_flops(self._trunk)
         return count_flops(self._evaluation) * batches, shared * batches
 
     def upper_bound(self, members: int) -> int:
@@ -217,10 +217,10 @@ class PackShapes:
 
     def _batch(self, batch: dict[str, np.ndarray], row_axis: int) -> Batch:
         placed: dict[str, Any] = place_batch(self._setup.mesh, batch, row_axis=row_axis)
-        if self._prefix is not None:
-            entering = self._prefix.out_avals[0]
+        if self._trunk is not None:
+            entering = self._trunk.out_avals[0]
             shape = (*batch["tokens"].shape[:row_axis], *entering.shape)
-            placed["prefix"] = jax.ShapeDtypeStruct(shape, entering.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
+            placed["trunk"] = jax.ShapeDtypeStruct(shape, entering.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
         if (shared := self._setup.shared) is not None:
             wanted = shared.shape({name: placed[name] for name in batch}, micro=row_axis == 1)
             placed[shared.name] = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=row_sharding(self._setup.mesh, row_axis))

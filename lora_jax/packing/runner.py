@@ -21,8 +21,8 @@ from ..tracking.state import Split
 from ..training.checkpoint import PackCheckpoints, Saved
 from ..training.loop import Outcome, StepTrace, train_pack
 from ..training.setup import Setup
-from ..training.trunk import Prefix
-from ..training.trunk_cache import FOLDER, keep_prefix
+from ..training.trunk import Trunk
+from ..training.trunk_cache import FOLDER, keep_trunk
 from .choice import PackModes, check_fits
 from .execution import VMAP, PackPrograms, configured_mode
 from .pack import Member, Pack, repack
@@ -94,18 +94,18 @@ class PackRun:
         known: PackPrograms | None = self.setup.programs.find(pack.program_key)
         what = f"{len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters"
         self.progress.print(f"{self.title}: {what}; {'compiling' if known is None else 'run by the programs of an earlier pack'}")
-        prefix = self.setup.prefix(pack.part, config.training.data_seed)
-        before = prefix.compiled if prefix is not None else 0
+        trunk = self.setup.trunk(pack.part, config.training.data_seed)
+        before = trunk.compiled if trunk is not None else 0
         if config.training.cache_trunk == "on":
-            self._keep(prefix, config)
-        if (said := self.modes.settle([m.name for m in members], pack, self.setup, prefix)) is not None:
+            self._keep(trunk, config)
+        if (said := self.modes.settle([m.name for m in members], pack, self.setup, trunk)) is not None:
             self.progress.print(f"{self.title}: {said}")
         if known is not None and known.mode == pack.programs.mode:
             pack.programs, before = known, before + known.compiled
         else:
             self.setup.programs.forget()
-        check_fits(pack, self.setup, prefix)
-        counted = _counts(prefix)
+        check_fits(pack, self.setup, trunk)
+        counted = _counts(trunk)
         recorder = Recorder(self.run, members, counts, self.setup, self.progress, self.title)
         try:
             with recorder, contextlib.closing(self.checkpoints()) as checkpoints:
@@ -123,26 +123,26 @@ class PackRun:
                     trace=StepTrace(self.run.path / "profile", config.tracking.profile),
                     until=until,
                     start=None if start is None else lambda: start(pack),
-                    prefix=prefix,
+                    trunk=trunk,
                 )
         finally:
             self.signals.training = False  # whatever came of it: until the next pack trains, a signal has nothing to wait for
-        if prefix is not None and prefix.stores is not None:
-            hits, misses = (a - b for a, b in zip(_counts(prefix), counted, strict=True))
+        if trunk is not None and trunk.stores is not None:
+            hits, misses = (a - b for a, b in zip(_counts(trunk), counted, strict=True))
             self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches began from the trunk cache")
         self.setup.programs.get(pack.program_key, lambda: pack.programs)
-        return Trained(pack, outcome, recorder, pack.programs.compiled + (prefix.compiled if prefix is not None else 0) - before)
+        return Trained(pack, outcome, recorder, pack.programs.compiled + (trunk.compiled if trunk is not None else 0) - before)
 
-    def _keep(self, prefix: Prefix | None, config: Config) -> None:
-        if prefix is None:
+    def _keep(self, trunk: Trunk | None, config: Config) -> None:
+        if trunk is None:
             self.progress.print("trunk cache: off, for the members have no layer in common below the lowest that one of them trains")
             return
-        keep_prefix(prefix, self.setup, config.training, Path(config.tracking.dir) / FOLDER, self.progress.print)
+        keep_trunk(trunk, self.setup, config.training, Path(config.tracking.dir) / FOLDER, self.progress.print)
 
 
-def _counts(prefix: Prefix | None) -> tuple[int, int]:
+def _counts(trunk: Trunk | None) -> tuple[int, int]:
     """Batches that were found in the trunk cache, and that were not."""
-    stores = prefix.stores if prefix is not None and prefix.stores is not None else ()
+    stores = trunk.stores if trunk is not None and trunk.stores is not None else ()
     return sum(s.hits for s in stores), sum(s.misses for s in stores)
 
 

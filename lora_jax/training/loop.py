@@ -24,7 +24,7 @@ from ..tasks.evaluators import EVALUATORS, Evaluator
 from .checkpoint import PackCheckpoints, Saved
 from .setup import Setup
 from .step import MemberFixed, MemberState, Metrics
-from .trunk import Prefix
+from .trunk import Trunk
 
 
 class Pack(Protocol):
@@ -93,7 +93,7 @@ def train_pack(
     trace: StepTrace | None = None,
     until: int | None = None,
     start: Callable[[], Saved | None] | None = None,
-    prefix: Prefix | None = None,
+    trunk: Trunk | None = None,
 ) -> Outcome:
     """Trains all members of a pack to the last step, from its newest checkpoint on if there is one.
 
@@ -109,7 +109,7 @@ def train_pack(
         trace: of a few steps, for the profiler.
         until: the step to end at; the setup's last by default.
         start: where to begin without a checkpoint; step 0 by default, or where it gives None.
-        prefix: what the members have in common, computed apart; without it the step computes that too.
+        trunk: what the members have in common, computed apart; without it the step computes that too.
 
     Raises:
         Stopped: `stop` said so; everything up to that step is in a checkpoint.
@@ -152,7 +152,7 @@ def train_pack(
         checkpoints.save(done, state, loop)
 
     for step, batch in enumerate(setup.plan.batches(first, last), first):
-        state, metrics = pack.programs.train(state, fixed, frozen, setup.step_inputs(step, batch, prefix), np.int32(step))
+        state, metrics = pack.programs.train(state, fixed, frozen, setup.step_inputs(step, batch, trunk), np.int32(step))
         fresh.append(metrics)
         done = step + 1
         if trace is not None:
@@ -169,7 +169,7 @@ def train_pack(
         if done == last or (eval_every and done % eval_every == 0):
             jax.block_until_ready(metrics)  # steps still under way are training, not evaluation
             clock.pause()
-            final = evaluate_pack(pack, setup, state.trainable, prefix=prefix)
+            final = evaluate_pack(pack, setup, state.trainable, trunk=trunk)
             if best.offer(done, final, state.trainable) and checkpoints is not None and best.arrays is not None:
                 checkpoints.save_best(done, best.arrays)
             listener.on_eval(done, final)
@@ -209,7 +209,7 @@ def evaluate_pack(
     trainable: Arrays,
     examples: Examples | None = None,
     *,
-    prefix: Prefix | None = None,
+    trunk: Trunk | None = None,
 ) -> dict[str, np.ndarray]:
     """Every member's metrics (`TaskMetrics.held_out`) over the held-out examples, or those given: name -> (members,) array."""
     examples = setup.data.held_out if examples is None else examples
@@ -219,7 +219,7 @@ def evaluate_pack(
     answers: list[np.ndarray] = []
     weight = 0.0
     for batch in setup.plan.eval_batches(examples):
-        inputs = setup.held_out_inputs(batch, prefix)
+        inputs = setup.held_out_inputs(batch, trunk)
         *scalars, answered = pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, inputs)
         sums.append(scalars)
         if examples.score is not None or of_answers:

@@ -31,7 +31,7 @@ from ..tasks.base import Shared, TaskData, TaskMetrics, prepare, task_of
 from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
 from .step import Batch
-from .trunk import Prefix, prefix_depth
+from .trunk import Trunk, trunk_depth
 
 
 class SingleSlotCache:
@@ -112,7 +112,7 @@ class Setup:
         mesh: the devices; the model's weights lie on it already.
         shared: what the task computes once a batch for all members; None where it computes nothing.
         tokenizer: digest of the tokenizer and its chat template.
-        prefixes: of packs, the newest.
+        trunks: of packs, the newest.
         programs: of packs, the newest, by the packs' form: packs of one form share them.
     """
 
@@ -124,7 +124,7 @@ class Setup:
     mesh: Mesh
     shared: SharedProgram | None = None
     tokenizer: str = ""
-    prefixes: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
+    trunks: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
     programs: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
     specs: dict[str, ResolvedAdapter] = dataclasses.field(default_factory=dict)
     layouts: dict[frozenset[str], Layout] = dataclasses.field(default_factory=dict)
@@ -149,21 +149,21 @@ class Setup:
             self.layouts[key] = unite(self.model, [self.spec(c) for c in adapters.values()])
         return self.layouts[key]
 
-    def prefix(self, part: Partition, data_seed: int) -> Prefix | None:
+    def trunk(self, part: Partition, data_seed: int) -> Trunk | None:
         """What the members of a pack have in common; None where they have nothing. Successive packs of one depth have one."""
-        depth = prefix_depth(part, {name: array[0] for name, array in self.plan.batch(0).items()})
-        return self.prefixes.get((depth, data_seed), lambda: Prefix(part, depth, data_seed, self.mesh)) if depth else None
+        depth = trunk_depth(part, {name: array[0] for name, array in self.plan.batch(0).items()})
+        return self.trunks.get((depth, data_seed), lambda: Trunk(part, depth, data_seed, self.mesh)) if depth else None
 
-    def step_inputs(self, step: int, batch: dict[str, np.ndarray], prefix: Prefix | None) -> dict[str, jax.Array]:
+    def step_inputs(self, step: int, batch: dict[str, np.ndarray], trunk: Trunk | None) -> dict[str, jax.Array]:
         """A training batch on the mesh as a pack's step takes it, with what is computed once for all members."""
         placed = place_batch(self.mesh, batch, row_axis=1)
-        common = {} if prefix is None else {"prefix": prefix.of_step(step, placed, batch)}
+        common = {} if trunk is None else {"trunk": trunk.of_step(step, placed, batch)}
         return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_step(placed)})
 
-    def held_out_inputs(self, batch: dict[str, np.ndarray], prefix: Prefix | None) -> dict[str, jax.Array]:
+    def held_out_inputs(self, batch: dict[str, np.ndarray], trunk: Trunk | None) -> dict[str, jax.Array]:
         """The same of a batch to evaluate, which has no micro axis."""
         placed = place_batch(self.mesh, batch, row_axis=0)
-        common = {} if prefix is None else {"prefix": prefix.of_held_out(placed, batch)}
+        common = {} if trunk is None else {"trunk": trunk.of_held_out(placed, batch)}
         return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_held_out(placed)})
 
     @functools.cached_property

@@ -69,7 +69,7 @@ def train_step(
         fixed: what is this member's own.
         frozen: the base, the same for all members.
         batch: arrays with a leading micro-batch axis, the same for all members, among them what the task computes once for all
-            (`Task.shared`). Where it holds a `prefix` (`trunk.py`), the model starts from that.
+            (`Task.shared`). Where it holds a `trunk` (`trunk.py`), the model starts from that.
         step: int32 scalar, 0-based.
         dropout_rng: PRNG key of the base's own dropout in this step, the same for all members: what is common to them stays common.
     """

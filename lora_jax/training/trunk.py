@@ -57,7 +57,7 @@ def _name(tokens: np.ndarray, types: np.ndarray | None) -> bytes:
     return b"".join(np.asarray(part, np.int32).tobytes() for part in parts)
 
 
-class PrefixStore:
+class TrunkStore:
     """The activations of some examples.
 
     Args:
@@ -100,10 +100,10 @@ class PrefixStore:
         assert rows.shape == self.shape
         self._rows = rows.view(self.dtype)
 
-    def put(self, batch: Mapping[str, np.ndarray], prefix: np.ndarray) -> None:
+    def put(self, batch: Mapping[str, np.ndarray], trunk: np.ndarray) -> None:
         """Takes the activations of a batch's examples, (..., rows, length, width)."""
         assert self._rows is not None
-        flat = prefix.reshape(-1, self.width)
+        flat = trunk.reshape(-1, self.width)
         for start, stop, name in spans(batch):
             at = self._where.get(name)
             if at is not None:
@@ -126,7 +126,7 @@ class PrefixStore:
 _CHUNK = 1 << 24
 
 
-class PrefixFiles:
+class TrunkFiles:
     """The files of one folder.
 
     Args:
@@ -235,7 +235,7 @@ def _reserve(descriptor: int, start: int, size: int) -> None:
 HostBatch = Mapping[str, np.ndarray]
 
 
-def prefix_depth(part: Partition, micro: Mapping[str, Any]) -> int:
+def trunk_depth(part: Partition, micro: Mapping[str, Any]) -> int:
     """How many layers at the bottom of a pack are the same for all its members; 0 where none is.
 
     That no member's arrays are used below the cut is read off the traced computation: adapters on the embedding, trained biases and
@@ -249,50 +249,50 @@ def prefix_depth(part: Partition, micro: Mapping[str, Any]) -> int:
     depth = cut_of(part.merge(part.trainable, part.settings, part.frozen, training=True))
     if not depth:
         return 0
-    jaxpr = trace_prefix(part, micro)
+    jaxpr = trace_trunk(part, micro)
     _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     return 0 if any(used[: len(jax.tree.leaves((part.trainable, part.settings)))]) else depth
 
 
-def trace_prefix(part: Partition, micro: Mapping[str, Any]) -> ClosedJaxpr:
+def trace_trunk(part: Partition, micro: Mapping[str, Any]) -> ClosedJaxpr:
     """What enters the lowest cut of a pack's model, as JAX traces it. Arguments: the members' arrays, one micro-batch, the base."""
     own = (part.trainable, part.settings)
     return jax.make_jaxpr(lambda own, micro, frozen: _run(part, own, frozen, micro, None))(own, micro, part.frozen)
 
 
-class Prefix:
-    """The shared prefix of packs that are cut at the same layer.
+class Trunk:
+    """The trunk of packs that are cut at the same layer.
 
     Args:
         part: of one of them.
-        depth: `prefix_depth` of it.
+        depth: `trunk_depth` of it.
         data_seed: of the base's own dropout.
         mesh: where the arrays lie.
 
     Attributes:
-        stores: what is kept of it (`prefix_cache.py`), for training steps and for evaluations.
+        stores: what is kept of it (`trunk_cache.py`), for training steps and for evaluations.
         asked_to_keep: whether it was seen to that something is.
     """
 
     def __init__(self, part: Partition, depth: int, data_seed: int, mesh: Mesh):
         self.depth = depth
-        self.stores: tuple[PrefixStore, PrefixStore] | None = None
+        self.stores: tuple[TrunkStore, TrunkStore] | None = None
         self.asked_to_keep = False
         self._mesh = mesh
         self._frozen = part.frozen
         own = (part.trainable, part.settings)  # the model is made with them, and the program drops them: it makes no use of them
 
         def of_step(frozen: Arrays, batch: Batch, step: jax.Array) -> jax.Array:
-            noise = jax.random.fold_in(jax.random.key(data_seed), step)
+            dropout_rng = jax.random.fold_in(jax.random.key(data_seed), step)
             micros = (jnp.arange(batch["tokens"].shape[0]), batch)
-            return jax.lax.map(lambda m: _run(part, own, frozen, m[1], jax.random.fold_in(noise, m[0])), micros)
+            return jax.lax.map(lambda m: _run(part, own, frozen, m[1], jax.random.fold_in(dropout_rng, m[0])), micros)
 
         def of_held_out(frozen: Arrays, batch: Batch) -> jax.Array:
             return _run(part, own, frozen, batch, None)
 
         # Compiled as XLA would by itself: `compiling.py`'s options make a row's last bits depend on its place, and no cache can be.
-        self._step = Program(of_step, "prefix", mesh=mesh, results=row_sharding(mesh, 1))
-        self._held_out = Program(of_held_out, "held-out prefix", mesh=mesh, results=row_sharding(mesh, 0))
+        self._step = Program(of_step, "trunk", mesh=mesh, results=row_sharding(mesh, 1))
+        self._held_out = Program(of_held_out, "held-out trunk", mesh=mesh, results=row_sharding(mesh, 0))
 
     def of_step(self, step: int, batch: Batch, host: HostBatch | None = None) -> jax.Array:
         """(micro-batches, rows, length, width): what enters layer `depth` in training step `step`, dropout of the base included.
@@ -324,6 +324,6 @@ class Prefix:
         return self._step.traces.count + self._held_out.traces.count
 
 
-def _run(part: Partition, own: tuple[Arrays, Arrays], frozen: Arrays, micro: Batch, noise: jax.Array | None) -> jax.Array:
-    model = cast(TaskModel, part.merge(*own, frozen, training=noise is not None))
-    return model.trunk(micro, noise)
+def _run(part: Partition, own: tuple[Arrays, Arrays], frozen: Arrays, micro: Batch, dropout_rng: jax.Array | None) -> jax.Array:
+    model = cast(TaskModel, part.merge(*own, frozen, training=dropout_rng is not None))
+    return model.trunk(micro, dropout_rng)

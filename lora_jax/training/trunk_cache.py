@@ -1,4 +1,4 @@
-"""`training.cache_trunk`: the shared prefix of every example, computed once and used in all epochs, evaluations and packs.
+"""`training.cache_trunk`: the trunk of every example, computed once and used in all epochs, evaluations and packs.
 
 It is filled before the first step, in one pass, and read-only from then on: in memory, or where that is too little, in a file that
 later runs find again. Losses are, bit for bit, those of computing it anew. That takes a compiled program that gives an example the same
@@ -26,55 +26,55 @@ from ..config.schema import TrainingConfig
 from ..parallel.constraints import place_batch
 from ..parallel.mesh import to_host
 from .setup import Setup
-from .trunk import Prefix, PrefixFiles, PrefixStore, file_size
+from .trunk import Trunk, TrunkFiles, TrunkStore, file_size
 
 # Its folder, below `tracking.dir`: the runs there share it.
-FOLDER = ".prefix-cache"
+FOLDER = ".trunk-cache"
 
 _GB = 1e9
 
 
-def keep_prefix(prefix: Prefix, setup: Setup, training: TrainingConfig, folder: Path, say: Callable[[str], None]) -> None:
-    """Gives a prefix its cache, unless it has been through here.
+def keep_trunk(trunk: Trunk, setup: Setup, training: TrainingConfig, folder: Path, say: Callable[[str], None]) -> None:
+    """Gives a trunk its cache, unless it has been through here.
 
-    Where there can be none, or the disk is full, the prefix is computed in every step as without it.
+    Where there can be none, or the disk is full, the trunk is computed in every step as without it.
 
     Args:
-        prefix: of the setup's packs.
+        trunk: of the setup's packs.
         setup: the data.
         training: the config's section.
         folder: where files go; made when one is written.
         say: hears what is kept, or why nothing is.
     """
-    if prefix.asked_to_keep:
+    if trunk.asked_to_keep:
         return
-    prefix.asked_to_keep = True
+    trunk.asked_to_keep = True
     if getattr(setup.base, "dropout", 0.0):
         return say("trunk cache: off, for the base's own dropout (model.dropout) makes every step's another")
     if jax.process_count() > 1:
         return say("trunk cache: off, for it is one process's own, and the batches are cut over several")
     batch = setup.plan.batch(0)
-    layout = prefix.layout(place_batch(setup.mesh, batch, row_axis=1))
+    layout = trunk.layout(place_batch(setup.mesh, batch, row_axis=1))
     seen, held_out = setup.plan.seen(), setup.data.held_out
     # Two programs, which may round differently: what one computed is not used for the other.
-    stores = [PrefixStore(examples, layout.shape[-1], layout.dtype) for examples in (seen, held_out)]
+    stores = [TrunkStore(examples, layout.shape[-1], layout.dtype) for examples in (seen, held_out)]
     shape = (sum(s.tokens for s in stores), layout.shape[-1])
     size, itemsize = sum(s.nbytes for s in stores), stores[0].dtype.itemsize
-    what = f"{prefix.depth} layers of {len(seen.tokens) + len(held_out.tokens):,} examples, {size / 1e6:,.1f} MB"
-    fill = functools.partial(_fill, prefix, setup, stores)
+    what = f"{trunk.depth} layers of {len(seen.tokens) + len(held_out.tokens):,} examples, {size / 1e6:,.1f} MB"
+    fill = functools.partial(_fill, trunk, setup, stores)
     if size <= training.trunk_memory_gb * _GB:
         rows = np.empty(shape, f"u{itemsize}")
         if not fill(rows):
             return say(_MOVED)
-        prefix.stores = (stores[0], stores[1])
+        trunk.stores = (stores[0], stores[1])
         return say(f"trunk cache: {what} in memory")
     if file_size(shape, itemsize) > training.trunk_disk_gb * _GB:
         return say(f"trunk cache: off, for {what}, are more than training.trunk_memory_gb and training.trunk_disk_gb allow")
-    files, key = PrefixFiles(folder), _key(prefix, setup, stores, batch)
+    files, key = TrunkFiles(folder), _key(trunk, setup, stores, batch)
     found = files.open(key, shape, itemsize)
     if found is not None:
         _use(stores, found)
-        prefix.stores = (stores[0], stores[1])
+        trunk.stores = (stores[0], stores[1])
         return say(f"trunk cache: {what}, found in {folder}")
     try:
         with files.write(key, shape, itemsize, limit=int(training.trunk_disk_gb * _GB)) as rows:
@@ -84,7 +84,7 @@ def keep_prefix(prefix: Prefix, setup: Setup, training: TrainingConfig, folder: 
         return say(_MOVED)
     except OSError as error:
         return say(f"warning: trunk cache: off, for {folder} cannot hold {size / 1e6:,.1f} MB ({error.strerror}); it is computed anew")
-    prefix.stores = (stores[0], stores[1])
+    trunk.stores = (stores[0], stores[1])
     say(f"trunk cache: {what} in {folder}")
 
 
@@ -95,20 +95,20 @@ class _MovedError(Exception):
     """The check failed: nothing is to be kept."""
 
 
-def _use(stores: Sequence[PrefixStore], rows: np.ndarray) -> None:
+def _use(stores: Sequence[TrunkStore], rows: np.ndarray) -> None:
     at = 0
     for store in stores:
         store.use(rows[at : at + store.tokens])
         at += store.tokens
 
 
-def _fill(prefix: Prefix, setup: Setup, stores: Sequence[PrefixStore], rows: np.ndarray) -> bool:
+def _fill(trunk: Trunk, setup: Setup, stores: Sequence[TrunkStore], rows: np.ndarray) -> bool:
     """Computes everything into `rows`; returns whether batches put together from it are, bit for bit, those that are computed."""
     _use(stores, rows)
     plan, mesh = setup.plan, setup.mesh
 
     def of_step(batch: dict[str, np.ndarray]) -> np.ndarray:
-        return to_host(prefix.of_step(0, place_batch(mesh, batch, row_axis=1)))
+        return to_host(trunk.of_step(0, place_batch(mesh, batch, row_axis=1)))
 
     micros = plan.eval_batches(plan.seen())
     together = plan.batch(0)["tokens"].shape[0]
@@ -117,7 +117,7 @@ def _fill(prefix: Prefix, setup: Setup, stores: Sequence[PrefixStore], rows: np.
         batch = {name: np.stack([m[name] for m in chosen]) for name in chosen[0]}
         stores[0].put(batch, of_step(batch))
     for batch in plan.eval_batches():
-        stores[1].put(batch, to_host(prefix.of_held_out(place_batch(mesh, batch, row_axis=0))))
+        stores[1].put(batch, to_host(trunk.of_held_out(place_batch(mesh, batch, row_axis=0))))
     same = True
     for step in sorted({0, plan.steps // 2, plan.steps - 1}):
         batch = plan.batch(step)
@@ -128,7 +128,7 @@ def _fill(prefix: Prefix, setup: Setup, stores: Sequence[PrefixStore], rows: np.
     return same
 
 
-def _key(prefix: Prefix, setup: Setup, stores: Sequence[PrefixStore], batch: dict[str, np.ndarray]) -> str:
+def _key(trunk: Trunk, setup: Setup, stores: Sequence[TrunkStore], batch: dict[str, np.ndarray]) -> str:
     """32 hex digits of everything that the numbers follow from: base, examples, depth, shapes, and what computes them.
 
     The examples are their tokens, in which the data, the split, the tokenizer, the template and the greatest length have gone.
@@ -140,7 +140,7 @@ def _key(prefix: Prefix, setup: Setup, stores: Sequence[PrefixStore], batch: dic
             tokens.update(len(name).to_bytes(8, "little") + name)
     facts = {
         "base": [setup.fingerprint, type(setup.base).__name__, repr(setup.base.config)],
-        "depth": prefix.depth,
+        "depth": trunk.depth,
         "scanned": setup.base.layers.scan,
         "examples": tokens.hexdigest(),
         "batch": [batch["tokens"].shape, str(stores[0].dtype)],

@@ -44,11 +44,11 @@ def test_a_models_own_dropout_needs_a_key_and_differs_between_layers_and_places(
     model = tiny.encoder(2)
     tokens = jnp.arange(24).reshape(2, 12) % tiny.VOCAB
     plain = tiny.outputs(model, tokens)
-    np.testing.assert_array_equal(plain, tiny.outputs(model, tokens, noise=jax.random.key(1), method="hidden"))  # the rate is 0
+    np.testing.assert_array_equal(plain, tiny.outputs(model, tokens, dropout_rng=jax.random.key(1), method="hidden"))  # the rate is 0
     model.dropout = 0.1
     np.testing.assert_array_equal(plain, tiny.outputs(model, tokens))
     graphdef, state = nnx.split(model, graph=True)
-    noisy = jax.jit(lambda state, key: nnx.merge(graphdef, state).hidden(tokens, noise=key))
+    noisy = jax.jit(lambda state, key: nnx.merge(graphdef, state).hidden(tokens, dropout_rng=key))
     first, again, other = (np.asarray(noisy(state, jax.random.key(k))) for k in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - plain).max() > 0.05 and np.abs(first - other).max() > 0.05

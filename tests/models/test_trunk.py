@@ -20,7 +20,7 @@ def _cut(model, *layers):
 
 
 @pytest.mark.parametrize(("model", "cut"), [(tiny.classifier(3), 1), (tiny.language_model(4), 2)])
-def test_features_from_the_prefix_are_the_features(model, cut):
+def test_features_from_the_trunk_are_the_features(model, cut):
     model = _cut(model, cut)
     causal = model.base.is_decoder
     micro = {name: array[0] for name, array in tiny.batch(causal=causal).items()}
@@ -29,15 +29,15 @@ def test_features_from_the_prefix_are_the_features(model, cut):
     @jax.jit
     def three(state, micro):
         model = nnx.merge(graphdef, state)
-        prefix = model.trunk(micro)
-        features = model.features(micro | {"prefix": jax.lax.optimization_barrier(prefix)})
-        other = model.features(micro | {"prefix": 1.5 * prefix})
-        return prefix, features, other, model.features(micro)
+        trunk = model.trunk(micro)
+        features = model.features(micro | {"trunk": jax.lax.optimization_barrier(trunk)})
+        other = model.features(micro | {"trunk": 1.5 * trunk})
+        return trunk, features, other, model.features(micro)
 
-    prefix, features, other, whole = three(state, micro)
-    assert prefix.shape == (4, 12, tiny.WIDTH)
+    trunk, features, other, whole = three(state, micro)
+    assert trunk.shape == (4, 12, tiny.WIDTH)
     np.testing.assert_allclose(features, whole, rtol=1e-5, atol=1e-5)
-    assert np.abs(np.asarray(other - whole)).max() > 1e-3  # it is the prefix that features start from
+    assert np.abs(np.asarray(other - whole)).max() > 1e-3  # it is the trunk that features start from
 
 
 def test_a_stack_that_is_whole_has_none():

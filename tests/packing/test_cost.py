@@ -29,9 +29,9 @@ def size(tree):
 def measured(setup, pack):
     """Bytes of a real pack's training program, and of the copy of its best arrays."""
     batch = place_batch(setup.mesh, setup.plan.batch(0), row_axis=1)
-    prefix = setup.prefix(pack.part, 0)
-    if prefix is not None:
-        batch["prefix"] = prefix.of_step(0, batch)
+    trunk = setup.trunk(pack.part, 0)
+    if trunk is not None:
+        batch["trunk"] = trunk.of_step(0, batch)
     memory = pack.programs.train.lower(pack.state, pack.fixed, pack.part.frozen, batch, np.int32(0)).compile().memory_analysis()
     program = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     return program + size(pack.state.trainable)

@@ -69,8 +69,8 @@ def test_without_weights_the_programs_are_those_of_the_run(hub, tmp_path, monkey
     config = hub.config(tmp_path, {"mesh": {"data": 2}} | changes, causal=causal)
     setup = set_up(config)
     pack = Pack.build(setup.model, [config] * 3, setup.steps, setup.mesh)
-    prefix = setup.prefix(pack.part, 0)
-    inputs, held_out = setup.step_inputs(0, setup.plan.batch(0), prefix), setup.held_out_inputs(setup.plan.eval_batches()[0], prefix)
+    trunk = setup.trunk(pack.part, 0)
+    inputs, held_out = setup.step_inputs(0, setup.plan.batch(0), trunk), setup.held_out_inputs(setup.plan.eval_batches()[0], trunk)
     real = [
         pack.programs.train.lower(pack.state, pack.fixed, pack.part.frozen, inputs, np.int32(0)).as_text(),
         pack.programs.evaluate.lower(pack.state.trainable, pack.fixed.settings, pack.part.frozen, held_out).as_text(),

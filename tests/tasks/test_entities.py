@@ -40,7 +40,7 @@ def test_which_classes_are_parts_of_entities():
 
 
 def _seqeval(labels):
-    """seqeval's `get_entities` (its default mode), transcribed for the prefixes B, I and O."""
+    """seqeval's `get_entities` (its default mode), transcribed for the trunks B, I and O."""
     found, begin, before, kind_before = [], 0, "O", "_"
     for i, label in enumerate([*labels, "O"]):
         tag, kind = label[0], label[1:].split("-", maxsplit=1)[-1] or "_"

@@ -76,7 +76,7 @@ METRICS = {
 
 
 def setup_of(metric, **values):
-    inputs = {"step_inputs": lambda step, batch, prefix: batch, "held_out_inputs": lambda batch, prefix: batch}
+    inputs = {"step_inputs": lambda step, batch, trunk: batch, "held_out_inputs": lambda batch, trunk: batch}
     return types.SimpleNamespace(plan=Plan(), data=DATA, metrics=METRICS[metric], **inputs, **values)
 
 

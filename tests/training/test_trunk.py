@@ -11,7 +11,7 @@ from lora_jax.packing.pack import Pack
 from lora_jax.parallel.constraints import place_batch
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.training.setup import place_model
-from lora_jax.training.trunk import Prefix, prefix_depth
+from lora_jax.training.trunk import Trunk, trunk_depth
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -29,7 +29,7 @@ def _micro(causal=False):
 
 def _depth(model, *members):
     pack = Pack.build(model, [tiny.config(**m) for m in members], 10)
-    return prefix_depth(pack.part, _micro(model.base.is_decoder))
+    return trunk_depth(pack.part, _micro(model.base.is_decoder))
 
 
 def test_how_much_is_common_follows_from_what_trains():
@@ -56,7 +56,7 @@ def test_nothing_is_common_where_a_lower_layer_trains():
     assert _depth(tiny.language_model(4), {"adapter__targets": r".*(embed|layers\.3\..*q_proj)"}) == 0
 
 
-def test_a_step_from_the_prefix():
+def test_a_step_from_the_trunk():
     """Same losses and gradients; no layer below is in the step, nor does their cost grow with the pack."""
     model, batch = tiny.classifier(6), tiny.batch(micro=2)
     members = [tiny.config(adapter__targets=["q_proj"], adapter__layers="last:1", training__seed=k) for k in range(4)]
@@ -65,10 +65,10 @@ def test_a_step_from_the_prefix():
 
     packs = {count: Pack.build(model, members[:count], 10, mesh) for count in (1, 4)}
     pack = packs[4]
-    prefix = Prefix(pack.part, prefix_depth(pack.part, _micro()), 0, mesh)
-    assert prefix.depth == 5
+    trunk = Trunk(pack.part, trunk_depth(pack.part, _micro()), 0, mesh)
+    assert trunk.depth == 5
     placed = place_batch(mesh, batch, row_axis=1)
-    common = prefix.of_step(0, placed)
+    common = trunk.of_step(0, placed)
     assert common.shape == (2, 4, 12, tiny.WIDTH)
 
     def arguments(pack, batch):
@@ -78,13 +78,13 @@ def test_a_step_from_the_prefix():
         return jax.jit(pack.programs.train.traces.function).lower(*arguments(pack, batch)).cost_analysis()["flops"]
 
     # XLA counts a scanned body once: one layer below, forward alone, and the same for one member and four.
-    below = [flops(p, placed) - flops(p, placed | {"prefix": common}) for p in packs.values()]
+    below = [flops(p, placed) - flops(p, placed | {"trunk": common}) for p in packs.values()]
     tokens, layer = 4 * 12, 8 * tiny.WIDTH**2  # four projections, and an MLP of twice the width
     assert 2 * tokens * layer < below[0] < 4 * tokens * layer and below[1] == pytest.approx(below[0], rel=0.01)
     # Of what is below nothing is read: only the top layer is there.
     step = pack.programs.train.traces.function
     assert "length=5" in str(jax.make_jaxpr(step)(*arguments(pack, placed)))
-    assert "length=5" not in str(jax.make_jaxpr(step)(*arguments(pack, placed | {"prefix": common})))
+    assert "length=5" not in str(jax.make_jaxpr(step)(*arguments(pack, placed | {"trunk": common})))
 
     held = {name: array[0] for name, array in placed.items()}
 
@@ -92,32 +92,32 @@ def test_a_step_from_the_prefix():
         return np.asarray(programs.evaluate(pack.state.trainable, pack.fixed.settings, pack.part.frozen, batch)[0])
 
     other = Pack.build(model, members, 10, mesh)
-    whole, apart = evaluated(pack.programs, held), evaluated(other.programs, held | {"prefix": prefix.of_held_out(held)})
+    whole, apart = evaluated(pack.programs, held), evaluated(other.programs, held | {"trunk": trunk.of_held_out(held)})
     np.testing.assert_allclose(apart, whole, rtol=1e-6)
     _, metrics = pack.programs.train(*arguments(pack, placed))
-    _, from_prefix = other.programs.train(*arguments(other, placed | {"prefix": common}))
+    _, from_trunk = other.programs.train(*arguments(other, placed | {"trunk": common}))
     for name in metrics._fields:
-        np.testing.assert_allclose(getattr(from_prefix, name), getattr(metrics, name), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(from_trunk, name), getattr(metrics, name), rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.long
 def test_dropout_of_the_base_is_that_of_the_step():
-    """The prefix drops what the step would drop; in an evaluation nothing is dropped."""
+    """The trunk drops what the step would drop; in an evaluation nothing is dropped."""
     model = tiny.classifier(3)
     model.base.dropout = 0.3
     batch = tiny.batch(micro=2)
     config = tiny.config(adapter__targets=["q_proj"], adapter__layers="last:1")
     pack, other = (Pack.build(model, [config], 10) for _ in range(2))
-    prefix = Prefix(pack.part, 2, 0, make_mesh(MeshConfig()))
-    common = prefix.of_step(3, batch)
+    trunk = Trunk(pack.part, 2, 0, make_mesh(MeshConfig()))
+    common = trunk.of_step(3, batch)
 
     def loss(pack, **more):
         return float(pack.programs.train(pack.state, pack.fixed, pack.part.frozen, batch | more, np.int32(3))[1].loss[0])
 
-    assert loss(pack, prefix=common) == pytest.approx(loss(other), rel=1e-5)
-    assert np.abs(np.asarray(prefix.of_step(4, batch)) - np.asarray(common)).max() > 0.1
-    held = prefix.of_held_out({name: array[0] for name, array in batch.items()})
+    assert loss(pack, trunk=common) == pytest.approx(loss(other), rel=1e-5)
+    assert np.abs(np.asarray(trunk.of_step(4, batch)) - np.asarray(common)).max() > 0.1
+    held = trunk.of_held_out({name: array[0] for name, array in batch.items()})
     assert np.abs(np.asarray(held) - np.asarray(common)[0]).max() > 0.1
     model.base.dropout = 0.0
-    undropped = Prefix(Pack.build(model, [config], 10).part, 2, 0, make_mesh(MeshConfig())).of_step(0, batch)
+    undropped = Trunk(Pack.build(model, [config], 10).part, 2, 0, make_mesh(MeshConfig())).of_step(0, batch)
     np.testing.assert_allclose(held, np.asarray(undropped)[0], rtol=1e-4, atol=1e-5)

@@ -16,10 +16,10 @@ from lora_jax.data.batching import Examples
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.constraints import place_batch
 from lora_jax.sweeps.run import run_sweep
-from lora_jax.training import trunk_cache as prefix_cache
+from lora_jax.training import trunk_cache as trunk_cache
 from lora_jax.training.setup import set_up
-from lora_jax.training.trunk import PrefixFiles, PrefixStore, file_size, spans
-from lora_jax.training.trunk_cache import FOLDER, keep_prefix
+from lora_jax.training.trunk import TrunkFiles, TrunkStore, file_size, spans
+from lora_jax.training.trunk_cache import FOLDER, keep_trunk
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -106,13 +106,13 @@ def test_language_models_too(hub, tmp_path):
 
 
 def kept(config, folder):
-    """Setup, prefix and what was said, after `keep_prefix`."""
+    """Setup, trunk and what was said, after `keep_trunk`."""
     setup = set_up(config)
     pack = Pack.build(setup.model, [config], setup.steps, setup.mesh)
-    prefix = setup.prefix(pack.part, config.training.data_seed)
+    trunk = setup.trunk(pack.part, config.training.data_seed)
     told: list[str] = []
-    keep_prefix(prefix, setup, config.training, folder, told.append)
-    return setup, prefix, told
+    keep_trunk(trunk, setup, config.training, folder, told.append)
+    return setup, trunk, told
 
 
 def one(hub, folder, changes=None, **options):
@@ -121,18 +121,18 @@ def one(hub, folder, changes=None, **options):
 
 def test_the_file_is_as_large_as_forecast_and_found_again(hub, tmp_path, monkeypatch):
     config = one(hub, tmp_path)
-    setup, prefix, told = kept(config, tmp_path / "kept")
+    setup, trunk, told = kept(config, tmp_path / "kept")
     (file,) = (tmp_path / "kept").iterdir()
     texts = [{e.tobytes(): len(e) for e in examples.tokens} for examples in (setup.plan.seen(), setup.data.held_out)]
     tokens = sum(sum(t.values()) for t in texts)
     assert file.stat().st_size == file_size((tokens, WIDTH), 4) == 128 + tokens * WIDTH * 4
     assert f"{tokens * WIDTH * 4 / 1e6:,.1f} MB" in told[0]
     # Found again by another rank, learning rate and name; what it holds is what is computed.
-    monkeypatch.setattr(prefix_cache, "_fill", lambda *_: pytest.fail("it was filled again"))
+    monkeypatch.setattr(trunk_cache, "_fill", lambda *_: pytest.fail("it was filled again"))
     _, again, told = kept(one(hub, tmp_path, {"adapter.rank": 7, "optimizer.learning_rate": 0.5}, name="other"), tmp_path / "kept")
     assert "found in" in told[0] and again.compiled == 0
     batch = setup.plan.batch(14)
-    computed = np.asarray(prefix.of_step(14, place_batch(setup.mesh, batch, row_axis=1)))
+    computed = np.asarray(trunk.of_step(14, place_batch(setup.mesh, batch, row_axis=1)))
     real = batch["segment_ids"] > 0
     np.testing.assert_array_equal(np.asarray(again.of_step(14, {}, batch))[real], computed[real])
 
@@ -141,7 +141,7 @@ def test_a_stale_file_is_never_used(hub, tmp_path, monkeypatch):
     """Other weights, tokenizer, data, depth, shape, dtype: each a file of its own, beside the old one."""
     from safetensors.numpy import load_file, save_file
 
-    monkeypatch.setattr(prefix_cache, "_fill", lambda prefix, setup, stores, rows: True)  # which file is meant follows without it
+    monkeypatch.setattr(trunk_cache, "_fill", lambda trunk, setup, stores, rows: True)  # which file is meant follows without it
     folder = tmp_path / "kept"
     model = tmp_path / "model"
     shutil.copytree(hub.bert, model)
@@ -149,8 +149,8 @@ def test_a_stale_file_is_never_used(hub, tmp_path, monkeypatch):
     kept(one(hub, tmp_path, start), folder)
 
     def files_after(changes):
-        _, prefix, told = kept(one(hub, tmp_path, start | changes), folder)
-        assert prefix.stores is not None and "found in" not in told[0], told
+        _, trunk, told = kept(one(hub, tmp_path, start | changes), folder)
+        assert trunk.stores is not None and "found in" not in told[0], told
         return len(list(folder.iterdir()))
 
     reviews = hub.reviews.read_text().splitlines()
@@ -191,8 +191,8 @@ def test_a_damaged_file_is_found_out(hub, tmp_path, damage):
         file.write_bytes(whole[:-4])
     else:
         file.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
-    _, prefix, told = kept(config, tmp_path)
-    assert "found in" not in told[0] and prefix.stores is not None
+    _, trunk, told = kept(config, tmp_path)
+    assert "found in" not in told[0] and trunk.stores is not None
     (file,) = tmp_path.glob("*.npy")
     assert file.read_bytes() == whole
 
@@ -212,8 +212,8 @@ def test_a_full_disk_costs_the_cache_alone(hub, without, tmp_path):
 
 def test_where_there_is_no_cache_a_run_says_so(hub, tmp_path):
     def said(changes):
-        _, prefix, (line,) = kept(one(hub, tmp_path, changes), tmp_path / "kept")
-        assert prefix.stores is None and not (tmp_path / "kept").exists()
+        _, trunk, (line,) = kept(one(hub, tmp_path, changes), tmp_path / "kept")
+        assert trunk.stores is None and not (tmp_path / "kept").exists()
         return line
 
     assert "model.dropout" in said({"model.dropout": 0.1})
@@ -227,21 +227,21 @@ def test_numbers_that_depend_on_the_place_are_not_kept(hub, tmp_path, monkeypatc
     """As on a device whose sums run another way for another row."""
     config = one(hub, tmp_path)
     setup = set_up(config)
-    prefix = setup.prefix(Pack.build(setup.model, [config], setup.steps, setup.mesh).part, 0)
-    whole = prefix.of_step
+    trunk = setup.trunk(Pack.build(setup.model, [config], setup.steps, setup.mesh).part, 0)
+    whole = trunk.of_step
     place = np.linspace(1, 1 + 1e-5, setup.plan.rows * setup.plan.length, dtype=np.float32).reshape(setup.plan.rows, -1, 1)
-    monkeypatch.setattr(prefix, "of_step", lambda *args: whole(*args) * place)
+    monkeypatch.setattr(trunk, "of_step", lambda *args: whole(*args) * place)
     told: list[str] = []
     for limits in ({}, {"trunk_memory_gb": 1.0}):
-        prefix.asked_to_keep = False
-        keep_prefix(prefix, setup, config.training.model_copy(update=limits), tmp_path / "kept", told.append)
-        assert prefix.stores is None and "where in a batch" in told[-1]
+        trunk.asked_to_keep = False
+        keep_trunk(trunk, setup, config.training.model_copy(update=limits), tmp_path / "kept", told.append)
+        assert trunk.stores is None and "where in a batch" in told[-1]
     assert not list((tmp_path / "kept").iterdir())
 
 
 def test_the_folder_stays_within_its_limit(tmp_path):
     """Those used longest ago go; what is mapped stays readable."""
-    files = PrefixFiles(tmp_path)
+    files = TrunkFiles(tmp_path)
     size = file_size((10, 4), 4)
     arrays = {}
     for number, key in enumerate("abc"):
@@ -263,7 +263,7 @@ def test_two_processes_write_one_file(tmp_path, monkeypatch):
     """Each under a name of its own; a reader sees nothing or a whole one. What a killed process left goes."""
     left = tmp_path / f".a.{os.uname().nodename}.999999999.part"
     left.write_bytes(b"half")
-    one, two = PrefixFiles(tmp_path), PrefixFiles(tmp_path)
+    one, two = TrunkFiles(tmp_path), TrunkFiles(tmp_path)
     with one.write("a", (10, 4), 4, limit=10**6) as first:
         assert not left.exists()
         first[:5] = 1
@@ -288,7 +288,7 @@ def test_a_store_by_tokens():
     batch = {"tokens": tokens, "segment_ids": segments}
     assert [(a, b) for a, b, _ in spans(batch)] == [(0, 2), (2, 3), (4, 6), (6, 8)]
     texts = [np.array(e) for e in ([5, 6], [7], [5, 6], [8, 9])]
-    store = PrefixStore(Examples(texts, texts), 2, np.dtype(jax.numpy.bfloat16))
+    store = TrunkStore(Examples(texts, texts), 2, np.dtype(jax.numpy.bfloat16))
     assert (store.tokens, store.nbytes) == (5, 20)
     store.use(np.zeros((5, 2), np.uint16))
     store.put(batch, np.arange(16, dtype=np.float32).reshape(1, 2, 4, 2))
@@ -298,7 +298,7 @@ def test_a_store_by_tokens():
     assert store.get(moved | {"tokens": moved["tokens"] + 1}) is None
     assert (store.hits, store.misses) == (1, 1)
     # Of a pair, the same tokens cut elsewhere are another example.
-    pairs = PrefixStore(Examples(texts[:1], texts[:1], [np.array([0, 1])]), 2, np.dtype(np.float32))
+    pairs = TrunkStore(Examples(texts[:1], texts[:1], [np.array([0, 1])]), 2, np.dtype(np.float32))
     pairs.use(np.zeros((2, 2), np.uint32))
     one = {"tokens": np.array([[5, 6]], np.int32), "segment_ids": np.ones((1, 2), np.int32)}
     assert pairs.get(one | {"token_types": np.array([[0, 1]], np.int32)}) is not None
