@@ -11,7 +11,6 @@ import contextlib
 import csv
 import gzip
 import io
-import json
 import lzma
 import sys
 import zlib
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import InputError
+from ..weights.checkpoint import parse_json
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
@@ -181,14 +181,7 @@ def _objects(rows: Iterator[tuple[str, Any]], columns: Sequence[str], where: str
 
 
 def _parse(text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
-        return value
-
-    return json.loads(text, parse_float=WrittenNumber, object_pairs_hook=once)
+    return parse_json(text, parse_float=WrittenNumber)
 
 
 def _lines(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], Columns]:

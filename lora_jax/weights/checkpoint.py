@@ -162,8 +162,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str) -> Any:
-    """`json.loads`, but a key that stands twice in an object is an error: readers disagree about which of the two is meant.
+def parse_json(text: str, **options: Any) -> Any:
+    """`json.loads` with its options, but a key that stands twice in an object is an error: readers disagree about which of the two is meant.
 
     Raises:
         ValueError: it is not JSON, or a key stands twice.
@@ -176,7 +176,7 @@ def parse_json(text: str) -> Any:
             raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
         return value
 
-    return json.loads(text, object_pairs_hook=once)
+    return json.loads(text, object_pairs_hook=once, **options)
 
 
 def slice_bounds(shape: tuple[int, ...], index: Sequence[slice]) -> list[tuple[int, int]]:
