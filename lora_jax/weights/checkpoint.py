@@ -163,7 +163,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, **options: Any) -> Any:
-    """`json.loads` with its options, but a key that stands twice in an object is an error: readers disagree about which of the two is meant.
+    """`json.loads` with its options, but a key that stands twice in an object is an error: readers disagree about which is meant.
 
     Raises:
         ValueError: it is not JSON, or a key stands twice.
