@@ -304,7 +304,12 @@ _MOST_TOKENS = 1 << 17
 
 
 def context_length(model: Decoder) -> int | None:
-    """How many tokens a model takes: its learned positions, or what its checkpoint says; None where neither is known."""
+    """How many tokens a model takes: its learned positions, or what its checkpoint says; None where neither is known.
+
+    Rotary frequencies of the kind `dynamic` stretch with the text: what the checkpoint says is where that begins.
+    """
+    if any(layer.rotary is not None and layer.rotary.kind == "dynamic" for layer in model.config.layer_types):
+        return model.config.positions
     said = None if model.origin is None else model.origin.config.get("max_position_embeddings")
     return model.config.positions or (said if isinstance(said, int) and said > 0 else None)
 

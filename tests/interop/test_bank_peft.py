@@ -51,6 +51,12 @@ class OurNet(nnx.Module):
         return self.down(jnp.tanh(self.up(self.embed(tokens))))
 
 
+def change_of(module):
+    """scale * A B of a site."""
+    a, b, scale = (np.asarray(array, np.float64) for array in module.method.low_rank(module))
+    return scale * (a @ b)
+
+
 def ours(tensor: Any) -> Any:
     return jnp.asarray(tensor.detach().numpy())
 
@@ -135,7 +141,7 @@ def test_combined_changes_agree(both: tuple[Any, AdapterBank], monkeypatch: Any,
     bank.combine("new", WEIGHTS, method=method, **options)
     for site, module in site_modules(bank.use("new")).items():
         change = getattr(theirs.base_model.model, site).get_delta_weight("new").detach().numpy()
-        assert tiny.relative(module.update(), change if site == "embed" else change.T) < 1e-5, site
+        assert tiny.relative(change_of(module), change if site == "embed" else change.T) < 1e-5, site
     tokens = np.arange(VOCAB)[None]
     theirs.set_adapter("new")
     assert tiny.relative(bank.model(tokens), theirs(torch.tensor(tokens)).detach().numpy()) < 1e-5
@@ -159,7 +165,7 @@ def test_linear_is_the_weighted_sum_and_pefts_is_not(both: tuple[Any, AdapterBan
     for site, module in site_modules(bank.use("new")).items():
         layer = getattr(theirs.base_model.model, site)
         cat, linear = (layer.get_delta_weight(m).detach().numpy() for m in ("cat", "linear"))
-        got = module.update() if site == "embed" else module.update().T
+        got = change_of(module) if site == "embed" else change_of(module).T
         assert tiny.relative(got, cat) < 1e-5
         assert tiny.relative(got, linear) > 0.1
 

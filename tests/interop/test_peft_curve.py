@@ -110,7 +110,7 @@ def twin(theirs: Any, pack: Pack) -> Any:
             for i, rank in enumerate(member.ranks):
                 # The last of a site's names is the one it had in the checkpoint.
                 (module,) = [m for n, m in modules.items() if n.endswith("." + shape.site.names[i][-1]) and hasattr(m, "lora_A")]
-                assert module.scaling["default"] == pytest.approx(member.scales[i])
+                assert module.scaling["default"] == pytest.approx(member.settings["scale"][i])
                 assert module.lora_A["default"].weight.shape == (rank, shape.site.inputs)
                 module.lora_A["default"].weight.copy_(torch.tensor(a[i][:, :rank].T.copy()))
                 module.lora_B["default"].weight.copy_(torch.tensor(b[i][:rank].T.copy()))
