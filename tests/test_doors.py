@@ -78,6 +78,7 @@ def test_each_is_under_60_lines(part):
     assert len((SOURCES / f"{part}.py").read_text().splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_all_five_work_in_a_yaml_sweep(hub, package, base, tmp_path):
     words = ["good", "bad", "film", "plot", "story", "people"]
     rows = [{"text": " ".join(words[(i * k) % 6] for k in range(1, 7)), "stars": i % 5} for i in range(60)]

@@ -146,6 +146,7 @@ def test_a_fingerprint_can_be_taken_as_in_another_dtype():
     assert fingerprint(wide, nnx.eval_shape(lambda: narrow)) == fingerprint(narrow)
 
 
+@pytest.mark.slow
 def test_commands_refuse_a_base_whose_weights_changed(hub, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(hub.llama, base)
