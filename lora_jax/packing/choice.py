@@ -82,6 +82,7 @@ def choose(pack: Pack, setup: Setup, trunk: Trunk | None) -> Choice:
     batch = first_batch(pack, setup, trunk)
     seconds: dict[PackMode, float] = {}
     programs = {}
+    passed_over: list[str] = []
     for mode in candidates:
         pack.use_mode(mode)
         try:
@@ -89,6 +90,7 @@ def choose(pack: Pack, setup: Setup, trunk: Trunk | None) -> Choice:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            passed_over.append(mode.name)
             continue
         programs[mode] = pack.programs
     if not seconds:
@@ -97,7 +99,8 @@ def choose(pack: Pack, setup: Setup, trunk: Trunk | None) -> Choice:
     if VMAP in seconds and seconds[best] > (1 - _MARGIN) * seconds[VMAP]:
         best = VMAP
     pack.programs = programs[best]
-    return Choice(best, "measured", {mode.name: round(s, 6) for mode, s in seconds.items()}, device)
+    why = f"measured; too large for memory: {', '.join(passed_over)}" if passed_over else "measured"
+    return Choice(best, why, {mode.name: round(s, 6) for mode, s in seconds.items()}, device)
 
 
 def first_batch(pack: Pack, setup: Setup, trunk: Trunk | None) -> dict[str, jax.Array]:
