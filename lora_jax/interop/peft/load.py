@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from ...adapters.inject import LABEL, inject_layout, remember, site_modules
+from ...adapters.labels import FROZEN
 from ...adapters.layout import ResolvedAdapter, ResolvedSite, unite
 from ...adapters.merge import copy_of
-from ...adapters.methods.base import FROZEN
 from ...adapters.sites import logical_name
 from ...errors import InputError, hint, nearest
 from ...models.decoder import Decoder
