@@ -69,6 +69,13 @@ class Method:
         """Which `Statistics` the init reads: `moment`, `gradient`."""
         return frozenset()
 
+    def check(self, config: Any, site: Site, rank: int) -> None:
+        """Whether the method can do what a section asks of it at a site, in a layer of this rank.
+
+        Raises:
+            InputError: it cannot; the message names the key.
+        """
+
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
         raise TypeError(f"{self!r} adapts sites, but says no parameters")
@@ -347,6 +354,17 @@ class _FlatBase:
     @property
     def bias(self) -> jax.Array | None:
         return None if self._base.bias is None else self._base.bias[...].reshape(-1)
+
+
+def refuse_alpha(config: AdapterConfig) -> None:
+    """For a method whose change of the weight has no scale.
+
+    Raises:
+        InputError: the section gives one.
+    """
+    for key in ("alpha", "alpha_pattern"):
+        if getattr(config, key) != AdapterConfig.model_fields[key].get_default(call_default_factory=True):
+            raise InputError(f"adapter.{key}: '{config.method}' has no scale that it could set.")
 
 
 def method_of(config: AdapterConfig) -> Method:
