@@ -331,7 +331,7 @@ def load_adapter(folder: Path, expected: Arrays, identity: dict[str, Any]) -> Ar
     try:
         with checkpointer(alone=True) as orbax:
             arrays = orbax.restore((folder / "arrays").resolve(), _sized(target))
-            return {n: arrays[n] if a.size else np.zeros(a.shape, a.dtype) for n, a in target.items()}
+            return {n: arrays[n] if a.size else jnp.zeros(a.shape, a.dtype) for n, a in target.items()}
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
         raise InputError(f"{folder}: damaged ({_reason(error)}).") from None
 
