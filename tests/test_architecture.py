@@ -93,8 +93,8 @@ def test_a_file_holds_one_idea_in_at_most_400_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
-def test_the_library_has_at_most_125_files() -> None:
-    assert len(FILES) <= 125
+def test_the_library_has_at_most_125_files_beside_the_methods() -> None:
+    assert len([path for path in FILES if path.parent.name != "methods"]) <= 125
 
 
 PAGE = ROOT.parent / "docs" / "architecture.md"

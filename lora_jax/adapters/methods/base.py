@@ -23,6 +23,7 @@ from ...config.schema import AdapterConfig
 from ...errors import InputError, nearest
 from ...models.layers import AXES, HEAD_MODULES, PER_SEGMENT, Rows, uniform
 from ..sites import Site, SiteModule
+from .peft_form import PeftForm
 
 FROZEN = "frozen"
 # The labels of a base's parameters and of low-rank factors; the optimizer always has a transform for each.
@@ -140,6 +141,7 @@ class Method:
     setting_names: tuple[str, ...] = ()
     packs: Literal["low-rank", "activation", "weight-sized"] = "activation"
     self_padding: bool = False
+    peft: PeftForm | None = None
 
     def __repr__(self) -> str:
         return f"<method {self.name}>"
