@@ -26,6 +26,7 @@ from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
 from ..labels import Table, base_labels
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
 from ..sites import Site, SiteModule
+from .peft_form import PeftForm
 
 
 class Method:
@@ -53,6 +54,7 @@ class Method:
     setting_names: tuple[str, ...] = ()
     packs: Literal["low-rank", "activation", "weight-sized"] = "activation"
     self_padding: bool = False
+    peft: PeftForm | None = None
 
     def __repr__(self) -> str:
         return f"<method {self.name}>"
