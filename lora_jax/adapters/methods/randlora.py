@@ -7,7 +7,7 @@ site uses their leading part. As in PEFT, the products are flattened base by bas
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Weight
 
 
 class RandLoraSection(AdapterConfig):
@@ -34,6 +35,46 @@ def bases(site: Site, rank: int) -> int:
     return -(-min(site.inputs, site.outputs) // rank)
 
 
+class RandLoraForm(PeftForm):
+    """`randlora_lambda` (rank, bases) and `randlora_gamma` (bases, smaller side); of the whole adapter `randlora_A`, `randlora_B`."""
+
+    peft_type, prefix, only = "RANDLORA", "randlora_", "randlora_only"
+    defaults: Mapping[str, Any] = {
+        "bias": "none", "fan_in_fan_out": False, "init_weights": True, "layers_pattern": None, "layers_to_transform": None,
+        "modules_to_save": None, "projection_prng_key": 0, "r": 32, "randlora_alpha": 640, "randlora_dropout": 0.0,
+        "save_projection": True, "sparse": False, "target_modules": None, "very_sparse": False,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"}
+    # How the bases were drawn: the file holds them.
+    notes = frozenset({"fan_in_fan_out", "init_weights", "projection_prng_key", "save_projection", "sparse", "very_sparse"})
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        count = bases(site, rank)
+        return {"randlora_lambda": (rank, count), "randlora_gamma": (count, min(site.inputs, site.outputs))}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: arrays[name] for name in self.tensors(section, site, rank)}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        return dict(tensors)
+
+    def shared(self, section: Any, sites: Mapping[Site, int]) -> dict[str, tuple[int, ...]]:
+        sides, rank = [max((s.inputs for s in sites), default=0), max((s.outputs for s in sites), default=0)], max(sites.values(), default=1)
+        return {"randlora_A": (rank, 1, min(sides)), "randlora_B": (max(sides), -(-min(sides) // rank), rank)}
+
+    def shared_to_file(self, section: Any, sites: Mapping[Site, int], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = {"randlora_A": arrays["randlora_a"][:, None], "randlora_B": arrays["randlora_b"]}
+        for name, shape in self.shared(section, sites).items():  # PEFT's are as large as the largest sides of different sites
+            found[name] = np.pad(found[name], [(0, n - m) for n, m in zip(shape, found[name].shape, strict=True)])
+        return found
+
+    def shared_from_file(self, section: Any, sites: Mapping[Site, int], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        small = max(min(s.inputs, s.outputs) for s in sites)
+        count = max(bases(site, rank) for site, rank in sites.items())
+        large = max(max(s.inputs, s.outputs) for s in sites)
+        return {"randlora_a": tensors["randlora_A"][:, 0, :small], "randlora_b": tensors["randlora_B"][:large, :count]}
+
+
 class RandLora(Method):
     """Trained diagonals of size r and of the smaller side, for each base. A larger rank has fewer bases."""
 
@@ -42,6 +83,7 @@ class RandLora(Method):
     dropout_kinds = ("linear",)
     setting_names = ("scale", "own_rank")
     packs = "weight-sized"
+    peft = RandLoraForm()
     self_padding = True  # what is not a member's own is never read, and 0; the scale is 0 at a layer that is not adapted
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:

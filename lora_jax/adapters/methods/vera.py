@@ -21,6 +21,7 @@ from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
 from .lora import widened
+from .peft_form import PeftForm, Reader, Weight
 
 
 class VeraSection(AdapterConfig):
@@ -31,6 +32,51 @@ class VeraSection(AdapterConfig):
     )
 
 
+class VeraForm(PeftForm):
+    """`vera_lambda_d` (rank,) and `vera_lambda_b` (outputs,); of the whole adapter `vera_A` (rank, inputs) and `vera_B` (outputs, rank).
+
+    A file may lack the last two: they are then drawn from its `projection_prng_key`.
+    """
+
+    peft_type, prefix, only = "VERA", "vera_lambda_", "vera_only"
+    defaults: Mapping[str, Any] = {
+        "bias": "none", "d_initial": 0.1, "fan_in_fan_out": False, "init_weights": True, "layers_pattern": None,
+        "layers_to_transform": None, "modules_to_save": None, "projection_prng_key": 0, "r": 256, "save_projection": True,
+        "target_modules": None, "vera_dropout": 0.0,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "r", "dropout": "vera_dropout", "d_initial": "d_initial"}
+    own = frozenset({"projection_prng_key"})
+    notes = frozenset({"fan_in_fan_out", "init_weights", "save_projection"})
+    optional = ("vera_A", "vera_B")
+
+    def values(self, read: Reader) -> dict[str, Any]:
+        return super().values(read) | {"projection_seed": read.whole("projection_prng_key", 0)}
+
+    def fields(self, section: Any) -> dict[str, Any]:
+        return super().fields(section) | {"projection_prng_key": section.projection_seed or 0, "save_projection": True}
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"vera_lambda_d": (rank,), "vera_lambda_b": (site.outputs,)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"vera_lambda_d": arrays["lambda_d"], "vera_lambda_b": arrays["lambda_b"]}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        return {"lambda_d": tensors["vera_lambda_d"], "lambda_b": tensors["vera_lambda_b"]}
+
+    def shared(self, section: Any, sites: Mapping[Site, int]) -> dict[str, tuple[int, ...]]:
+        rank = max(sites.values(), default=0)
+        return {"vera_A": (rank, max((s.inputs for s in sites), default=0)), "vera_B": (max((s.outputs for s in sites), default=0), rank)}
+
+    def shared_to_file(self, section: Any, sites: Mapping[Site, int], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"vera_A": arrays["vera_a"].T, "vera_B": arrays["vera_b"].T}
+
+    def shared_from_file(self, section: Any, sites: Mapping[Site, int], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.optional[0] in tensors and self.optional[1] in tensors:
+            return {"vera_a": tensors["vera_A"].T, "vera_b": tensors["vera_B"].T}
+        return Vera().init_shared(sites, section, np.random.default_rng(0))
+
+
 class Vera(Method):
     """Trained vectors at each site, around two random matrices that the whole adapter shares. There is no alpha."""
 
@@ -38,6 +84,7 @@ class Vera(Method):
     kinds = ("linear",)
     dropout_kinds = ("linear",)
     packs = "low-rank"
+    peft = VeraForm()
     self_padding = True  # beyond the rank A and d are 0, at a layer that is not adapted b and d are: neither then gets a gradient
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
