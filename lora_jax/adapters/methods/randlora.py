@@ -59,7 +59,8 @@ class RandLoraForm(PeftForm):
         return dict(tensors)
 
     def shared(self, section: Any, sites: Mapping[Site, int]) -> dict[str, tuple[int, ...]]:
-        sides, rank = [max((s.inputs for s in sites), default=0), max((s.outputs for s in sites), default=0)], max(sites.values(), default=1)
+        sides = [max((s.inputs for s in sites), default=0), max((s.outputs for s in sites), default=0)]
+        rank = max(sites.values(), default=1)
         return {"randlora_A": (rank, 1, min(sides)), "randlora_B": (max(sides), -(-min(sides) // rank), rank)}
 
     def shared_to_file(self, section: Any, sites: Mapping[Site, int], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
