@@ -69,6 +69,13 @@ class Method:
         """Which `Statistics` the init reads: `moment`, `gradient`."""
         return frozenset()
 
+    def check(self, config: Any, site: Site, rank: int) -> None:
+        """Refuses a layer of this rank that the method cannot adapt.
+
+        Raises:
+            InputError: names the key, and what would do.
+        """
+
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
         raise TypeError(f"{self!r} adapts sites, but says no parameters")
