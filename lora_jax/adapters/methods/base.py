@@ -291,6 +291,18 @@ class AdaptedSite(SiteModule):
         """Whether its arrays have layers in front."""
         return self.site.depth is not None
 
+    def base_arrays(self) -> tuple[jax.Array, jax.Array | None]:
+        """The base's weight and bias of the layers that it has arrays for, float32: (..., inputs, outputs) and (..., outputs)."""
+        layers = len(self.ranks) if self.stacked else None
+        own = [getattr(self.base, name, None) for name in (self.weight, "bias")]
+        weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
+        assert weight is not None
+        if isinstance(self.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
+            lead = () if layers is None else (layers,)
+            weight = weight.reshape(*lead, self.site.inputs, self.site.outputs)
+            bias = None if bias is None else bias.reshape(*lead, self.site.outputs)
+        return weight, bias
+
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view(model, deterministic=True)` calls: no dropout from here on."""
         if deterministic is not None:

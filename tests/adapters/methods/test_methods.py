@@ -30,6 +30,7 @@ RANKS = (2, 4, 3, 1)
 VALUES: dict[str, Any] = {
     "hra": {"ranks": (2, 4, 6, 8)},
     "oft": {"ranks": (4, 8, 2, 16)},
+    "road": {"section": {"group_size": 8}},
 }
 
 
