@@ -67,12 +67,16 @@ class Method:
         """The method with what a section of it says of the arrays; itself where no option does."""
         return self
 
-    def check(self, config: Any, site: Site, rank: int) -> None:
-        """`InputError`, naming the key, where a layer of a site cannot be adapted at this rank."""
-
     def wants(self, config: Any) -> frozenset[str]:
         """Which `Statistics` the init reads: `moment`, `gradient`."""
         return frozenset()
+
+    def check(self, config: Any, site: Site, rank: int) -> None:
+        """Refuses a layer of this rank that the method cannot adapt.
+
+        Raises:
+            InputError: names the key, and what would do.
+        """
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
@@ -288,6 +292,18 @@ class AdaptedSite(SiteModule):
     def stacked(self) -> bool:
         """Whether its arrays have layers in front."""
         return self.site.depth is not None
+
+    def base_arrays(self) -> tuple[jax.Array, jax.Array | None]:
+        """The base's weight and bias of the layers that it has arrays for, float32: (..., inputs, outputs) and (..., outputs)."""
+        layers = len(self.ranks) if self.stacked else None
+        own = [getattr(self.base, name, None) for name in (self.weight, "bias")]
+        weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
+        assert weight is not None
+        if isinstance(self.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
+            lead = () if layers is None else (layers,)
+            weight = weight.reshape(*lead, self.site.inputs, self.site.outputs)
+            bias = None if bias is None else bias.reshape(*lead, self.site.outputs)
+        return weight, bias
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view(model, deterministic=True)` calls: no dropout from here on."""
