@@ -370,6 +370,17 @@ class _FlatBase:
         return None if self._base.bias is None else self._base.bias[...].reshape(-1)
 
 
+def refuse_alpha(config: AdapterConfig) -> None:
+    """For a method whose change of the weight has no scale.
+
+    Raises:
+        InputError: the section gives one.
+    """
+    for key in ("alpha", "alpha_pattern"):
+        if getattr(config, key) != AdapterConfig.model_fields[key].get_default(call_default_factory=True):
+            raise InputError(f"adapter.{key}: '{config.method}' has no scale that it could set.")
+
+
 def method_of(config: AdapterConfig) -> Method:
     """The method that a config names, in the variant that it asks for.
 
