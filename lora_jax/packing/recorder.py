@@ -104,7 +104,7 @@ class Recorder:
             save = member.config.tracking.save
             for kind, arrays in (("final", outcome.final_arrays), ("best", outcome.best_arrays)):
                 if save in (kind, "both"):
-                    own = pack.member_arrays(self.setup.model, i, arrays)  # in every process: all may hold a part of them
+                    own = pack.member_arrays(self.setup.model, i, arrays | pack.kept)  # in every process: all may hold a part of them
                     if is_writer():
                         identity = adapter_identity(fingerprint, self.setup.spec(member.config))
                         save_adapter(folder / kind, own, identity, self.setup.data.classes)

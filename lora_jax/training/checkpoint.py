@@ -1,6 +1,6 @@
 """Checkpoints of a pack half-way: everything that a resumed run needs to end with the bits it would have had. Never the base.
 
-    <folder>/<step>/arrays/          Orbax: trainable arrays, optimizer state, who is alive
+    <folder>/<step>/arrays/          Orbax: trainable arrays, optimizer state, who is alive, what members keep of their start
                     checkpoint.json  step, members, the base's fingerprint, the loop's own numbers, a digest of every file
     <folder>/best-<step>/            the same for the best arrays so far, written when an evaluation was better
 
@@ -10,8 +10,8 @@ a half-written one has another name and is removed by the next run.
 
 Orbax's checkpointer, as one process or several use it.
 
-Saved adapters: a member's trainable arrays in an Orbax checkpoint, beside an `adapter.json` that says what they belong to (the base's
-fingerprint, the method, every rank and scale) and holds a digest of every file and of itself.
+Saved adapters: the arrays that a member trains or keeps, in an Orbax checkpoint, beside an `adapter.json` that says what they belong to
+(the base's fingerprint, the method, every rank and scale) and holds a digest of every file and of itself.
 """
 
 from __future__ import annotations
@@ -41,12 +41,21 @@ _FACTS = "checkpoint.json"
 
 
 class Saved(NamedTuple):
-    """A checkpoint read back: steps done, the members' state, the best arrays (None before the first evaluation), the loop's numbers."""
+    """A checkpoint read back.
+
+    Attributes:
+        step: steps done.
+        state: of the members.
+        best: their best arrays; None before the first evaluation.
+        loop: the loop's own numbers.
+        kept: the members' own arrays that do not train.
+    """
 
     step: int
     state: MemberState
     best: Arrays | None
     loop: dict[str, Any]
+    kept: Arrays = {}  # noqa: RUF012 - never changed in place
 
 
 class PackCheckpoints:
@@ -86,15 +95,16 @@ class PackCheckpoints:
         self._best = f"best-{step}"
         self._submit(self._best, dict(best), {"step": step})
 
-    def save(self, step: int, state: MemberState, loop: dict[str, Any]) -> None:
+    def save(self, step: int, state: MemberState, loop: dict[str, Any], kept: Arrays | None = None) -> None:
         """Starts writing a checkpoint and returns; waits first if the one before is still being written.
 
         Args:
             step: steps done.
             state: the members' state; may be donated at once.
             loop: JSON values: what the loop itself remembers.
+            kept: the members' own arrays that do not train.
         """
-        self._submit(str(step), _named(state), {"step": step, "loop": loop, "best": self._best})
+        self._submit(str(step), _named(state) | _marked(kept or {}), {"step": step, "loop": loop, "best": self._best})
 
     def wait(self) -> None:
         """Returns when everything is on the disk. A failure, such as a full disk, is a warning: what was there before still is."""
@@ -112,8 +122,8 @@ class PackCheckpoints:
         self.wait()
         self._thread.shutdown()
 
-    def restore(self, state: MemberState) -> Saved | None:
-        """The newest whole checkpoint, on the shapes and shardings of `state`; None where there is none.
+    def restore(self, state: MemberState, kept: Arrays | None = None) -> Saved | None:
+        """The newest whole checkpoint, on the shapes and shardings of `state` and `kept`; None where there is none.
 
         A damaged one is told of and passed over.
 
@@ -123,7 +133,7 @@ class PackCheckpoints:
         for step in reversed(self.steps):
             try:
                 facts = self._facts(str(step))
-                named = self._arrays(str(step), _named(state))
+                named = self._arrays(str(step), _named(state) | _marked(kept or {}))
                 best = None
                 if facts["best"] is not None:
                     self._facts(facts["best"])
@@ -132,8 +142,9 @@ class PackCheckpoints:
                 self._warn(f"{self.folder / str(step)}: {error}; it is passed over.")
                 continue
             self._best = facts["best"]
+            own = {name: named.pop(mark) for name, mark in zip(kept or {}, _marked(kept or {}), strict=True)}
             restored = jax.tree.unflatten(jax.tree.structure(state), list(named.values()))
-            return Saved(step, restored, best, facts["loop"])
+            return Saved(step, restored, best, facts["loop"], own)
         return None
 
     def _submit(self, name: str, arrays: Arrays, facts: dict[str, Any]) -> None:
@@ -217,6 +228,11 @@ def _named(tree: Any) -> Arrays:
     """The leaves of a pytree of named tuples and dicts by their path, in its order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _marked(kept: Arrays) -> Arrays:
+    """The arrays that do not train, by the names that they have in a checkpoint."""
+    return {f"kept/{name}": array for name, array in kept.items()}
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ..inits.base import INIT_BATCHES
 from ..labels import Table, base_labels
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
 from ..sites import Site, SiteModule
@@ -65,9 +66,16 @@ class Method:
         """The method with what a section of it says of the arrays; itself where no option does."""
         return self
 
+    def check(self, config: Any, site: Site, rank: int) -> None:
+        """`InputError`, naming the key, where a layer of a site cannot be adapted at this rank."""
+
     def wants(self, config: Any) -> frozenset[str]:
         """Which `Statistics` the init reads: `moment`, `gradient`."""
         return frozenset()
+
+    def init_batches(self, config: Any) -> int:
+        """Over how many training batches those are gathered."""
+        return getattr(config, "init_batches", INIT_BATCHES)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
