@@ -23,6 +23,7 @@ from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ..inits.base import INIT_BATCHES
 from ..labels import Table, base_labels
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
 from ..sites import Site, SiteModule
@@ -77,6 +78,10 @@ class Method:
         Raises:
             InputError: names the key, and what would do.
         """
+
+    def init_batches(self, config: Any) -> int:
+        """Over how many training batches those are gathered."""
+        return getattr(config, "init_batches", INIT_BATCHES)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
