@@ -23,9 +23,11 @@ from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ..inits.base import INIT_BATCHES
 from ..labels import Table, base_labels
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
 from ..sites import Site, SiteModule
+from .peft_form import PeftForm
 
 
 class Method:
@@ -53,6 +55,7 @@ class Method:
     setting_names: tuple[str, ...] = ()
     packs: Literal["low-rank", "activation", "weight-sized"] = "activation"
     self_padding: bool = False
+    peft: PeftForm | None = None
 
     def __repr__(self) -> str:
         return f"<method {self.name}>"
@@ -70,11 +73,15 @@ class Method:
         return frozenset()
 
     def check(self, config: Any, site: Site, rank: int) -> None:
-        """Whether the method can do what a section asks of it at a site, in a layer of this rank.
+        """Refuses a layer of this rank that the method cannot adapt.
 
         Raises:
-            InputError: it cannot; the message names the key.
+            InputError: names the key, and what would do.
         """
+
+    def init_batches(self, config: Any) -> int:
+        """Over how many training batches those are gathered."""
+        return getattr(config, "init_batches", INIT_BATCHES)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
@@ -290,6 +297,18 @@ class AdaptedSite(SiteModule):
     def stacked(self) -> bool:
         """Whether its arrays have layers in front."""
         return self.site.depth is not None
+
+    def base_arrays(self) -> tuple[jax.Array, jax.Array | None]:
+        """The base's weight and bias of the layers that it has arrays for, float32: (..., inputs, outputs) and (..., outputs)."""
+        layers = len(self.ranks) if self.stacked else None
+        own = [getattr(self.base, name, None) for name in (self.weight, "bias")]
+        weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
+        assert weight is not None
+        if isinstance(self.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
+            lead = () if layers is None else (layers,)
+            weight = weight.reshape(*lead, self.site.inputs, self.site.outputs)
+            bias = None if bias is None else bias.reshape(*lead, self.site.outputs)
+        return weight, bias
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view(model, deterministic=True)` calls: no dropout from here on."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax.adapters.methods.lokr import split
-from lora_jax.training.checkpoint import load_adapter, save_adapter
+from lora_jax.training.adapter_files import load_adapter, save_adapter
 from tests import tiny
 from tests.adapters.methods import exact
 
