@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..models.decoder import Decoder
+from .contraction import GENERAL, flat_kernel, own_kernel
 from .inject import set_child
 from .methods.base import AdaptedSite
 
@@ -79,17 +80,16 @@ def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
     own = [getattr(module.base, name, None) for name in (module.weight, "bias")]
     weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
     assert weight is not None
-    if isinstance(module.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
-        lead = () if layers is None else (layers,)
-        weight = weight.reshape(*lead, module.site.inputs, module.site.outputs)
-        bias = None if bias is None else bias.reshape(*lead, module.site.outputs)
+    if isinstance(module.base, GENERAL):  # of which methods know one axis of inputs and one of outputs
+        weight = flat_kernel(module.base, weight)
+        bias = None if bias is None else bias.reshape(*weight.shape[:-2], module.site.outputs)
     return module.method.merged(module, weight, bias)
 
 
 def _folded(module: AdaptedSite) -> nnx.Module:
     folded: Any = copy_of(module.base)
     weight, bias = merged_arrays(module)
-    _set_top(getattr(folded, module.weight), weight)
+    _set_top(getattr(folded, module.weight), own_kernel(folded, weight) if isinstance(module.base, GENERAL) else weight)
     if bias is not None:
         _set_top(folded.bias, bias)
     return folded
