@@ -28,6 +28,7 @@ ADAPTING = [name for name, method in METHODS.all().items() if method.kinds and t
 # Method -> the sections of four members, in place of the ones below.
 RANKS = (2, 4, 3, 1)
 VALUES: dict[str, Any] = {
+    "c3a": {"ranks": (8, 16, 4, 32)},
     "hra": {"ranks": (2, 4, 6, 8)},
     "oft": {"ranks": (4, 8, 2, 16)},
     "road": {"section": {"group_size": 8}},
