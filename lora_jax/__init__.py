@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .adapters.partition import partition as partition
     from .config.doors import register_exporter as register_exporter
     from .config.doors import register_family as register_family
+    from .config.doors import register_init as register_init
     from .config.doors import register_method as register_method
     from .config.doors import register_task as register_task
     from .config.doors import register_transform as register_transform
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .generation.generate import generate as generate
     from .interop.hf import save_pretrained as save_pretrained
     from .interop.peft.load import load_peft as load_peft
-    from .interop.peft.save import LoraConfig as LoraConfig
+    from .interop.peft.lora import LoraConfig as LoraConfig
     from .interop.peft.save import save_peft as save_peft
     from .models.load import load_model as load_model
     from .sweeps.run import fit as fit
@@ -47,7 +48,7 @@ _NAMES = {
     "Generator": "generation.generate",
     "InputError": "errors",
     "LoRAParam": "adapters.parameters:AdapterParam",
-    "LoraConfig": "interop.peft.save",
+    "LoraConfig": "interop.peft.lora",
     "RunError": "errors",
     "describe": "adapters.describe",
     "fit": "sweeps.run",
@@ -61,6 +62,7 @@ _NAMES = {
     "partition": "adapters.partition",
     "register_exporter": "config.doors",
     "register_family": "config.doors",
+    "register_init": "config.doors",
     "register_method": "config.doors",
     "register_task": "config.doors",
     "register_transform": "config.doors",

@@ -263,6 +263,12 @@ class AdapterConfig(Section):
         return value
 
 
+class InitConfig(Section):
+    """What the sections of all inits have in common; each init's own adds its keys (`adapters/inits/`)."""
+
+    kind: str = Field(description="Which init.")
+
+
 class OptimizerConfig(Section):
     learning_rate: PositiveFloat = Field(default=1e-3, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
@@ -298,7 +304,8 @@ class TrainingConfig(Section):
         default="auto",
         description=(
             "How one program runs the members of a pack: side by side (vmap), one after the other in the memory of one (scan), "
-            "or `chunk` members at a time (chunk). auto measures the modes on the device."
+            "or `chunk` members at a time (chunk). auto measures the modes on the device, "
+            "and scans where each member needs arrays of the weights' size."
         ),
     )
     chunk: PositiveInt = Field(default=4, description="Number of members that run side by side with pack: chunk.")

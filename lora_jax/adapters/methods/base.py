@@ -23,9 +23,11 @@ from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ..inits.base import INIT_BATCHES
 from ..labels import Table, base_labels
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
 from ..sites import Site, SiteModule
+from .peft_form import PeftForm
 
 
 class Method:
@@ -53,6 +55,7 @@ class Method:
     setting_names: tuple[str, ...] = ()
     packs: Literal["low-rank", "activation", "weight-sized"] = "activation"
     self_padding: bool = False
+    peft: PeftForm | None = None
 
     def __repr__(self) -> str:
         return f"<method {self.name}>"
@@ -75,6 +78,10 @@ class Method:
         Raises:
             InputError: names the key, and what would do.
         """
+
+    def init_batches(self, config: Any) -> int:
+        """Over how many training batches those are gathered."""
+        return getattr(config, "init_batches", INIT_BATCHES)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
@@ -366,6 +373,17 @@ class _FlatBase:
     @property
     def bias(self) -> jax.Array | None:
         return None if self._base.bias is None else self._base.bias[...].reshape(-1)
+
+
+def refuse_alpha(config: AdapterConfig) -> None:
+    """For a method whose change of the weight has no scale.
+
+    Raises:
+        InputError: the section gives one.
+    """
+    for key in ("alpha", "alpha_pattern"):
+        if getattr(config, key) != AdapterConfig.model_fields[key].get_default(call_default_factory=True):
+            raise InputError(f"adapter.{key}: '{config.method}' has no scale that it could set.")
 
 
 def method_of(config: AdapterConfig) -> Method:
