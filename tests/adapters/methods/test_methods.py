@@ -30,6 +30,7 @@ RANKS = (2, 4, 3, 1)
 VALUES: dict[str, Any] = {
     "gralora": {"ranks": (2, 4, 6, 8), "section": {"hybrid_r": 1}},
     "lokr": {"section": {"decompose_both": True}},  # at these widths a rank of 4 is above half, where w2 is whole, and 2 where w1 is
+    "c3a": {"ranks": (8, 16, 4, 32)},
     "hra": {"ranks": (2, 4, 6, 8)},
     "oft": {"ranks": (4, 8, 2, 16)},
     "road": {"section": {"group_size": 8}},
