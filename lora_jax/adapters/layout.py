@@ -139,6 +139,7 @@ def resolve(model: nnx.Module, config: AdapterConfig) -> ResolvedAdapter:
             alpha_key = _first_match(config.alpha_pattern, sites[name].names[i])
             unused -= {("rank_pattern", rank_key), ("alpha_pattern", alpha_key)}
             ranks[i] = config.rank_pattern.get(rank_key, config.rank)
+            method.check(config, sites[name], int(ranks[i]))
             alpha = config.alpha_pattern.get(alpha_key, config.alpha)
             for setting, value in method.settings(config, int(ranks[i]), alpha).items():
                 if not abs(value) <= float(np.finfo(np.float32).max):

@@ -65,6 +65,9 @@ class Method:
         """The method with what a section of it says of the arrays; itself where no option does."""
         return self
 
+    def check(self, config: Any, site: Site, rank: int) -> None:
+        """`InputError`, naming the key, where a layer of a site cannot be adapted at this rank."""
+
     def wants(self, config: Any) -> frozenset[str]:
         """Which `Statistics` the init reads: `moment`, `gradient`."""
         return frozenset()
