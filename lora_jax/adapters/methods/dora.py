@@ -90,10 +90,11 @@ def gain(module: AdaptedSite, weight: jax.Array) -> jax.Array:
     """
     a, b, scale = (jax.lax.stop_gradient(v[...]) for v in (module.lora_a, module.lora_b, module.scale[..., None, None]))
     weight, a_t = jax.lax.stop_gradient(weight.astype(jnp.float32)), jnp.swapaxes(a, -1, -2)
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    first = jnp.square(weight).sum(-2)
+    product, inner = (functools.partial(f, precision=jax.lax.Precision.HIGHEST) for f in (jnp.matmul, jnp.einsum))
+    # The sums are products too: what a layer keeps for the backward pass (`Stack.remat`) are those, and these are the smallest.
+    first = inner("...io,...io->...o", weight, weight)
     crossed = 2 * product(a_t, weight) + scale * product(product(a_t, a), b)
-    whole = jnp.maximum(first + (scale * b * crossed).sum(-2), _LEAST * first)
+    whole = jnp.maximum(first + inner("...ro,...ro->...o", scale * b, crossed), _LEAST * first)
     # One square root of one quotient: XLA takes a quotient of two roots apart.
     shrunk = jnp.sqrt(jnp.where(first > 0, first / jnp.where(first > 0, whole, 1), 1))
     return module.magnitude[...] / module.start[...] * shrunk
