@@ -27,7 +27,18 @@ STEPS = 20
 ADAPTING = [name for name, method in METHODS.all().items() if method.kinds and type(method).__module__.startswith("lora_jax.")]
 # Method -> the sections of four members, in place of the ones below.
 RANKS = (2, 4, 3, 1)
-VALUES: dict[str, Any] = {}
+VALUES: dict[str, Any] = {
+    # Each with a schedule of its own; where it ends early, no site loses all that it has.
+    "adalora": {
+        "section": {"target_r": 1},
+        "members": [
+            {"targets": ["q_proj"], "layers": "last:1", "tinit": 3, "tfinal": 5, "deltaT": 2},
+            {"targets": ["q_proj", "up_proj"], "target_r": 2, "deltaT": 4, "beta1": 0.5},
+            {"targets": "attention", "tinit": 4, "deltaT": 3, "beta2": 0.6, "orth_reg_weight": 0.1},
+            {},
+        ],
+    }
+}
 
 
 def sections(name: str) -> list[dict[str, Any]]:
