@@ -75,15 +75,7 @@ def merged_base(model: nnx.Module) -> nnx.Module:
 
 def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
     """The merged weight and bias of the layers that a site has arrays for, float32."""
-    layers = len(module.ranks) if module.stacked else None
-    own = [getattr(module.base, name, None) for name in (module.weight, "bias")]
-    weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
-    assert weight is not None
-    if isinstance(module.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
-        lead = () if layers is None else (layers,)
-        weight = weight.reshape(*lead, module.site.inputs, module.site.outputs)
-        bias = None if bias is None else bias.reshape(*lead, module.site.outputs)
-    return module.method.merged(module, weight, bias)
+    return module.method.merged(module, *module.base_arrays())
 
 
 def _folded(module: AdaptedSite) -> nnx.Module:

@@ -147,7 +147,7 @@ class PackCheckpoints:
             shutil.rmtree(part, ignore_errors=True)
         try:
             with checkpointer() as orbax:
-                orbax.save(part / "arrays", arrays)
+                orbax.save(part / "arrays", _sized(arrays))
             if not self._writes:
                 return
             own = {"format": _FORMAT, "data_order": self._order, "members": self._members, "base": self._fingerprint}
@@ -203,8 +203,8 @@ class PackCheckpoints:
         target = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in like.items()}
         try:
             with checkpointer() as orbax:
-                arrays = orbax.restore(self.folder / name / "arrays", target)
-            return {n: arrays[n] for n in like}
+                arrays = orbax.restore(self.folder / name / "arrays", _sized(target))
+            return {n: arrays[n] if a.size else a for n, a in like.items()}
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise _Damaged(f"cannot be read ({_reason(error)})") from None
 
@@ -217,6 +217,11 @@ def _named(tree: Any) -> Arrays:
     """The leaves of a pytree of named tuples and dicts by their path, in its order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _sized(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Those that have any numbers; Orbax refuses the others, which some method has at some ranks."""
+    return {name: a for name, a in arrays.items() if a.size}
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -284,7 +289,7 @@ def save_adapter(folder: Path, arrays: Arrays, identity: dict[str, Any], classes
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     with checkpointer(alone=True) as orbax:
-        orbax.save((part / "arrays").resolve(), {n: np.asarray(a) for n, a in arrays.items()})
+        orbax.save((part / "arrays").resolve(), _sized({n: np.asarray(a) for n, a in arrays.items()}))
     shapes = {name: [list(a.shape), str(a.dtype)] for name, a in arrays.items()}
     facts = {"format": _ADAPTER_FORMAT, **identity, "arrays": shapes, "classes": list(classes) if classes else None}
     facts["files"] = _digests(part / "arrays")
@@ -325,7 +330,8 @@ def load_adapter(folder: Path, expected: Arrays, identity: dict[str, Any]) -> Ar
     target = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     try:
         with checkpointer(alone=True) as orbax:
-            return orbax.restore((folder / "arrays").resolve(), target)
+            arrays = orbax.restore((folder / "arrays").resolve(), _sized(target))
+            return {n: arrays[n] if a.size else np.zeros(a.shape, a.dtype) for n, a in target.items()}
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
         raise InputError(f"{folder}: damaged ({_reason(error)}).") from None
 

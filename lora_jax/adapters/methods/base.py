@@ -26,6 +26,7 @@ from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
 from ..labels import Table, base_labels
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
 from ..sites import Site, SiteModule
+from .peft_form import PeftForm
 
 
 class Method:
@@ -53,6 +54,7 @@ class Method:
     setting_names: tuple[str, ...] = ()
     packs: Literal["low-rank", "activation", "weight-sized"] = "activation"
     self_padding: bool = False
+    peft: PeftForm | None = None
 
     def __repr__(self) -> str:
         return f"<method {self.name}>"
@@ -65,12 +67,16 @@ class Method:
         """The method with what a section of it says of the arrays; itself where no option does."""
         return self
 
-    def check(self, config: Any, site: Site, rank: int) -> None:
-        """`InputError`, naming the key, where a layer of a site cannot be adapted at this rank."""
-
     def wants(self, config: Any) -> frozenset[str]:
         """Which `Statistics` the init reads: `moment`, `gradient`."""
         return frozenset()
+
+    def check(self, config: Any, site: Site, rank: int) -> None:
+        """Refuses a layer of this rank that the method cannot adapt.
+
+        Raises:
+            InputError: names the key, and what would do.
+        """
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
@@ -287,6 +293,18 @@ class AdaptedSite(SiteModule):
         """Whether its arrays have layers in front."""
         return self.site.depth is not None
 
+    def base_arrays(self) -> tuple[jax.Array, jax.Array | None]:
+        """The base's weight and bias of the layers that it has arrays for, float32: (..., inputs, outputs) and (..., outputs)."""
+        layers = len(self.ranks) if self.stacked else None
+        own = [getattr(self.base, name, None) for name in (self.weight, "bias")]
+        weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
+        assert weight is not None
+        if isinstance(self.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
+            lead = () if layers is None else (layers,)
+            weight = weight.reshape(*lead, self.site.inputs, self.site.outputs)
+            bias = None if bias is None else bias.reshape(*lead, self.site.outputs)
+        return weight, bias
+
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view(model, deterministic=True)` calls: no dropout from here on."""
         if deterministic is not None:
@@ -350,6 +368,17 @@ class _FlatBase:
     @property
     def bias(self) -> jax.Array | None:
         return None if self._base.bias is None else self._base.bias[...].reshape(-1)
+
+
+def refuse_alpha(config: AdapterConfig) -> None:
+    """For a method whose change of the weight has no scale.
+
+    Raises:
+        InputError: the section gives one.
+    """
+    for key in ("alpha", "alpha_pattern"):
+        if getattr(config, key) != AdapterConfig.model_fields[key].get_default(call_default_factory=True):
+            raise InputError(f"adapter.{key}: '{config.method}' has no scale that it could set.")
 
 
 def method_of(config: AdapterConfig) -> Method:

@@ -37,7 +37,10 @@ VALUES: dict[str, Any] = {
             {"targets": "attention", "tinit": 4, "deltaT": 3, "beta2": 0.6, "orth_reg_weight": 0.1},
             {},
         ],
-    }
+    },
+    "hra": {"ranks": (2, 4, 6, 8)},
+    "oft": {"ranks": (4, 8, 2, 16)},
+    "road": {"section": {"group_size": 8}},
 }
 
 
