@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .generation.generate import generate as generate
     from .interop.hf import save_pretrained as save_pretrained
     from .interop.peft.load import load_peft as load_peft
-    from .interop.peft.save import LoraConfig as LoraConfig
+    from .interop.peft.lora import LoraConfig as LoraConfig
     from .interop.peft.save import save_peft as save_peft
     from .models.load import load_model as load_model
     from .sweeps.run import fit as fit
@@ -48,7 +48,7 @@ _NAMES = {
     "Generator": "generation.generate",
     "InputError": "errors",
     "LoRAParam": "adapters.parameters:AdapterParam",
-    "LoraConfig": "interop.peft.save",
+    "LoraConfig": "interop.peft.lora",
     "RunError": "errors",
     "describe": "adapters.describe",
     "fit": "sweeps.run",

@@ -8,6 +8,7 @@ from flax import nnx
 from rich.table import Table
 
 from ..config.schema import AdapterConfig
+from ..errors import InputError
 from .inject import site_modules
 from .layout import resolve
 from .partition import partition
@@ -83,8 +84,8 @@ def describe(model: nnx.Module) -> Trainable:
 def rank_for(model: nnx.Module, config: AdapterConfig, parameters: int) -> int:
     """The rank at which a config's adapter has as nearly as possible this many parameters, for comparisons at equal size.
 
-    A rank-1 update of a matrix (in, out) has in + out of them, so attention and MLP of one size have different ranks. Ranks that a
-    `rank_pattern` fixes are left out of account.
+    A rank-1 update of a matrix (in, out) has in + out of them, so attention and MLP of one size have different ranks. Only ranks that
+    the method takes are tried, up to the width of the widest site; ranks that a `rank_pattern` fixes are left out of account.
 
     Args:
         model: a base, or one with a task's head, without adapters.
@@ -92,9 +93,22 @@ def rank_for(model: nnx.Module, config: AdapterConfig, parameters: int) -> int:
         parameters: wanted in the whole adapter.
 
     Raises:
-        InputError: a target or layer matches nothing.
+        InputError: a target or layer matches nothing, or the method takes no one rank at all sites.
     """
-    member = resolve(model, config.model_copy(update={"rank": 1, "rank_pattern": {}}))
-    sites = {site.name: site for site in find_sites(model)}
-    each = sum(int((own.ranks > 0).sum()) * member.method.count(sites[name], 1) for name, own in member.sites.items())
-    return max(1, round(parameters / each))
+    member = resolve(model, config.model_copy(update={"rank_pattern": {}}), any_rank=True)
+    method, every = member.method, {site.name: site for site in find_sites(model)}
+    layers = {every[name]: int((own.ranks > 0).sum()) for name, own in member.sites.items()}
+    best, refused = None, InputError(f"adapter.method: '{method.name}' has no rank.")
+    for rank in range(1, max((max(site.inputs, site.outputs) for site in layers), default=0) + 1):
+        try:
+            for site in layers:
+                method.check(member.config, site, rank)
+        except InputError as error:
+            refused = error
+            continue
+        off = abs(sum(count * method.count(site, rank) for site, count in layers.items()) - parameters)
+        if best is None or off < best[0]:
+            best = (off, rank)
+    if best is None:
+        raise refused
+    return best[1]

@@ -208,7 +208,8 @@ def fill_member(
         for name, value in method.init_shared(shared, member.config, random_of(seed, "adapter", 0)).items():
             variable = getattr(next(iter(modules.values())), name)
             array = np.full(variable.shape, variable.get_metadata()[PARAMETER].fill, np.float32)
-            array[tuple(slice(n) for n in value.shape)] = value
+            own = tuple(slice(min(n, m)) for n, m in zip(value.shape, array.shape, strict=True))  # no site needs what is beyond
+            array[own] = value[own]
             variable.set_value(jnp.asarray(array))
 
 

@@ -114,10 +114,15 @@ class Layout:
         return found
 
 
-def resolve(model: nnx.Module, config: AdapterConfig) -> ResolvedAdapter:
+def resolve(model: nnx.Module, config: AdapterConfig, *, any_rank: bool = False) -> ResolvedAdapter:
     """Finds the sites a config adapts, with the rank and the method's settings of each layer.
 
     Patterns follow PEFT: the first key that matches the end of a site's name decides.
+
+    Args:
+        model: without adapters.
+        config: what to adapt, and how.
+        any_rank: whether ranks that the method does not take at a site pass (`Method.check`).
 
     Raises:
         InputError: a target, layer or pattern matches nothing, or the method cannot do at a site what is asked for.
@@ -139,7 +144,8 @@ def resolve(model: nnx.Module, config: AdapterConfig) -> ResolvedAdapter:
             alpha_key = _first_match(config.alpha_pattern, sites[name].names[i])
             unused -= {("rank_pattern", rank_key), ("alpha_pattern", alpha_key)}
             ranks[i] = config.rank_pattern.get(rank_key, config.rank)
-            method.check(config, sites[name], int(ranks[i]))
+            if not any_rank:
+                method.check(config, sites[name], int(ranks[i]))
             alpha = config.alpha_pattern.get(alpha_key, config.alpha)
             for setting, value in method.settings(config, int(ranks[i]), alpha).items():
                 if not abs(value) <= float(np.finfo(np.float32).max):

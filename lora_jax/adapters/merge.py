@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..models.decoder import Decoder
-from .inject import set_child
+from .inject import recall, remember, set_child
 from .methods.base import AdaptedSite
 
 
@@ -54,6 +55,44 @@ def unmerge(model: nnx.Module) -> nnx.Module:
     return _replace(model, Merged, lambda module: module.original)
 
 
+def plain(model: nnx.Module, *, shifted: bool = False) -> nnx.Module:
+    """A model that computes the same with adapters of forms that other programs know (`Method.plain`), for export.
+
+    Args:
+        model: an adapted model.
+        shifted: whether the base's weights may change for it: what an adapter's init took out of them is then missing there.
+    """
+    record = recall(model)
+    method = next((m.method for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite)), None)
+    if method is None:
+        return model
+    known = record is not None and json.loads(record.config)["method"] == method.name
+    section = method.section.model_validate(json.loads(record.config) if known and record is not None else {})
+    sections = []
+
+    def make(module: AdaptedSite) -> nnx.Module:
+        found = module.method.plain(module, section, module.base_arrays()[0] if shifted else None)
+        if found is None:
+            return module
+        base: Any = copy_of(module.base)
+        if found.weight is not None:
+            _set_top(getattr(base, module.weight), found.weight)
+        layers, extent = len(module.ranks) if module.stacked else None, tuple(rank * found.times for rank in module.extent)
+        new = AdaptedSite(base, module.site, layers=layers, extent=extent, method=found.method, dropout=hasattr(module, "dropout_rate"))
+        for name, value in found.arrays.items():
+            getattr(new, name).set_value(value)
+        new.ranks, new.deterministic = nnx.static(tuple(rank * found.times for rank in module.ranks)), module.deterministic
+        if hasattr(new, "dropout_rate"):
+            new.dropout_rate.set_value(module.dropout_rate[...])
+        sections.append(found.config)
+        return new
+
+    changed = _replace(model, AdaptedSite, make)
+    if sections and known and record is not None:
+        remember(changed, sections[0], record.foreign)
+    return changed
+
+
 def strip(model: nnx.Module) -> nnx.Module:
     """The model without its adapters: the base's own modules at every site. What else was trained stays as it is."""
     return _replace(model, AdaptedSite, lambda module: module.base)
@@ -75,15 +114,7 @@ def merged_base(model: nnx.Module) -> nnx.Module:
 
 def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
     """The merged weight and bias of the layers that a site has arrays for, float32."""
-    layers = len(module.ranks) if module.stacked else None
-    own = [getattr(module.base, name, None) for name in (module.weight, "bias")]
-    weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
-    assert weight is not None
-    if isinstance(module.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
-        lead = () if layers is None else (layers,)
-        weight = weight.reshape(*lead, module.site.inputs, module.site.outputs)
-        bias = None if bias is None else bias.reshape(*lead, module.site.outputs)
-    return module.method.merged(module, weight, bias)
+    return module.method.merged(module, *module.base_arrays())
 
 
 def _folded(module: AdaptedSite) -> nnx.Module:

@@ -18,7 +18,7 @@ from ..config.types import size_text
 from ..errors import InputError, RunError
 from ..launch.local import virtual_devices
 from ..packing.cost import PackMemory, Placement
-from ..packing.execution import compile_cache
+from ..packing.execution import compile_cache, why_scanned
 from ..packing.planner import Part
 from ..parallel.mesh import mesh_sizes
 from ..parallel.program import memory_limit
@@ -38,6 +38,9 @@ def plan_command(config: Config, *, solo: bool, fresh: bool, many: bool, part: P
     if not found.packs:
         return
     console.print(_packs(found))
+    for line in dict.fromkeys(why_scanned(p.plan.members[0].config) for p in found.packs if len(p.plan.members) > 1):
+        if line is not None:
+            console.print(line)
     for number, pack in enumerate(found.packs, 1):
         names = [m.name for m in pack.plan.members]
         more = [f"and {len(names) - _NAMES} more"] if len(names) > _NAMES else []

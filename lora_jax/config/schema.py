@@ -304,7 +304,8 @@ class TrainingConfig(Section):
         default="auto",
         description=(
             "How one program runs the members of a pack: side by side (vmap), one after the other in the memory of one (scan), "
-            "or `chunk` members at a time (chunk). auto measures the modes on the device."
+            "or `chunk` members at a time (chunk). auto measures the modes on the device, "
+            "and scans where each member needs arrays of the weights' size."
         ),
     )
     chunk: PositiveInt = Field(default=4, description="Number of members that run side by side with pack: chunk.")

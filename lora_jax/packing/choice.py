@@ -20,7 +20,7 @@ from ..parallel.processes import is_writer, process_count
 from ..tracking import RunDirectory
 from ..training.setup import Setup, setup_key
 from ..training.trunk import Trunk
-from .execution import SCAN, VMAP, PackMode, configured_mode
+from .execution import SCAN, VMAP, PackMode, configured_mode, why_scanned
 from .pack import Pack, static_key
 
 # Runs of fewer steps are over before a measurement has paid for itself: it takes about ten steps, and compiles two more programs.
@@ -184,11 +184,12 @@ class PackModes:
             trunk: what its members have in common.
 
         Returns:
-            what was chosen and why, for the console; None where there was nothing to choose.
+            how it runs and why, for the console; None where the config says so.
         """
         config = pack.configs[0]
         if configured_mode(config) is not None or len(names) == 1:
-            return None
+            why = why_scanned(config)
+            return None if why is None or len(names) == 1 else f"runs as scan: {why}"
         kind = hashlib.sha256(repr((setup_key(config), static_key(config))).encode()).hexdigest()[:12]
         recorded = self._recorded(names)
         known = recorded or self._by_kind.get(kind)

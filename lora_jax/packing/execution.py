@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..adapters.methods.base import method_of
 from ..adapters.partition import Arrays, Partition, even_members, member_shardings
 from ..config.schema import Config
 from ..errors import InputError
@@ -154,9 +155,20 @@ class PackPrograms:
 
 
 def configured_mode(config: Config) -> PackMode | None:
-    """The mode that a config names; None for `auto`."""
+    """The mode that a config names, or its method needs; None where it is yet to be chosen."""
     training = config.training
-    return {"auto": None, "vmap": VMAP, "scan": SCAN, "chunk": PackMode(training.chunk)}[training.pack]
+    auto = None if why_scanned(config) is None else SCAN
+    return {"auto": auto, "vmap": VMAP, "scan": SCAN, "chunk": PackMode(training.chunk)}[training.pack]
+
+
+def why_scanned(config: Config) -> str | None:
+    """Why a pack is scanned though its config leaves the mode open, in a sentence; None where it need not be."""
+    if config.training.pack != "auto" or method_of(config.adapter).packs != "weight-sized":
+        return None
+    return (
+        f"Each member of '{config.adapter.method}' needs arrays as large as the weights it adapts, so the members run one after the other "
+        "in the memory of one (training.pack: vmap or chunk for another mode)."
+    )
 
 
 # The folder below `tracking.dir` that the runs there share, and how large it gets before the least recently used programs go.

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 import numpy as np
 
-from ..adapters.sites import find_sites
+from ..adapters.methods.base import Method
+from ..adapters.sites import Site, find_sites
 from ..config.schema import Config
 from ..config.types import size_text
 from ..errors import InputError
@@ -30,7 +31,7 @@ from .pack import Member, ProgramKey, program_key, static_key
 _COMPILING = {"cpu": 5e11}
 _COMPILING_ELSEWHERE = 1e15
 
-# What a site takes whatever its rank, in ranks: its inputs and outputs are read and written some six times in a step, and meanwhile
+# What a site takes whatever its rank, in ranks of LoRA: its inputs and outputs are read and written some six times in a step, and meanwhile
 # two CPU cores could do 12 FLOPs a byte. MiniLM's steps with and without further sites, ranks 8 and 32, come to 25 to 68.
 _SITE_RANKS = 40.0
 
@@ -45,7 +46,7 @@ class Weights:
         stacked: (sites,) whether a site's factors stand in the stack's layers.
         ranks: (members, sites), 0 where a member does not adapt a site.
         firsts: (members,) lowest adapted layer; `depth` without one.
-        site: what a site costs beside its ranks, in ranks.
+        site: (sites,) what a site costs beside its ranks, in one layer.
     """
 
     base: np.ndarray
@@ -53,7 +54,7 @@ class Weights:
     stacked: np.ndarray
     ranks: np.ndarray
     firsts: np.ndarray
-    site: float = 0.0
+    site: np.ndarray | float = 0.0
 
     @classmethod
     def of(cls, setup: Setup, configs: Sequence[Config]) -> Weights | None:
@@ -70,10 +71,11 @@ class Weights:
         lowest = [[n[s.name][0] if s.stack is not None else depth for s in sites if s.name in n] for n in needs]
         firsts = np.where((ranks[:, below] > 0).any(1), 0, np.array([min(row, default=depth) for row in lowest]))
         # Backward twice as much as forward: of LoRA x A, its product with B, and the gradients of x, A and B.
-        tokens, method = setup.plan.batch(0)["tokens"].size, members[0].method
-        slopes = np.array([3.0 * tokens * method.cost(s, 1) for s in sites])
+        times, method = 3.0 * setup.plan.batch(0)["tokens"].size, members[0].method
+        lines = np.array([_cost_line(method, s, own[own > 0]) for s, own in zip(sites, ranks.T, strict=True)])
+        slopes, fixed = times * lines[:, 0], times * lines[:, 1]
         stacked = np.array([s.stack is not None for s in sites])
-        free = cls(np.zeros(depth + 1), slopes, stacked, ranks, firsts)
+        free = cls(np.zeros(depth + 1), slopes, stacked, ranks, firsts, fixed)
         # All layers cost the same but the top one, which goes on where the labels are alone: three points of the line say it.
         distinct = np.unique(firsts)
         traced: dict[int, float] = {}
@@ -81,7 +83,8 @@ class Weights:
             one = int(np.flatnonzero(firsts == first)[0])
             traced[int(first)] = PackShapes(setup, [configs[one]]).member_flops - float(free.alone[one])
         base = np.interp(np.arange(depth + 1), list(traced), list(traced.values()))
-        return dataclasses.replace(free, base=base, site=_SITE_RANKS)
+        beside = times * _SITE_RANKS * 2 * np.array([s.inputs + s.outputs for s in sites])
+        return dataclasses.replace(free, base=base, site=fixed + beside)
 
     @property
     def alone(self) -> np.ndarray:
@@ -98,7 +101,7 @@ class Weights:
 
     def _cost(self, ranks: np.ndarray, firsts: np.ndarray) -> np.ndarray:
         layers = np.where(self.stacked, (len(self.base) - 1 - firsts)[:, None], 1)
-        return self.base[firsts] + (np.where(ranks > 0, ranks + self.site, 0) * layers * self.sites).sum(1)
+        return self.base[firsts] + (np.where(ranks > 0, ranks * self.sites + self.site, 0) * layers).sum(1)
 
     def orders(self) -> list[np.ndarray]:
         """Orders in which like members are neighbours: by lowest layer and cost, and by their sites, after or before the layer."""
@@ -107,6 +110,14 @@ class Weights:
         sites = found.reshape(-1)  # which set of them a member has; those that cost alike are neighbours
         cost = (np.bincount(sites, alone) / np.bincount(sites))[sites]
         return [np.lexsort(keys) for keys in ((alone, firsts), (alone, sites, cost, firsts), (alone, firsts, sites, cost))]
+
+
+def _cost_line(method: Method, site: Site, ranks: np.ndarray) -> tuple[float, float]:
+    """What a method costs at a site (`Method.cost`) as a line over these ranks: for each further rank, and whatever the rank."""
+    low, high = int(ranks.min()), int(ranks.max())
+    high = high if high > low else 2 * low
+    slope = (method.cost(site, high) - method.cost(site, low)) / (high - low)
+    return slope, method.cost(site, low) - slope * low
 
 
 def cut_evenly(count: int, largest: int) -> list[list[int]]:

@@ -41,15 +41,8 @@ _FACTS = "checkpoint.json"
 
 
 class Saved(NamedTuple):
-    """A checkpoint read back.
-
-    Attributes:
-        step: steps done.
-        state: of the members.
-        best: their best arrays; None before the first evaluation.
-        loop: the loop's own numbers.
-        kept: the members' own arrays that do not train.
-    """
+    """A checkpoint read back: steps done, the members' state, the best arrays (None before the first evaluation), the loop's numbers, and
+    the members' own arrays that do not train."""
 
     step: int
     state: MemberState
@@ -158,7 +151,7 @@ class PackCheckpoints:
             shutil.rmtree(part, ignore_errors=True)
         try:
             with checkpointer() as orbax:
-                orbax.save(part / "arrays", arrays)
+                orbax.save(part / "arrays", _sized(arrays))
             if not self._writes:
                 return
             own = {"format": _FORMAT, "data_order": self._order, "members": self._members, "base": self._fingerprint}
@@ -214,8 +207,8 @@ class PackCheckpoints:
         target = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in like.items()}
         try:
             with checkpointer() as orbax:
-                arrays = orbax.restore(self.folder / name / "arrays", target)
-            return {n: arrays[n] for n in like}
+                arrays = orbax.restore(self.folder / name / "arrays", _sized(target))
+            return {n: arrays[n] if a.size else a for n, a in like.items()}
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise _Damaged(f"cannot be read ({_reason(error)})") from None
 
@@ -233,6 +226,11 @@ def _named(tree: Any) -> Arrays:
 def _marked(kept: Arrays) -> Arrays:
     """The arrays that do not train, by the names that they have in a checkpoint."""
     return {f"kept/{name}": array for name, array in kept.items()}
+
+
+def _sized(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Those that have any numbers; Orbax refuses the others, which some method has at some ranks."""
+    return {name: a for name, a in arrays.items() if a.size}
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -300,7 +298,7 @@ def save_adapter(folder: Path, arrays: Arrays, identity: dict[str, Any], classes
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     with checkpointer(alone=True) as orbax:
-        orbax.save((part / "arrays").resolve(), {n: np.asarray(a) for n, a in arrays.items()})
+        orbax.save((part / "arrays").resolve(), _sized({n: np.asarray(a) for n, a in arrays.items()}))
     shapes = {name: [list(a.shape), str(a.dtype)] for name, a in arrays.items()}
     facts = {"format": _ADAPTER_FORMAT, **identity, "arrays": shapes, "classes": list(classes) if classes else None}
     facts["files"] = _digests(part / "arrays")
@@ -341,7 +339,8 @@ def load_adapter(folder: Path, expected: Arrays, identity: dict[str, Any]) -> Ar
     target = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     try:
         with checkpointer(alone=True) as orbax:
-            return orbax.restore((folder / "arrays").resolve(), target)
+            arrays = orbax.restore((folder / "arrays").resolve(), _sized(target))
+            return {n: arrays[n] if a.size else np.zeros(a.shape, a.dtype) for n, a in target.items()}
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
         raise InputError(f"{folder}: damaged ({_reason(error)}).") from None
 

@@ -78,3 +78,6 @@ def test_ranks_of_equal_size():
     assert _describe(model, targets="attention", rank=6, layers="last:2").count == budget
     assert rank_for(model, mlp, 1) == 1
     assert rank_for(model, AdapterConfig(targets="mlp", layers=0, rank_pattern={"up_proj": 3}), 4 * 192) == 4
+    # Of a method that does not take every rank, the nearest that it takes: blocks of 4 have 6 numbers, 8 in each of two projections.
+    oft = tiny.adapter(method="oft", targets=["q_proj", "v_proj"], rank=5, layers=0)
+    assert rank_for(model, oft, 2 * 8 * 6) == 4 and rank_for(model, oft, 10**6) == 32

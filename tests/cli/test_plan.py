@@ -49,6 +49,18 @@ def test_it_tells_packs_members_memory_flops_and_time(hub, tmp_path, untrained):
     assert re.search(r"[\d.]+ [MG] FLOPs \(matrix products", told.out)
 
 
+def test_members_with_arrays_as_large_as_the_weights_are_scanned_and_it_says_why(hub, tmp_path, untrained):
+    changes = {"adapter": {"method": "loha", "targets": ["q_proj"]}, "sweep": {"grid": {"adapter.rank": [2, 4]}}}
+    told = call("sweep", config := hub.write(tmp_path, changes), "--plan")
+    assert told.code == 0, told.err
+    why = "'loha' needs arrays as large as the weights it adapts, so the members run one after the other"
+    assert " ".join(told.out.split()).count(why) == 1
+    told = call("sweep", config, "training.pack=vmap", "--plan")
+    assert told.code == 0 and "one after the other" not in told.out
+    told = call("sweep", config, "adapter.method=lora", "--plan")
+    assert told.code == 0 and "one after the other" not in told.out
+
+
 def test_bad_input_is_told_as_ever(hub, tmp_path, untrained):
     for change, said in (
         ("adapter.rank=0", "adapter.rank"),

@@ -10,6 +10,7 @@ holds several members.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,8 @@ from ..inits.base import INIT_BATCHES
 from ..labels import Table, base_labels
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
 from ..sites import Site, SiteModule
+from .flat import FlatSite
+from .peft_form import PeftForm
 
 
 class Method:
@@ -54,6 +57,7 @@ class Method:
     setting_names: tuple[str, ...] = ()
     packs: Literal["low-rank", "activation", "weight-sized"] = "activation"
     self_padding: bool = False
+    peft: PeftForm | None = None
 
     def __repr__(self) -> str:
         return f"<method {self.name}>"
@@ -66,9 +70,6 @@ class Method:
         """The method with what a section of it says of the arrays; itself where no option does."""
         return self
 
-    def check(self, config: Any, site: Site, rank: int) -> None:
-        """`InputError`, naming the key, where a layer of a site cannot be adapted at this rank."""
-
     def wants(self, config: Any) -> frozenset[str]:
         """Which `Statistics` the init reads: `moment`, `gradient`."""
         return frozenset()
@@ -76,6 +77,13 @@ class Method:
     def init_batches(self, config: Any) -> int:
         """Over how many training batches those are gathered."""
         return getattr(config, "init_batches", INIT_BATCHES)
+
+    def check(self, config: Any, site: Site, rank: int) -> None:
+        """Refuses a layer of this rank that the method cannot adapt.
+
+        Raises:
+            InputError: names the key, and what would do.
+        """
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
@@ -164,6 +172,16 @@ class Method:
         """
         return state, trainable
 
+    def plain(self, module: AdaptedSite, config: Any, weight: jax.Array | None) -> Plain | None:
+        """A site of this method in a form that other programs know; None where it is one already.
+
+        Args:
+            module: with the arrays of all its layers.
+            config: the member's section.
+            weight: of those layers, (..., inputs, outputs) float32, where the base may change for it.
+        """
+        return None
+
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         """What an adapted site computes.
 
@@ -218,6 +236,24 @@ class Method:
 
     def prepare(self, model: nnx.Module) -> None:
         """Changes how an adapted model's layers are run, in place; the model's modules are a copy, its arrays the caller's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A site in another form.
+
+    Attributes:
+        method, config: of the other form; the section is that of the whole adapter.
+        arrays: name -> all that it has there, settings too.
+        times: how many times as large the ranks are.
+        weight: the base's weight, as it was given, where it changes; else None.
+    """
+
+    method: Method
+    config: Any
+    arrays: dict[str, jax.Array]
+    times: int = 1
+    weight: jax.Array | None = None
 
 
 class AdaptedSite(SiteModule):
@@ -292,6 +328,18 @@ class AdaptedSite(SiteModule):
         """Whether its arrays have layers in front."""
         return self.site.depth is not None
 
+    def base_arrays(self) -> tuple[jax.Array, jax.Array | None]:
+        """The base's weight and bias of the layers that it has arrays for, float32: (..., inputs, outputs) and (..., outputs)."""
+        layers = len(self.ranks) if self.stacked else None
+        own = [getattr(self.base, name, None) for name in (self.weight, "bias")]
+        weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
+        assert weight is not None
+        if isinstance(self.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
+            lead = () if layers is None else (layers,)
+            weight = weight.reshape(*lead, self.site.inputs, self.site.outputs)
+            bias = None if bias is None else bias.reshape(*lead, self.site.outputs)
+        return weight, bias
+
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view(model, deterministic=True)` calls: no dropout from here on."""
         if deterministic is not None:
@@ -309,52 +357,6 @@ class AdaptedSite(SiteModule):
         """Sets arrays and settings by name, in place; layers in front of each, one where the weight is not stacked."""
         for name, value in arrays.items():
             getattr(self, name).set_value(jnp.asarray(value if self.stacked else value[0]))
-
-
-class FlatSite:
-    """The site of an `nnx.LinearGeneral` as methods know sites: one axis of inputs and one of outputs, both of them last.
-
-    Args:
-        site: all but its base is reached as it is.
-        x: its input; any axes may be the contracted ones.
-
-    Attributes:
-        x: (..., inputs).
-        base: takes (..., inputs), gives (..., outputs); its `kernel` is (inputs, outputs), its `bias` (outputs,) or None.
-    """
-
-    def __init__(self, site: SiteModule, x: jax.Array):
-        self._site = site
-        base: nnx.LinearGeneral = site.base
-        contracted = sorted(axis % x.ndim for axis in base.axis)  # as Flax takes them, whatever the order they were given in
-        kept = [axis for axis in range(x.ndim) if axis not in contracted]
-        self._lead, self._out = tuple(x.shape[axis] for axis in kept), tuple(base.out_features)
-        self.x = x.transpose(*kept, *contracted).reshape(*self._lead, -1)
-        self.base = _FlatBase(base, self._lead, np.argsort([*kept, *contracted]))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._site, name)
-
-    def unfold(self, y: jax.Array) -> jax.Array:
-        """(..., outputs) as the base gives it."""
-        return y.reshape(*self._lead, *self._out)
-
-
-class _FlatBase:
-    def __init__(self, base: nnx.LinearGeneral, lead: tuple[int, ...], order: np.ndarray):
-        self._base, self._lead, self._order = base, lead, order
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self._base(x.reshape(*self._lead, *self._base.in_features).transpose(*self._order))
-        return y.reshape(*self._lead, -1)
-
-    @property
-    def kernel(self) -> jax.Array:
-        return self._base.kernel[...].reshape(math.prod(self._base.in_features), -1)
-
-    @property
-    def bias(self) -> jax.Array | None:
-        return None if self._base.bias is None else self._base.bias[...].reshape(-1)
 
 
 def method_of(config: AdapterConfig) -> Method:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -14,18 +16,103 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
+from ...config.doors import INITS
 from ...errors import InputError
 from ...models.experts import grouped_matmul
 from ...models.layers import Rows
-from ..inits.base import LowRankConfig, check_init, init_of, start_of
+from ..inits.base import LowRankConfig, check_init, init_of, of_peft, start_of
 from ..parameters import Parameter, SiteData
 from ..sites import Site
-from .base import AdaptedSite, Method, register_method
+from .base import AdaptedSite, Method, Plain, register_method
+from .peft_form import PeftForm, Reader, Weight
 
 
 class LoraSection(LowRankConfig):
     method: Literal["lora"] = Field(default="lora", description="Low-rank updates W + s A B (arXiv:2106.09685).")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732) in place of alpha / rank.")
+
+
+class LoraForm(PeftForm):
+    """`lora_A` (rank, inputs) and `lora_B` (outputs, rank); of an embedding both without `.weight`.
+
+    Of experts A is (experts * rank, inputs) with an expert's ranks together, and B (outputs, rank * experts) with a rank's experts
+    together.
+    """
+
+    peft_type, prefix = "LORA", "lora_"
+    defaults: Mapping[str, Any] = {
+        "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "bias": "none", "corda_config": None,
+        "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "init_lora_weights": True,
+        "kasa_config": None, "layer_replication": None, "layers_pattern": None, "layers_to_transform": None, "loftq_config": {},
+        "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.0, "lora_ga_config": None, "megatron_config": None,
+        "megatron_core": "megatron.core", "modules_to_save": None, "monteclora_config": None, "qalora_group_size": 16, "r": 8,
+        "rank_pattern": {}, "target_modules": None, "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None,
+        "use_dora": False, "use_qalora": False, "use_rslora": False, "velora_config": None,
+    }  # fmt: skip
+    words: Mapping[str, str] = {
+        "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora", "rank_pattern": "rank_pattern",
+        "alpha_pattern": "alpha_pattern",
+    }  # fmt: skip
+    notes = frozenset({
+        "megatron_core", "qalora_group_size", "runtime_config", "fan_in_fan_out", "eva_config", "loftq_config", "corda_config",
+        "lora_ga_config",
+    })  # fmt: skip
+    unsupported: Mapping[str, str] = {
+        "use_dora": "DoRA is not supported",
+        "use_qalora": "QA-LoRA is not supported",
+        "use_bdlora": "block-diagonal LoRA is not supported",
+        "lora_bias": "a bias beside B is not supported",
+        "velora_config": "VeLoRA is not supported",
+        "kasa_config": "KaSA is not supported",
+        "arrow_config": "Arrow routing is not supported",
+        "monteclora_config": "MonteCLoRA is not supported",
+        "alora_invocation_tokens": "activated LoRA is not supported",
+        "layer_replication": "layer replication is not supported",
+        "megatron_config": "Megatron's layers are not supported",
+        "trainable_token_indices": "trainable tokens are not supported; save the embedding with modules_to_save",
+        "ensure_weight_tying": "tied adapters are not supported",
+    }
+
+    own = frozenset({"init_lora_weights"})
+
+    def check(self, read: Reader) -> None:
+        init = read.raw.get("init_lora_weights", True)
+        if not isinstance(init, bool | str | None):
+            raise read.wrong("init_lora_weights", "true, false or a name")
+        if (found := of_peft(init)) is not None and INITS.get(found["kind"], "adapter.init").splits:
+            raise InputError(
+                f"{read.where}: 'init_lora_weights' is '{init}', which changes the base's own weights. Save the adapter with PEFT's "
+                "path_initial_model_for_weight_conversion first: it is then an ordinary LoRA."
+            )
+        read.flag("fan_in_fan_out")
+
+    def values(self, read: Reader) -> dict[str, Any]:
+        return super().values(read) | {"init": of_peft(read.raw.get("init_lora_weights", True)) or "default"}
+
+    def fields(self, section: Any) -> dict[str, Any]:
+        said = init_of(section).to_peft(section.init) if isinstance(section, LowRankConfig) else True
+        return super().fields(section) | {"init_lora_weights": True if said is None else said}
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        total = rank * (site.experts or 1)
+        return dict(zip(self._names(site), ((total, site.inputs), (site.outputs, total)), strict=True))
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        a, b = arrays["lora_a"], arrays["lora_b"]
+        if site.experts is None:
+            return dict(zip(self._names(site), (a.T, b.T), strict=True))
+        both = a.swapaxes(1, 2).reshape(-1, site.inputs), b.transpose(2, 1, 0).reshape(site.outputs, -1)
+        return dict(zip(self._names(site), both, strict=True))
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        a, b = (tensors[name] for name in self._names(site))
+        if site.experts is None:
+            return {"lora_a": a.T, "lora_b": b.T}
+        a = a.reshape(site.experts, rank, site.inputs).swapaxes(1, 2)
+        return {"lora_a": a, "lora_b": b.reshape(site.outputs, rank, site.experts).transpose(2, 1, 0)}
+
+    def _names(self, site: Site) -> tuple[str, str]:
+        return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +136,7 @@ class Lora(Method):
     setting_names = ("scale",)
     packs = "low-rank"
     self_padding = True
+    peft = LoraForm()
     split_inits: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any):
@@ -116,8 +204,32 @@ class Lora(Method):
     def of_low_rank(self, a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray] | None:
         return None if self.start else {"lora_a": a, "lora_b": b, "scale": scale}
 
+    def plain(self, module: AdaptedSite, config: Any, weight: jax.Array | None) -> Plain | None:
+        if not self.start:
+            return None
+        method, names = dataclasses.replace(self, start=False), ("lora_a", "lora_b", "scale")
+        if weight is None:  # as PEFT converts such adapters: of twice the rank
+            return Plain(method, _doubled(config), dict(zip(names, self.low_rank(module), strict=True)), 2)
+        start: Any = types.SimpleNamespace(lora_a=module.lora_a0, lora_b=-module.lora_b0[...], scale=module.scale)
+        kept = {name: getattr(module, name)[...] for name in names}
+        return Plain(method, _with(config, {"init": "default"}), kept, 1, method.merged(start, weight, None)[0])
+
     def cost(self, site: Site, rank: int) -> int:
         return 2 * sum(math.prod(p.shape) for p in self.parameters(site, rank).values()) // (site.experts or 1)
+
+
+def _with(config: Any, values: dict[str, Any]) -> Any:
+    """A section with other values, read anew."""
+    return type(config)(**(config.model_dump() | values))
+
+
+def _doubled(config: Any) -> Any:
+    """The section of an adapter of twice the rank, and the same scale."""
+    more = 2**0.5 if getattr(config, "rslora", False) else 2
+    values: dict[str, Any] = {"rank": 2 * config.rank, "alpha": more * config.alpha, "init": "default"}
+    values["rank_pattern"] = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    values["alpha_pattern"] = {name: more * alpha for name, alpha in config.alpha_pattern.items()}
+    return _with(config, values)
 
 
 @jax.custom_vjp

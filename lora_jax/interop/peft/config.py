@@ -1,183 +1,85 @@
 """PEFT's `adapter_config.json` (PEFT 0.21), read into typed values. No option is passed over in silence.
 
-An option is one of three things: part of what the adapter computes (`PeftConfig` has a field for it), a note that changes nothing
-(kept, so that it is there when the adapter is saved again), or something that is not supported, which must be off. Matching follows
-PEFT to the letter (`check_target_module_exists`, `get_pattern_key`): names are Hugging Face's own, from the model's root.
+An option is one of three things: part of what the adapter computes, a note that changes nothing (kept, so that it is there when the
+adapter is saved again), or something that is not supported, which must be off. Which are which the method says (`Method.peft`). Matching
+follows PEFT to the letter (`check_target_module_exists`, `get_pattern_key`): names are Hugging Face's own, from the model's root.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import re
 from pathlib import Path
 from typing import Any
 
-from ...config.patterns import Patterns
-from ...config.types import LARGEST_RANK
+from pydantic import ValidationError
+
+from ...adapters.methods.base import Method
+from ...adapters.methods.peft_form import GENERAL, PLACES, PeftForm, Reader
+from ...adapters.sites import KINDS, PRESETS, Site
+from ...config.doors import METHODS
+from ...config.schema import AdapterConfig
 from ...errors import InputError, hint
 from ...weights.checkpoint import read_json
 from ...weights.load import resolve
-
-# Notes: who made the adapter, for what, and how its factors were drawn. Options of other options that are off are notes as well.
-NOTES = frozenset({
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_type", "peft_version", "megatron_core",
-    "qalora_group_size", "runtime_config", "fan_in_fan_out", "init_lora_weights", "eva_config", "loftq_config", "corda_config",
-    "lora_ga_config",
-})  # fmt: skip
-
-COMPUTED = frozenset({
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "use_rslora", "bias", "modules_to_save",
-})  # fmt: skip
-
-# What has to be off, and why it cannot be on.
-UNSUPPORTED = {
-    "use_dora": "DoRA is not supported",
-    "use_qalora": "QA-LoRA is not supported",
-    "use_bdlora": "block-diagonal LoRA is not supported",
-    "lora_bias": "a bias beside B is not supported",
-    "velora_config": "VeLoRA is not supported",
-    "kasa_config": "KaSA is not supported",
-    "arrow_config": "Arrow routing is not supported",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "alora_invocation_tokens": "activated LoRA is not supported",
-    "layer_replication": "layer replication is not supported",
-    "megatron_config": "Megatron's layers are not supported",
-    "trainable_token_indices": "trainable tokens are not supported; save the embedding with modules_to_save",
-    "ensure_weight_tying": "tied adapters are not supported",
-}
-
-# Inits that take something out of the base's own weights: the file then belongs to a base that is nowhere stored.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-
-KNOWN = NOTES | COMPUTED | UNSUPPORTED.keys()
-
-
-def check_options(raw: dict[str, Any], where: str) -> None:
-    """`InputError` where a PEFT config asks for what is not supported or not known.
-
-    Args:
-        raw: the JSON object.
-        where: the file, for messages.
-    """
-    kind = raw.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"{where}: peft_type is {kind!r}; only adapters of type 'LORA' can be loaded.")
-    for key, value in raw.items():
-        if key in KNOWN and key not in UNSUPPORTED:
-            continue
-        if value is None or value is False or value in ([], {}):  # off; files of older and newer PEFT name options we need not know
-            continue
-        if key in UNSUPPORTED:
-            raise InputError(f"{where}: '{key}' is set: {UNSUPPORTED[key]}.")
-        raise InputError(f"{where}: the option '{key}' is not known. {hint(key, KNOWN)}".rstrip())
-    init = raw.get("init_lora_weights", True)
-    if not isinstance(init, bool | str | None):
-        raise InputError(f"{where}: 'init_lora_weights' should be true, false or a name, not {init!r}.")
-    if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
-        raise InputError(
-            f"{where}: 'init_lora_weights' is '{init}', which changes the base's own weights. Save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion first: it is then an ordinary LoRA."
-        )
-    if not isinstance(raw.get("fan_in_fan_out", False), bool):
-        raise InputError(f"{where}: 'fan_in_fan_out' should be true or false.")
-
-
-class Reader:
-    """Takes typed values out of a JSON object, each `InputError` naming the file and the key."""
-
-    def __init__(self, raw: dict[str, Any], where: str):
-        self.raw, self.where, self.expressions = raw, where, Patterns(where)
-
-    def wrong(self, key: str, wanted: str) -> InputError:
-        """The error for a value that is not what was wanted."""
-        shown = repr(self.raw.get(key))
-        return InputError(f"{self.where}: '{key}' should be {wanted}, not {shown if len(shown) < 80 else shown[:77] + '...'}.")
-
-    def rank(self, key: str, default: int) -> int:
-        """A whole number above 0, and no larger than any model is wide."""
-        value = self.raw.get(key, default)
-        if type(value) is not int or not 0 < value <= LARGEST_RANK:
-            raise self.wrong(key, f"a whole number from 1 to {LARGEST_RANK}")
-        return value
-
-    def number(self, key: str, default: float, *, lowest: float, below: float = math.inf) -> float:
-        """A finite number."""
-        value = self.raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value) or not lowest <= value < below:
-            raise self.wrong(key, f"a number from {lowest:g}" + (f" to below {below:g}" if below < math.inf else " on"))
-        return value  # not made a float: 16 is saved again as 16
-
-    def flag(self, key: str) -> bool:
-        """True or false."""
-        value = self.raw.get(key, False)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return value
-
-    def choice(self, key: str, default: str, choices: tuple[str, ...]) -> str:
-        """One of a few words."""
-        value = self.raw.get(key, default)
-        if value not in choices:
-            raise self.wrong(key, "one of " + ", ".join(choices))
-        return value
-
-    def names(self, key: str) -> tuple[str, ...] | None:
-        """A list of names, or None."""
-        value = self.raw.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-            raise self.wrong(key, "a list of names")
-        return tuple(value)
-
-    def modules(self, key: str) -> str | tuple[str, ...] | None:
-        """A list of names, a regular expression, or None."""
-        value = self.raw.get(key)
-        if not isinstance(value, str):
-            return self.names(key)
-        self.expressions.check(key, value)
-        return value
-
-    def patterns(self, key: str, *, whole: bool) -> dict[str, float]:
-        """Regular expression -> number above 0."""
-        value = self.raw.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise self.wrong(key, "an object of patterns and numbers")
-        for pattern, number in value.items():
-            self.expressions.check(key, pattern)
-            good = type(number) is int if whole else isinstance(number, int | float) and not isinstance(number, bool)
-            if whole and type(number) is int and number > LARGEST_RANK:
-                raise InputError(f"{self.where}: '{key}' gives {pattern[:60]!r} a rank above {LARGEST_RANK}.")
-            if not good or not _finite(number) or number <= 0:
-                raise InputError(f"{self.where}: '{key}' gives {pattern[:60]!r} the value {number!r}, which is not above 0.")
-        return value
-
-    def layers(self, key: str) -> tuple[int, ...] | None:
-        """Layer numbers; None where all are meant (PEFT takes an empty list so, too)."""
-        value = self.raw.get(key)
-        value = [value] if type(value) is int else value
-        if value is None or value == []:
-            return None
-        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
-            raise self.wrong(key, "a layer number or a list of them")
-        return tuple(value)
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False
-
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 # What a hub repository is asked for.
 HUB_FILES = ["adapter_config.json", "adapter_model*.safetensors", "adapter_model.safetensors.index.json"]
+
+# Words that our targets have besides the names of modules.
+WORDS = (*PRESETS, *KINDS)
+
+
+def form_of(method: Method) -> PeftForm:
+    """How PEFT holds a method.
+
+    Raises:
+        InputError: it does not.
+    """
+    if method.peft is None:
+        raise InputError(f"adapter.method: PEFT has no type that could hold '{method.name}'.")
+    return method.peft
+
+
+def method_of_type(raw: dict[str, Any], where: str) -> Method:
+    """The method whose files a PEFT config is of: that of its type whose flags it has, and of several the one with most flags.
+
+    Raises:
+        InputError: there is none.
+    """
+    kind, forms = raw.get("peft_type"), [(m.peft, m) for m in METHODS.all().values() if m.peft is not None]
+    same: list[tuple[PeftForm, Method]] = [(form, method) for form, method in forms if form.peft_type == kind]
+    if not same:
+        types = sorted({form.peft_type for form, _ in forms})
+        raise InputError(f"{where}: peft_type is {kind!r}; adapters of these types can be loaded: {', '.join(types)}.")
+    found = [(form, m) for form, m in same if all(raw.get(o, form.defaults.get(o)) == value for o, value in form.flags.items())]
+    if not found:
+        flags = " or ".join(sorted(str(dict(form.flags)) for form, _ in same))
+        raise InputError(f"{where}: adapters of type '{kind}' can be loaded with {flags}, and this one has other values.")
+    return max(found, key=lambda one: len(one[0].flags))[1]
+
+
+def check_options(form: PeftForm, read: Reader) -> None:
+    """`InputError` where a config asks for what is not supported or not known."""
+    known = GENERAL.keys() | form.defaults.keys() | form.notes | form.unsupported.keys() | {"peft_type"}
+    for key, value in read.raw.items():
+        if key in known and key not in form.unsupported:
+            continue
+        default = form.defaults.get(key)
+        if _off(value) and _off(default):  # files of older and newer PEFT name options that we need not know
+            continue
+        if key not in form.unsupported:
+            raise InputError(f"{read.where}: the option '{key}' is not known. {hint(key, known)}".rstrip())
+        if type(value) is not type(default) or value != default:
+            raise InputError(f"{read.where}: '{key}' is set: {form.unsupported[key]}.")
+    form.check(read)
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False or value in ([], {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,31 +88,25 @@ class PeftConfig:
 
     Attributes:
         raw: the JSON object, notes and all.
-        rank, alpha, rslora: of modules that no pattern names; the update is scaled by alpha / rank, or alpha / sqrt(rank).
+        method: the method that the file is of.
+        section: the adapter section that asks for the same.
         targets, exclude: names that end a module's path, or a regular expression for the whole of it.
         parameters: 3-D parameters (expert stacks), by the end of their path.
         layers, layers_pattern: the layers that `targets` (a list) is limited to, and what the list of layers may be called.
-        rank_pattern, alpha_pattern: regular expression -> value; the first that matches the end of a path decides.
-        dropout, bias: while training.
         saved: modules whose own weights are in the file.
-        expressions: matches its patterns.
+        read: matches its patterns.
     """
 
     raw: dict[str, Any]
-    rank: int
-    alpha: float
-    rslora: bool
+    method: Method
+    section: AdapterConfig
     targets: str | tuple[str, ...] | None
     exclude: str | tuple[str, ...] | None
     parameters: tuple[str, ...]
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
-    rank_pattern: dict[str, float]
-    alpha_pattern: dict[str, float]
-    dropout: float
-    bias: str
     saved: tuple[str, ...]
-    expressions: Patterns = dataclasses.field(repr=False, compare=False)
+    read: Reader = dataclasses.field(repr=False, compare=False)
 
     @classmethod
     def parse(cls, raw: dict[str, Any], where: str) -> PeftConfig:
@@ -221,10 +117,11 @@ class PeftConfig:
             where: the file, for messages.
 
         Raises:
-            InputError: an option is unknown, unsupported, or of a wrong type.
+            InputError: the type, an option, or the value of an option is unknown, unsupported, or of a wrong type.
         """
-        check_options(raw, where)
-        read = Reader(raw, where)
+        method = method_of_type(raw, where)
+        form, read = form_of(method), Reader(raw, where)
+        check_options(form, read)
         pattern = raw.get("layers_pattern")
         patterns = (pattern,) if isinstance(pattern, str) and pattern else read.names("layers_pattern") or ()
         for one in patterns:
@@ -239,26 +136,23 @@ class PeftConfig:
         saved = read.names("modules_to_save") or ()
         for name in saved:
             read.expressions.check("modules_to_save", name)  # PEFT matches it as one when it looks for targets
-        return cls(
-            raw=raw,
-            rank=read.rank("r", 8),
-            alpha=read.number("lora_alpha", 8, lowest=1e-30),
-            rslora=read.flag("use_rslora"),
-            targets=targets,
-            exclude=read.modules("exclude_modules"),
-            parameters=parameters,
-            layers=layers,
-            layers_pattern=patterns,
-            rank_pattern=read.patterns("rank_pattern", whole=True),
-            alpha_pattern=read.patterns("alpha_pattern", whole=False),
-            dropout=read.number("lora_dropout", 0.0, lowest=0.0, below=1.0),
-            bias=read.choice("bias", "none", ("none", "all", "lora_only")),
-            saved=saved,
-            expressions=read.expressions,
-        )
+        exclude = read.modules("exclude_modules")
+        bias = read.choice("bias", "none", ("none", "all", form.only))
+        values = form.values(read) | _places(targets, exclude, parameters, layers, patterns)
+        values |= {"bias": "lora_only" if bias == form.only else bias, "modules_to_save": list(saved)}
+        try:
+            section = method.section(**values)
+        except ValidationError as error:
+            raise _wrong(error, form, where) from None
+        return cls(raw, method, section, targets, exclude, parameters, layers, patterns, saved, read)
+
+    @property
+    def form(self) -> PeftForm:
+        """How PEFT holds the method."""
+        return form_of(self.method)
 
     def adapts(self, module: str, *, linear: bool = True, parameter: bool = False) -> bool:
-        """Whether LoRA goes on a module, or a parameter.
+        """Whether a module, or a parameter, is adapted.
 
         Args:
             module: its path from the model's root.
@@ -267,22 +161,22 @@ class PeftConfig:
         """
         if parameter:
             return any(module == p or module.endswith(f".{p}") for p in self.parameters)
-        if self._named(self.exclude, module) or any(
-            self.expressions.match(rf"(^|.*\.){name}($|\..*)", module, whole=False) for name in self.saved
+        if self.read.named(self.exclude, module) or any(
+            self.read.expressions.match(rf"(^|.*\.){name}($|\..*)", module, whole=False) for name in self.saved
         ):
             return False
         if isinstance(self.targets, str):
             if self.targets.lower() == "all-linear":
                 return linear
-            return self.expressions.match(self.targets, module) is not None
-        if self.targets is None or not self._named(self.targets, module):
+            return self.read.expressions.match(self.targets, module) is not None
+        if self.targets is None or not self.read.named(self.targets, module):
             return False
         # A module that is named in full is adapted whatever the layers.
         return self.layers is None or module in self.targets or self._layer(module) in self.layers
 
     def _layer(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        found = next((m for p in patterns if (m := self.expressions.match(p, module, whole=False))), None)
+        found = next((m for p in patterns if (m := self.read.expressions.match(p, module, whole=False))), None)
         return None if found is None else int(found["idx"])
 
     def saves(self, module: str) -> bool:
@@ -294,19 +188,125 @@ class PeftConfig:
         parts = module.split(".")
         return any(self.saves(".".join(parts[:i])) for i in range(1, len(parts) + 1))
 
-    def size(self, module: str) -> tuple[int, float]:
-        """Rank and scale of a module."""
-        rank = int(self._value(self.rank_pattern, module, self.rank))
-        alpha = self._value(self.alpha_pattern, module, self.alpha)
-        return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
+    def trains_bias(self, adapted: bool) -> bool:
+        """Whether the bias of a module is in the file.
 
-    def _named(self, names: str | tuple[str, ...] | None, module: str) -> bool:
-        if isinstance(names, str):
-            return bool(names) and self.expressions.match(names, module) is not None
-        return bool(names) and any(module == n or module.endswith(f".{n}") for n in names)
+        Args:
+            adapted: whether the module is adapted.
+        """
+        return self.section.bias == "all" or (self.section.bias == "lora_only" and adapted)
 
-    def _value(self, patterns: dict[str, float], module: str, default: float) -> float:
-        return next((v for p, v in patterns.items() if self.expressions.match(rf"(.*\.)?({p})$", module, whole=False)), default)
+    def size(self, module: str) -> tuple[int, dict[str, float]]:
+        """Rank and settings of an adapted module."""
+        rank = int(self._value(self.section.rank_pattern, module, self.section.rank))
+        alpha = self._value(self.section.alpha_pattern, module, self.section.alpha)
+        rank = self.form.rank_of(self.section, module, rank, self.read)
+        return rank, self.method.settings(self.section, rank, alpha) if rank else {}
+
+    def placed(self, modules: dict[str, Site]) -> AdapterConfig:
+        """The section for these adapted modules, PEFT's name -> site."""
+        return self.form.placed(self.section, modules, self.read)
+
+    def _value(self, patterns: dict[str, Any], module: str, default: float) -> float:
+        matches = (v for p, v in patterns.items() if self.read.expressions.match(rf"(.*\.)?({p})$", module, whole=False))
+        return next(matches, default)
+
+
+def _wrong(error: ValidationError, form: PeftForm, where: str) -> InputError:
+    """What a section's values have wrong, by PEFT's names of them."""
+    found = []
+    for one in error.errors(include_url=False):
+        key = str(one["loc"][0]) if one["loc"] else ""
+        found.append(f"'{form.words.get(key, key)}': {one['msg']}, not {str(one['input'])[:60]!r}")
+    return InputError(f"{where}: {'; '.join(found)}.")
+
+
+def _places(
+    targets: str | tuple[str, ...] | None,
+    exclude: str | tuple[str, ...] | None,
+    parameters: tuple[str, ...],
+    layers: tuple[int, ...] | None,
+    patterns: tuple[str, ...],
+) -> dict[str, Any]:
+    """The keys of a section that say which modules are adapted."""
+    found: Any = targets if isinstance(targets, str) else [*(targets or ()), *(p.removesuffix(".weight") for p in parameters)]
+    limited: Any = None
+    if isinstance(found, str):
+        found = "all-linear" if found.lower() == "all-linear" else _as_regex(found)
+    elif layers is not None and patterns:
+        names, lists = ("|".join(n) for n in ([re.escape(t) for t in found], patterns))
+        found = rf"(?:.*\.)?(?:{lists})\.(?:{'|'.join(map(str, layers))})\.(?:.*\.)?(?:{names})"
+    elif layers is not None:
+        limited = list(layers)
+    return {
+        "targets": found,
+        "exclude": _as_regex(exclude) if isinstance(exclude, str) else list(exclude or ()) or None,
+        "layers": limited,
+    }
+
+
+def _as_regex(text: str) -> str:
+    """A regular expression that is not the name of a preset."""
+    return f"(?:{text})" if text in WORDS else text
+
+
+def config_values(method: Method, section: Any, raw: dict[str, Any] | None = None) -> dict[str, Any]:
+    """PEFT's config of an adapter section, where it follows from the section alone.
+
+    Args:
+        method: whose section it is.
+        section: the section.
+        raw: the PEFT config that it was read from: returned as it is where it still says the same, and the source of the values that
+            have no key here (`task_type`, `revision`, ...).
+
+    Raises:
+        InputError: it names layers or modules in a way that PEFT does not (`attention`, `last:4`), which takes the model; or PEFT has no
+            option for what it says.
+    """
+    if raw is not None and PeftConfig.parse(raw, "the adapter's config").section.model_dump() == section.model_dump():
+        return dict(raw)
+    form = form_of(method)
+    for key in ("targets", "exclude"):
+        value = getattr(section, key)
+        if value in WORDS and not (key == "targets" and value == "all-linear"):
+            raise InputError(f"adapter.{key}: which modules '{value}' means depends on the model; give it: to_peft(model).")
+    if isinstance(section.layers, str) or (section.layers is not None and isinstance(section.targets, str)):
+        raise InputError(f"adapter.layers: which layers {section.layers!r} means depends on the model; give it: to_peft(model).")
+    layers = [section.layers] if isinstance(section.layers, int) else section.layers
+    if layers is not None and min(layers) < 0:
+        raise InputError(f"adapter.layers: which layers {layers} means depends on the model; give it: to_peft(model).")
+    places = {
+        "target_modules": section.targets,
+        "exclude_modules": section.exclude,
+        "layers_to_transform": layers,
+        "layers_pattern": None,
+        "bias": form.only if section.bias == "lora_only" else section.bias,
+        "modules_to_save": section.modules_to_save or None,
+    }
+    return new_config(form) | (raw or {}) | form.fields(section) | said_places(form, places)
+
+
+def said_places(form: PeftForm, places: dict[str, Any]) -> dict[str, Any]:
+    """Of the options that say where an adapter is, those that the type has.
+
+    Raises:
+        InputError: another one is on.
+    """
+    for key, value in places.items():
+        if key not in form.defaults and value not in (None, "none", []):
+            raise InputError(f"PEFT's type {form.peft_type} has no '{key}', and the adapter takes one: {str(value)[:60]}.")
+    return {key: value for key, value in places.items() if key in form.defaults}
+
+
+def new_config(form: PeftForm) -> dict[str, Any]:
+    """The values of a new file for options that nothing here sets: PEFT's defaults."""
+    return dict(sorted((GENERAL | dict(form.defaults) | {"peft_type": form.peft_type}).items()))
+
+
+def untold(form: PeftForm) -> set[str]:
+    """Options of the type of which its form does not say what they are to us, or says two things."""
+    told = [*form.words.values(), *form.flags, *form.own, *form.notes, *form.unsupported, *PLACES]
+    return {key for key in form.defaults if told.count(key) != 1}
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -327,19 +327,6 @@ def read_peft_config(path: str | Path) -> PeftConfig:
     """
     file = adapter_folder(path) / CONFIG_NAME
     return PeftConfig.parse(read_json(file, "the adapter's config"), str(file))
-
-
-# PEFT's defaults: the values of a new file for options that nothing here sets.
-DEFAULTS: dict[str, Any] = {
-    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None, "base_model_name_or_path": None,
-    "bias": "none", "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None,
-    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "kasa_config": None, "layer_replication": None,
-    "layers_pattern": None, "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.0,
-    "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None,
-    "monteclora_config": None, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 8, "rank_pattern": {},
-    "revision": None, "target_modules": None, "target_parameters": None, "task_type": None, "trainable_token_indices": None,
-    "use_bdlora": None, "use_dora": False, "use_qalora": False, "use_rslora": False, "velora_config": None,
-}  # fmt: skip
 
 
 def to_json(raw: dict[str, Any]) -> str:

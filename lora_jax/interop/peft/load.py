@@ -7,6 +7,7 @@ there, and no other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -18,28 +19,37 @@ from ...adapters.inject import LABEL, inject_layout, remember, site_modules
 from ...adapters.labels import FROZEN
 from ...adapters.layout import ResolvedAdapter, ResolvedSite, unite
 from ...adapters.merge import copy_of
-from ...adapters.sites import logical_name
+from ...adapters.methods.base import AdaptedSite
+from ...adapters.sites import Site, logical_name
+from ...config.schema import AdapterConfig
 from ...errors import InputError, hint, nearest
 from ...models.decoder import Decoder
 from ...weights.checkpoint import Checkpoint
 from ...weights.safetensors import SafetensorsCheckpoint
 from .config import WEIGHTS_NAME, PeftConfig, adapter_folder, read_peft_config
-from .lora import Factors, factor_keys, factor_shapes, from_file, module_of_key, section_of
-from .names import PROJECTION, ROOT, Module, Parameter, PeftNames
+from .names import PROJECTION, ROOT, SHARED, Module, Parameter, PeftNames, module_of_key
 
 _SHOWN = 6
+_INTEGERS = ("int32", "int64")
 _READABLE = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """A module with LoRA on it: what the config says of it, and the keys of its factors."""
+    """An adapted module.
+
+    Attributes:
+        module: the module.
+        rank, settings: as the config says.
+        tensors: name -> shape, of its tensors in the file.
+        stem: what comes before a name in the tensor's key, up to the dot.
+    """
 
     module: Module
     rank: int
-    scale: float
-    a: str
-    b: str
+    settings: dict[str, float]
+    tensors: dict[str, tuple[int, ...]]
+    stem: str
 
 
 @dataclasses.dataclass
@@ -47,7 +57,9 @@ class _Plan:
     """What is to be read.
 
     Attributes:
-        sites: the modules with LoRA.
+        section: the adapter section that asks for the same.
+        sites: the adapted modules.
+        shared: key -> shape, of the tensors that belong to no module.
         values: key -> weight of the base that it stands for: saved modules and trained biases.
         copies: the same, of weights that a file may hold and need not: PEFT adds the embeddings where one is adapted.
         saved: our names of the modules that are saved.
@@ -55,7 +67,9 @@ class _Plan:
         spare: further ones, of saved embeddings and projections (`save_embedding_layers`), which are not written again.
     """
 
+    section: AdapterConfig
     sites: list[_Site]
+    shared: dict[str, tuple[int, ...]]
     values: dict[str, Parameter]
     copies: dict[str, Parameter]
     saved: set[str]
@@ -64,16 +78,23 @@ class _Plan:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Key -> shape of all that must be there."""
-        shapes = {key: p.shape for key, p in self.values.items()}
+        shapes = {key: p.shape for key, p in self.values.items()} | self.shared
         for site in self.sites:
-            shapes[site.a], shapes[site.b] = factor_shapes(site.module, site.rank)
+            shapes |= {f"{site.stem}.{name}": shape for name, shape in site.tensors.items()}
         return shapes
+
+    def ranks(self) -> dict[Site, int]:
+        """Each adapted site, with its largest rank."""
+        found: dict[Site, int] = {}
+        for one in self.sites:
+            found[one.module.site] = max(one.rank, found.get(one.module.site, 0))
+        return found
 
 
 def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
     """A copy of `model` with a PEFT adapter. `model` itself is unchanged, and both share the base's arrays.
 
-    Scales are computed from the config, alpha / rank or alpha / sqrt(rank), for each module. As with PEFT's `from_pretrained` the
+    The config says the method. Scales are computed from it for each module, as PEFT does. As with PEFT's `from_pretrained` the
     result is for inference: dropout is off until `nnx.view(adapted, deterministic=False)`.
 
     Args:
@@ -97,15 +118,14 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
         if key in arrays:
             parameter.write(arrays[key])
     saved = sorted(plan.saved)
-    ours = section_of(config)
-    member = ResolvedAdapter(ours.model_copy(update={"modules_to_save": saved}), _resolved(plan.sites))
+    member = ResolvedAdapter(plan.section.model_copy(update={"modules_to_save": saved}), _resolved(plan.sites))
     adapted = inject_layout(base, unite(base, [member]))
     _freeze_unsaved(adapted, plan.saved)
-    _fill(adapted, member, plan.sites, arrays)
+    _fill(adapted, member, plan, config, arrays)
     copies = sorted(key for key in plan.copies if key in arrays)
     idle = {key: _read(file, key).tolist() for key in sorted(plan.idle & set(file.names())) if ".original_module." in key}
     foreign = {"peft": config.raw, "renaming": dataclasses.astuple(names.renaming), "copies": copies, "idle": idle}
-    remember(adapted, ours, json.dumps(foreign))
+    remember(adapted, plan.section, json.dumps(foreign))
     return adapted
 
 
@@ -134,7 +154,7 @@ def _open(folder: Path) -> Checkpoint:
 
 def _names(base: nnx.Module, config: PeftConfig, file: Checkpoint) -> PeftNames:
     """PEFT's names of a base. A vocabulary projection that shares the embedding's weights gets its own where the adapter parts them."""
-    stems = [m for key in file.names() if (m := module_of_key(key)) is not None]
+    stems = [m for key in file.names() if (m := module_of_key(key, config.form.prefix)) is not None]
     names = PeftNames(base, stems)
     decoder = next((m for _, m in nnx.iter_modules(base) if isinstance(m, Decoder)), None)
     if decoder is None or not decoder.config.tied:
@@ -148,10 +168,16 @@ def _names(base: nnx.Module, config: PeftConfig, file: Checkpoint) -> PeftNames:
 
 
 def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
-    plan = _Plan([], {}, {}, set(), set(), set())
     chosen = {name: m for name, m in names.modules.items() if config.adapts(name, linear=m.linear, parameter=m.parameter)}
     for module in chosen.values():
-        plan.sites.append(_Site(module, *config.size(module.name), *factor_keys(module, chosen)))
+        _check_kind(module, config, file)
+    section = config.placed({name: m.site for name, m in chosen.items()})
+    plan = _Plan(section, [], {}, {}, {}, set(), set(), set())
+    for name, module in chosen.items():
+        rank, settings = config.size(name)
+        tensors = config.form.tensors(section, module.site, rank)
+        plan.sites.append(_Site(module, rank, settings, tensors, module.stem(chosen)))
+    plan.shared |= {SHARED + name: shape for name, shape in config.form.shared(section, plan.ranks()).items()}
     parameters = [m.name for m in names.modules.values() if m.parameter]
     for wanted in config.parameters:
         if not any(n == wanted or n.endswith(f".{wanted}") for n in parameters):
@@ -169,17 +195,26 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
             plan.values[ROOT + name] = parameter
             plan.saved.add(parameter.module)
             wrapped = {f"{ROOT}{module}.{wrapper}.{kind}" for wrapper in ("modules_to_save", "original_module")}
-            if config.bias == "all" and kind == "bias":
+            if config.section.bias == "all" and kind == "bias":
                 plan.idle |= wrapped
             elif _is_vocabulary(parameter):
                 plan.spare |= wrapped
-        elif kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and module in adapted)):
+        elif kind == "bias" and config.trains_bias(module in adapted):
             plan.values[inner] = parameter
         elif _is_vocabulary(parameter):
             plan.copies[inner] = parameter
     _check_whole(plan, names, file)
-    _check(plan, file)
+    _check(plan, config, file)
     return plan
+
+
+def _check_kind(module: Module, config: PeftConfig, file: Checkpoint) -> None:
+    """`InputError` where the method, or PEFT's type, adapts no such module."""
+    method = config.method
+    if module.site.kind not in method.kinds:
+        raise InputError(f"{file.path.parent}: '{method.name}' adapts {' and '.join(method.kinds)} sites, and {module.name} is none.")
+    if module.conv1d and not config.form.conv1d:
+        raise InputError(f"{file.path.parent}: {module.name} is a Conv1D, which PEFT's type {config.form.peft_type} does not adapt.")
 
 
 def _is_vocabulary(parameter: Parameter) -> bool:
@@ -212,20 +247,25 @@ def _suggest(config: PeftConfig, names: PeftNames) -> str:
     return f"Nearest names: {', '.join(dict.fromkeys(near))}. Full paths look like {', '.join(list(names.modules)[:2])}."
 
 
-def _check(plan: _Plan, file: Checkpoint) -> None:
+def _check(plan: _Plan, config: PeftConfig, file: Checkpoint) -> None:
     """`InputError` unless the file holds what the plan wants, in these shapes, and nothing else."""
-    wanted, there = plan.shapes(), set(file.names())
+    form, wanted, there = config.form, plan.shapes(), set(file.names())
+    optional = {f"{stem}.{name}" for stem in [s.stem for s in plan.sites] for name in form.optional} | {SHARED + n for n in form.optional}
     known = wanted.keys() | plan.copies.keys() | plan.idle | plan.spare
-    for what, keys in (("missing", wanted.keys() - there), ("too many for this config and model", there - known)):
+    for what, keys in (("missing", wanted.keys() - optional - there), ("too many for this config and model", there - known)):
         if keys:
             some = sorted(keys)
             shown = ", ".join(some[:_SHOWN]) + (", ..." if len(some) > _SHOWN else "")
             raise InputError(f"{file.path}: {len(some)} tensor{'s are' if len(some) > 1 else ' is'} {what}: {shown}.")
-    for key, shape in (wanted | {k: p.shape for k, p in plan.copies.items() if k in there}).items():
+    integers = {f"{stem}.{name}" for stem in [s.stem for s in plan.sites] for name in form.integers}
+    for key, shape in (wanted | {k: p.shape for k, p in plan.copies.items()}).items():
+        if key not in there:
+            continue
         if file.shape(key) != shape:
             raise InputError(f"{file.path}: '{key}' has shape {file.shape(key)}, the config and the model ask for {shape}.")
-        if str(file.dtype(key)) not in _READABLE:
-            raise InputError(f"{file.path}: '{key}' has dtype {file.dtype(key)}; factors are {', '.join(_READABLE)}.")
+        readable = (*_READABLE, *_INTEGERS) if key in integers else _READABLE
+        if str(file.dtype(key)) not in readable:
+            raise InputError(f"{file.path}: '{key}' has dtype {file.dtype(key)}; it should be {', '.join(readable)}.")
 
 
 def _read(file: Checkpoint, key: str) -> np.ndarray:
@@ -241,28 +281,51 @@ def _resolved(sites: list[_Site]) -> dict[str, ResolvedSite]:
     for one in sites:
         site = one.module.site
         if site.name not in found:
-            found[site.name] = ResolvedSite(np.zeros(len(site.names), int), {"scale": np.zeros(len(site.names), np.float32)})
+            found[site.name] = ResolvedSite(np.zeros(len(site.names), int), {})
         found[site.name].ranks[one.module.layer] = one.rank
-        found[site.name].settings["scale"][one.module.layer] = one.scale
-    return found
+        for name, value in one.settings.items():
+            found[site.name].settings.setdefault(name, np.zeros(len(site.names), np.float32))[one.module.layer] = value
+    return {name: site for name, site in found.items() if site.ranks.any()}
 
 
-def _fill(adapted: nnx.Module, member: ResolvedAdapter, sites: list[_Site], arrays: dict[str, np.ndarray]) -> None:
-    """Puts the factors where they belong, in place: a rank below the stack's largest leaves the rest 0."""
+def _fill(adapted: nnx.Module, member: ResolvedAdapter, plan: _Plan, config: PeftConfig, arrays: dict[str, np.ndarray]) -> None:
+    """Puts the arrays where they belong, in place: a rank below the stack's largest leaves the rest at its fill value."""
+    form, modules = config.form, site_modules(adapted)
     by_site: dict[str, list[_Site]] = {}
-    for one in sites:
+    for one in plan.sites:
         by_site.setdefault(one.module.site.name, []).append(one)
-    for name, module in site_modules(adapted).items():
-        factors = Factors.of(module)
+    shared = {key.removeprefix(SHARED): array for key, array in arrays.items() if key in plan.shared}
+    whole = form.shared_from_file(plan.section, plan.ranks(), shared)
+    for name, module in modules.items():
+        layers = len(module.ranks)
+        filled: dict[str, np.ndarray] = {}
         for one in by_site[name]:
+            if one.rank == 0:
+                continue
             # A segment holds its layers up to the top of the stack.
-            layer = one.module.layer - (len(one.module.site.names) - len(factors.scale))
-            a, b = from_file(arrays[one.a], arrays[one.b], one.module.site.experts)
-            factors.a[layer][..., : one.rank] = a
-            factors.b[layer][..., : one.rank, :] = b
-            factors.scale[layer] = one.scale
-        factors.put(module)
-        module.ranks = nnx.static(tuple(int(r) for r in member.sites[name].ranks[-len(module.ranks) :]))
+            layer = one.module.layer - (len(one.module.site.names) - layers)
+            tensors = {n: arrays[key] for n in one.tensors if (key := f"{one.stem}.{n}") in arrays}
+            weight = functools.partial(_weight, module, layer)
+            own = form.from_file(plan.section, one.module.site, one.rank, tensors, weight)
+            for parameter, value in (one.settings | own).items():
+                if parameter not in filled:
+                    held = np.array(getattr(module, parameter)[...])
+                    filled[parameter] = held if module.stacked else held[None]
+                filled[parameter][(layer, *(slice(n) for n in np.shape(value)))] = value
+        module.fill(filled)
+        for parameter, value in whole.items():
+            if hasattr(module, parameter):
+                held = np.array(getattr(module, parameter)[...])
+                held[tuple(slice(n) for n in value.shape)] = value
+                getattr(module, parameter).set_value(jnp.asarray(held))
+        module.ranks = nnx.static(tuple(int(r) for r in member.sites[name].ranks[-layers:]))
         module.deterministic = True
         if hasattr(module, "dropout_rate"):
             module.dropout_rate.set_value(jnp.full(module.dropout_rate.shape, member.config.dropout, jnp.float32))
+
+
+def _weight(module: AdaptedSite, layer: int) -> np.ndarray:
+    """The base's weight of one of the layers that a site has arrays for, (inputs, outputs) float32, the experts in front."""
+    weight = np.asarray(getattr(module.base, module.weight)[...], np.float32)
+    weight = weight[layer - len(module.ranks)] if module.stacked else weight
+    return weight.reshape(module.site.inputs, module.site.outputs) if isinstance(module.base, nnx.LinearGeneral) else weight

@@ -7,7 +7,7 @@ head, without `bert.` where it does not. A stacked weight of ours is one of thei
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,24 +25,30 @@ from ...models.stack import Stack
 from ..export import head_of
 
 ROOT = "base_model.model."  # what PEFT puts before every name
+SHARED = "base_model."  # what stands before a tensor that belongs to no module
 PROJECTION = "lm_head"  # what transformers' modules call a decoder's projection to its vocabulary; GPT-NeoX's files say `embed_out`
+
+# The parameters of a mixture's module, in its order.
+_EXPERTS = ("gate_up_proj", "down_proj")
 
 _KINDS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """What can bear LoRA in PEFT: a module, or a parameter of a module of another kind (`target_parameters`).
+    """What can bear an adapter in PEFT: a module, or a parameter of a module of another kind (`target_parameters`).
 
     Attributes:
         name: from the root of the PyTorch model; a parameter's own name where it is one.
         site: the stacked weight of ours that it is a layer of.
         layer: which layer; 0 where it is not stacked.
+        conv1d: whether it is GPT-2's `Conv1D`, whose weight has the axes of ours.
     """
 
     name: str
     site: Site
     layer: int
+    conv1d: bool = False
 
     @property
     def parameter(self) -> bool:
@@ -53,6 +59,18 @@ class Module:
     def linear(self) -> bool:
         """Whether `all-linear` means it: not an embedding, nor an output head."""
         return self.site.kind == "linear" and self.site.names[0][0].rsplit(".", 1)[-1] not in HEADS
+
+    def stem(self, adapted: Collection[str]) -> str:
+        """What the keys of its tensors begin with, up to the dot.
+
+        Args:
+            adapted: names of all that bear an adapter: of two parameters in one module the later is wrapped around the earlier.
+        """
+        owner, _, own = self.name.rpartition(".")
+        stem = ROOT + (owner if self.parameter else self.name)
+        if self.site.kind == "expert":
+            stem += ".base_layer" * sum(f"{owner}.{later}" in adapted for later in _EXPERTS[_EXPERTS.index(own) + 1 :])
+        return stem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +121,12 @@ class Renaming:
         return self.put + name.removeprefix(self.drop)
 
 
+def module_of_key(key: str, prefix: str) -> str | None:
+    """The module that a tensor of the file belongs to; None where it is not an adapter's, whose names begin with a prefix."""
+    module, found, _ = key.removeprefix(ROOT).partition(f".{prefix}")
+    return module if key.startswith(ROOT) and found else None
+
+
 class PeftNames:
     """PEFT's names for a model without adapters.
 
@@ -112,7 +136,7 @@ class PeftNames:
         renaming: what they said, where that is known already.
 
     Attributes:
-        modules: all that can bear LoRA, by name.
+        modules: all that can bear an adapter, by name.
         parameters: all weights, by name.
     """
 
@@ -124,7 +148,7 @@ class PeftNames:
         self.modules: dict[str, Module] = {}
         for name, (site, layer) in own.items():
             full = self._root(name, site.path)
-            module = Module(full, site, layer)
+            module = Module(full, site, layer, site.kind == "linear" and not self._weight((*site.path, "kernel")).transpose)
             if module.parameter and site.kind == "linear":
                 module = dataclasses.replace(module, name=f"{full}.weight")
             self.modules[module.name] = module

@@ -27,7 +27,11 @@ STEPS = 20
 ADAPTING = [name for name, method in METHODS.all().items() if method.kinds and type(method).__module__.startswith("lora_jax.")]
 # Method -> the sections of four members, in place of the ones below.
 RANKS = (2, 4, 3, 1)
-VALUES: dict[str, Any] = {}
+VALUES: dict[str, Any] = {
+    "hra": {"ranks": (2, 4, 6, 8)},
+    "oft": {"ranks": (4, 8, 2, 16)},
+    "road": {"section": {"group_size": 8}},
+}
 
 
 def sections(name: str) -> list[dict[str, Any]]:

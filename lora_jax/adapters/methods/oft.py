@@ -1,0 +1,163 @@
+"""OFT (OFTv2, arXiv:2506.19847): `h = W (R x)`, R orthogonal and block-diagonal, of blocks `(I + Q)(I - Q)^-1` with Q skew.
+
+The inverse is a Neumann series cut off: `R = I + 2 Q + 2 Q^2 + ... + Q^p`. The rank is the size of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from ...config.schema import AdapterConfig
+from ...config.types import PositiveFloat, Rank
+from ...errors import InputError
+from ...models.layers import Rows
+from ..parameters import Parameter, SiteArrays
+from ..sites import Site
+from .base import AdaptedSite, Method, register_method
+
+
+class OftSection(AdapterConfig):
+    method: Literal["oft"] = Field(default="oft", description="Inputs rotated in blocks, W (R x) (arXiv:2506.19847).")
+    rank: Rank = Field(default=32, description="Size of a block; divides the inputs of every adapted module.")
+    use_cayley_neumann: bool = Field(default=True, description="R by a Neumann series. false: by the inverse itself, which costs more.")
+    num_cayley_neumann_terms: int = Field(default=5, ge=2, le=64, description="Terms of that series. 3 are computed as 4 (so does PEFT).")
+    block_share: bool = Field(default=False, description="One block for all blocks of a module.")
+    coft: bool = Field(default=False, description="Keep each block near the identity, within eps (constrained OFT, arXiv:2306.07280).")
+    eps: PositiveFloat = Field(default=6e-5, description="With coft: the largest norm of Q, times the root of the number of blocks.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Oft(Method):
+    """Inputs rotated in blocks.
+
+    A site keeps the numbers above the diagonals of its blocks as rows, one an input and as long as a block: rows of small blocks are the
+    leading part of those of large ones. A pack computes in blocks of the least common multiple of its members' sizes, each made of a
+    member's small blocks: sums and products of block-diagonal matrices have the same blocks.
+
+    Attributes: as in the section.
+    """
+
+    neumann: bool = True
+    terms: int = 5
+    block_share: bool = False
+    coft: bool = False
+
+    name, section = "oft", OftSection
+    kinds = ("linear",)
+    setting_names = ("block", "eps")
+    self_padding = True  # what is not above a diagonal is not read: its gradient is 0
+
+    def variant(self, config: OftSection) -> Oft:
+        return Oft(config.use_cayley_neumann, config.num_cayley_neumann_terms, config.block_share, config.coft)
+
+    def check(self, config: OftSection, site: Site, rank: int) -> None:
+        if rank < 2 or site.inputs % rank:
+            near = nearest_divisors(rank, [n for n in range(2, site.inputs + 1) if site.inputs % n == 0])
+            raise InputError(f"adapter.rank: blocks of {rank} do not divide the {site.inputs} inputs of {site.name}. Nearest: {near}.")
+
+    def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
+        rows, axis = (rank, None) if self.block_share else (site.inputs, "in")
+        return {"skew": Parameter((rows, rank), axes=(axis, None))}
+
+    def extent(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        return (math.lcm(*ranks),)
+
+    def settings(self, config: OftSection, rank: int, alpha: float) -> dict[str, float]:
+        return {"block": rank, "eps": config.eps}
+
+    def count(self, site: Site, rank: int) -> int:
+        return (1 if self.block_share else site.inputs // rank) * rank * (rank - 1) // 2
+
+    def cost(self, site: Site, rank: int) -> int:
+        return 2 * site.inputs * rank
+
+    def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
+        x, change = inputs[0], self.change(module)
+        blocks = x.reshape(*x.shape[:-1], -1, change.shape[-1])
+        turned = jnp.einsum("...nk,nkc->...nc", blocks, jnp.broadcast_to(change, (blocks.shape[-2], *change.shape[1:])).astype(x.dtype))
+        return module.base((blocks + turned).reshape(x.shape))
+
+    def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        change = self.change(module)
+        blocks = weight.reshape(*weight.shape[:-2], -1, change.shape[-1], weight.shape[-1])
+        turned = jnp.matmul(change, blocks, precision=jax.lax.Precision.HIGHEST)
+        return (blocks + turned).reshape(weight.shape), bias
+
+    def change(self, module: AdaptedSite) -> jax.Array:
+        """R - I, (..., blocks, size, size) float32: of rows `x (R - I)` is what is added. One block where they are shared.
+
+        It is kept apart from I so that a small angle survives a cast to bfloat16, and an angle of 0 changes no bit.
+        """
+        skew, block, size = module.skew[...], module.block[...], max(module.extent)
+        if self.coft:  # as PEFT: what a file holds is brought within eps before it is used; the gradient is not
+            skew += jax.lax.stop_gradient(self.projected(skew, block, module.eps[...]) - skew)
+        within, same, above = places(block, size)
+        # Column j of a block of the pack is column j % block of a member's own.
+        spread = (jnp.arange(size)[:, None] == within[..., None, :]).astype(skew.dtype)
+        if self.block_share:
+            skew = product(spread.swapaxes(-1, -2), skew)
+        upper = product(skew.reshape(*skew.shape[:-2], -1, size, size), spread[..., None, :, :])
+        upper = jnp.where((same & above)[..., None, :, :], upper, 0)
+        q = upper - upper.swapaxes(-1, -2)
+        if not self.neumann:  # PEFT's exact form is (I - Q)(I + Q)^-1, the transpose of the other: of -Q
+            return jnp.linalg.solve(jnp.eye(size) + q, -2 * q)
+        total, power, highest = 2 * q, q, 1 if self.terms == 2 else max(self.terms, 4) - 1
+        for degree in range(2, highest + 1):
+            power = product(power, q)
+            total += power if degree == highest else 2 * power
+        return total
+
+    def projected(self, skew: jax.Array, block: jax.Array, eps: jax.Array) -> jax.Array:
+        """The rows with each block's norm at most `eps / sqrt(blocks)`; arguments (..., rows, size), (...) and (...)."""
+        size, rows = skew.shape[-1], skew.shape[-2]
+        within, same, _ = places(block, size)
+        at = jnp.arange(size)
+        used = (at > within[..., :, None]) & (at < block[..., None, None])
+        squares = jnp.where(used[..., None, :, :], skew.reshape(*skew.shape[:-2], -1, size, size) ** 2, 0).sum(-1)
+        norm = jnp.sqrt(2 * product(squares, same[..., :, :].astype(skew.dtype))).reshape(skew.shape[:-1])
+        limit = eps if self.block_share else eps * jnp.sqrt(block / rows)
+        return skew * jnp.minimum(1, limit[..., None] / jnp.maximum(norm, 1e-30))[..., None]
+
+    @property
+    def has_state(self) -> bool:
+        return self.coft
+
+    def after_step(
+        self, state: dict[str, Any], trainable: dict[str, jax.Array], gradients: Any, sites: Mapping[str, SiteArrays], step: Any, steps: Any
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        own = {f"{name}.skew": site for name, site in sites.items()}
+        return state, trainable | {name: self.projected(trainable[name], site.block, site.eps) for name, site in own.items()}
+
+
+def places(block: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of rows and columns 0 to size - 1 cut into blocks: the place in its own (..., size), and (..., size, size) of row and column
+    whether they are of one block, and whether the column comes after the row. Nothing is of one block where `block`, (...), is 0."""
+    number = jnp.maximum(block, 1).astype(jnp.int32)[..., None]
+    at = jnp.arange(size)
+    same = (at // number)[..., :, None] == (at // number)[..., None, :]
+    return at % number, same & (block > 0)[..., None, None], at[:, None] < at
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A matrix product in full float32."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def nearest_divisors(wanted: int, divisors: Sequence[int]) -> str:
+    """The next smaller and the next larger of sorted numbers, in words.
+
+    >>> nearest_divisors(10, [1, 2, 4, 8, 16])
+    '8 and 16'
+    """
+    below, above = [n for n in divisors if n <= wanted][-1:], [n for n in divisors if n > wanted][:1]
+    return " and ".join(map(str, below + above))
+
+
+register_method("oft", Oft())
