@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from ..models.decoder import Decoder
 from .contraction import GENERAL, own_kernel
-from .inject import set_child
+from .inject import recall, remember, set_child
 from .methods.base import AdaptedSite
 
 
@@ -53,6 +54,44 @@ def merge(model: nnx.Module) -> nnx.Module:
 def unmerge(model: nnx.Module) -> nnx.Module:
     """The model that was given to `merge`: its base weights and adapters, bit for bit."""
     return _replace(model, Merged, lambda module: module.original)
+
+
+def plain(model: nnx.Module, *, shifted: bool = False) -> nnx.Module:
+    """A model that computes the same with adapters of forms that other programs know (`Method.plain`), for export.
+
+    Args:
+        model: an adapted model.
+        shifted: whether the base's weights may change for it: what an adapter's init took out of them is then missing there.
+    """
+    record = recall(model)
+    method = next((m.method for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite)), None)
+    if method is None:
+        return model
+    known = record is not None and json.loads(record.config)["method"] == method.name
+    section = method.section.model_validate(json.loads(record.config) if known and record is not None else {})
+    sections = []
+
+    def make(module: AdaptedSite) -> nnx.Module:
+        found = module.method.plain(module, section, module.base_arrays()[0] if shifted else None)
+        if found is None:
+            return module
+        base: Any = copy_of(module.base)
+        if found.weight is not None:
+            _set_top(getattr(base, module.weight), found.weight)
+        layers, extent = len(module.ranks) if module.stacked else None, tuple(rank * found.times for rank in module.extent)
+        new = AdaptedSite(base, module.site, layers=layers, extent=extent, method=found.method, dropout=hasattr(module, "dropout_rate"))
+        for name, value in found.arrays.items():
+            getattr(new, name).set_value(value)
+        new.ranks, new.deterministic = nnx.static(tuple(rank * found.times for rank in module.ranks)), module.deterministic
+        if hasattr(new, "dropout_rate"):
+            new.dropout_rate.set_value(module.dropout_rate[...])
+        sections.append(found.config)
+        return new
+
+    changed = _replace(model, AdaptedSite, make)
+    if sections and known and record is not None:
+        remember(changed, sections[0], record.foreign)
+    return changed
 
 
 def strip(model: nnx.Module) -> nnx.Module:

@@ -10,6 +10,7 @@ holds several members.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -171,6 +172,16 @@ class Method:
         """
         return state, trainable
 
+    def plain(self, module: AdaptedSite, config: Any, weight: jax.Array | None) -> Plain | None:
+        """A site of this method in a form that other programs know; None where it is one already.
+
+        Args:
+            module: with the arrays of all its layers.
+            config: the member's section.
+            weight: of those layers, (..., inputs, outputs) float32, where the base may change for it.
+        """
+        return None
+
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         """What an adapted site computes.
 
@@ -225,6 +236,24 @@ class Method:
 
     def prepare(self, model: nnx.Module) -> None:
         """Changes how an adapted model's layers are run, in place; the model's modules are a copy, its arrays the caller's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A site in another form.
+
+    Attributes:
+        method, config: of the other form; the section is that of the whole adapter.
+        arrays: name -> all that it has there, settings too.
+        times: how many times as large the ranks are.
+        weight: the base's weight, as it was given, where it changes; else None.
+    """
+
+    method: Method
+    config: Any
+    arrays: dict[str, jax.Array]
+    times: int = 1
+    weight: jax.Array | None = None
 
 
 class AdaptedSite(SiteModule):

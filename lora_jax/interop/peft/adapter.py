@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ...adapters.inject import LABEL, recall, site_modules
-from ...adapters.merge import strip
+from ...adapters.merge import plain, strip
 from ...adapters.methods.base import AdaptedSite, Method
 from ...adapters.sites import Site
 from ...errors import InputError
@@ -68,7 +68,7 @@ class Adapter:
     """
 
     def __init__(self, model: nnx.Module):
-        self.model = model
+        self.model = model = plain(model)
         record = recall(model)
         self.foreign: dict[str, Any] = json.loads(record.foreign) if record and record.foreign else {}
         self.kind = kind_of(model)
