@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .adapters.inject import inject as inject
     from .adapters.merge import merge as merge
     from .adapters.merge import unmerge as unmerge
-    from .adapters.methods.base import AdapterParam
     from .adapters.mixed import with_rows as with_rows
+    from .adapters.parameters import AdapterParam
     from .adapters.partition import partition as partition
     from .config.doors import register_exporter as register_exporter
     from .config.doors import register_family as register_family
@@ -46,7 +46,7 @@ _NAMES = {
     "Config": "config.schema",
     "Generator": "generation.generate",
     "InputError": "errors",
-    "LoRAParam": "adapters.methods.base:AdapterParam",
+    "LoRAParam": "adapters.parameters:AdapterParam",
     "LoraConfig": "interop.peft.lora",
     "RunError": "errors",
     "describe": "adapters.describe",

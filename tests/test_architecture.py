@@ -93,8 +93,12 @@ def test_a_file_holds_one_idea_in_at_most_400_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
-def test_the_library_has_at_most_125_files_beside_the_methods() -> None:
-    assert len([path for path in FILES if path.parent.name != "methods"]) <= 125
+# What grows by a file each: a method, an init, a family, a base transform, a task, an optimizer, an exporter.
+GROWS = ("adapters/methods", "adapters/inits", "models/families", "models/transforms", "tasks", "training/optimizers", "interop")
+
+
+def test_the_house_has_at_most_100_files_beside_what_grows() -> None:
+    assert len([path for path in FILES if not path.relative_to(ROOT).as_posix().startswith(GROWS)]) <= 100
 
 
 PAGE = ROOT.parent / "docs" / "architecture.md"

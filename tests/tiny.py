@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.adapters.inject import inject, site_modules
-from lora_jax.adapters.methods.base import AdaptedSite, is_base
+from lora_jax.adapters.methods.base import AdaptedSite
+from lora_jax.adapters.parameters import is_base
 from lora_jax.config.doors import FAMILIES, METHODS
 from lora_jax.config.schema import AdapterConfig, Config
 from lora_jax.models.decoder import Decoder, DecoderConfig

@@ -79,7 +79,7 @@ def factors_of(model: nnx.Module) -> dict[str, Factors]:
 def layouts_of(sites: list[Site], adapters: Sequence[dict[str, Factors]]) -> tuple[SiteLayout, ...]:
     """The site layouts that hold all of the adapters."""
     depths = {s.name: s.depth or 1 for s in sites}
-    return site_layouts(sites, [{n: (depths[n] - len(f.scale), f.a.shape[-1]) for n, f in adapter.items()} for adapter in adapters])
+    return site_layouts(sites, [{n: (depths[n] - len(f.scale), (f.a.shape[-1],)) for n, f in adapter.items()} for adapter in adapters])
 
 
 @dataclasses.dataclass(frozen=True)

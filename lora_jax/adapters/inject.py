@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +19,13 @@ from flax import nnx
 
 from ..config.schema import AdapterConfig
 from ..errors import InputError, nearest
-from ..models.layers import AXES, PER_SEGMENT
+from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT
 from ..models.stack import Stack
 from ..parallel.mesh import to_host
+from .labels import FROZEN, label_of
 from .layout import Layout, ResolvedAdapter, ResolvedSite, SiteLayout, label_table, resolve, unite
-from .methods.base import FROZEN, AdaptedSite, AdapterSetting, label_of
+from .methods.base import AdaptedSite
+from .parameters import PARAMETER, AdapterSetting, SiteData, Statistics, variable_of
 from .sites import Path, SiteModule, logical_name, modules_named, named_variables, names_of
 
 # Metadata key of a variable's label.
@@ -64,8 +66,11 @@ def inject_layout(model: nnx.Module, layout: Layout) -> nnx.Module:
         InputError: `modules_to_save` names no module, or there is nothing to train.
     """
 
+    shared = {name: variable_of(name, parameter, (), {OF_ALL_LAYERS: True}) for name, parameter in layout.shared().items()}
+    options: dict[str, Any] = {"method": layout.method, "dropout": layout.dropout, "shared": shared}
+
     def make(of: SiteLayout, base: nnx.Module) -> nnx.Module:
-        return AdaptedSite(base, of.site, layers=of.layers, rank=of.rank, method=layout.method, dropout=layout.dropout)
+        return AdaptedSite(base, of.site, layers=of.layers, extent=of.extent, **options)
 
     adapted = replace_sites(model, layout.sites, make)
     layout.method.prepare(adapted)
@@ -169,14 +174,32 @@ def site_modules(model: nnx.Module) -> dict[str, AdaptedSite]:
     return {logical_name(path): m for path, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite)}
 
 
-def fill_member(model: nnx.Module, member: ResolvedAdapter, seed: int) -> None:
+def fill_member(
+    model: nnx.Module, member: ResolvedAdapter, seed: int, statistics: Mapping[tuple[str, int], Statistics] | None = None
+) -> None:
     """Sets the adapters of a model made by `inject_layout` to one member at step 0, in place.
+
+    Args:
+        model: the adapted model.
+        member: what it adapts.
+        seed: of the draws.
+        statistics: (site name, layer) -> what the layer saw of the data, where the member's init wants any.
 
     With one seed, a member of a smaller rank starts as the leading part of a larger one where the method draws rank after rank, so that
     they differ in their rank alone; with `adapter.nested_init: false` each rank has draws of its own.
     """
-    for name, module in site_modules(model).items():
-        _fill_site(module, name, member.sites.get(name), member.config, seed)
+    modules = site_modules(model)
+    for name, module in modules.items():
+        _fill_site(module, name, member.sites.get(name), member.config, seed, statistics or {})
+    shared = {module.site: int(member.sites[name].ranks.max()) for name, module in modules.items() if name in member.sites}
+    if shared:
+        method = member.method
+        for name, value in method.init_shared(shared, member.config, random_of(seed, "adapter", 0)).items():
+            variable = getattr(next(iter(modules.values())), name)
+            array = np.full(variable.shape, variable.get_metadata()[PARAMETER].fill, np.float32)
+            own = tuple(slice(min(n, m)) for n, m in zip(value.shape, array.shape, strict=True))  # no site needs what is beyond
+            array[own] = value[own]
+            variable.set_value(jnp.asarray(array))
 
 
 def draw_head(model: nnx.Module, seed: int) -> None:
@@ -194,18 +217,22 @@ def random_of(seed: int, name: str, layer: int, *more: int) -> np.random.Generat
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode()), layer, *more])))
 
 
-def _fill_site(module: AdaptedSite, name: str, member: ResolvedSite | None, config: Any, seed: int) -> None:
+def _fill_site(
+    module: AdaptedSite, name: str, member: ResolvedSite | None, config: Any, seed: int, statistics: Mapping[tuple[str, int], Statistics]
+) -> None:
     site, method = module.site, module.method
     layers = len(module.ranks)
     first = len(site.names) - layers
     ranks = np.zeros(layers, int) if member is None else member.ranks[first:]
-    padded = method.parameters(site, module.rank)
+    padded = {n: p for n, p in method.padded(site, module.extent).items() if p.scope == "layer"}
     arrays = {n: np.full((layers, *p.shape), p.fill, np.float32) for n, p in padded.items()}
     for i in np.flatnonzero(ranks):
         rank = int(ranks[i])
         random = random_of(seed, name, first + int(i), *([] if config.nested_init else [rank]))
-        for array, value in method.init(site, rank, config, random, _weight_of(module, first + int(i))).items():
-            arrays[array][(i, *padded[array].own(rank))] = value
+        own, layer = method.parameters(site, rank), first + int(i)
+        data = SiteData(_weight_of(module, layer), statistics.get((name, layer), Statistics()))
+        for array, value in method.init(site, rank, config, random, data).items():
+            arrays[array][(i, *own[array].own)] = value
     for setting in method.setting_names:
         arrays[setting] = np.zeros(layers, np.float32) if member is None else member.settings[setting][first:]
     module.fill(arrays)

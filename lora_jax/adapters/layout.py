@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
@@ -18,7 +18,9 @@ from flax import nnx
 from ..config.patterns import fullmatch
 from ..config.schema import AdapterConfig
 from ..errors import InputError
-from .methods.base import Method, Table, method_of
+from .labels import Table
+from .methods.base import Method, method_of
+from .parameters import Parameter, largest, shared_name
 from .sites import Site, find_sites, modules_named, passed_over, select
 
 
@@ -33,6 +35,10 @@ class ResolvedSite:
 
     ranks: np.ndarray
     settings: dict[str, np.ndarray]
+
+
+# Site name -> (lowest adapted layer, the extent of its ranks).
+Needs = dict[str, tuple[int, tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +59,27 @@ class ResolvedAdapter:
         return method_of(self.config)
 
     @property
-    def needs(self) -> dict[str, tuple[int, int]]:
-        """Site name -> (lowest adapted layer, largest rank): what a layout must hold."""
-        return {name: (int(np.flatnonzero(site.ranks)[0]), int(site.ranks.max())) for name, site in self.sites.items()}
+    def needs(self) -> Needs:
+        """What a layout must hold."""
+        found = {}
+        for name, site in self.sites.items():
+            ranks = tuple(sorted({int(rank) for rank in site.ranks if rank}))
+            found[name] = (int(np.flatnonzero(site.ranks)[0]), self.method.extent(ranks))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteLayout:
-    """A site of a layout: its layers from `first` to the top of the stack have arrays of the padded `rank`."""
+    """A site of a layout: its layers from `first` to the top of the stack have arrays that hold the ranks of `extent`."""
 
     site: Site
     first: int
-    rank: int
+    extent: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.extent)
 
     @property
     def layers(self) -> int | None:
@@ -88,6 +103,15 @@ class Layout:
     method: Method
     bias: str
     modules_to_save: tuple[str, ...]
+
+    def shared(self) -> dict[str, Parameter]:
+        """Name -> array of scope `adapter`, as large as the largest that a site says."""
+        found: dict[str, Parameter] = {}
+        for of in self.sites:
+            for name, parameter in self.method.padded(of.site, of.extent).items():
+                if parameter.scope == "adapter":
+                    found[name] = largest([found.get(name, parameter), parameter])
+        return found
 
 
 def resolve(model: nnx.Module, config: AdapterConfig) -> ResolvedAdapter:
@@ -115,6 +139,7 @@ def resolve(model: nnx.Module, config: AdapterConfig) -> ResolvedAdapter:
             alpha_key = _first_match(config.alpha_pattern, sites[name].names[i])
             unused -= {("rank_pattern", rank_key), ("alpha_pattern", alpha_key)}
             ranks[i] = config.rank_pattern.get(rank_key, config.rank)
+            method.check(config, sites[name], int(ranks[i]))
             alpha = config.alpha_pattern.get(alpha_key, config.alpha)
             for setting, value in method.settings(config, int(ranks[i]), alpha).items():
                 if not abs(value) <= float(np.finfo(np.float32).max):
@@ -145,23 +170,26 @@ def unite(model: nnx.Module, members: Sequence[ResolvedAdapter]) -> Layout:
     Raises:
         ValueError: members differ in what is static (method, bias, modules_to_save), so that no layout holds them all.
     """
-    statics = {(m.config.method, m.config.bias, tuple(m.config.modules_to_save)) for m in members}
+    statics = {(m.method, m.config.bias, tuple(m.config.modules_to_save)) for m in members}
     if len(statics) != 1:
-        raise ValueError(f"members differ in method, bias or modules_to_save: {sorted(statics)}")
-    _, bias, saved = statics.pop()
+        raise ValueError(f"members differ in method, bias or modules_to_save: {sorted(map(repr, statics))}")
+    method, bias, saved = statics.pop()
     own = tuple(dict.fromkeys(n for name in saved for n in modules_named(model, name) or (name,)))
-    sites = site_layouts(find_sites(model), [m.needs for m in members])
-    return Layout(sites, any(m.config.dropout > 0 for m in members), members[0].method, bias, own)
+    sites = site_layouts(find_sites(model), [m.needs for m in members], method.extent)
+    return Layout(sites, any(m.config.dropout > 0 for m in members), method, bias, own)
 
 
-def site_layouts(sites: Sequence[Site], needs: Sequence[Mapping[str, tuple[int, int]]]) -> tuple[SiteLayout, ...]:
+def site_layouts(
+    sites: Sequence[Site], needs: Sequence[Needs], extent: Callable[[Sequence[int]], tuple[int, ...]] = lambda ranks: (max(ranks),)
+) -> tuple[SiteLayout, ...]:
     """The smallest site layouts that hold several adapters at once.
 
     In one stack all sites start at the lowest layer any of them adapts: the layers below are one segment without adapters.
 
     Args:
         sites: the model's.
-        needs: of each adapter, site name -> (lowest adapted layer, rank).
+        needs: of each adapter.
+        extent: `Method.extent` of the method whose adapters they are; by default the largest rank holds all.
     """
     stacks = {s.name: s.stack for s in sites}
     lowest: dict[object, int] = {}
@@ -169,8 +197,8 @@ def site_layouts(sites: Sequence[Site], needs: Sequence[Mapping[str, tuple[int, 
         lowest[stacks[name]] = min(lowest.get(stacks[name], first), first)
     layouts = []
     for site in sites:
-        if ranks := [need[site.name][1] for need in needs if site.name in need]:
-            layouts.append(SiteLayout(site, lowest[site.stack] if site.stack is not None else 0, max(ranks)))
+        if ranks := sorted({rank for need in needs if site.name in need for rank in need[site.name][1]}):
+            layouts.append(SiteLayout(site, lowest[site.stack] if site.stack is not None else 0, extent(ranks)))
     return tuple(layouts)
 
 
@@ -179,7 +207,8 @@ def label_table(layout: Layout) -> Table:
     own = tuple(
         (re.escape(f"{s.site.name}.{name}"), parameter.label)
         for s in layout.sites
-        for name, parameter in layout.method.parameters(s.site, s.rank).items()
-        if parameter.trained
+        for name, parameter in layout.method.padded(s.site, s.extent).items()
+        if parameter.trained and parameter.scope == "layer"
     )
-    return (*own, *layout.method.labels([s.site.name for s in layout.sites], layout.bias, layout.modules_to_save))
+    shared = tuple((re.escape(shared_name(name)), parameter.label) for name, parameter in layout.shared().items() if parameter.trained)
+    return (*own, *shared, *layout.method.labels([s.site.name for s in layout.sites], layout.bias, layout.modules_to_save))

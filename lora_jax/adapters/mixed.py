@@ -17,7 +17,8 @@ from jax.typing import ArrayLike
 from ..models.experts import grouped_matmul
 from ..models.layers import PER_SEGMENT, Rows
 from ..parallel.constraints import take_positions
-from .methods.base import AdapterParam, AdapterSetting, FlatSite
+from .methods.base import FlatSite
+from .parameters import AdapterParam, AdapterSetting
 from .sites import Site, SiteModule
 
 NO_ADAPTER = -1

@@ -9,6 +9,7 @@ divide lie on all of its devices, and a step adds members that do not count (`ev
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +25,12 @@ from ..models.layers import AXES
 from ..parallel.constraints import gathered, looked_up
 from ..parallel.mesh import AnyMesh, parameter_sharding, place
 from .inject import LABEL
+from .labels import FROZEN
 from .layout import Layout, ResolvedAdapter, SiteLayout
 from .merge import Merged
-from .methods.base import FROZEN, PARAMETER, AdapterSetting, DropoutKey, Parameter
-from .sites import adapted_paths, logical_name, parameter_name
+from .methods.base import AdaptedSite, Method
+from .parameters import PARAMETER, PARAMETER_NAME, AdapterSetting, DropoutKey, Parameter, SiteArrays, largest, own_name
+from .sites import Site, adapted_paths, logical_name, parameter_name
 
 Arrays = dict[str, jax.Array]
 
@@ -37,13 +40,15 @@ class SiteArray:
     """An array of a method, and where it belongs.
 
     Attributes:
-        site: name of its site.
-        weight: name of the base's weight there.
+        site: name of its site; empty for an array that all sites share.
+        weight: name of the base's weight there, likewise.
+        name: what the method calls it.
         parameter: what the method says of it.
     """
 
     site: str
     weight: str
+    name: str
     parameter: Parameter
 
 
@@ -59,6 +64,8 @@ class Partition:
         axes: name -> the array's logical axes, for arrays whose axes are named.
         parameters: name -> its site and `Parameter`, for the arrays of methods (in `trainable`, or in `settings` if they are not trained).
         dropout_keys: names of the settings that are dropout keys.
+        method: of the adapted sites; None where there are none.
+        adapted: names of the adapted sites.
         trainable: float32 arrays that are differentiated.
         settings: untrained numbers of a member (scales, dropout rates).
         frozen: everything else, which is the base.
@@ -71,6 +78,8 @@ class Partition:
     axes: dict[str, tuple[str | None, ...]]
     parameters: dict[str, SiteArray]
     dropout_keys: tuple[str, ...]
+    method: Method | None
+    adapted: tuple[str, ...]
     trainable: Arrays
     settings: Arrays
     frozen: Arrays
@@ -80,6 +89,20 @@ class Partition:
         parts = (trainable, settings, frozen)
         flat = [(self.paths[name], self._at_hand(name, value)) for part in parts for name, value in part.items()]
         return nnx.merge(self.graphdef if training else self.eval_graphdef, nnx.from_flat_state(flat))
+
+    def sites(self, trainable: Arrays, settings: Arrays) -> dict[str, SiteArrays]:
+        """Site name -> its arrays and settings, what `Method.penalty` and its like are given."""
+        found: dict[str, SiteArrays] = {}
+        common = {}
+        for name, array in (settings | trainable).items():
+            own = self.parameters.get(name)
+            if own is not None and not own.site:
+                common[own.name] = array
+        for name, array in (settings | trainable).items():
+            site, _, last = name.rpartition(".")
+            if site in self.adapted:
+                setattr(found.setdefault(site, SiteArrays(**common)), last, array)
+        return found
 
     def _at_hand(self, name: str, array: jax.Array) -> jax.Array:
         axes = self.axes.get(name)
@@ -101,7 +124,7 @@ def partition(model: nnx.Module) -> Partition:
     adapted, modules = adapted_paths(model), dict(nnx.iter_modules(model))
     paths, labels, axes, parameters, keys = {}, {}, {}, {}, []
     for path, variable in nnx.to_flat_state(state):
-        name = parameter_name(path, adapted)
+        name = own_name(variable) or parameter_name(path, adapted)
         if name in paths:
             raise ValueError(f"two parameters are called '{name}'")
         paths[name] = path
@@ -110,7 +133,8 @@ def partition(model: nnx.Module) -> Partition:
         label = variable.get_metadata().get(LABEL, FROZEN)
         if (parameter := variable.get_metadata().get(PARAMETER)) is not None:
             site: Any = modules[path[:-1]]
-            parameters[name] = SiteArray(logical_name(path[:-1]), f"{logical_name(path[:-1])}.{site.weight}", parameter)
+            where = ("", "") if parameter.scope == "adapter" else (logical_name(path[:-1]), f"{logical_name(path[:-1])}.{site.weight}")
+            parameters[name] = SiteArray(*where, variable.get_metadata()[PARAMETER_NAME], parameter)
         if isinstance(variable, DropoutKey):
             keys.append(name)
         if isinstance(variable, AdapterSetting):
@@ -122,7 +146,9 @@ def partition(model: nnx.Module) -> Partition:
             parts[2][name] = variable.get_value()
     if not labels:
         raise ValueError("nothing is trainable: inject adapters first")
-    return Partition(graphdef, eval_graphdef, paths, labels, axes, parameters, tuple(keys), *parts)
+    sites = {logical_name(path): m for path, m in modules.items() if isinstance(m, AdaptedSite)}
+    method = next((m.method for m in sites.values()), None)
+    return Partition(graphdef, eval_graphdef, paths, labels, axes, parameters, tuple(keys), method, tuple(sites), *parts)
 
 
 def with_dropout_keys(part: Partition, settings: Arrays, key: jax.Array) -> Arrays:
@@ -159,12 +185,29 @@ def update_mask(part: Partition, member: ResolvedAdapter, layout: Layout) -> Arr
                 array = part.trainable[name]
                 masks[name] = jnp.asarray(on).reshape(-1, *([1] * (array.ndim - 1))) if of.site.depth else jnp.float32(on[0])
     if not layout.method.self_padding:
-        ranks = {of.site.name: _ranks(member, of)[of.first :] for of in layout.sites}
+        sites = {of.site.name: of for of in layout.sites}
         for name, own in part.parameters.items():
-            if own.parameter.trained:
-                on = np.stack([_used(own.parameter, int(rank)) for rank in ranks[own.site]])
+            if own.parameter.trained and own.site:
+                of = sites[own.site]
+                on = np.stack([_used(layout.method, of, own.name, int(rank)) for rank in _ranks(member, of)[of.first :]])
                 masks[name] = jnp.asarray(on if part.trainable[name].ndim == on.ndim else on[0])
+            elif own.parameter.trained:
+                own_part = member_parameter(layout, member, own.name)
+                on = np.zeros(part.trainable[name].shape, np.float32)
+                on[own_part.own] = 1
+                masks[name] = jnp.asarray(on)
     return masks or None
+
+
+def member_parameter(layout: Layout, member: ResolvedAdapter, name: str) -> Parameter:
+    """An array of scope `adapter`, in the shape that one member of a layout has."""
+    each = [
+        layout.method.parameters(of.site, int(rank))[name]
+        for of in layout.sites
+        if of.site.name in member.sites
+        for rank in sorted({*member.sites[of.site.name].ranks} - {0})
+    ]
+    return largest(each)
 
 
 def _ranks(member: ResolvedAdapter, of: SiteLayout) -> np.ndarray:
@@ -173,12 +216,20 @@ def _ranks(member: ResolvedAdapter, of: SiteLayout) -> np.ndarray:
     return np.zeros(len(of.site.names), int) if own is None else own.ranks
 
 
-def _used(parameter: Parameter, rank: int) -> np.ndarray:
-    """1 where a layer of this rank has numbers of its own, 0 where it is padding: float32, of size 1 along the other axes."""
-    on = np.zeros([n if i in parameter.rank_axes else 1 for i, n in enumerate(parameter.shape)], np.float32)
+def _used(method: Method, of: SiteLayout, name: str, rank: int) -> np.ndarray:
+    """1 where a layer of this rank has numbers of its own, 0 where it is padding: float32, of size 1 along axes that no rank changes."""
+    padded, changes = method.padded(of.site, of.extent)[name], _changing_axes(method, of.site, of.rank)[name]
+    on = np.zeros([n if change else 1 for n, change in zip(padded.shape, changes, strict=True)], np.float32)
     if rank:
-        on[parameter.own(rank)] = 1
+        on[method.parameters(of.site, rank)[name].own] = 1
     return on
+
+
+@functools.lru_cache
+def _changing_axes(method: Method, site: Site, rank: int) -> dict[str, tuple[bool, ...]]:
+    """Name -> for each axis, whether its size is another at some rank up to this one."""
+    each = [method.parameters(site, r) for r in range(1, rank + 1)]
+    return {name: tuple(len(set(sizes)) > 1 for sizes in zip(*(one[name].shape for one in each), strict=True)) for name in each[0]}
 
 
 def trainable_spec(part: Partition, name: str, mesh: AnyMesh) -> PartitionSpec:
@@ -190,7 +241,7 @@ def trainable_spec(part: Partition, name: str, mesh: AnyMesh) -> PartitionSpec:
     array, axes = part.trainable[name], part.axes.get(name)
     if axes is None:
         return PartitionSpec(*[None] * array.ndim)
-    if (own := part.parameters.get(name)) is None:
+    if (own := part.parameters.get(name)) is None or not own.site:
         return parameter_sharding(mesh, array.shape, axes).spec
     weight = part.frozen[own.weight] if own.weight in part.frozen else part.trainable[own.weight]
     *_, inputs, outputs = parameter_sharding(mesh, weight.shape, part.axes[own.weight]).spec

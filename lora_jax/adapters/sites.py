@@ -17,6 +17,7 @@ from ..errors import InputError, nearest, warn
 from ..models.experts import ExpertLinear
 from ..models.layers import HEAD_MODULES, Embedding
 from ..models.stack import Stack
+from .parameters import own_name
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "query", "key", "value", "out"),
@@ -131,7 +132,7 @@ def named_variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
     adapted = adapted_paths(model)
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Variable):
-            yield parameter_name(path, adapted), variable
+            yield own_name(variable) or parameter_name(path, adapted), variable
 
 
 def find_sites(model: nnx.Module) -> list[Site]:

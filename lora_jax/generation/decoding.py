@@ -28,7 +28,7 @@ from flax import nnx
 
 from ..models.cache import Cache, slots_for
 from ..models.decoder import Decoder
-from ..models.layers import PER_SEGMENT
+from ..models.layers import OF_ALL_LAYERS, PER_SEGMENT
 from ..models.stack import Segment, Stack
 from ..parallel.program import TraceCounter
 from .sampling import SamplingParams, choose
@@ -80,6 +80,8 @@ def _layer(segment: Segment, layer: int, views: SliceCache) -> Segment:
     graphdef, state = nnx.split(segment.block, graph=True)
 
     def one(variable: nnx.Variable) -> nnx.Variable:
+        if variable.get_metadata().get(OF_ALL_LAYERS, False):
+            return variable
         own = variable.get_metadata().get(PER_SEGMENT, False)
         sliced = variable.replace(views.of(variable.get_value(), layer - segment.start if own else layer))
         sliced.set_metadata(PER_SEGMENT, True)
@@ -89,7 +91,7 @@ def _layer(segment: Segment, layer: int, views: SliceCache) -> Segment:
     # A block split anew: that its variables are the segment's own is part of its structure.
     block = nnx.merge(graphdef, state)
     for _, variable in nnx.iter_graph(block):
-        if isinstance(variable, nnx.Variable):
+        if isinstance(variable, nnx.Variable) and not variable.get_metadata().get(OF_ALL_LAYERS, False):
             variable.set_metadata(PER_SEGMENT, True)
     return Segment(block, layer, layer + 1)
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from ..parallel.constraints import by_rows, gathered, take_positions, weights_cut
 from .cache import Cache, KeysValues, Memory
-from .layers import AXES, PER_SEGMENT
+from .layers import AXES, OF_ALL_LAYERS, PER_SEGMENT
 
 _SLICING = frozenset({"dynamic_slice", "slice", "squeeze", "gather", "convert_element_type", "transpose", "reshape", "sharding_constraint"})
 
@@ -184,14 +184,14 @@ class Stack(nnx.Module):
             kept: the segment's keys and values of the tokens before; handed from layer to layer and returned with what each adds.
             remember: from them and a layer's index to that layer's memory.
         """
-        graphdef, own, shared = nnx.split(segment.block, lambda _, v: v.get_metadata().get(PER_SEGMENT, False), ..., graph=True)
+        graphdef, own, common, shared = nnx.split(segment.block, _marked(PER_SEGMENT), _marked(OF_ALL_LAYERS), ..., graph=True)
         if (start, stop) != (segment.start, segment.stop):
             own = jax.tree.map(lambda a: a[start - segment.start : stop - segment.start], own)
 
         def body(carry: tuple[jax.Array, KeysValues | None], step: tuple[Any, Any]) -> tuple[tuple[jax.Array, KeysValues | None], None]:
             (x, kept), (index, own) = carry, step
             layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), shared)
-            block = nnx.merge(graphdef, *(_at_hand(part) for part in (own, layer)))
+            block = nnx.merge(graphdef, _at_hand(own), common, _at_hand(layer))
             memory = None if kept is None or remember is None else remember(kept, index)
             x = by_rows(block(by_rows(x), context, index, gather, *(() if memory is None else (memory,))))
             return (x, None if memory is None else (memory.keys, memory.values)), None
@@ -211,6 +211,11 @@ def cut_of(model: nnx.Module) -> int:
     """How many layers are below the lowest cut of the model's stack; 0 where none is cut, or more than one stack is."""
     cuts = [m.segments[0].stop for _, m in nnx.iter_modules(model) if isinstance(m, Stack) and len(m.segments) > 1]
     return cuts[0] if len(cuts) == 1 else 0
+
+
+def _marked(key: str) -> Callable[[Any, Any], bool]:
+    """A filter for `nnx.split`: the variables with this metadata."""
+    return lambda _, variable: bool(variable.get_metadata().get(key, False))
 
 
 def _at_hand(state: Any) -> Any:

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 
 from ..adapters.inject import draw_head, fill_member, inject_layout
 from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
+from ..adapters.methods.base import Method, method_of
 from ..adapters.partition import Arrays, Partition, member_shardings, partition, stack_members, update_mask
+from ..config.doors import METHODS
 from ..config.schema import Config
 from ..errors import RunError
 from ..parallel.mesh import to_host
@@ -125,17 +127,20 @@ class Pack:
 
         The rest is padding: ranks beyond its own, layers below its lowest.
         """
-        own = {s.site.name: s for s in unite(model, [self.specs[index]]).sites}
+        layout = unite(model, [self.specs[index]])
+        own, method, common = {s.site.name: s for s in layout.sites}, layout.method, layout.shared()
         shared = {s.site.name: s for s in self.structure.sites}
         found: dict[str, Window] = {}
         for name in self.part.labels:
             if (array := self.part.parameters.get(name)) is None:
                 found[name] = (...,)
+            elif not array.site:
+                found[name] = common[array.name].own if array.name in common else None
             elif (alone := own.get(array.site)) is None:
                 found[name] = None
             else:
                 layers = () if alone.layers is None else (slice(alone.first - shared[array.site].first, None),)
-                found[name] = (*layers, *array.parameter.own(alone.rank))
+                found[name] = (*layers, *method.padded(alone.site, alone.extent)[array.name].own)
         return found
 
     def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> dict[str, Any]:
@@ -174,8 +179,10 @@ def trainable_count(part: Partition, spec: ResolvedAdapter, structure: Layout) -
 def static_key(config: Config) -> tuple[object, ...]:
     """What must be equal for members to share a pack: everything but adapter numbers, optimizer numbers and the seed."""
     adapter, training = config.adapter, config.training
+    method: Method = METHODS.get(adapter.method, "adapter.method")
+    variant = method_of(adapter)
     return (
-        adapter.method,
+        adapter.method if variant == method else repr(variant),
         adapter.bias,
         tuple(adapter.modules_to_save),
         config.model.model_dump_json(),

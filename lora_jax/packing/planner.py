@@ -65,7 +65,7 @@ class Weights:
         sites = [s for s in find_sites(setup.model) if any(s.name in n for n in needs)]
         depths = {s.depth for s in sites if s.depth is not None}
         depth = max(depths, default=1)
-        ranks = np.array([[n[s.name][1] if s.name in n else 0 for s in sites] for n in needs])
+        ranks = np.array([[max(n[s.name][1]) if s.name in n else 0 for s in sites] for n in needs])
         below = np.array([s.stack is None and s.kind == "embedding" for s in sites])  # its gradient comes down through all layers
         lowest = [[n[s.name][0] if s.stack is not None else depth for s in sites if s.name in n] for n in needs]
         firsts = np.where((ranks[:, below] > 0).any(1), 0, np.array([min(row, default=depth) for row in lowest]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ..adapters.methods.base import FROZEN, TRAINABLE
+from ..adapters.labels import FROZEN, TRAINABLE
+from ..adapters.methods.base import Method
+from ..adapters.parameters import SiteArrays
+from ..adapters.partition import Partition
 from ..config.schema import Config
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -62,25 +65,30 @@ def learning_rate(hyper: Hyper, step: ArrayLike) -> jax.Array:
     return hyper.learning_rate * jnp.where(step < hyper.warmup_steps, rising, falling)
 
 
-# Parameters whose whole name matches get no weight decay.
+# Parameters of the base whose whole name matches get no weight decay.
 _NOT_DECAYED = re.compile(r"(.*\.)?bias|(.*\.)?[a-z_]*norm\..*")
 
 
-def _decayed(params: Any) -> Any:
-    """Which of a dict's arrays decay: a tree of its structure."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _NOT_DECAYED.fullmatch(path[-1].key) is None, params)
-
-
-def make_optimizer(hyper: Hyper, labels: dict[str, str]) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (arXiv:1711.05101) for each label, nothing for `frozen`.
+def make_optimizer(hyper: Hyper, part: Partition, sites: Mapping[str, SiteArrays] | None = None) -> optax.GradientTransformation:
+    """Clipping by the global norm, what the method makes of the gradients, then AdamW (arXiv:1711.05101) for each label.
 
     Weights decay; biases and norms do not, as in transformers' Trainer. B's learning rate is `b_lr_ratio` times A's (LoRA+,
     arXiv:2402.12354), the head's `head_lr_ratio` times.
 
     Args:
         hyper: scalars, traced or not.
-        labels: parameter name -> label.
+        part: what trains, by name: labels, and whether weight decay is for it.
+        sites: of the member, for a method that changes gradients (`Method.preconditioned`); not needed to make a state.
     """
+    labels = part.labels
+
+    def decayed(params: Any) -> Any:
+        def one(path: Any, _: Any) -> bool:
+            name = path[-1].key
+            return part.parameters[name].parameter.decays if name in part.parameters else _NOT_DECAYED.fullmatch(name) is None
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
     ratios = {"adapter_b": hyper.b_lr_ratio, "head": hyper.head_lr_ratio}
 
     def adamw(label: str) -> optax.GradientTransformation:
@@ -90,10 +98,15 @@ def make_optimizer(hyper: Hyper, labels: dict[str, str]) -> optax.GradientTransf
             b2=hyper.b2,
             eps=hyper.eps,
             weight_decay=hyper.weight_decay,
-            mask=_decayed,
+            mask=decayed,
         )
 
     own = sorted(set(labels.values()) - {*TRAINABLE, FROZEN})  # of methods that have other groups
     groups: dict[Hashable, optax.GradientTransformation] = {label: adamw(label) for label in (*TRAINABLE, *own)}
     groups[FROZEN] = optax.set_to_zero()
-    return optax.chain(optax.clip_by_global_norm(hyper.clip_norm), optax.multi_transform(groups, labels))
+    clip, grouped = optax.clip_by_global_norm(hyper.clip_norm), optax.multi_transform(groups, labels)
+    if part.method is None or type(part.method).preconditioned is Method.preconditioned:
+        return optax.chain(clip, grouped)
+    method = part.method
+    precondition = optax.stateless(lambda grads, _: method.preconditioned(cast(Any, grads), sites or {}))
+    return optax.chain(clip, precondition, grouped)

@@ -18,11 +18,12 @@ Batch = dict[str, jax.Array]
 
 
 class MemberState(NamedTuple):
-    """What a step changes: a member's trainable arrays, its optimizer state, and whether it still trains (bool)."""
+    """What a step changes: a member's trainable arrays, its optimizer state, whether it still trains (bool), and what its method keeps."""
 
     trainable: Arrays
     optimizer: Any
     alive: jax.Array
+    method: dict[str, Arrays] = {}  # noqa: RUF012 - never changed in place
 
 
 class MemberFixed(NamedTuple):
@@ -44,7 +45,8 @@ class Metrics(NamedTuple):
 
 def init_member(part: Partition, trainable: Arrays, fixed: MemberFixed) -> MemberState:
     """The state before step 0."""
-    return MemberState(trainable, make_optimizer(fixed.hyper, part.labels).init(trainable), jnp.array(True))
+    method = {} if part.method is None else part.method.init_state(part.sites(trainable, fixed.settings))
+    return MemberState(trainable, make_optimizer(fixed.hyper, part).init(trainable), jnp.array(True), method)
 
 
 def train_step(
@@ -83,6 +85,9 @@ def train_step(
         loss, correct = objective(model, features, micro)
         return loss / total, correct / total
 
+    def penalty_of(trainable: Arrays) -> jax.Array | None:
+        return None if part.method is None else part.method.penalty(part.sites(trainable, fixed.settings))
+
     def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         index, rows = micro
         (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, targets_by_rows(rows), index)
@@ -91,11 +96,19 @@ def train_step(
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
     (loss, correct, grads), _ = jax.lax.scan(micro_step, zero, (jnp.arange(batch["tokens"].shape[0]), batch))
 
+    if jax.eval_shape(penalty_of, state.trainable) is not None:  # once a step, and not for each micro-batch
+        more, of_penalty = jax.value_and_grad(cast(Any, penalty_of))(state.trainable)
+        loss, grads = loss + more, jax.tree.map(jnp.add, grads, of_penalty)
     grads = _masked(grads, fixed.mask)
     norm = optax.tree.norm(grads)
-    updates, optimizer = make_optimizer(fixed.hyper, part.labels).update(grads, state.optimizer, state.trainable)
+    sites = {} if part.method is None else part.sites(state.trainable, fixed.settings)
+    optimizer = make_optimizer(fixed.hyper, part, sites)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
     updates = _masked(cast(Arrays, updates), fixed.mask)
-    new = MemberState(cast(Arrays, optax.apply_updates(state.trainable, updates)), optimizer, state.alive)
+    trainable, kept_by_method = cast(Arrays, optax.apply_updates(state.trainable, updates)), state.method
+    if part.method is not None and part.method.has_state:
+        kept_by_method, trainable = part.method.after_step(kept_by_method, trainable, grads, sites, step, fixed.hyper.steps)
+    new = MemberState(trainable, optimizer_state, state.alive, kept_by_method)
     alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(norm)
     kept = jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, state)
     return kept._replace(alive=alive), Metrics(loss, correct, norm, learning_rate(fixed.hyper, step))

@@ -10,7 +10,8 @@ from flax import nnx
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.inject import inject
 from lora_jax.adapters.merge import merge
-from lora_jax.adapters.methods.base import Method, Parameter
+from lora_jax.adapters.methods.base import Method
+from lora_jax.adapters.parameters import Parameter
 from lora_jax.adapters.partition import partition
 from lora_jax.config.schema import AdapterConfig
 from lora_jax.errors import InputError

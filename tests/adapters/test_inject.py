@@ -11,7 +11,7 @@ from flax import nnx
 
 import lora_jax
 from lora_jax.adapters.inject import LABEL, inject, site_modules
-from lora_jax.adapters.methods.base import AdapterParam
+from lora_jax.adapters.parameters import AdapterParam
 from lora_jax.adapters.partition import partition
 from lora_jax.errors import InputError
 from lora_jax.models.layers import PER_SEGMENT

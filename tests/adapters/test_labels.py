@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from lora_jax.adapters.inject import inject_layout
+from lora_jax.adapters.labels import TRAINABLE, label_of
 from lora_jax.adapters.layout import resolve, unite
-from lora_jax.adapters.methods.base import TRAINABLE, label_of
 from lora_jax.adapters.partition import partition
 from lora_jax.config.schema import AdapterConfig
 from lora_jax.errors import InputError

@@ -3,7 +3,8 @@
 from typing import Literal
 
 from lora_jax import register_method
-from lora_jax.adapters.methods.base import Method, Parameter
+from lora_jax.adapters.methods.base import Method
+from lora_jax.adapters.parameters import Parameter
 from lora_jax.config.schema import AdapterConfig
 
 
@@ -21,7 +22,7 @@ class Gain(Method):
     def settings(self, config, rank, alpha):
         return {}
 
-    def init(self, site, rank, config, random, weight):
+    def init(self, site, rank, config, random, data):
         return {}
 
     def apply(self, module, *inputs, rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,11 @@ from lora_jax.training.optimizer import SCHEDULES, Hyper, hyper_of, learning_rat
 from tests import tiny
 
 LABELS = {"a": "adapter_a", "b": "adapter_b", "head": "head", "base": "frozen", "norm": "norm"}
+
+
+def trained(labels):
+    """What the optimizer is told of these arrays: they are no method's own."""
+    return types.SimpleNamespace(labels=labels, parameters={}, method=None)
 
 
 def _hyper(**values) -> Hyper:
@@ -85,7 +91,7 @@ def test_equals_adamw_in_float64(values):
     rng = np.random.default_rng(0)
     start = {k: rng.standard_normal((4, 3)).astype(np.float32) for k in LABELS}
     grads = [{k: rng.standard_normal((4, 3)).astype(np.float32) for k in LABELS} for _ in range(steps)]
-    optimizer = make_optimizer(hyper_of(config, steps), LABELS)
+    optimizer = make_optimizer(hyper_of(config, steps), trained(LABELS))
     state, params = optimizer.init(start), start
     update = jax.jit(optimizer.update)
     for g in grads:
@@ -99,13 +105,13 @@ def test_equals_adamw_in_float64(values):
 
 def test_frozen_has_no_state():
     start = {"a": jnp.ones((5, 2)), "base": jnp.ones((100, 100))}
-    state = make_optimizer(_hyper(), {"a": "adapter_a", "base": "frozen"}).init(start)
+    state = make_optimizer(_hyper(), trained({"a": "adapter_a", "base": "frozen"})).init(start)
     assert sum(x.size for x in jax.tree.leaves(state)) < 3 * 10 + 50
 
 
 def test_a_label_of_a_methods_own_trains_at_the_plain_rate():
     values, labels = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}, {"a": "adapter_a", "b": "adapter_b", "c": "own"}
-    optimizer = make_optimizer(_hyper(b_lr_ratio=4.0), labels)
+    optimizer = make_optimizer(_hyper(b_lr_ratio=4.0), trained(labels))
     updates, _ = optimizer.update(values, optimizer.init(values), values)
     np.testing.assert_array_equal(updates["c"], updates["a"])
     np.testing.assert_allclose(updates["b"], 4 * updates["a"], rtol=1e-6)
@@ -129,7 +135,7 @@ def test_hyperparameters_are_traced():
     @jax.jit
     def first_updates(hyper):
         traces.append(1)
-        optimizer = make_optimizer(hyper, {"a": "adapter_a"})
+        optimizer = make_optimizer(hyper, trained({"a": "adapter_a"}))
         x = {"a": jnp.full(3, 2.0)}
         state = optimizer.init(x)
         out = []
@@ -151,7 +157,7 @@ def test_norms_and_biases_do_not_decay():
     names |= {"classifier.kernel": "head", "classifier.bias": "head", "classifier_norm.scale": "head", "q_proj.lora_a": "adapter_a"}
     hyper = _hyper(learning_rate=0.1, weight_decay=0.5, schedule="constant")
     values = {name: jnp.ones(3) for name in names}
-    optimizer = make_optimizer(hyper, names)
+    optimizer = make_optimizer(hyper, trained(names))
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, values), optimizer.init(values), values)
     decayed = {name for name in names if float(updates[name][0]) != 0}
     assert decayed == {"layers.mlp.up_proj.kernel", "classifier.kernel", "q_proj.lora_a"}

@@ -3,14 +3,15 @@
 A method says which arrays it has at a site (`parameters`), how they start (`init`, `settings`), what the site then computes (`apply`) and
 the weight that computes the same (`merged`). All the rest follows from these: padding, labels, sharding, counts, packs, files. Labels
 come from one ordered `regex -> label` table, which says of every parameter whether it trains, and in which optimizer group.
+
+Padding follows from the shapes: a member of rank r uses the leading part, of the shape that `parameters` says at rank r, of an array that
+holds several members.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -20,107 +21,19 @@ from flax import nnx
 
 from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
-from ...errors import InputError, nearest
-from ...models.layers import AXES, HEAD_MODULES, PER_SEGMENT, Rows, uniform
+from ...errors import InputError
+from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ..labels import Table, base_labels
+from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
 from ..sites import Site, SiteModule
 from .peft_form import PeftForm
-
-FROZEN = "frozen"
-# The labels of a base's parameters and of low-rank factors; the optimizer always has a transform for each.
-TRAINABLE = ("adapter_a", "adapter_b", "head", "saved", "norm", "bias", "full")
-
-Table = tuple[tuple[str, str], ...]
-
-# A task's head trains whatever the method.
-HEAD: Table = ((rf"(.*\.)?({'|'.join(HEAD_MODULES)})\..*", "head"),)
-
-
-def label_of(name: str, table: Table) -> str:
-    """The label of the first regex that matches the whole name.
-
-    >>> label_of("layers.attn.q_proj.lora_a", ((r".*\\.lora_a", "adapter_a"), (r".*", "frozen")))
-    'adapter_a'
-
-    Raises:
-        ValueError: no regex matches; the message names the nearest ones.
-    """
-    for pattern, label in table:
-        if re.fullmatch(pattern, name):
-            return label
-    near = nearest(name, [p for p, _ in table]) or [p for p, _ in table]
-    raise ValueError(f"parameter '{name}' matches no regex of the label table; nearest: {', '.join(near)}")
-
-
-def base_labels(sites: Sequence[str], bias: str, modules_to_save: Sequence[str]) -> Table:
-    """The base's parameters under a method that adapts sites: the head, the modules to save, the biases; the rest is frozen.
-
-    Args:
-        sites: names of the adapted sites.
-        bias: as `adapter.bias`.
-        modules_to_save: by our own names.
-    """
-    saved = tuple((rf"(.*\.)?{re.escape(name)}\..*", "saved") for name in modules_to_save)
-    biases: Table = ()
-    if bias == "all":
-        biases = ((r"(.*\.)?bias", "bias"),)
-    elif bias == "lora_only":
-        biases = tuple((rf"{re.escape(site)}\.bias", "bias") for site in sites)
-    return (*HEAD, *saved, *biases, (r".*", FROZEN))
-
-
-# Metadata key of a site's variables: their `Parameter`.
-PARAMETER = "parameter"
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """One array of a method at a site.
-
-    Attributes:
-        shape: of one layer; at an expert site an array of each expert's has the experts in front.
-        label: its optimizer group. The optimizer knows `adapter_a` and `adapter_b` (LoRA+'s learning rate ratio); any other label trains
-            at the plain learning rate.
-        axes: for each axis, which axis of the site's weight it lies along on a mesh: `in`, `out` or `experts`; None: it is replicated.
-        rank_axes: the axes whose size is the rank; a pack pads them.
-        fill: value of the padding, and of a layer that the member does not adapt. With it, and settings of 0, the site computes what the
-            base does.
-        trained: False for an array that a member draws and keeps; it is one of the settings then.
-    """
-
-    shape: tuple[int, ...]
-    label: str = "adapter"
-    axes: tuple[str | None, ...] = ()
-    rank_axes: tuple[int, ...] = ()
-    fill: float = 0.0
-    trained: bool = True
-
-    def own(self, rank: int) -> tuple[slice, ...]:
-        """The part of a padded array (its last axes are `shape`) that a member of this rank uses."""
-        return tuple(slice(rank) if i in self.rank_axes else slice(None) for i in range(len(self.shape)))
-
-
-class AdapterParam(nnx.LoRAParam):
-    """An array that an adapter trains: `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`, the idiom of Flax's docs, trains these.
-
-    An `nnx.LoRAParam` is an `nnx.Param`: what means the base alone leaves it out (`is_base`).
-    """
-
-
-def is_base(variable: object) -> bool:
-    """Whether a variable of a model is a parameter of its base: an `nnx.Param` that no adapter trains."""
-    return isinstance(variable, nnx.Param) and not isinstance(variable, nnx.LoRAParam)
-
-
-class AdapterSetting(nnx.Variable):
-    """A number or array that belongs to a member but is not trained: scale, dropout rate. Traced data, never a constant."""
-
-
-class DropoutKey(AdapterSetting):
-    """The PRNG key of a site's dropout; the training step sets a new one each time."""
 
 
 class Method:
     """A way to adapt a base; the defaults are those of a method without anything to train.
+
+    What a member's arrays are may depend on options of its section. Such a method is a frozen dataclass, registered with the defaults,
+    and `variant` gives it with the options of a section: members of one pack have equal variants.
 
     Attributes:
         name: as `adapter.method` says it.
@@ -150,9 +63,29 @@ class Method:
         """The config as this method's section, with its keys' defaults where it was given without them."""
         return config if isinstance(config, self.section) else self.section.model_validate(config.model_dump())
 
+    def variant(self, config: Any) -> Method:
+        """The method with what a section of it says of the arrays; itself where no option does."""
+        return self
+
+    def check(self, config: Any, site: Site, rank: int) -> None:
+        """`InputError`, naming the key, where a layer of a site cannot be adapted at this rank."""
+
+    def wants(self, config: Any) -> frozenset[str]:
+        """Which `Statistics` the init reads: `moment`, `gradient`."""
+        return frozenset()
+
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
-        """Name -> array, of one layer at this rank."""
+        """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
         raise TypeError(f"{self!r} adapts sites, but says no parameters")
+
+    def extent(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Ranks whose shapes together hold the shapes of all of these: the largest, where shapes grow with the rank."""
+        return (max(ranks),)
+
+    def padded(self, site: Site, extent: Sequence[int]) -> dict[str, Parameter]:
+        """Name -> array that holds those of all ranks of an extent."""
+        each = [self.parameters(site, rank) for rank in extent]
+        return {name: largest([one[name] for one in each]) for name in each[0]}
 
     def settings(self, config: Any, rank: int, alpha: float) -> dict[str, float]:
         """The numbers of one adapted layer, by `setting_names`.
@@ -163,9 +96,7 @@ class Method:
         """
         return {}
 
-    def init(
-        self, site: Site, rank: int, config: Any, random: np.random.Generator, weight: Callable[[], np.ndarray]
-    ) -> dict[str, np.ndarray]:
+    def init(self, site: Site, rank: int, config: Any, random: np.random.Generator, data: SiteData) -> dict[str, np.ndarray]:
         """How the arrays of one adapted layer start; those left out start at their fill value.
 
         Args:
@@ -173,12 +104,62 @@ class Method:
             rank: of the layer.
             config: the member's section.
             random: draws for this member's seed, the site and the layer.
-            weight: gives the layer's weight, (inputs, outputs) with the experts in front, float32.
+            data: the layer's weight, and what it saw of the data.
 
         Returns:
             name -> float32 array of the shape in `parameters(site, rank)`.
         """
         return {}
+
+    def init_shared(self, sites: Mapping[Site, int], config: Any, random: np.random.Generator) -> dict[str, np.ndarray]:
+        """How the arrays of scope `adapter` start; those left out start at their fill value.
+
+        Args:
+            sites: of the member, with the largest rank at each.
+            config: the member's section.
+            random: draws for this member's seed.
+
+        Returns:
+            name -> float32 array, of the largest shape that these sites say.
+        """
+        return {}
+
+    def penalty(self, sites: Mapping[str, SiteArrays]) -> jax.Array | None:
+        """What is added to the loss of an optimizer step, a float32 scalar; None where nothing is.
+
+        Args:
+            sites: site name -> the member's arrays.
+        """
+        return None
+
+    def preconditioned(self, gradients: dict[str, jax.Array], sites: Mapping[str, SiteArrays]) -> dict[str, jax.Array]:
+        """The gradients that the optimizer gets, clipped ones: name of the trained array (`site.parameter`) -> gradient."""
+        return gradients
+
+    def init_state(self, sites: Mapping[str, SiteArrays]) -> dict[str, Any]:
+        """What the method keeps of a member from step to step beside trained arrays: a dict of dicts, name of a trained array -> array."""
+        return {}
+
+    def after_step(
+        self,
+        state: dict[str, Any],
+        trainable: dict[str, jax.Array],
+        gradients: dict[str, jax.Array],
+        sites: Mapping[str, SiteArrays],
+        step: jax.Array,
+        steps: jax.Array,
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """The method's state and the trained arrays after an optimizer step, which has updated them already.
+
+        Args:
+            state: as `init_state` gives it.
+            trainable: name (`site.parameter`) -> array, updated.
+            gradients: of the step, by the same names, as computed.
+            sites: the member's arrays before the update, with their settings.
+            step: int32 scalar, 0-based.
+            steps: float32 scalar, how many the member takes in all.
+        """
+        return state, trainable
 
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         """What an adapted site computes.
@@ -223,6 +204,11 @@ class Method:
         """FLOPs that one adapted layer adds to a forward pass, a token."""
         return 2 * self.count(site, rank) // (site.experts or 1)
 
+    @property
+    def has_state(self) -> bool:
+        """Whether `after_step` does anything: a step without it has nothing of it."""
+        return type(self).after_step is not Method.after_step
+
     def labels(self, sites: Sequence[str], bias: str, modules_to_save: Sequence[str]) -> Table:
         """Ordered `regex -> label` rules for the base's parameters; arguments as for `base_labels`."""
         return base_labels(sites, bias, modules_to_save)
@@ -238,28 +224,42 @@ class AdaptedSite(SiteModule):
         base: the module that stood at the site.
         site: the site.
         layers: of how many layers it holds arrays, in front of each; None where the weight is not stacked.
-        rank: the arrays' padded rank.
+        extent: the ranks that the arrays hold (`Method.extent`).
         method: whose arrays they are.
         dropout: whether any member drops inputs; without it the program has no random number.
+        shared: name -> variable, of the arrays of scope `adapter`.
 
     Attributes:
+        rank: the largest that the arrays hold.
         ranks: of each layer, without padding; 0 where it is not adapted. Static: for descriptions alone.
     """
 
-    def __init__(self, base: nnx.Module, site: Site, *, layers: int | None, rank: int, method: Method, dropout: bool):
+    def __init__(
+        self,
+        base: nnx.Module,
+        site: Site,
+        *,
+        layers: int | None,
+        extent: tuple[int, ...],
+        method: Method,
+        dropout: bool,
+        shared: Mapping[str, nnx.Variable] | None = None,
+    ):
         super().__init__(base, site)
         lead = () if layers is None else (layers,)
         stacked: dict[str, Any] = {PER_SEGMENT: True} if layers is not None else {}
         self.method: Method = nnx.static(method)
         self.site: Site = nnx.static(site)
-        self.rank = rank
-        self.ranks: tuple[int, ...] = nnx.static((rank,) * (layers or 1))
+        self.extent: tuple[int, ...] = nnx.static(extent)
+        self.rank = max(extent)
+        self.ranks: tuple[int, ...] = nnx.static((self.rank,) * (layers or 1))
         self.deterministic = False
         axes = None if isinstance(base, nnx.LinearGeneral) else getattr(base, site.weight).get_metadata().get(AXES)
-        for name, parameter in method.parameters(site, rank).items():
-            kind = AdapterParam if parameter.trained else AdapterSetting
-            variable = kind(jnp.full((*lead, *parameter.shape), parameter.fill, jnp.float32), **stacked)
-            variable.set_metadata(PARAMETER, parameter)
+        for name, parameter in method.padded(site, extent).items():
+            if parameter.scope == "adapter":
+                setattr(self, name, (shared or {})[name])
+                continue
+            variable = variable_of(name, parameter, lead, stacked)
             if axes:
                 # Along the weight's axes; what is along none of them has no name, and is replicated.
                 along: dict[str | None, str] = dict(zip(("out", "in", "experts"), reversed(axes[len(lead) :]), strict=False))
@@ -355,12 +355,13 @@ class _FlatBase:
 
 
 def method_of(config: AdapterConfig) -> Method:
-    """The method that a config names.
+    """The method that a config names, in the variant that it asks for.
 
     Raises:
         InputError: there is none of this name.
     """
-    return METHODS.get(config.method, "adapter.method")
+    method: Method = METHODS.get(config.method, "adapter.method")
+    return method.variant(method.configured(config))
 
 
 register_method = METHODS.register

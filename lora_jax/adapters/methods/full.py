@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from ...config.schema import AdapterConfig
-from .base import HEAD, Method, Table, register_method
+from ..labels import HEAD, Table
+from .base import Method, register_method
 
 
 class FullSection(AdapterConfig):

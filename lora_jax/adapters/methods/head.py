@@ -10,7 +10,8 @@ from pydantic import Field
 
 from ...config.schema import AdapterConfig
 from ...models.stack import Stack
-from .base import FROZEN, HEAD, Method, Table, register_method
+from ..labels import FROZEN, HEAD, Table
+from .base import Method, register_method
 
 
 class HeadSection(AdapterConfig):

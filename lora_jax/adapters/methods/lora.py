@@ -5,7 +5,7 @@ Here x is a row, so A is stored (in, r) and B (r, out).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -17,8 +17,9 @@ from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.experts import grouped_matmul
 from ...models.layers import Rows
+from ..parameters import Parameter, SiteData
 from ..sites import Site
-from .base import AdaptedSite, Method, Parameter, register_method
+from .base import AdaptedSite, Method, register_method
 from .peft_form import PeftForm, Reader, Weight
 
 
@@ -122,18 +123,15 @@ class Lora(Method):
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         lead, experts = ((), ()) if site.experts is None else ((site.experts,), ("experts",))
-        last = len(lead)
         return {
-            "lora_a": Parameter((*lead, site.inputs, rank), "adapter_a", (*experts, "in", None), (last + 1,)),
-            "lora_b": Parameter((*lead, rank, site.outputs), "adapter_b", (*experts, None, "out"), (last,)),
+            "lora_a": Parameter((*lead, site.inputs, rank), "adapter_a", (*experts, "in", None)),
+            "lora_b": Parameter((*lead, rank, site.outputs), "adapter_b", (*experts, None, "out")),
         }
 
     def settings(self, config: LoraSection, rank: int, alpha: float) -> dict[str, float]:
         return {"scale": alpha / np.sqrt(rank) if config.rslora else alpha / rank}
 
-    def init(
-        self, site: Site, rank: int, config: Any, random: np.random.Generator, weight: Callable[[], np.ndarray]
-    ) -> dict[str, np.ndarray]:
+    def init(self, site: Site, rank: int, config: Any, random: np.random.Generator, data: SiteData) -> dict[str, np.ndarray]:
         # Rank after rank is drawn, so that a smaller rank starts as the leading part of a larger (`adapter.nested_init`).
         if site.kind == "embedding":
             return {"lora_b": random.standard_normal((rank, site.outputs), np.float32)}

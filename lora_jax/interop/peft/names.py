@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ...adapters.methods.base import is_base
+from ...adapters.parameters import is_base
 from ...adapters.sites import HEADS, Path, Site, find_sites, logical_name, names_of
 from ...models.decoder import Decoder
 from ...models.encoder import Encoder

@@ -15,7 +15,8 @@ from lora_jax.adapters.describe import describe, rank_for
 from lora_jax.adapters.inject import inject, site_modules
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.merge import merge, merged_base, unmerge
-from lora_jax.adapters.methods.base import Method, Parameter, register_method
+from lora_jax.adapters.methods.base import Method, register_method
+from lora_jax.adapters.parameters import Parameter
 from lora_jax.adapters.partition import partition
 from lora_jax.config.doors import METHODS
 from lora_jax.config.load import load_config
@@ -46,16 +47,16 @@ class Gain(Method):
     def parameters(self, site, rank):
         return {
             "gain": Parameter((site.outputs,), axes=("out",), fill=1.0),
-            "down": Parameter((site.inputs, rank), axes=("in", None), rank_axes=(1,)),
-            "middle": Parameter((rank,), axes=(None,), rank_axes=(0,), fill=1.0),
-            "up": Parameter((rank, site.outputs), axes=(None, "out"), rank_axes=(0,)),
+            "down": Parameter((site.inputs, rank), axes=("in", None)),
+            "middle": Parameter((rank,), axes=(None,), fill=1.0),
+            "up": Parameter((rank, site.outputs), axes=(None, "out")),
         }
 
     def settings(self, config, rank, alpha):
         return {"scale": alpha}
 
-    def init(self, site, rank, config, random, weight):
-        assert weight().shape == (site.inputs, site.outputs)
+    def init(self, site, rank, config, random, data):
+        assert data.weight().shape == (site.inputs, site.outputs)
         return {"down": config.spread * random.standard_normal((rank, site.inputs), np.float32).T}
 
     def apply(self, module, *inputs, rows):

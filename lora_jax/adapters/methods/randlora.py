@@ -1,0 +1,116 @@
+"""RandLoRA (arXiv:2502.00987, eq. 3): `W + s sum_n B_n L_n A G_n`, of full rank: random frozen bases, trained diagonals L_n and G_n.
+
+There are n = ceil(min(in, out) / r) bases. A (r x the smaller side) is common to them, and A and the B_n are shared by all sites; a smaller
+site uses their leading part. As in PEFT, the products are flattened base by base on one side and rank by rank on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from ...config.schema import AdapterConfig
+from ...config.types import Seed
+from ...models.layers import Rows
+from ..parameters import Parameter, SiteData
+from ..sites import Site
+from .base import AdaptedSite, Method, register_method
+
+
+class RandLoraSection(AdapterConfig):
+    method: Literal["randlora"] = Field(
+        default="randlora", description="Full-rank updates: diagonals around frozen, shared, random bases (arXiv:2502.00987)."
+    )
+    projection_seed: Seed | None = Field(default=None, description="Seed of the bases. Default: they are drawn by training.seed.")
+
+
+def bases(site: Site, rank: int) -> int:
+    """How many bases of this rank make a full-rank update."""
+    return -(-min(site.inputs, site.outputs) // rank)
+
+
+class RandLora(Method):
+    """Trained diagonals of size r and of the smaller side, for each base. A larger rank has fewer bases."""
+
+    name, section = "randlora", RandLoraSection
+    kinds = ("linear",)
+    dropout_kinds = ("linear",)
+    setting_names = ("scale", "own_rank")
+    packs = "weight-sized"
+    self_padding = True  # what is not a member's own is never read, and 0; the scale is 0 at a layer that is not adapted
+
+    def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
+        small, large, count = min(site.inputs, site.outputs), max(site.inputs, site.outputs), bases(site, rank)
+        return {
+            "randlora_a": Parameter((rank, small), axes=(None, None), trained=False, scope="adapter"),
+            "randlora_b": Parameter((large, count, rank), axes=(None, None, None), trained=False, scope="adapter"),
+            "randlora_lambda": Parameter((rank, count), axes=(None, None)),
+            "randlora_gamma": Parameter((count, small), axes=(None, None)),
+        }
+
+    def extent(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((max(ranks), min(ranks))))
+
+    def settings(self, config: RandLoraSection, rank: int, alpha: float) -> dict[str, float]:
+        return {"scale": alpha / rank, "own_rank": rank}
+
+    def init(self, site: Site, rank: int, config: RandLoraSection, random: np.random.Generator, data: SiteData) -> dict[str, np.ndarray]:
+        shape = (bases(site, rank), min(site.inputs, site.outputs))
+        return {"randlora_gamma": np.full(shape, 1 / max(shape), np.float32)}
+
+    def init_shared(self, sites: Mapping[Site, int], config: RandLoraSection, random: np.random.Generator) -> dict[str, np.ndarray]:
+        sides, rank = (max(s.inputs for s in sites), max(s.outputs for s in sites)), max(sites.values())
+        small, large = min(sides), max(sides)
+        count = -(-small // rank)
+        shapes, bounds = [(rank, 1, small), *[(large, 1, rank)] * count], [1 / np.sqrt(small), *[1 / np.sqrt(rank)] * count]
+        random = random if config.projection_seed is None else np.random.default_rng(config.projection_seed)
+        a, *b = (bound * (2 * random.random(shape, np.float32) - 1) for shape, bound in zip(shapes, bounds, strict=True))
+        wide = np.concatenate(b, 1)
+        return {"randlora_a": (a[:, 0] / a.std(ddof=1)).astype(np.float32), "randlora_b": (wide / wide.std(ddof=1)).astype(np.float32)}
+
+    def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
+        y = module.base(*inputs)
+        first, second = self._factors(
+            module.site,
+            *(v[...] for v in (module.randlora_a, module.randlora_b, module.randlora_lambda, module.randlora_gamma, module.own_rank)),
+        )
+        low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), first.astype(y.dtype))
+        return y + jnp.matmul(low * module.scale[...].astype(y.dtype), second.astype(y.dtype))
+
+    def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        own = module.randlora_lambda[...], module.randlora_gamma[...], module.own_rank[...], module.scale[...]
+
+        def change(trained: jax.Array, gamma: jax.Array, rank: jax.Array, scale: jax.Array) -> jax.Array:
+            first, second = self._factors(module.site, module.randlora_a[...], module.randlora_b[...], trained, gamma, rank)
+            return scale * jnp.matmul(first, second, precision=jax.lax.Precision.HIGHEST)
+
+        return weight + (change(*own) if own[2].ndim == 0 else jax.lax.map(lambda layer: change(*layer), own)), bias
+
+    @staticmethod
+    def _factors(site: Site, a: jax.Array, b: jax.Array, trained: jax.Array, gamma: jax.Array, rank: jax.Array) -> tuple[jax.Array, ...]:
+        """The change of the weight, unscaled, as a product of (inputs, k) and (k, outputs); k holds the products of every rank.
+
+        Args:
+            site: the site.
+            a, b: the shared bases.
+            trained, gamma, rank: of one layer; the rank is its own, without padding.
+        """
+        small, large = min(site.inputs, site.outputs), max(site.inputs, site.outputs)
+        rank = jnp.maximum(rank.astype(jnp.int32), 1)
+        count = -(-small // rank)
+        k = jnp.arange(small + trained.shape[0] - 1)
+        k, valid = jnp.where(k < rank * count, k, 0), (k < rank * count).astype(a.dtype)
+        narrow = (valid * trained[k // count, k % count])[:, None] * a[k // count, :small] * gamma[k % count]
+        wide = b[:large, k // rank, k % rank]
+        return (narrow.T, wide.T) if site.inputs == small else (wide, narrow)
+
+    def cost(self, site: Site, rank: int) -> int:
+        return 2 * (min(site.inputs, site.outputs) + rank) * (site.inputs + site.outputs)
+
+
+register_method("randlora", RandLora())

@@ -1,0 +1,105 @@
+"""TinyLoRA (arXiv:2602.04118): LoRA-XS whose r x r matrix is a sum of fixed random ones, `h = W x + B (sum_i v_i P_i) A x`; v trains.
+
+With `W = U S V^T`, A is S_r^(1/2) V_r^T and B is U_r S_r^(1/2), as in PEFT, which shares the singular values out between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from ...config.schema import AdapterConfig
+from ...config.types import NonNegativeFloat, PositiveInt
+from ...errors import InputError
+from ...models.layers import Rows
+from ..draws import singular_vectors
+from ..parameters import Parameter, SiteData
+from ..sites import Site
+from .base import AdaptedSite, Method, register_method
+
+
+class TinyLoraSection(AdapterConfig):
+    method: Literal["tinylora"] = Field(
+        default="tinylora", description="A small vector of weights for random r x r matrices (arXiv:2602.04118)."
+    )
+    u: PositiveInt = Field(default=64, description="Length of the trained vector v of a layer.")
+    weight_tying: Literal[0, 1] = Field(default=0, description="1: all layers of all sites share one v; 0: each has its own.")
+    init_v_bound: NonNegativeFloat = Field(
+        default=0.0, description="v starts uniformly between minus this and this; PEFT's 'uniform': 0.02."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyLora(Method):
+    """A trained vector v of `length` weights, of each layer or of all of them (`tied`). There is no alpha."""
+
+    length: int = 64
+    tied: bool = False
+
+    name, section = "tinylora", TinyLoraSection
+    kinds = ("linear",)
+    dropout_kinds = ("linear",)
+    setting_names = ("adapted",)
+    packs = "low-rank"
+    self_padding = True  # beyond the rank A, B and P are 0; `adapted` is 0 at a layer that is not adapted
+
+    def variant(self, config: TinyLoraSection) -> Method:
+        return TinyLora(config.u, bool(config.weight_tying))
+
+    def check(self, config: TinyLoraSection, site: Site, rank: int) -> None:
+        if rank > min(site.inputs, site.outputs):
+            raise InputError(f"adapter.rank: {site.name} has {min(site.inputs, site.outputs)} singular vectors, not {rank}.")
+
+    def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
+        return {
+            "frozen_a": Parameter((site.inputs, rank), axes=("in", None), trained=False),
+            "frozen_b": Parameter((rank, site.outputs), axes=(None, "out"), trained=False),
+            "projections": Parameter((self.length, rank, rank), axes=(None, None, None), trained=False),
+            "v": Parameter((self.length,), axes=(None,), scope="adapter" if self.tied else "layer"),
+        }
+
+    def settings(self, config: TinyLoraSection, rank: int, alpha: float) -> dict[str, float]:
+        return {"adapted": 1.0}
+
+    def init(self, site: Site, rank: int, config: TinyLoraSection, random: np.random.Generator, data: SiteData) -> dict[str, np.ndarray]:
+        left, values, right = singular_vectors(data.weight())  # of W^T, as weights are stored here
+        root = np.sqrt(values[:rank])
+        drawn = random.standard_normal((self.length, rank, rank), np.float32) / np.float32(np.sqrt(rank))
+        found = {"frozen_a": left[:, :rank] * root, "frozen_b": root[:, None] * right[:rank], "projections": drawn}
+        return found if self.tied else found | {"v": self._drawn(config, random)}
+
+    def init_shared(self, sites: Mapping[Site, int], config: TinyLoraSection, random: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"v": self._drawn(config, random)} if self.tied else {}
+
+    def _drawn(self, config: TinyLoraSection, random: np.random.Generator) -> np.ndarray:
+        return (np.float32(config.init_v_bound) * (2 * random.random(self.length, np.float32) - 1)).astype(np.float32)
+
+    def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
+        y = module.base(*inputs)
+        middle = jnp.tensordot(module.v[...], module.projections[...], 1) * module.adapted[...]
+        a, b = (v[...].astype(y.dtype) for v in (module.frozen_a, module.frozen_b))
+        low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), a)
+        return y + jnp.matmul(jnp.matmul(low, middle.astype(y.dtype)), b)
+
+    def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        a, b, scale = self.low_rank(module)
+        return weight + scale[..., None, None] * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST), bias
+
+    def low_rank(self, module: AdaptedSite) -> tuple[jax.Array, jax.Array, jax.Array]:
+        middle = jnp.einsum("...u,...urq->...rq", module.v[...], module.projections[...], precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(module.frozen_a[...], middle, precision=jax.lax.Precision.HIGHEST), module.frozen_b[...], module.adapted[...]
+
+    def count(self, site: Site, rank: int) -> int:
+        return 0 if self.tied else self.length
+
+    def cost(self, site: Site, rank: int) -> int:
+        return 2 * rank * (site.inputs + site.outputs + rank)
+
+
+register_method("tinylora", TinyLora())
