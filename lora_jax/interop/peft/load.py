@@ -175,6 +175,7 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
     plan = _Plan(section, [], {}, {}, {}, set(), set(), set())
     for name, module in chosen.items():
         rank, settings = config.size(name)
+        _check_size(config, section, module, rank, file)
         tensors = config.form.tensors(section, module.site, rank)
         plan.sites.append(_Site(module, rank, settings, tensors, module.stem(chosen)))
     plan.shared |= {SHARED + name: shape for name, shape in config.form.shared(section, plan.ranks()).items()}
@@ -206,6 +207,15 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
     _check_whole(plan, names, file)
     _check(plan, config, file)
     return plan
+
+
+def _check_size(config: PeftConfig, section: AdapterConfig, module: Module, rank: int, file: Checkpoint) -> None:
+    """`InputError` where the method cannot do at a module what the config asks for."""
+    try:
+        if rank:
+            config.method.check(section, module.site, rank)
+    except InputError as error:
+        raise InputError(f"{file.path.parent}: {error}") from None
 
 
 def _check_kind(module: Module, config: PeftConfig, file: Checkpoint) -> None:
