@@ -67,7 +67,7 @@ def compare_runs(dirs: Sequence[Path | str], metric: str | None = None, referenc
         InputError: A directory is missing or damaged, or the runs have no metric in common; or nobody has the reference's values.
     """
     if SEED in (reference or {}):
-        raise InputError(f"--reference: '{SEED}' cannot be compared with; seeds are paired.")
+        raise InputError(f"--reference: '{SEED}' cannot be the reference, because seeds are paired.")
     paths = [Path(d) for d in dirs]
     if not paths:
         raise InputError("name at least one run directory")

@@ -75,7 +75,7 @@ class _Adapter:
         self.names = PeftNames(base, renaming=renaming)
         self.sites = _sites(model, self.names)
         if not self.sites:
-            raise InputError("the model has no adapter that PEFT could hold.")
+            raise InputError("the model has no adapter that PEFT's format can store.")
         self.section = None if record is None else section_of_record(record.config)
         self.trained: dict[str, list[Parameter]] = {}
         for parameter in self.names.parameters.values():
