@@ -81,6 +81,17 @@ def test_runs_need_something_to_compare_by(tmp_path):
         compare_runs([one, tmp_path / "three"])
 
 
+def test_runs_at_different_learning_rates_say_so(tmp_path):
+    config = "name: {0}\nadapter: {{rank: 8}}\noptimizer: {{learning_rate: {1}}}\n"
+    one = write_run(tmp_path / "one", config.format("one", 0.004), [member(4, 0.8), member(8, 0.9)])
+    two = write_run(tmp_path / "two", config.format("two", 0.002), [member(4, 0.7)])
+    three = write_run(tmp_path / "three", config.format("three", 0.004), [member(2, 0.6)])
+    first, *_ = compare_runs([one, two])
+    assert "4e-3" in row(first, "one", "8,000") and "2e-3" in row(first, "two") and "single learning rate" not in said(first)
+    first, *_ = compare_runs([one, three])
+    assert "single learning rate" in said(first) and "4e-3" not in said(first)
+
+
 RATE, SEED = "optimizer.learning_rate", "training.seed"
 CONFIG = "name: x\ntask: {{source: a.csv}}\nadapter: {{rank: {0}}}\ntraining: {{steps: {1}, seed: {2}, eval_every: {1}}}\n"
 
