@@ -106,7 +106,7 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
             missing and unexpected tensors.
     """
     if site_modules(model):
-        raise InputError("the model bears adapters already: load onto the base.")
+        raise InputError("the model already has adapters: load onto the base.")
     config = read_peft_config(path)
     file = _open(adapter_folder(path))
     base = copy_of(model)
@@ -237,7 +237,7 @@ def _check_spare(plan: _Plan, file: Checkpoint, arrays: dict[str, np.ndarray]) -
     for key in sorted(plan.spare & set(file.names())):
         saved = key.replace(".modules_to_save.", ".")
         if saved != key and not np.array_equal(_read(file, key), arrays[saved]):
-            raise InputError(f"{file.path}: '{key}' and '{saved}' are one weight in PEFT, and hold other numbers here.")
+            raise InputError(f"{file.path}: '{key}' and '{saved}' are one weight in PEFT, but hold different numbers here.")
 
 
 def _check_whole(plan: _Plan, names: PeftNames, file: Checkpoint) -> None:
