@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .adapters.partition import partition as partition
     from .config.doors import register_exporter as register_exporter
     from .config.doors import register_family as register_family
+    from .config.doors import register_init as register_init
     from .config.doors import register_method as register_method
     from .config.doors import register_task as register_task
     from .config.doors import register_transform as register_transform
@@ -61,6 +62,7 @@ _NAMES = {
     "partition": "adapters.partition",
     "register_exporter": "config.doors",
     "register_family": "config.doors",
+    "register_init": "config.doors",
     "register_method": "config.doors",
     "register_task": "config.doors",
     "register_transform": "config.doors",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from ..errors import InputError, nearest
 from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT
 from ..models.stack import Stack
 from ..parallel.mesh import to_host
+from .contraction import GENERAL, flat_kernel
 from .labels import FROZEN, label_of
 from .layout import Layout, ResolvedAdapter, ResolvedSite, SiteLayout, label_table, resolve, unite
 from .methods.base import AdaptedSite
@@ -174,23 +175,34 @@ def site_modules(model: nnx.Module) -> dict[str, AdaptedSite]:
     return {logical_name(path): m for path, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite)}
 
 
+Memo = dict[tuple[str, int], dict[Hashable, Any]]
+
+
 def fill_member(
-    model: nnx.Module, member: ResolvedAdapter, seed: int, statistics: Mapping[tuple[str, int], Statistics] | None = None
+    model: nnx.Module,
+    member: ResolvedAdapter,
+    seed: int | None,
+    statistics: Mapping[tuple[str, int], Statistics] | None = None,
+    memo: Memo | None = None,
 ) -> None:
     """Sets the adapters of a model made by `inject_layout` to one member at step 0, in place.
 
     Args:
         model: the adapted model.
         member: what it adapts.
-        seed: of the draws.
+        seed: of the draws; None: the settings alone are set, and the arrays stay at their fill value, for those of a file.
         statistics: (site name, layer) -> what the layer saw of the data, where the member's init wants any.
+        memo: (site name, layer) -> what inits remember for the pack's other members (`SiteData.once`).
 
     With one seed, a member of a smaller rank starts as the leading part of a larger one where the method draws rank after rank, so that
     they differ in their rank alone; with `adapter.nested_init: false` each rank has draws of its own.
     """
     modules = site_modules(model)
+    memo = {} if memo is None else memo
     for name, module in modules.items():
-        _fill_site(module, name, member.sites.get(name), member.config, seed, statistics or {})
+        _fill_site(module, name, member.sites.get(name), member.config, seed, statistics or {}, memo)
+    if seed is None:
+        return
     shared = {module.site: int(member.sites[name].ranks.max()) for name, module in modules.items() if name in member.sites}
     if shared:
         method = member.method
@@ -218,7 +230,13 @@ def random_of(seed: int, name: str, layer: int, *more: int) -> np.random.Generat
 
 
 def _fill_site(
-    module: AdaptedSite, name: str, member: ResolvedSite | None, config: Any, seed: int, statistics: Mapping[tuple[str, int], Statistics]
+    module: AdaptedSite,
+    name: str,
+    member: ResolvedSite | None,
+    config: Any,
+    seed: int | None,
+    statistics: Mapping[tuple[str, int], Statistics],
+    memo: Memo,
 ) -> None:
     site, method = module.site, module.method
     layers = len(module.ranks)
@@ -227,10 +245,13 @@ def _fill_site(
     padded = {n: p for n, p in method.padded(site, module.extent).items() if p.scope == "layer"}
     arrays = {n: np.full((layers, *p.shape), p.fill, np.float32) for n, p in padded.items()}
     for i in np.flatnonzero(ranks):
-        rank = int(ranks[i])
-        random = random_of(seed, name, first + int(i), *([] if config.nested_init else [rank]))
-        own, layer = method.parameters(site, rank), first + int(i)
-        data = SiteData(_weight_of(module, layer), statistics.get((name, layer), Statistics()))
+        if member is None or seed is None:
+            break
+        rank, layer = int(ranks[i]), first + int(i)
+        random = random_of(seed, name, layer, *([] if config.nested_init else [rank]))
+        own, seen = method.parameters(site, rank), statistics.get((name, layer), Statistics())
+        numbers = {setting: float(values[layer]) for setting, values in member.settings.items()}
+        data = SiteData(_weight_of(module, layer), seen, numbers, module.rank, memo.setdefault((name, layer), {}))
         for array, value in method.init(site, rank, config, random, data).items():
             arrays[array][(i, *own[array].own)] = value
     for setting in method.setting_names:
@@ -248,6 +269,6 @@ def _weight_of(module: AdaptedSite, layer: int) -> Callable[[], np.ndarray]:
     def weight() -> np.ndarray:
         whole = getattr(module.base, module.weight)[...]
         array = to_host(whole[layer] if module.stacked else whole).astype(np.float32)
-        return array.reshape(module.site.inputs, module.site.outputs) if isinstance(module.base, nnx.LinearGeneral) else array
+        return flat_kernel(module.base, array) if isinstance(module.base, GENERAL) else array
 
     return weight

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+T = TypeVar("T")
 
 # Metadata keys of a site's variables: their `Parameter`, and the name it has among the method's.
 PARAMETER, PARAMETER_NAME = "parameter", "parameter_name"
@@ -73,10 +75,22 @@ class SiteData:
     Attributes:
         weight: gives the layer's weight, (inputs, outputs) with the experts in front, float32.
         statistics: what the layer saw of the data; empty where the method asked for none (`Method.wants`).
+        settings: the method's numbers of the layer, by `Method.setting_names`.
+        largest: the largest rank that any member of the pack has at the site; at least the layer's own.
+        memo: what `once` remembers.
     """
 
     weight: Callable[[], np.ndarray]
     statistics: Statistics = Statistics()
+    settings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    largest: int = 0
+    memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made by the first of a pack's members that asks for it; of a layer, and the same for all members."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
 
 
 class SiteArrays(types.SimpleNamespace):

@@ -90,6 +90,10 @@ class Partition:
         flat = [(self.paths[name], self._at_hand(name, value)) for part in parts for name, value in part.items()]
         return nnx.merge(self.graphdef if training else self.eval_graphdef, nnx.from_flat_state(flat))
 
+    def kept(self, settings: Arrays) -> Arrays:
+        """Of the settings those that are arrays of the method: what a member started with and does not train, but is part of it."""
+        return {name: array for name, array in settings.items() if name in self.parameters}
+
     def sites(self, trainable: Arrays, settings: Arrays) -> dict[str, SiteArrays]:
         """Site name -> its arrays and settings, what `Method.penalty` and its like are given."""
         found: dict[str, SiteArrays] = {}

@@ -1,7 +1,7 @@
-"""The five doors: what the library grows by has one file each, and a registry that finds it.
+"""The six doors: what the library grows by has one file each, and a registry that finds it.
 
-A method, task, family, base transform or exporter is registered under its name by the file that defines it. The library's own files are
-imported from one folder when a name is first asked for; those of other packages through an entry point of the door's group, or by
+A method, init, task, family, base transform or exporter is registered under its name by the file that defines it. The library's own files
+are imported from one folder when a name is first asked for; those of other packages through an entry point of the door's group, or by
 calling `register` (`lora_jax.register_method` and its like).
 """
 
@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ..errors import InputError, hint
@@ -84,12 +84,14 @@ class Door(Generic[T]):
 
 # Each is filled from the folder that defines what it holds: a method's section comes with the method.
 METHODS: Door[Any] = Door("method", "lora_jax.adapters.methods", "lora_jax.methods")
+INITS: Door[Any] = Door("init", "lora_jax.adapters.inits", "lora_jax.inits")
 TASKS: Door[Any] = Door("task", "lora_jax.tasks", "lora_jax.tasks")
 FAMILIES: Door[Any] = Door("family", "lora_jax.models.families", "lora_jax.families")
 TRANSFORMS: Door[Any] = Door("base transform", "lora_jax.models.transforms", "lora_jax.transforms")
 EXPORTERS: Door[Any] = Door("exporter", "lora_jax.interop", "lora_jax.exporters")
 
 register_method = METHODS.register
+register_init = INITS.register
 register_task = TASKS.register
 register_family = FAMILIES.register
 register_transform = TRANSFORMS.register
@@ -158,6 +160,51 @@ class OneOf:
 
     def _tag(self, value: Any) -> Any:
         return value.get(self.key, self.default) if isinstance(value, dict) else getattr(value, self.key, None)
+
+
+class Named:
+    """Says of a config field that it holds a section of a door's thing, or the thing's name alone: `pissa`, `{kind: pissa, ...}`.
+
+    Read, it is the section; written, the name where nothing else is said. The door is asked when a value is read, not before.
+
+    Args:
+        door: the registry; the key that names the thing is `kind`.
+    """
+
+    def __init__(self, door: Door[Any]):
+        self.door = door
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        written = core_schema.plain_serializer_function_ser_schema(self._written)
+        return core_schema.no_info_plain_validator_function(self._read, serialization=written)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"enum": list(self.door)}, {"type": "object"}]}
+
+    def _read(self, value: Any) -> BaseModel:
+        if isinstance(value, BaseModel):
+            value = value.model_dump()
+        kind = value.get("kind") if isinstance(value, Mapping) else value
+        if not isinstance(kind, str) or kind not in self.door.all():
+            what = f"has no key 'kind': {value!r}" if kind is None else f"there is no {self.door.what} {kind!r}"
+            raise PydanticCustomError("value_error", "{error}", {"error": f"{what}. {hint(str(kind), self.door)}".rstrip(". ")})
+        section: type[BaseModel] = self.door.all()[kind].section
+        try:
+            return section.model_validate({"kind": kind} if isinstance(value, str) else value, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                said = f"'{kind}' has no key '{key}'. {hint(key, section.model_fields)}".rstrip(". ")
+            else:
+                said = f"'{kind}': {key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+            raise PydanticCustomError("value_error", "{error}", {"error": said}) from None
+
+    @staticmethod
+    def _written(section: BaseModel) -> Any:
+        values = section.model_dump(exclude_defaults=True)
+        kind = section.kind  # pyright: ignore[reportAttributeAccessIssue]
+        return {"kind": kind} | values if values.keys() - {"kind"} else kind
 
 
 # Where the config holds a list of sections: path -> of what.

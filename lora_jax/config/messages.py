@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InputError, hint, nearest
-from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS
+from .doors import INITS, METHODS, SECTION_LISTS, TASKS, TRANSFORMS
 from .renamed import ELSEWHERE_CALLED, current_name
 from .schema import Config
 from .yaml import Path
@@ -165,7 +165,7 @@ def _tree() -> _Tree:
     return _Tree(leaves, tuple(sections), kinds, own)
 
 
-for _door in (METHODS, TASKS, TRANSFORMS):
+for _door in (METHODS, INITS, TASKS, TRANSFORMS):
     _door.on_change(_schema.cache_clear)
     _door.on_change(_tree.cache_clear)
 

@@ -263,6 +263,12 @@ class AdapterConfig(Section):
         return value
 
 
+class InitConfig(Section):
+    """What the sections of all inits have in common; each init's own adds its keys (`adapters/inits/`)."""
+
+    kind: str = Field(description="Which init.")
+
+
 class OptimizerConfig(Section):
     learning_rate: PositiveFloat = Field(default=1e-3, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ..adapters.inject import draw_head, fill_member, inject_layout
 from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
 from ..adapters.methods.base import Method, method_of
+from ..adapters.parameters import Statistics
 from ..adapters.partition import Arrays, Partition, member_shardings, partition, stack_members, update_mask
 from ..config.doors import METHODS
 from ..config.schema import Config
@@ -29,6 +30,8 @@ from .execution import VMAP, PackMode, PackPrograms
 
 # An index into one array of a member; None: it has no part of it.
 Window = tuple[Any, ...] | None
+# Number of batches -> (site name, layer) -> what the layer saw of them.
+Gathered = Mapping[int, Mapping[tuple[str, int], Statistics]]
 # Packs of one key and one setup compile to equal programs.
 ProgramKey = Hashable
 
@@ -80,6 +83,8 @@ class Pack:
         *,
         specs: Sequence[ResolvedAdapter] | None = None,
         layout: Layout | None = None,
+        statistics: Gathered | None = None,
+        drawn: bool = True,
     ) -> Pack:
         """Puts the members on one base, each at its own step 0.
 
@@ -91,14 +96,17 @@ class Pack:
             mode: how the compiled programs run the members.
             specs: the configs, resolved against the model; resolved here by default.
             layout: what holds them, and may hold more; the smallest by default.
+            statistics: what inits that read the data have seen of it (`Setup.statistics`).
+            drawn: False leaves the adapters at their fill values, for those of a file.
         """
         specs = [resolve(model, c.adapter) for c in configs] if specs is None else list(specs)
         structure = unite(model, specs) if layout is None else layout
         adapted = inject_layout(model, structure)
         part = partition(adapted)
-        members = []
+        members, memo = [], {}
         for config, spec in zip(configs, specs, strict=True):
-            fill_member(adapted, spec, config.training.seed)
+            seen = None if statistics is None else statistics.get(spec.method.init_batches(spec.config))
+            fill_member(adapted, spec, config.training.seed if drawn else None, seen, memo)
             draw_head(adapted, config.training.seed)
             filled = partition(adapted)
             members.append((filled.trainable, MemberFixed(hyper_of(config, steps), filled.settings, update_mask(part, spec, structure))))
@@ -108,6 +116,15 @@ class Pack:
         state = jax.jit(init, out_shardings=layouts)(trainable, fixed)
         programs = PackPrograms(part, configs[0].training.data_seed, mesh, mode, memory_limit(configs[0]), objective_of(configs[0].task))
         return cls(configs, specs, structure, part, state, fixed, programs)
+
+    @property
+    def kept(self) -> Arrays:
+        """The members' own arrays that do not train, (members, ...): they are saved with those that do."""
+        return self.part.kept(self.fixed.settings)
+
+    def keep(self, kept: Arrays) -> None:
+        """Puts other such arrays in the place of those that it was built with."""
+        self.fixed = self.fixed._replace(settings={**self.fixed.settings, **kept})
 
     @property
     def program_key(self) -> ProgramKey:
@@ -123,7 +140,7 @@ class Pack:
         self.use_mode(self.programs.mode)
 
     def windows(self, model: nnx.Module, index: int) -> dict[str, Window]:
-        """Where a member's own part lies in each trainable array, (members, ...) without the first axis; None where it has none.
+        """Where a member's own part lies in each array that it trains or keeps, without the first axis; None where it has none.
 
         The rest is padding: ranks beyond its own, layers below its lowest.
         """
@@ -131,7 +148,7 @@ class Pack:
         own, method, common = {s.site.name: s for s in layout.sites}, layout.method, layout.shared()
         shared = {s.site.name: s for s in self.structure.sites}
         found: dict[str, Window] = {}
-        for name in self.part.labels:
+        for name in dict.fromkeys((*self.part.labels, *self.part.parameters)):
             if (array := self.part.parameters.get(name)) is None:
                 found[name] = (...,)
             elif not array.site:
@@ -143,16 +160,16 @@ class Pack:
                 found[name] = (*layers, *method.padded(alone.site, alone.extent)[array.name].own)
         return found
 
-    def member_arrays(self, model: nnx.Module, index: int, trainable: Arrays) -> dict[str, Any]:
-        """One member's trainable arrays in the shapes it has alone, on the host."""
+    def member_arrays(self, model: nnx.Module, index: int, arrays: Arrays) -> dict[str, Any]:
+        """One member's part of arrays that it trains or keeps, (members, ...), in the shapes it has alone, on the host."""
         windows = self.windows(model, index)
-        return {name: to_host(array[index])[window] for name, array in trainable.items() if (window := windows[name]) is not None}
+        return {name: to_host(array[index])[window] for name, array in arrays.items() if (window := windows[name]) is not None}
 
     def with_member_arrays(self, model: nnx.Module, index: int, arrays: Arrays) -> Arrays:
-        """The trainable arrays as they are, (members, ...), with one member's own part from arrays in the shapes it has alone."""
+        """What the members train and keep, (members, ...), with one member's own part from arrays in the shapes it has alone."""
         windows = self.windows(model, index)
         found: Arrays = {}
-        for name, array in self.state.trainable.items():
+        for name, array in (self.state.trainable | self.kept).items():
             rows = np.array(to_host(array))
             if (window := windows[name]) is not None:
                 rows[index][window] = arrays[name]
@@ -220,7 +237,8 @@ def repack(model: nnx.Module, sources: Sequence[Source], target: Pack) -> Saved:
     best = None
     if all(saved.best is not None for _, _, saved in sources):
         best = _moved(target.state.trainable, [saved.best for _, _, saved in sources], [i for _, i, _ in sources], windows)
-    return Saved(steps.pop(), state, best, _loop([(index, saved.loop) for _, index, saved in sources]))
+    kept = _moved(target.kept, [saved.kept or pack.kept for pack, _, saved in sources], [i for _, i, _ in sources], windows)
+    return Saved(steps.pop(), state, best, _loop([(index, saved.loop) for _, index, saved in sources]), kept)
 
 
 def _moved(like: Any, trees: Sequence[Any], places: Sequence[int], windows: Sequence[tuple[dict[str, Window], dict[str, Window]]]) -> Any:

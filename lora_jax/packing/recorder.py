@@ -11,7 +11,7 @@ import numpy as np
 from ..parallel.processes import is_writer
 from ..tasks.evaluators import EVALUATORS
 from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory, write_atomic
-from ..training.checkpoint import adapter_identity, save_adapter
+from ..training.adapter_files import adapter_identity, save_adapter
 from ..training.loop import Outcome
 from ..training.setup import Setup
 from .pack import Member, Pack
@@ -104,7 +104,7 @@ class Recorder:
             save = member.config.tracking.save
             for kind, arrays in (("final", outcome.final_arrays), ("best", outcome.best_arrays)):
                 if save in (kind, "both"):
-                    own = pack.member_arrays(self.setup.model, i, arrays)  # in every process: all may hold a part of them
+                    own = pack.member_arrays(self.setup.model, i, arrays | pack.kept)  # in every process: all may hold a part of them
                     if is_writer():
                         identity = adapter_identity(fingerprint, self.setup.spec(member.config))
                         save_adapter(folder / kind, own, identity, self.setup.data.classes)

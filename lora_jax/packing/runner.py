@@ -60,7 +60,8 @@ class PackRun:
         setup, configs = self.setup, [m.config for m in self.plan.members]
         layout = setup.layout([*configs, *(m.config for m in self.layout_members)])
         mode, specs = configured_mode(configs[0]) or VMAP, [setup.spec(c) for c in configs]
-        return Pack.build(setup.model, configs, setup.steps, setup.mesh, mode, specs=specs, layout=layout)
+        seen = setup.statistics(configs)
+        return Pack.build(setup.model, configs, setup.steps, setup.mesh, mode, specs=specs, layout=layout, statistics=seen)
 
     def checkpoints(self) -> PackCheckpoints:
         """This pack's; to be closed."""
@@ -77,7 +78,7 @@ class PackRun:
         """The pack freshly built, and its newest checkpoint; None where there is none."""
         pack = self.build()
         with contextlib.closing(self.checkpoints()) as checkpoints:
-            return pack, checkpoints.restore(pack.state)
+            return pack, checkpoints.restore(pack.state, pack.kept)
 
     def train(self, *, until: int | None = None, start: Callable[[Pack], Saved | None] | None = None) -> Trained:
         """Trains to the last step, or to step `until`, and records the members' curves.

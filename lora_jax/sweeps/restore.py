@@ -24,7 +24,7 @@ from ..tasks.base import task_of
 from ..tracking import Progress, member_folder, read_state
 from ..tracking.results import check_run
 from ..tracking.state import STATE, check_identity
-from ..training.checkpoint import adapter_identity, load_adapter, saved_classes
+from ..training.adapter_files import adapter_identity, load_adapter, saved_classes
 from ..training.loop import evaluate_pack
 from ..training.setup import Preparer, Setup
 from ..weights.provenance import fingerprint, tokenizer_digest
@@ -148,10 +148,12 @@ def restore_member(run: Path, member: Member) -> Restored:
     known = _fingerprint_as_trained(base, config, task.loaded_head(section))
     _confirm(run, member, {"base": known, "tokenizer": tokenizer}, warn)
     adapted = inject_layout(model, unite(model, [spec]))
-    fill_member(adapted, spec, config.training.seed)  # the scales; the factors are drawn and then replaced
+    fill_member(adapted, spec, None)
     part = partition(adapted)
-    identity = adapter_identity(known, spec)
-    filled = part.merge(load_adapter(folder, part.trainable, identity), part.settings, part.frozen, training=False)
+    kept = part.kept(part.settings)
+    arrays = load_adapter(folder, part.trainable | kept, adapter_identity(known, spec))
+    settings = part.settings | {name: arrays.pop(name) for name in kept}
+    filled = part.merge(arrays, settings, part.frozen, training=False)
     remember(filled, config.adapter)
     return Restored(filled, classes, folder, run, member)
 
@@ -200,12 +202,14 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
             _confirm(run, one, {part: digest for part, digest in setup.identity.items() if part != unused}, progress.print)
             # In shapes that hold all members of its form: one program evaluates them, whatever their ranks and targets.
             alike = [m.config for m in chosen if static_key(m.config) == static_key(one.config)]
-            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh, layout=setup.layout(alike))
+            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh, layout=setup.layout(alike), drawn=False)
             pack.programs = setup.programs.get(pack.program_key, lambda pack=pack: pack.programs)
             identity = adapter_identity(setup.fingerprint, setup.spec(one.config))
-            arrays = load_adapter(folder, pack.member_arrays(setup.model, 0, pack.state.trainable), identity)
+            own = pack.state.trainable | pack.kept
+            arrays = pack.with_member_arrays(setup.model, 0, load_adapter(folder, pack.member_arrays(setup.model, 0, own), identity))
+            pack.keep({name: arrays.pop(name) for name in pack.kept})
             examples = setup.data.held_out if split == "eval" else setup.data.train
-            metrics = evaluate_pack(pack, setup, pack.with_member_arrays(setup.model, 0, arrays), examples)
+            metrics = evaluate_pack(pack, setup, arrays, examples)
             results[one.name] = {name: float(values[0]) for name, values in metrics.items()}
             track.update(number)
     return results

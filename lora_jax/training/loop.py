@@ -36,6 +36,14 @@ class Pack(Protocol):
     fixed: MemberFixed
     programs: Any
 
+    @property
+    def kept(self) -> Arrays:
+        """The members' own arrays that do not train."""
+        ...
+
+    def keep(self, kept: Arrays) -> None:
+        """Puts others in their place."""
+
 
 class Listener(Protocol):
     """Hears of a pack's progress. Every array is (members,) float32 on the host."""
@@ -115,7 +123,7 @@ def train_pack(
         Stopped: `stop` said so; everything up to that step is in a checkpoint.
         RunError: a program was compiled more than once.
     """
-    state, fixed, frozen = pack.state, pack.fixed, pack.part.frozen
+    state, frozen = pack.state, pack.part.frozen
     began = time.perf_counter()
     best = _Best(len(pack.configs), EVALUATORS.get(setup.metrics.selection, "task.kind"))
     window: list[dict[str, np.ndarray]] = []
@@ -124,18 +132,20 @@ def train_pack(
     final: dict[str, np.ndarray] = {}
     first = 0
     last = setup.steps if until is None else until
-    saved = checkpoints.restore(state) if checkpoints is not None else None
+    saved = checkpoints.restore(state, pack.kept) if checkpoints is not None else None
     if saved is None and start is not None:
         saved = start()
         if saved is not None and checkpoints is not None and saved.best is not None:
             checkpoints.save_best(saved.step, saved.best)  # these checkpoints know nothing of it yet
     if saved is not None:
         first, state = saved.step, saved.state
+        pack.keep(saved.kept)
         best.load(saved.loop["best"], saved.best)
         window = [{n: np.array(v, np.float32) for n, v in row.items()} for row in saved.loop["window"]]
         final = {n: np.array(v) for n, v in saved.loop["final"].items()}
         clock.total_tokens, began = saved.loop["tokens"], began - saved.loop["seconds"]
     listener.on_start(first)
+    fixed = pack.fixed
 
     def save(done: int) -> None:
         assert checkpoints is not None
@@ -149,7 +159,7 @@ def train_pack(
             "seconds": time.perf_counter() - began,
         }
         listener.on_save(done)
-        checkpoints.save(done, state, loop)
+        checkpoints.save(done, state, loop, pack.kept)
 
     for step, batch in enumerate(setup.plan.batches(first, last), first):
         state, metrics = pack.programs.train(state, fixed, frozen, setup.step_inputs(step, batch, trunk), np.int32(step))

@@ -27,9 +27,10 @@ from ..models.load import BaseFiles
 from ..parallel.constraints import place_batch, row_sharding, targets_by_rows
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from ..parallel.program import Program, compiler_options, release_freed_memory
-from ..tasks.base import Shared, TaskData, TaskMetrics, prepare, task_of
+from ..tasks.base import Shared, TaskData, TaskMetrics, objective_of, prepare, task_of
 from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
+from .statistics import Seen, gather, joined, lacks
 from .step import Batch
 from .trunk import Trunk, trunk_depth
 
@@ -114,6 +115,7 @@ class Setup:
         tokenizer: digest of the tokenizer and its chat template.
         trunks: of packs, the newest.
         programs: of packs, the newest, by the packs' form: packs of one form share them.
+        specs, layouts, gathered: what `spec`, `layout` and `statistics` remember.
     """
 
     model: nnx.Module
@@ -128,6 +130,7 @@ class Setup:
     programs: SingleSlotCache = dataclasses.field(default_factory=SingleSlotCache)
     specs: dict[str, ResolvedAdapter] = dataclasses.field(default_factory=dict)
     layouts: dict[frozenset[str], Layout] = dataclasses.field(default_factory=dict)
+    gathered: dict[int, Seen] = dataclasses.field(default_factory=dict)
 
     @property
     def metrics(self) -> TaskMetrics:
@@ -148,6 +151,29 @@ class Setup:
         if key not in self.layouts:
             self.layouts[key] = unite(self.model, [self.spec(c) for c in adapters.values()])
         return self.layouts[key]
+
+    def statistics(self, configs: Sequence[Config]) -> dict[int, Seen]:
+        """Number of batches -> what the layers that these members adapt saw of so many; empty where no init asks for it.
+
+        What an earlier pack of this set-up has gathered is not gathered again.
+        """
+        groups: dict[int, list[Config]] = {}
+        for config in configs:
+            spec = self.spec(config)
+            if spec.method.wants(spec.config):
+                groups.setdefault(spec.method.init_batches(spec.config), []).append(config)
+        for count, members in groups.items():
+            known, wants = self.gathered.setdefault(count, {}), frozenset[str]()
+            for spec in map(self.spec, members):
+                own = spec.method.wants(spec.config)
+                layers = [(name, int(i)) for name, site in spec.sites.items() for i in np.flatnonzero(site.ranks)]
+                wants |= own if any(lacks(known, where, own) for where in layers) else frozenset()
+            if wants:
+                batches = (self.step_inputs(i, self.plan.batch(i), None) for i in range(count))
+                options = {"seed": members[0].training.data_seed, "mesh": self.mesh}
+                sites, objective = self.layout(members).sites, objective_of(members[0].task)
+                self.gathered[count] = joined(known, gather(self.model, sites, wants, batches, objective, **options))
+        return {count: self.gathered[count] for count in groups}
 
     def trunk(self, part: Partition, data_seed: int) -> Trunk | None:
         """What the members of a pack have in common; None where they have nothing. Successive packs of one depth have one."""

@@ -5,25 +5,27 @@ Here x is a row, so A is stored (in, r) and B (r, out).
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.experts import grouped_matmul
 from ...models.layers import Rows
+from ..inits.base import LowRankConfig, check_init, init_of, start_of
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
 from .peft_form import PeftForm, Reader, Weight
 
 
-class LoraSection(AdapterConfig):
+class LoraSection(LowRankConfig):
     method: Literal["lora"] = Field(default="lora", description="Low-rank updates W + s A B (arXiv:2106.09685).")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732) in place of alpha / rank.")
 
@@ -106,12 +108,20 @@ class LoraForm(PeftForm):
         return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
 
 
+@dataclasses.dataclass(frozen=True)
 class Lora(Method):
-    """Low-rank updates, `W + scale * A B`.
+    """Low-rank updates, `W + scale * A B`, or `W + scale * (A B - A0 B0)` where the init takes its start out of the weight.
 
-    The default init is PEFT's: at a linear site A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0 (kaiming_uniform with a = sqrt 5); at an
-    embedding A = 0 and B ~ N(0, 1). Each expert draws its own.
+    How A and B start is the init's (`adapters/inits/`). A subclass whose section is a `LowRankConfig` has them all; one with an `apply` of
+    its own has those alone that leave the weight as it is, unless it sets `split_inits`.
+
+    Attributes:
+        start: whether the member keeps its start, A0 and B0.
+        frozen: the name of the factor that does not train; empty where both do.
     """
+
+    start: bool = False
+    frozen: str = ""
 
     name, section = "lora", LoraSection
     kinds = ("linear", "embedding", "expert")
@@ -120,24 +130,38 @@ class Lora(Method):
     packs = "low-rank"
     self_padding = True
     peft = LoraForm()
+    split_inits: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "apply" in vars(cls) and "split_inits" not in vars(cls):
+            cls.split_inits = False
+
+    def variant(self, config: Any) -> Method:
+        init = init_of(config)
+        return dataclasses.replace(self, start=init.splits, frozen=init.frozen)
+
+    def check(self, config: Any, site: Site, rank: int) -> None:
+        check_init(config, site, rank)
+        if init_of(config).splits and not self.split_inits:
+            kind = config.init.kind
+            raise InputError(f"adapter.init: '{kind}' takes its start out of the weight, and '{self.name}' has no form without it.")
+
+    def wants(self, config: Any) -> frozenset[str]:
+        return init_of(config).wants
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         lead, experts = ((), ()) if site.experts is None else ((site.experts,), ("experts",))
-        return {
-            "lora_a": Parameter((*lead, site.inputs, rank), "adapter_a", (*experts, "in", None)),
-            "lora_b": Parameter((*lead, rank, site.outputs), "adapter_b", (*experts, None, "out")),
-        }
+        a = Parameter((*lead, site.inputs, rank), "adapter_a", (*experts, "in", None), trained=self.frozen != "lora_a")
+        b = Parameter((*lead, rank, site.outputs), "adapter_b", (*experts, None, "out"), trained=self.frozen != "lora_b")
+        factors = {"lora_a": a, "lora_b": b}
+        return factors | ({f"{name}0": dataclasses.replace(p, trained=False) for name, p in factors.items()} if self.start else {})
 
-    def settings(self, config: LoraSection, rank: int, alpha: float) -> dict[str, float]:
+    def settings(self, config: Any, rank: int, alpha: float) -> dict[str, float]:
         return {"scale": alpha / np.sqrt(rank) if config.rslora else alpha / rank}
 
     def init(self, site: Site, rank: int, config: Any, random: np.random.Generator, data: SiteData) -> dict[str, np.ndarray]:
-        # Rank after rank is drawn, so that a smaller rank starts as the leading part of a larger (`adapter.nested_init`).
-        if site.kind == "embedding":
-            return {"lora_b": random.standard_normal((rank, site.outputs), np.float32)}
-        experts = () if site.experts is None else (site.experts,)
-        drawn = 2 * random.random((rank, *experts, site.inputs), np.float32) - 1
-        return {"lora_a": np.moveaxis(drawn, 0, -1) * np.float32(1 / np.sqrt(site.inputs))}
+        return start_of(config, site, rank, random, data)
 
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         y = module.base(*inputs)
@@ -146,20 +170,35 @@ class Lora(Method):
             return y + widened(a[inputs[0]] * scale, b)
         if module.kind == "expert":
             x, expert = inputs
-            return y + grouped_matmul(grouped_matmul(x.astype(y.dtype), a, expert) * scale, b, expert)
-        low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), a)
-        return y + widened(low * scale, b)
+            change = grouped_matmul(grouped_matmul(x.astype(y.dtype), a, expert) * scale, b, expert)
+        else:
+            low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), a)
+            change = widened(low * scale, b)
+        if not self.start:
+            return y + change
+        # With equal factors the two products are the same to the bit. Nothing of the start drops: it is part of the weight.
+        a0, b0 = (v[...].astype(y.dtype) for v in (module.lora_a0, module.lora_b0))
+        if module.kind == "expert":
+            return y + (change - grouped_matmul(grouped_matmul(inputs[0].astype(y.dtype), a0, inputs[1]) * scale, b0, inputs[1]))
+        return y + (change - jnp.matmul(jnp.matmul(inputs[0].astype(y.dtype), a0) * scale, b0))
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        a, b, scale = (v[...] for v in (module.lora_a, module.lora_b, module.scale))
+        a, b, scale = self.low_rank(module)
         scale = scale.reshape(*scale.shape, *[1] * (a.ndim - scale.ndim))
         return weight + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST), bias
 
     def low_rank(self, module: AdaptedSite) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return module.lora_a[...], module.lora_b[...], module.scale[...]
+        a, b, scale = module.lora_a[...], module.lora_b[...], module.scale[...]
+        if self.start:  # rank by rank in turn, so that padding stays behind what is used
+            a = jnp.stack([a, module.lora_a0[...]], -1).reshape(*a.shape[:-1], -1)
+            b = jnp.stack([b, -module.lora_b0[...]], -2).reshape(*b.shape[:-2], -1, b.shape[-1])
+        return a, b, scale
 
-    def of_low_rank(self, a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
-        return {"lora_a": a, "lora_b": b, "scale": scale}
+    def of_low_rank(self, a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray] | None:
+        return None if self.start else {"lora_a": a, "lora_b": b, "scale": scale}
+
+    def cost(self, site: Site, rank: int) -> int:
+        return 2 * sum(math.prod(p.shape) for p in self.parameters(site, rank).values()) // (site.experts or 1)
 
 
 @jax.custom_vjp

@@ -1,0 +1,180 @@
+"""What the layers of an adapter's sites see of the data before step 0, for inits that read it (`Statistics`).
+
+One pass over some training batches, forward and backward, over the base with the task's head and without dropout. In place of adapters
+each site has arrays of zeros that change nothing of what it computes, and whose gradients are the statistics: of one `x^T x`, of another
+the gradient of the weight. So they come out of stacked layers and off a mesh as any gradient does, the base itself is not
+differentiated, and no activation is kept beyond its own layer's backward pass.
+
+Padding is left out: of a whole batch by its segment ids, of the positions that a top layer is narrowed to by the weights of their
+targets. What a site is given beside tokens (a table of relative positions) is not counted either; its gradient has part in the weight's.
+A new head is drawn by `training.data_seed`: it is the same whatever the members' seeds are, and so is the gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from ..adapters.inject import draw_head, inject_layout
+from ..adapters.layout import Layout, SiteLayout
+from ..adapters.methods.base import AdaptedSite, Method
+from ..adapters.parameters import Parameter, Statistics, shared_name
+from ..adapters.partition import Arrays, partition
+from ..adapters.sites import Site
+from ..models.heads import TaskModel
+from ..models.layers import Rows
+from ..parallel.constraints import targets_by_rows
+from ..parallel.mesh import to_host
+from ..parallel.program import Program, compiler_options, release_freed_memory
+from ..tasks.objectives import Objective
+from .step import Batch
+
+Seen = dict[tuple[str, int], Statistics]
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch(Method):
+    """A method that changes nothing, and whose arrays have the statistics as their gradients.
+
+    Attributes:
+        wants: `moment`, `gradient` or both.
+    """
+
+    watched: frozenset[str]
+
+    name, kinds = "watch", ("linear",)
+
+    def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
+        found = {
+            "moment": Parameter((site.inputs, site.inputs), axes=("in", None)),
+            "gradient": Parameter((site.inputs, site.outputs), axes=("in", "out")),
+        }
+        # Of each position of the batch, and of each target, whether it is none of padding; of any shape.
+        masks = {name: Parameter((1,), trained=False, scope="adapter") for name in ("real", "targets")}
+        return {name: p for name, p in found.items() if name in self.watched} | {"count": Parameter(())} | masks
+
+    def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
+        (x,), y = inputs, module.base(*inputs)
+        real = (module.real if rows is None else module.targets)[...].reshape(-1)
+        if math.prod(x.shape[:-1]) != real.size:
+            real = jnp.zeros(math.prod(x.shape[:-1]))
+        arrays = {name: getattr(module, name)[...] for name in ("count", *sorted(self.watched))}
+        return _watched(y, x, real, arrays)
+
+
+@jax.custom_vjp
+def _watched(y: jax.Array, x: jax.Array, real: jax.Array, arrays: Arrays) -> jax.Array:
+    """y; the gradients of the arrays are what is known of x (..., inputs), `real` (n,) saying which rows count."""
+    return y
+
+
+def _forward(y: jax.Array, x: jax.Array, real: jax.Array, arrays: Arrays) -> tuple[jax.Array, Any]:
+    return y, (x, real, sorted(arrays))
+
+
+def _backward(kept: Any, dy: jax.Array) -> Any:
+    x, real, names = kept
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    made = {
+        "count": lambda: real.sum(),
+        "moment": lambda: exact((rows * real[:, None]).T, rows),
+        "gradient": lambda: exact(rows.T, dy.reshape(rows.shape[0], -1).astype(jnp.float32)),
+    }
+    return dy, jnp.zeros_like(x), jnp.zeros_like(real), {name: made[name]() for name in names}
+
+
+_watched.defvjp(_forward, _backward)
+
+
+def gather(
+    model: nnx.Module,
+    sites: Sequence[SiteLayout],
+    wants: frozenset[str],
+    batches: Iterable[Batch],
+    objective: Objective,
+    *,
+    seed: int,
+    mesh: Mesh,
+) -> Seen:
+    """The statistics of every layer that the linear sites of a layout have arrays for.
+
+    Args:
+        model: the base with the task's head, without adapters.
+        sites: of a layout.
+        wants: `moment`, `gradient` or both.
+        batches: training batches on the mesh, as a step takes them; at least one. The gradient is the mean over these, each of the mean
+            loss over its targets; moments and tokens are their sum.
+        objective: the loss.
+        seed: of a new head.
+        mesh: of the base.
+    """
+    watch = Watch(wants)
+    own = tuple(dataclasses.replace(s, extent=(1,)) for s in sites if s.site.kind in watch.kinds)
+    adapted = inject_layout(model, Layout(own, False, watch, "none", ()))
+    draw_head(adapted, seed)
+    part = partition(adapted)
+    rest = {name: array for name, array in part.trainable.items() if name not in part.parameters}
+
+    def of_step(rest: Arrays, frozen: Arrays, batch: Batch) -> Arrays:
+        total = jnp.maximum(batch["target_weights"].sum(), 1.0)
+        zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in part.trainable.items() if name in part.parameters}
+
+        def loss_of(arrays: Arrays, micro: Batch) -> jax.Array:
+            real, targets = ((micro[name] > 0).astype(jnp.float32) for name in ("segment_ids", "target_weights"))
+            settings = part.settings | {shared_name("real"): real, shared_name("targets"): targets}
+            grown = cast(TaskModel, part.merge(rest | arrays, settings, frozen, training=False))
+            return objective(grown, grown.features(micro), micro)[0] / total
+
+        def of_micro(sums: Arrays, micro: Batch) -> tuple[Arrays, None]:
+            return jax.tree.map(jnp.add, sums, jax.grad(loss_of)(zeros, targets_by_rows(micro))), None
+
+        return jax.lax.scan(of_micro, zeros, batch)[0]
+
+    program = Program(of_step, "statistics", mesh=mesh, options=compiler_options())
+    sums: dict[str, np.ndarray] = {}
+    seen = 0
+    for batch in batches:
+        seen += 1
+        for name, array in program(rest, part.frozen, batch).items():
+            sums[name] = sums.get(name, 0) + to_host(array).astype(np.float64)
+    release_freed_memory()
+    found: Seen = {}
+    for of in own:
+        for layer in range(of.first, len(of.site.names)):
+            arrays = {
+                name: sums[key][layer - of.first] if of.site.depth is not None else sums[key]
+                for name in ("count", *wants)
+                if (key := f"{of.site.name}.{name}") in sums
+            }
+            gradient = arrays.get("gradient")
+            gradient = None if gradient is None else gradient / seen
+            found[of.site.name, layer] = Statistics(arrays.get("moment"), gradient, round(float(arrays["count"])))
+    return found
+
+
+def lacks(known: Mapping[tuple[str, int], Statistics], where: tuple[str, int], wants: frozenset[str]) -> bool:
+    """Whether a layer's statistics are not all known."""
+    seen = known.get(where)
+    return bool(wants) and (seen is None or any(getattr(seen, name) is None for name in wants))
+
+
+def joined(known: Seen, more: Seen) -> Seen:
+    """The statistics of both; of one layer in both each has what the other lacks."""
+
+    def both(a: Statistics | None, b: Statistics) -> Statistics:
+        if a is None:
+            return b
+        moment, gradient = (x if x is not None else y for x, y in ((a.moment, b.moment), (a.gradient, b.gradient)))
+        return Statistics(moment, gradient, b.tokens)
+
+    return known | {where: both(known.get(where), seen) for where, seen in more.items()}
