@@ -45,7 +45,9 @@ def form_of(method: Method) -> PeftForm:
 
 
 def method_of_type(raw: dict[str, Any], where: str) -> Method:
-    """The method whose files a PEFT config is of: that of its type whose flags it has, and of several the one with most flags.
+    """The method whose files a PEFT config is of: that of its type whose flags it has, of several the one with most flags.
+
+    Where several have one form, it is the one whose form it is: they are registered after it.
 
     Raises:
         InputError: there is none.

@@ -94,7 +94,7 @@ def _config(adapter: Adapter) -> tuple[dict[str, Any], PeftConfig]:
 
 def _says(peft: PeftConfig, adapter: Adapter) -> bool:
     """Whether a config means what the model computes, at every module."""
-    if peft.method.name != adapter.method.name:
+    if peft.form is not adapter.form:  # methods that differ in how they train may have one form
         return False
     sites = {s.module.name: s for s in adapter.sites}
     for name, module in adapter.names.modules.items():
