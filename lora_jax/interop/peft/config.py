@@ -198,11 +198,11 @@ class PeftConfig:
         """
         return self.section.bias == "all" or (self.section.bias == "lora_only" and adapted)
 
-    def size(self, module: str) -> tuple[int, dict[str, float]]:
-        """Rank and settings of an adapted module."""
+    def size(self, module: str, site: Site) -> tuple[int, dict[str, float]]:
+        """Rank and settings of an adapted module, at its site."""
         rank = int(self._value(self.section.rank_pattern, module, self.section.rank))
         alpha = self._value(self.section.alpha_pattern, module, self.section.alpha)
-        rank = self.form.rank_of(self.section, module, rank, self.read)
+        rank = self.form.rank_at(site, self.form.rank_of(self.section, module, rank, self.read), self.read)
         return rank, self.method.settings(self.section, rank, alpha) if rank else {}
 
     def placed(self, modules: dict[str, Site]) -> AdapterConfig:

@@ -174,7 +174,7 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
     section = config.placed({name: m.site for name, m in chosen.items()})
     plan = _Plan(section, [], {}, {}, {}, set(), set(), set())
     for name, module in chosen.items():
-        rank, settings = config.size(name)
+        rank, settings = config.size(name, module.site)
         _check_size(config, section, module, rank, file)
         tensors = config.form.tensors(section, module.site, rank)
         plan.sites.append(_Site(module, rank, settings, tensors, module.stem(chosen)))
