@@ -71,6 +71,17 @@ def nearest(word: str, choices: Iterable[str], *, count: int = 3) -> list[str]:
     return [by_lower[m] for m in difflib.get_close_matches(word.lower(), by_lower, n=count, cutoff=0.5)]
 
 
+def nearest_numbers(wanted: int, choices: Iterable[int]) -> str:
+    """A sentence that names the next smaller and the next larger of some numbers; that there is none, where there is none.
+
+    >>> nearest_numbers(10, [1, 2, 4, 8, 16])
+    'Nearest: 8 and 16.'
+    """
+    numbers = sorted(choices)
+    near = [n for n in numbers if n <= wanted][-1:] + [n for n in numbers if n > wanted][:1]
+    return f"Nearest: {' and '.join(map(str, near))}." if near else "No size does."
+
+
 def hint(word: str, choices: Iterable[str]) -> str:
     """A sentence to end a message with: the nearest choice, or all of them where none is near and they are few.
 

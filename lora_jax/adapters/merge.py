@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..models.decoder import Decoder
+from .contraction import GENERAL, own_kernel
 from .inject import recall, remember, set_child
 from .methods.base import AdaptedSite
 
@@ -120,7 +121,7 @@ def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
 def _folded(module: AdaptedSite) -> nnx.Module:
     folded: Any = copy_of(module.base)
     weight, bias = merged_arrays(module)
-    _set_top(getattr(folded, module.weight), weight)
+    _set_top(getattr(folded, module.weight), own_kernel(folded, weight) if isinstance(module.base, GENERAL) else weight)
     if bias is not None:
         _set_top(folded.bias, bias)
     return folded

@@ -317,12 +317,20 @@ def choose_member(path: Path, name: str | None) -> tuple[Path, Member, str]:
         return run, named_member(members, name, str(path) if run != path else "--member"), ""
     if len(members) == 1:
         return run, members[0], ""
+    best = best_of_run(run, members)
+    if best is None:
+        raise InputError(f"{run}: no member has finished yet; name one with --member to take what is saved of it.")
+    return run, named_member(members, best[0], str(run)), best[1]
+
+
+def best_of_run(run: Path, members: Sequence[Member]) -> tuple[str, str] | None:
+    """The name of a run's best member (`best_result`), and why; None where none has finished."""
     known = {m.name for m in members}
     results = [r for r in read_run(run) if r.name in known]
     if not any(r.status == "finished" for r in results):
-        raise InputError(f"{run}: no member has finished yet; name one with --member to take what is saved of it.")
+        return None
     best, reason = best_result(results)
-    return run, named_member(members, best.name, str(run)), reason
+    return best.name, reason
 
 
 def write_summary_csv(path: Path | str, results: Sequence[MemberResult], reference: Mapping[str, Any] | None = None) -> Path:

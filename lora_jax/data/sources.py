@@ -229,13 +229,15 @@ def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[
     try:
         with _quiet(), hub_or_cache(match[1], "dataset"):
             found = datasets.load_dataset(match[1], revision=match[2])
+            split = next((s for s in (*splits, *TRAINING) if s in found), None)
+            names = [] if split is None else list(found[split].column_names or ())
+            # Its files are mapped: a damaged one shows here.
+            values = {name: list(found[split][name]) for name in columns if name in names}
     except Exception as error:  # the hub client raises many unrelated kinds; all mean that the rows cannot be had
         raise InputError(f"{key}: cannot fetch '{source}' ({hub_reason(error)}).") from None
-    split = next((s for s in (*splits, *TRAINING) if s in found), None)
     if split is None:
         raise InputError(f"{key}: '{source}' has no split {splits[0]}, only {', '.join(map(str, found))}.")
-    names = list(found[split].column_names or ())
-    return names, {name: list(found[split][name]) for name in columns if name in names}, split
+    return names, values, split
 
 
 def split_rows(texts: Sequence[str], *, held_out: int, train: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:

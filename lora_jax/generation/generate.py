@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..data.tokens import render_prompt
+from ..data.tokens import prompt_ids
 from ..errors import InputError, warn
 from ..models.decoder import Decoder
 from ..models.heads import Classifier
 from ..weights.checkpoint import read_json
 from ..weights.load import HUB_FILES, resolve
-from ..weights.tokenizer import check_text
 from .decoding import Continuation, Decoding, DecodingParams, padded_length
 from .sampling import Sampling, row_seeds
 
@@ -35,10 +34,9 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, number: int = 0) -> list[int]:
         InputError: it is empty, or of another kind, or there is no tokenizer or chat template for it.
     """
     if isinstance(prompt, str):
-        ids = _needed(tokenizer, number)(check_text(prompt, f"prompt {number}"))["input_ids"]
+        ids = prompt_ids(prompt, _needed(tokenizer, number), f"prompt {number}")
     elif prompt and all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-        text = render_prompt([dict(m) for m in prompt if isinstance(m, Mapping)], _needed(tokenizer, number), f"prompt {number}")
-        ids = tokenizer(check_text(text, f"prompt {number}"), add_special_tokens=False)["input_ids"]
+        ids = prompt_ids([m for m in prompt if isinstance(m, Mapping)], _needed(tokenizer, number), f"prompt {number}")
     elif all(isinstance(part, int) or hasattr(part, "__index__") for part in prompt):
         ids = [int(part) for part in prompt]  # pyright: ignore[reportArgumentType]
     else:

@@ -11,7 +11,7 @@ import numpy as np
 from ..parallel.processes import is_writer
 from ..tasks.evaluators import EVALUATORS
 from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory, write_atomic
-from ..training.checkpoint import adapter_identity, save_adapter
+from ..training.adapter_files import adapter_identity, save_adapter
 from ..training.loop import Outcome
 from ..training.setup import Setup
 from .pack import Member, Pack

@@ -24,7 +24,7 @@ from ..tasks.base import task_of
 from ..tracking import Progress, member_folder, read_state
 from ..tracking.results import check_run
 from ..tracking.state import STATE, check_identity
-from ..training.checkpoint import adapter_identity, load_adapter, saved_classes
+from ..training.adapter_files import adapter_identity, load_adapter, saved_classes
 from ..training.loop import evaluate_pack
 from ..training.setup import Preparer, Setup
 from ..weights.provenance import fingerprint, tokenizer_digest

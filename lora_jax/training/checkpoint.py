@@ -6,12 +6,7 @@
 
 The data's position and all random numbers follow from the config's seeds and the step. Arrays are written as they lie on the
 mesh, each process its own part, and read onto whatever mesh asks for them. A folder appears under its name when it is complete;
-a half-written one has another name and is removed by the next run.
-
-Orbax's checkpointer, as one process or several use it.
-
-Saved adapters: the arrays that a member trains or keeps, in an Orbax checkpoint, beside an `adapter.json` that says what they belong to
-(the base's fingerprint, the method, every rank and scale) and holds a digest of every file and of itself.
+a half-written one has another name and is removed by the next run. `checkpointer` is Orbax's, as one process or several use it.
 """
 
 from __future__ import annotations
@@ -26,13 +21,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from ..adapters.layout import ResolvedAdapter
 from ..adapters.partition import Arrays
 from ..data.batching import DATA_ORDER
-from ..errors import InputError, warn
+from ..errors import InputError
 from ..parallel.processes import process_count
 from .step import MemberState
 
@@ -41,8 +34,15 @@ _FACTS = "checkpoint.json"
 
 
 class Saved(NamedTuple):
-    """A checkpoint read back: steps done, the members' state, the best arrays (None before the first evaluation), the loop's numbers, and
-    the members' own arrays that do not train."""
+    """A checkpoint read back.
+
+    Attributes:
+        step: steps done.
+        state: of the members.
+        best: their best arrays; None before the first evaluation.
+        loop: the loop's own numbers.
+        kept: the members' own arrays that do not train.
+    """
 
     step: int
     state: MemberState
@@ -107,7 +107,7 @@ class PackCheckpoints:
             self._pending.result()
         except Exception as error:
             newest = f"the newest is of step {self.steps[-1]}" if self.steps else "there is none yet"
-            self._warn(f"a checkpoint could not be written ({_reason(error)}); {newest}. Training goes on.")
+            self._warn(f"a checkpoint could not be written ({reason(error)}); {newest}. Training goes on.")
         self._pending = None
 
     def close(self) -> None:
@@ -151,11 +151,11 @@ class PackCheckpoints:
             shutil.rmtree(part, ignore_errors=True)
         try:
             with checkpointer() as orbax:
-                orbax.save(part / "arrays", _sized(arrays))
+                orbax.save(part / "arrays", sized(arrays))
             if not self._writes:
                 return
             own = {"format": _FORMAT, "data_order": self._order, "members": self._members, "base": self._fingerprint}
-            facts = {**own, **facts, "files": _digests(part / "arrays")}
+            facts = {**own, **facts, "files": digests(part / "arrays")}
             (part / _FACTS).write_text(json.dumps(facts))
             shutil.rmtree(self.folder / name, ignore_errors=True)
             part.rename(self.folder / name)
@@ -184,7 +184,7 @@ class PackCheckpoints:
         path = self.folder / name
         try:
             facts = json.loads((path / _FACTS).read_text())
-            digests, base, members = facts["files"], facts["base"], facts["members"]
+            known, base, members = facts["files"], facts["base"], facts["members"]
         except (OSError, ValueError, KeyError, TypeError):
             raise _Damaged(f"its {_FACTS} is missing or damaged") from None
         if base != self._fingerprint:
@@ -196,10 +196,10 @@ class PackCheckpoints:
                 f"{path}: was begun by a version that put the training examples in another order, so training cannot go on from it. "
                 "Start over with --fresh (the old directory is renamed)."
             )
-        for file, digest in digests.items():
+        for file, own in known.items():
             if not (path / "arrays" / file).is_file():
                 raise _Damaged(f"the file arrays/{file} is missing")
-            if _digest(path / "arrays" / file) != digest:
+            if digest(path / "arrays" / file) != own:
                 raise _Damaged(f"the file arrays/{file} is damaged")
         return facts
 
@@ -207,10 +207,10 @@ class PackCheckpoints:
         target = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in like.items()}
         try:
             with checkpointer() as orbax:
-                arrays = orbax.restore(self.folder / name / "arrays", _sized(target))
+                arrays = orbax.restore(self.folder / name / "arrays", sized(target))
             return {n: arrays[n] if a.size else a for n, a in like.items()}
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise _Damaged(f"cannot be read ({_reason(error)})") from None
+            raise _Damaged(f"cannot be read ({reason(error)})") from None
 
 
 class _Damaged(Exception):
@@ -223,26 +223,26 @@ def _named(tree: Any) -> Arrays:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def sized(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Those that have any numbers; Orbax refuses the others, which some method has at some ranks."""
+    return {name: a for name, a in arrays.items() if a.size}
+
+
 def _marked(kept: Arrays) -> Arrays:
     """The arrays that do not train, by the names that they have in a checkpoint."""
     return {f"kept/{name}": array for name, array in kept.items()}
 
 
-def _sized(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Those that have any numbers; Orbax refuses the others, which some method has at some ranks."""
-    return {name: a for name, a in arrays.items() if a.size}
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     text = str(error)
     if "No space left" in text or "ENOSPC" in text:
         return "no space left on the disk"
@@ -264,136 +264,3 @@ def checkpointer(*, alone: bool = False) -> ocp.StandardCheckpointer:
     active = {0} if alone else set(range(count))
     options = ocp.options.MultiprocessingOptions(active_processes=active, barrier_sync_key_prefix="alone" if alone else "all")
     return ocp.StandardCheckpointer(multiprocessing_options=options)
-
-
-_ADAPTER_FORMAT = 2  # 1 had neither identity nor digests
-_ADAPTER_FACTS = "adapter.json"
-
-
-def adapter_identity(fingerprint: str, spec: ResolvedAdapter) -> dict[str, Any]:
-    """What an adapter belongs to: JSON values that are equal for the same adapter of the same base, and for no other.
-
-    Args:
-        fingerprint: of the base, in the dtype that the adapter was trained over.
-        spec: what the member adapts.
-    """
-    sites = {
-        name: {"ranks": site.ranks.tolist()}
-        | {setting: np.asarray(values, np.float32).tolist() for setting, values in site.settings.items()}
-        for name, site in spec.sites.items()
-    }
-    return {"base": fingerprint, "method": spec.method.name, "sites": sites}
-
-
-def save_adapter(folder: Path, arrays: Arrays, identity: dict[str, Any], classes: Sequence[str] | None = None) -> None:
-    """Writes the arrays to `folder`, which appears complete or not at all.
-
-    Args:
-        folder: where; replaced if it exists.
-        arrays: one member's, in its solo shapes.
-        identity: of the adapter (`adapter_identity`).
-        classes: of a classification, in the order of its logits: who takes the adapter away needs no data to know them.
-    """
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    with checkpointer(alone=True) as orbax:
-        orbax.save((part / "arrays").resolve(), _sized({n: np.asarray(a) for n, a in arrays.items()}))
-    shapes = {name: [list(a.shape), str(a.dtype)] for name, a in arrays.items()}
-    facts = {"format": _ADAPTER_FORMAT, **identity, "arrays": shapes, "classes": list(classes) if classes else None}
-    facts["files"] = _digests(part / "arrays")
-    (part / _ADAPTER_FACTS).write_text(json.dumps(facts | {"digest": _facts_digest(facts)}, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-
-
-def load_adapter(folder: Path, expected: Arrays, identity: dict[str, Any]) -> Arrays:
-    """The arrays in `folder`, checked against the names and shapes a model asks for and the digests they were saved with.
-
-    An adapter of a version that saved neither is read, with a warning.
-
-    Args:
-        folder: as it was given to `save_adapter`.
-        expected: arrays of the names, shapes and dtypes that are wanted.
-        identity: what the arrays are to be put on (`adapter_identity`).
-
-    Raises:
-        InputError: nothing is there, it is damaged, or it belongs to another base, model or adapter config.
-    """
-    facts = _facts(folder)
-    try:
-        shapes = {name: (tuple(shape), dtype) for name, (shape, dtype) in facts["arrays"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / _ADAPTER_FACTS}: damaged.") from None
-    wanted = {name: (tuple(a.shape), str(a.dtype)) for name, a in expected.items()}
-    if shapes != wanted:
-        unlike = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
-        raise InputError(f"{folder}: does not fit this model and adapter config, in {', '.join(unlike[:4])}.")
-    if facts["format"] == 1:
-        warn(f"{folder}: saved by an older version, which kept no fingerprint of the base and no digests: not checked.")
-    else:
-        _check_identity(folder, facts, identity)
-        for file, digest in facts["files"].items():
-            if not (folder / "arrays" / file).is_file() or _digest(folder / "arrays" / file) != digest:
-                raise InputError(f"{folder}: damaged (the file arrays/{file} is not as it was written).")
-    target = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
-    try:
-        with checkpointer(alone=True) as orbax:
-            arrays = orbax.restore((folder / "arrays").resolve(), _sized(target))
-            return {n: arrays[n] if a.size else np.zeros(a.shape, a.dtype) for n, a in target.items()}
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-        raise InputError(f"{folder}: damaged ({_reason(error)}).") from None
-
-
-def _check_identity(folder: Path, facts: dict[str, Any], identity: dict[str, Any]) -> None:
-    """`InputError` where an adapter belongs to something else; the message says to what."""
-    if facts["base"] != identity["base"]:
-        raise InputError(
-            f"{folder}: was trained over a base with other weights (fingerprint {facts['base']}) than model.source has now "
-            f"({identity['base']}). Put the old weights back, or train anew with --fresh."
-        )
-    if facts["method"] != identity["method"]:
-        raise InputError(f"{folder}: was trained with adapter.method {facts['method']}, and the config says {identity['method']}.")
-    old, new = facts["sites"], identity["sites"]
-    for site in sorted(old.keys() | new.keys()):
-        if site not in old or site not in new:
-            raise InputError(f"{folder}: was trained {'with' if site in old else 'without'} {site}; adapter.targets of the config differs.")
-        for name in old[site].keys() | new[site].keys():
-            if old[site].get(name) != new[site].get(name):
-                raise InputError(f"{folder}: was trained with other {name} at {site} than the config's adapter section gives now.")
-
-
-def saved_classes(folder: Path) -> tuple[str, ...] | None:
-    """The classes that the adapter in `folder` was trained to tell apart, in order; None where it was no classification.
-
-    Raises:
-        InputError: nothing is there, or it is damaged.
-    """
-    classes = _facts(folder).get("classes")
-    if classes is not None and not (isinstance(classes, list) and len(classes) > 1 and all(isinstance(c, str) for c in classes)):
-        raise InputError(f"{folder / _ADAPTER_FACTS}: damaged.")
-    return None if classes is None else tuple(classes)
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """What `adapter.json` says, found as it was written."""
-    damaged = InputError(f"{folder / _ADAPTER_FACTS}: damaged.")
-    try:
-        facts = json.loads((folder / _ADAPTER_FACTS).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{folder}: no saved adapter here.") from None
-    except (OSError, ValueError):
-        raise damaged from None
-    if not isinstance(facts, dict):
-        raise damaged
-    digest = facts.pop("digest", None)
-    # One that says neither its format nor a digest is none of ours: a flipped bit makes no new adapter an old one.
-    if not (facts.get("format") == 1 and digest is None) and digest != _facts_digest(facts):
-        raise damaged
-    if facts["format"] not in (1, _ADAPTER_FORMAT):
-        raise InputError(f"{folder / _ADAPTER_FACTS}: written by a newer version (format {facts['format']}).")
-    return facts
-
-
-def _facts_digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -100,10 +100,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(np.float32) if name in self._scales else self._entry(name).dtype
 
-    def read(self, name: str) -> np.ndarray:
-        return self.read_slice(name, ())
-
-    def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
+    def _read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
         entry, scale = self._entry(name), self._scales.get(name)
         values = _read_part(entry, slice_bounds(entry.shape, index))
         return values if scale is None else values.astype(np.float32) * scale.part(slice_bounds(entry.shape, index))

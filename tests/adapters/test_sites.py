@@ -206,7 +206,7 @@ class OwnModel(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
         self.mha = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
-        self.ein = nnx.Einsum("ab,bc->ac", (8, 8), rngs=rngs)
+        self.ein, self.batched = nnx.Einsum("ab,bc->ac", (8, 8), rngs=rngs), nnx.Einsum("ab,bc->abc", (8, 8), rngs=rngs)
         self.mine, self.renamed = Mine(8, 8, rngs=rngs), Renamed(8, 8, rngs=rngs)
         self.out = nnx.Linear(8, 3, rngs=rngs)
 
@@ -214,15 +214,15 @@ class OwnModel(nnx.Module):
 def test_own_models_are_adapted_or_what_is_passed_over_is_named():
     model = OwnModel(nnx.Rngs(0))
     sites, passed = find_sites(model), passed_over(model)
-    assert {s.name for s in sites} == {"mha.query", "mha.key", "mha.value", "mha.out", "renamed", "out"}
-    assert set(passed) == {"conv", "ein", "mine"}
+    assert {s.name for s in sites} == {"mha.query", "mha.key", "mha.value", "mha.out", "ein", "renamed", "out"}
+    assert set(passed) == {"conv", "batched", "mine"}
     query = next(s for s in sites if s.name == "mha.query")
     assert (query.inputs, query.outputs) == (8, 8)
-    with pytest.warns(UserWarning, match=r"passes over 3 \(conv: convolutions.*ein: .*mine: a subclass of nnx.Linear"):
+    with pytest.warns(UserWarning, match=r"passes over 3 \(batched: nnx.Einsum.*conv: convolutions.*mine: a subclass of nnx.Linear"):
         select(sites, "all-linear", None, None, passed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert set(select(sites, "all-linear", ["conv", "ein", "mine"], None, passed)) == {s.name for s in sites}
+        assert set(select(sites, "all-linear", ["conv", "batched", "mine"], None, passed)) == {s.name for s in sites}
         assert set(select(sites, "attention", None, None, passed)) == {"mha.query", "mha.key", "mha.value", "mha.out"}
     for targets in (["conv"], "mi.e", ["out", "mine"]):
         with pytest.raises(InputError, match=r"adapter\.targets: .* cannot be adapted"):

@@ -156,6 +156,28 @@ def test_evaluate_reproduces_the_best_metrics(swept, monkeypatch):
         assert got[name] == pytest.approx(recorded["best"], abs=1e-6)
 
 
+def test_evaluate_marks_the_member_that_export_takes(swept):
+    from lora_jax.analysis.compare import choose_member
+
+    _, run, _ = swept
+    _, best, why = choose_member(run, None)
+    for split in ("eval", "train"):
+        shown = call("evaluate", run, "--split", split).out
+        starred = [line for line in shown.splitlines() if " * " in line]
+        assert len(starred) == 1 and best.name in starred[0], shown
+        assert f"* {why}" in " ".join(shown.split())
+    assert "*" not in call("evaluate", run, "--member", best.name).out  # of one member there is no choice
+
+
+def test_evaluate_marks_none_where_none_has_finished(copied):
+    _, run, _ = copied
+    for name in NAMES:
+        file = run / name / "results.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "diverged"}))
+    result = call("evaluate", run)
+    assert result.code == 0 and " * " not in result.out and "No member has finished: none is marked as best." in result.out
+
+
 def test_evaluate_prints_one_member_of_either_split(swept):
     _, run, _ = swept
     held_out, training = call("evaluate", run, "--member", NAMES[0]), call("evaluate", run, "--member", NAMES[0], "--split", "train")

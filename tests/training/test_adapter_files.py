@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.errors import InputError
-from lora_jax.training.checkpoint import load_adapter, save_adapter, saved_classes
+from lora_jax.training.adapter_files import load_adapter, save_adapter, saved_classes
 from lora_jax.weights.provenance import fingerprint
 from tests.tiny_hub import call
 

@@ -119,6 +119,18 @@ def test_slices_equal_the_whole(file, name, monkeypatch):
         np.testing.assert_array_equal(checkpoint.read_slice(name, index), whole[index])
 
 
+def test_numbers_that_are_not_finite_are_said(tmp_path):
+    tensors = hf_weights()
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][1, 2] = np.nan
+    write(tmp_path / "m.gguf", dict(to_gguf(n, v) for n, v in tensors.items()))
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert np.isfinite(checkpoint.read("model.norm.weight")).all()
+    with pytest.raises(InputError, match=rf"m\.gguf: '{name}' holds numbers that are not finite: 1 of"):
+        checkpoint.read(name)
+
+
 def test_config_is_what_config_json_would_say(file):
     config = open_checkpoint(file).config
     assert config == {
@@ -243,8 +255,9 @@ def test_every_kind_the_package_dequantises(tmp_path, kind, monkeypatch):
         embedding = {"token_embd.weight": np.zeros((VOCAB, WIDTH), np.float32)}
         write(tmp_path / "x.gguf", embedding | {"blk.0.ffn_up.weight": stored}, kinds={"blk.0.ffn_up.weight": kind})
         checkpoint = open_checkpoint(tmp_path)
-        got = checkpoint.read("model.layers.0.mlp.up_proj.weight")
-        part = checkpoint.read_slice("model.layers.0.mlp.up_proj.weight", (slice(3, 9), slice(5, 11)))
+        # Below the check that numbers are finite, as random ones are not.
+        got = checkpoint._read_slice("model.layers.0.mlp.up_proj.weight", ())
+        part = checkpoint._read_slice("model.layers.0.mlp.up_proj.weight", (slice(3, 9), slice(5, 11)))
     assert got.dtype == np.float32 and got.shape == (16, columns) == checkpoint.shape("model.layers.0.mlp.up_proj.weight")
     np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(part, expected[3:9, 5:11])

@@ -24,11 +24,11 @@ from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ..contraction import GENERAL, FlatSite, flat_kernel
 from ..inits.base import INIT_BATCHES
 from ..labels import Table, base_labels
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
 from ..sites import Site, SiteModule
-from .flat import FlatSite
 from .peft_form import PeftForm
 
 
@@ -74,16 +74,16 @@ class Method:
         """Which `Statistics` the init reads: `moment`, `gradient`."""
         return frozenset()
 
-    def init_batches(self, config: Any) -> int:
-        """Over how many training batches those are gathered."""
-        return getattr(config, "init_batches", INIT_BATCHES)
-
     def check(self, config: Any, site: Site, rank: int) -> None:
         """Refuses a layer of this rank that the method cannot adapt.
 
         Raises:
             InputError: names the key, and what would do.
         """
+
+    def init_batches(self, config: Any) -> int:
+        """Over how many training batches those are gathered."""
+        return getattr(config, "init_batches", INIT_BATCHES)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         """Name -> array, of one layer at this rank. The names and the number of axes are the same at every rank."""
@@ -293,7 +293,7 @@ class AdaptedSite(SiteModule):
         self.rank = max(extent)
         self.ranks: tuple[int, ...] = nnx.static((self.rank,) * (layers or 1))
         self.deterministic = False
-        axes = None if isinstance(base, nnx.LinearGeneral) else getattr(base, site.weight).get_metadata().get(AXES)
+        axes = None if isinstance(base, GENERAL) else getattr(base, site.weight).get_metadata().get(AXES)
         for name, parameter in method.padded(site, extent).items():
             if parameter.scope == "adapter":
                 setattr(self, name, (shared or {})[name])
@@ -315,10 +315,12 @@ class AdaptedSite(SiteModule):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def __call__(self, *inputs: jax.Array, rows: Rows | None = None, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, *inputs: jax.Array, rows: Rows | None = None, out_sharding: Any = None, einsum_str: None = None) -> jax.Array:
         if out_sharding is not None:  # Flax's own attention hands it on, None as a rule
             raise InputError(f"{self.site.name}: an adapted site takes no out_sharding: constrain its output instead.")
-        if not isinstance(self.base, nnx.LinearGeneral):
+        if einsum_str is not None or (isinstance(self.base, GENERAL) and any(more is not None for more in inputs[1:])):
+            raise InputError(f"{self.site.name}: an adapted site computes the einsum it was made with, and takes its input alone.")
+        if not isinstance(self.base, GENERAL):
             return self.method.apply(self, *inputs, rows=rows)
         flat: Any = FlatSite(self, inputs[0])
         return flat.unfold(self.method.apply(flat, flat.x, rows=rows))
@@ -334,10 +336,9 @@ class AdaptedSite(SiteModule):
         own = [getattr(self.base, name, None) for name in (self.weight, "bias")]
         weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
         assert weight is not None
-        if isinstance(self.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
-            lead = () if layers is None else (layers,)
-            weight = weight.reshape(*lead, self.site.inputs, self.site.outputs)
-            bias = None if bias is None else bias.reshape(*lead, self.site.outputs)
+        if isinstance(self.base, GENERAL):  # of which methods know one axis of inputs and one of outputs
+            weight = flat_kernel(self.base, weight)
+            bias = None if bias is None else bias.reshape(*weight.shape[:-2], self.site.outputs)
         return weight, bias
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -357,6 +358,17 @@ class AdaptedSite(SiteModule):
         """Sets arrays and settings by name, in place; layers in front of each, one where the weight is not stacked."""
         for name, value in arrays.items():
             getattr(self, name).set_value(jnp.asarray(value if self.stacked else value[0]))
+
+
+def refuse_alpha(config: AdapterConfig) -> None:
+    """For a method whose change of the weight has no scale.
+
+    Raises:
+        InputError: the section gives one.
+    """
+    for key in ("alpha", "alpha_pattern"):
+        if getattr(config, key) != AdapterConfig.model_fields[key].get_default(call_default_factory=True):
+            raise InputError(f"adapter.{key}: '{config.method}' has no scale that it could set.")
 
 
 def method_of(config: AdapterConfig) -> Method:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ...config.schema import AdapterConfig
 from ...config.types import PositiveFloat, Rank
-from ...errors import InputError
+from ...errors import InputError, nearest_numbers
 from ...models.layers import Rows
 from ..parameters import Parameter, SiteArrays
 from ..sites import Site
@@ -59,8 +59,8 @@ class Oft(Method):
 
     def check(self, config: OftSection, site: Site, rank: int) -> None:
         if rank < 2 or site.inputs % rank:
-            near = nearest_divisors(rank, [n for n in range(2, site.inputs + 1) if site.inputs % n == 0])
-            raise InputError(f"adapter.rank: blocks of {rank} do not divide the {site.inputs} inputs of {site.name}. Nearest: {near}.")
+            near = nearest_numbers(rank, (n for n in range(2, site.inputs + 1) if site.inputs % n == 0))
+            raise InputError(f"adapter.rank: blocks of {rank} do not divide the {site.inputs} inputs of {site.name}. {near}")
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         rows, axis = (rank, None) if self.block_share else (site.inputs, "in")
@@ -148,16 +148,6 @@ def places(block: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """A matrix product in full float32."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def nearest_divisors(wanted: int, divisors: Sequence[int]) -> str:
-    """The next smaller and the next larger of sorted numbers, in words.
-
-    >>> nearest_divisors(10, [1, 2, 4, 8, 16])
-    '8 and 16'
-    """
-    below, above = [n for n in divisors if n <= wanted][-1:], [n for n in divisors if n > wanted][:1]
-    return " and ".join(map(str, below + above))
 
 
 register_method("oft", Oft())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import exact
+from tests.adapters.methods import exact
 
 
 def test_the_equation():

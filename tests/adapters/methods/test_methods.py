@@ -28,6 +28,9 @@ ADAPTING = [name for name, method in METHODS.all().items() if method.kinds and t
 # Method -> the sections of four members, in place of the ones below.
 RANKS = (2, 4, 3, 1)
 VALUES: dict[str, Any] = {
+    "gralora": {"ranks": (2, 4, 6, 8), "section": {"hybrid_r": 1}},
+    "lokr": {"section": {"decompose_both": True}},  # at these widths a rank of 4 is above half, where w2 is whole, and 2 where w1 is
+    "c3a": {"ranks": (8, 16, 4, 32)},
     "hra": {"ranks": (2, 4, 6, 8)},
     "oft": {"ranks": (4, 8, 2, 16)},
     "road": {"section": {"group_size": 8}},
@@ -90,7 +93,7 @@ def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name
         for array in mine:
             moved = np.linalg.norm(wanted[array] - own_start[array])
             assert np.linalg.norm(mine[array] - wanted[array]) <= 1e-5 * np.linalg.norm(wanted[array]) + 1e-3 * moved, array
-            assert moved > 0 or not pack.part.labels[array].startswith("adapter"), array
+            assert moved > 0 or not wanted[array].size or not pack.part.labels[array].startswith("adapter"), array
         windows = pack.windows(model, k)
         for array, values in state.trainable.items():  # what is no member's own stays as it was
             rest = np.ones(values.shape[1:], bool)
