@@ -296,7 +296,7 @@ def _integers(array: np.ndarray) -> Tensor:
 
 
 class PeftExporter(Exporter):
-    """An adapter in PEFT's format. One whose init took its start out of the base has twice the rank, or with `keep_base` a base of its own."""
+    """An adapter in PEFT's format; one that began as a part of the base has twice the rank, or with `keep_base` a base of its own."""
 
     summary = "The adapter alone, float32, for PEFT."
     options: ClassVar[Mapping[str, tuple[Any, ...]]] = {"keep_base": ()}
