@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from ...config.schema import AdapterConfig
 from ...models.layers import Rows
+from ..inits.base import LowRankConfig
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, register_method
@@ -28,7 +28,7 @@ from .peft_form import Weight
 _LEAST = 1e-6
 
 
-class DoraSection(AdapterConfig):
+class DoraSection(LowRankConfig):
     method: Literal["dora"] = Field(default="dora", description="Magnitude and direction of the weight apart (arXiv:2402.09353).")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732) in place of alpha / rank.")
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import nnx
 
-from ...adapters.merge import unmerge
+from ...adapters.merge import plain, strip, unmerge
 from ...adapters.sites import Site
 from ...config.doors import EXPORTERS, METHODS
 from ...config.patterns import Patterns
 from ...errors import InputError
+from ...models.heads import Classifier
 from ...sweeps.restore import Restored
 from ...tracking.files import new_folder
 from ...weights.safetensors import Tensor, write_safetensors
 from ..card import model_card, public_name, write_card
 from ..export import Exporter, ExportOptions
+from ..hf import save_pretrained
 from .adapter import AdaptedModule, Adapter
 from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, config_values, new_config, said_places, to_json
 from .names import PROJECTION, ROOT, SHARED
@@ -294,9 +296,10 @@ def _integers(array: np.ndarray) -> Tensor:
 
 
 class PeftExporter(Exporter):
-    """An adapter in PEFT's format."""
+    """An adapter in PEFT's format; one that began as a part of the base has twice the rank, or with `keep_base` a base of its own."""
 
     summary = "The adapter alone, float32, for PEFT."
+    options: ClassVar[Mapping[str, tuple[Any, ...]]] = {"keep_base": ()}
 
     def can(self, restored: Restored) -> str | None:
         """Why PEFT has no file for what was trained; None where it has."""
@@ -311,10 +314,16 @@ class PeftExporter(Exporter):
 
     def write(self, restored: Restored, folder: Path, options: ExportOptions) -> None:
         """Config, tensors and a model card."""
-        adapter, source = Adapter(restored.model), restored.member.config.model.source
-        _write(adapter, folder, None)
-        auto = adapter.kind.auto_class if adapter.kind else "AutoModel"
+        model, source = restored.model, restored.member.config.model.source
         base = public_name(source) if source.startswith("hf://") else "PATH OF THE BASE"
+        if options.keep_base:
+            if (changed := plain(model, shifted=True)) is model:
+                raise InputError(f"--keep-base: the init of member '{restored.member.name}' took nothing out of the base.")
+            model, base, bare = changed, "PATH/base", strip(changed)
+            save_pretrained(bare.base if isinstance(bare, Classifier) else bare, folder / "base", dtype="float32")
+        adapter = Adapter(model)
+        _write(adapter, folder, "base" if options.keep_base else None)
+        auto = adapter.kind.auto_class if adapter.kind else "AutoModel"
         labels = f", num_labels={len(restored.classes)}" if restored.classes and adapter.kind and adapter.kind.head_modules else ""
         usage = [
             "from peft import PeftModel",
