@@ -22,8 +22,8 @@ from ...adapters.sites import logical_name
 from ...errors import InputError, hint, nearest
 from ...models.decoder import Decoder
 from ...weights.checkpoint import Checkpoint
-from ...weights.safetensors import SafetensorsCheckpoint
-from .config import WEIGHTS_NAME, PeftConfig, adapter_folder, read_peft_config
+from ...weights.safetensors import SafetensorsCheckpoint, read_digests
+from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, adapter_folder, check_digests, read_peft_config
 from .lora import Factors, factor_keys, factor_shapes, from_file, module_of_key, section_of
 from .names import PROJECTION, ROOT, Module, Parameter, PeftNames
 
@@ -88,6 +88,8 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
         raise InputError("the model bears adapters already: load onto the base.")
     config = read_peft_config(path)
     file = _open(adapter_folder(path))
+    if file.path.name == WEIGHTS_NAME:
+        check_digests(config.raw, read_digests(file.path, file), str(file.path.with_name(CONFIG_NAME)))
     base = copy_of(model)
     names = _names(base, config, file)
     plan = _plan(names, config, file)

@@ -30,7 +30,7 @@ from ...tracking.files import new_folder
 from ...weights.safetensors import Tensor, write_safetensors
 from ..card import model_card, public_name, write_card
 from ..export import Exporter, ExportOptions, kind_of
-from .config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, PeftConfig, read_peft_config, to_json
+from .config import CONFIG_NAME, DEFAULTS, WEIGHTS_NAME, PeftConfig, option_digests, read_peft_config, to_json
 from .lora import Factors, alpha_of, config_values, factor_keys, in_our_words, plain, section_of, section_of_record, to_file, wrong_values
 from .names import PROJECTION, ROOT, Module, Parameter, PeftNames, Renaming
 
@@ -92,6 +92,7 @@ class _Adapter:
 def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, card: str | None = None) -> None:
     """Writes an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, float32.
 
+    The header of the tensors' file holds digests of them and of the config, by which `load_peft` knows damage; PEFT passes them over.
     Padded ranks are trimmed. An adapter from `load_peft` keeps its config and the bits of its tensors.
 
     Args:
@@ -118,7 +119,7 @@ def _write(adapter: _Adapter, folder: Path, base: str | None) -> None:
         config = config | _source(adapter)
     (folder / CONFIG_NAME).write_text(to_json(config), encoding="utf-8")
     tensors = _tensors(adapter, PeftConfig.parse(config, CONFIG_NAME), ranks)
-    write_safetensors(folder / WEIGHTS_NAME, dict(sorted(tensors.items())))
+    write_safetensors(folder / WEIGHTS_NAME, dict(sorted(tensors.items())), digests=option_digests(config))
 
 
 class LoraConfig(LoraSection):
