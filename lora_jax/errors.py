@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 import warnings
 from collections.abc import Iterable
 
+_LONGEST = 4000  # characters of a message
+
 
 class InputError(ValueError):
-    """Bad input. The message names the file and key, what was wrong, and the nearest valid choice."""
+    """Bad input. The message names the file and key, what was wrong, and the nearest valid choice. What is longer than a screen is cut.
+
+    >>> len(str(InputError("no column '" + "x" * 100_000 + "'. Columns: text.")))
+    148
+    """
+
+    def __init__(self, message: str):
+        if len(message) > _LONGEST:
+            message = re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", message)
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ...")
 
 
 class Stopped(BaseException):
@@ -69,6 +81,17 @@ def nearest(word: str, choices: Iterable[str], *, count: int = 3) -> list[str]:
     choices = list(choices)
     by_lower = {c.lower(): c for c in choices}
     return [by_lower[m] for m in difflib.get_close_matches(word.lower(), by_lower, n=count, cutoff=0.5)]
+
+
+def nearest_numbers(wanted: int, choices: Iterable[int]) -> str:
+    """A sentence that names the next smaller and the next larger of some numbers; that there is none, where there is none.
+
+    >>> nearest_numbers(10, [1, 2, 4, 8, 16])
+    'Nearest: 8 and 16.'
+    """
+    numbers = sorted(choices)
+    near = [n for n in numbers if n <= wanted][-1:] + [n for n in numbers if n > wanted][:1]
+    return f"Nearest: {' and '.join(map(str, near))}." if near else "No size does."
 
 
 def hint(word: str, choices: Iterable[str]) -> str:

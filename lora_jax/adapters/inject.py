@@ -22,6 +22,7 @@ from ..errors import InputError, nearest
 from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT
 from ..models.stack import Stack
 from ..parallel.mesh import to_host
+from .contraction import GENERAL, flat_kernel
 from .labels import FROZEN, label_of
 from .layout import Layout, ResolvedAdapter, ResolvedSite, SiteLayout, label_table, resolve, unite
 from .methods.base import AdaptedSite
@@ -76,7 +77,7 @@ def inject_layout(model: nnx.Module, layout: Layout) -> nnx.Module:
     layout.method.prepare(adapted)
     _check_saved(model, layout)
     if not _label(adapted, layout) and not layout.method.kinds:
-        raise InputError(f"adapter.method: {layout.method.name}: the model has nothing that it would train (no head).")
+        raise InputError(f"adapter.method: {layout.method.name}: the model has no head, so there is nothing to train.")
     return adapted
 
 
@@ -268,6 +269,6 @@ def _weight_of(module: AdaptedSite, layer: int) -> Callable[[], np.ndarray]:
     def weight() -> np.ndarray:
         whole = getattr(module.base, module.weight)[...]
         array = to_host(whole[layer] if module.stacked else whole).astype(np.float32)
-        return array.reshape(module.site.inputs, module.site.outputs) if isinstance(module.base, nnx.LinearGeneral) else array
+        return flat_kernel(module.base, array) if isinstance(module.base, GENERAL) else array
 
     return weight

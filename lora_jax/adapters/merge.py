@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..models.decoder import Decoder
-from .inject import set_child
+from .contraction import GENERAL, own_kernel
+from .inject import recall, remember, set_child
 from .methods.base import AdaptedSite
 
 
@@ -54,6 +56,49 @@ def unmerge(model: nnx.Module) -> nnx.Module:
     return _replace(model, Merged, lambda module: module.original)
 
 
+def plain(model: nnx.Module, *, shifted: bool = False) -> nnx.Module:
+    """A model that computes the same with adapters of forms that other programs know (`Method.plain`), for export.
+
+    Args:
+        model: an adapted model.
+        shifted: whether the base's weights may change for it: what an adapter's init took out of them is then missing there.
+
+    Returns:
+        the model itself where all of it has such a form already.
+    """
+    record = recall(model)
+    method = next((m.method for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite)), None)
+    if method is None:
+        return model
+    known = record is not None and json.loads(record.config)["method"] == method.name
+    section = method.section.model_validate(json.loads(record.config) if known and record is not None else {})
+    sections = []
+
+    def make(module: AdaptedSite) -> nnx.Module:
+        found = module.method.plain(module, section, module.base_arrays()[0] if shifted else None)
+        if found is None:
+            return module
+        base: Any = copy_of(module.base)
+        if found.weight is not None:
+            _set_top(getattr(base, module.weight), _own(base, found.weight))
+        layers, extent = len(module.ranks) if module.stacked else None, tuple(rank * found.times for rank in module.extent)
+        new = AdaptedSite(base, module.site, layers=layers, extent=extent, method=found.method, dropout=hasattr(module, "dropout_rate"))
+        for name, value in found.arrays.items():
+            getattr(new, name).set_value(value)
+        new.ranks, new.deterministic = nnx.static(tuple(rank * found.times for rank in module.ranks)), module.deterministic
+        if hasattr(new, "dropout_rate"):
+            new.dropout_rate.set_value(module.dropout_rate[...])
+        sections.append(found.config)
+        return new
+
+    changed = _replace(model, AdaptedSite, make)
+    if not sections:
+        return model
+    if known and record is not None:
+        remember(changed, sections[0], record.foreign)
+    return changed
+
+
 def strip(model: nnx.Module) -> nnx.Module:
     """The model without its adapters: the base's own modules at every site. What else was trained stays as it is."""
     return _replace(model, AdaptedSite, lambda module: module.base)
@@ -81,10 +126,15 @@ def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
 def _folded(module: AdaptedSite) -> nnx.Module:
     folded: Any = copy_of(module.base)
     weight, bias = merged_arrays(module)
-    _set_top(getattr(folded, module.weight), weight)
+    _set_top(getattr(folded, module.weight), _own(folded, weight))
     if bias is not None:
         _set_top(folded.bias, bias)
     return folded
+
+
+def _own(base: Any, weight: jax.Array) -> jax.Array:
+    """A weight (..., inputs, outputs) in the axes that a base's module has."""
+    return own_kernel(base, weight) if isinstance(base, GENERAL) else weight
 
 
 def _set_top(variable: nnx.Variable, layers: jax.Array) -> None:

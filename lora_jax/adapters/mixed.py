@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from ..models.experts import grouped_matmul
 from ..models.layers import PER_SEGMENT, Rows
 from ..parallel.constraints import take_positions
-from .methods.base import FlatSite
+from .contraction import GENERAL, FlatSite
 from .parameters import AdapterParam, AdapterSetting
 from .sites import Site, SiteModule
 
@@ -60,7 +60,7 @@ class MixedLinear(MixedSite):
     """A linear site."""
 
     def __call__(self, x: jax.Array, rows: Rows | None = None, out_sharding: None = None) -> jax.Array:
-        if not isinstance(self.base, nnx.LinearGeneral):
+        if not isinstance(self.base, GENERAL):
             return self._mixed(self.base, x, rows)
         flat = FlatSite(self, x)
         return flat.unfold(self._mixed(flat.base, flat.x, rows))

@@ -17,6 +17,7 @@ from ..errors import InputError, nearest, warn
 from ..models.experts import ExpertLinear
 from ..models.layers import HEAD_MODULES, Embedding
 from ..models.stack import Stack
+from .contraction import GENERAL, kernel_axes, unfit
 from .parameters import own_name
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -143,7 +144,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
     """
     modules: dict[Path, nnx.Module] = dict(nnx.iter_modules(model))
     if any(isinstance(m, SiteModule) for m in modules.values()):
-        raise InputError("the model bears adapters already: inject into the base.")
+        raise InputError("the model already has adapters: inject into the base.")
     sites = []
     for path, module in modules.items():
         shape = _weight_shape(module) if path else None
@@ -166,17 +167,16 @@ _QUERIES = ("query", "key", "value", "qkv", "q_proj", "k_proj", "v_proj", "qkv_p
 
 def _weight_shape(module: nnx.Module) -> tuple[str, str, list[int], int, int] | None:
     """(kind, name of the weight, leading axes, inputs, outputs) of a module that can be a site, else None."""
-    for kind, type_, weight, axes in _SITE_TYPES:
+    for kind, type_, weight, stacked in _SITE_TYPES:
         if not _runs_as(module, type_):
             continue
-        shape, ins, outs = getattr(module, weight).shape, 1, 1
-        if isinstance(module, nnx.LinearGeneral):
-            if module.batch_axis:
-                return None
-            ins, outs = len(module.in_features), len(module.out_features)
-        leading = list(shape[: len(shape) - ins - outs])
-        sizes = math.prod(shape[len(leading) : len(leading) + ins]), math.prod(shape[len(leading) + ins :])
-        return (kind, weight, leading, *sizes) if len(leading) in axes else None
+        shape = getattr(module, weight).shape
+        if isinstance(module, GENERAL) and unfit(module):
+            return None
+        own, ins = kernel_axes(module) if isinstance(module, GENERAL) else ([0, 1], 1)
+        leading = list(shape[: len(shape) - len(own)])
+        sizes = [math.prod(shape[len(leading) + axis] for axis in axes) for axes in (own[:ins], own[ins:])]
+        return (kind, weight, leading, sizes[0], sizes[1]) if len(leading) in stacked else None
     return None
 
 
@@ -189,6 +189,7 @@ def _runs_as(module: nnx.Module, type_: type[nnx.Module]) -> bool:
 _SITE_TYPES: tuple[tuple[str, type[nnx.Module], str, tuple[int, int]], ...] = (
     ("linear", nnx.Linear, "kernel", (0, 1)),
     ("linear", nnx.LinearGeneral, "kernel", (0, 1)),
+    ("linear", nnx.Einsum, "kernel", (0, 1)),
     ("embedding", nnx.Embed, "embedding", (0, 1)),
     ("embedding", Embedding, "embedding", (0, 1)),
     ("expert", ExpertLinear, "kernel", (1, 2)),
@@ -204,12 +205,10 @@ def passed_over(model: nnx.Module) -> dict[str, str]:
             continue
         if isinstance(module, nnx.Conv | nnx.ConvTranspose):
             why = "convolutions are not supported yet"
-        elif isinstance(module, nnx.Einsum):
-            why = "nnx.Einsum is not supported: write nnx.LinearGeneral"
+        elif isinstance(module, GENERAL) and (reason := unfit(module)):
+            why = reason
         elif shape is not None:
             why = "it is the whole model: put it into a module of yours, such as nnx.Sequential"
-        elif isinstance(module, nnx.LinearGeneral) and module.batch_axis:
-            why = "nnx.LinearGeneral with batch axes is not supported"
         elif (type_ := next((t for _, t, _, _ in _SITE_TYPES if isinstance(module, t)), None)) is not None:
             own = (
                 "has a __call__ of its own, and merging could compute something else" if not _runs_as(module, type_) else "is stacked twice"
@@ -323,7 +322,7 @@ def select(
         if wanted.any():
             chosen[site.name] = (site, wanted)
     if not chosen:
-        raise InputError("adapter.exclude: leaves nothing of adapter.targets to adapt.")
+        raise InputError("adapter.exclude: excludes every module that adapter.targets matches.")
     if layers is not None:
         _keep_layers(chosen, layers, sites)
     if targets == "all-linear" and left:
@@ -386,9 +385,9 @@ def _layer_numbers(sites: list[Site]) -> set[int]:
 def _keep_layers(chosen: dict[str, tuple[Site, np.ndarray]], layers: int | str | list[int], sites: list[Site]) -> None:
     numbers = _layer_numbers([site for site, _ in chosen.values()])
     if not numbers:
-        raise InputError("adapter.layers: none of the targets is in a numbered layer.")
+        raise InputError("adapter.layers: none of the modules that adapter.targets matches is in a numbered layer.")
     wanted = parse_layers(layers, max(_layer_numbers(sites)) + 1)
     for site, mask in chosen.values():
         mask &= np.array([layer_number(names[0]) in wanted for names in site.names])
     if not any(mask.any() for _, mask in chosen.values()):
-        raise InputError(f"adapter.layers: {layers!r} leaves no target (layers with targets: {sorted(numbers)}).")
+        raise InputError(f"adapter.layers: {layers!r} leaves no module to adapt (layers with targets: {sorted(numbers)}).")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from .options import RunPath, results_console
 
 
@@ -18,7 +20,8 @@ def evaluate(
 ) -> None:
     """Evaluate the saved adapters of a run.
 
-    Loads the base and each member's saved adapter, and prints the metrics of the task.
+    Loads the base and each member's saved adapter, and prints the metrics of the task. Of a sweep, the best member is marked:
+    the one that `export` and `generate` take.
     """
     from rich.table import Table
     from rich.text import Text
@@ -29,11 +32,26 @@ def evaluate(
     from ..tracking.results import union
 
     results = evaluate_run(run, member=member, split=split, progress=Progress())
+    best, why = _best_of(run) if len(results) > 1 else (None, None)
     metrics = [EVALUATORS.get(name, "metric") for name in union(results.values())]
-    table = Table(title=Text(f"{run} ({split})", style="table.title"))
+    caption = Text(why, style="dim") if why else None
+    table = Table(title=Text(f"{run} ({split})", style="table.title"), caption=caption, caption_justify="left")
     table.add_column("member")
     for metric in metrics:
         table.add_column(Text(metric.heading), justify="right")
     for name, values in results.items():
-        table.add_row(Text(name), *(metric.format(values[metric.name]) if metric.name in values else "" for metric in metrics))
+        figures = (metric.format(values[metric.name]) if metric.name in values else "" for metric in metrics)
+        table.add_row(Text(name + (" *" if name == best else "")), *figures, style="bold green" if name == best else None)
     results_console().print(table)
+
+
+def _best_of(run: Path) -> tuple[str | None, str]:
+    """The run's best member by what it recorded when it was trained, None where there is none; and what is to be told of that."""
+    from ..analysis.compare import best_of_run
+    from ..sweeps.restore import run_members
+
+    try:
+        best = best_of_run(run, run_members(run))
+    except InputError as error:
+        return None, f"No member is marked as best: {error}"
+    return (best[0], f"* {best[1]} (as recorded in training)") if best else (None, "No member has finished: none is marked as best.")

@@ -150,20 +150,35 @@ def encode_chat(messages: Any, tokenizer: Any, row: int, date: str = DATE) -> Ch
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, padding=False)
     ids = list(encoded["input_ids"])
     wanted = [any(start <= a < end for start, end in spans) for a, _ in encoded["offset_mapping"]]
-    # A message may bear the token that begins or ends a text, and the template adds it again.
-    once = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    kept = [n for n, token in enumerate(ids) if not (n and token in once and ids[n - 1] == token)]
+    kept = _said_once(ids, tokenizer)
     return Chat([ids[n] for n in kept], [wanted[n] for n in kept], left_out)
 
 
-def render_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> str:
-    """The text of a conversation up to where the assistant begins; `where` names it in messages.
+def _said_once(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """Which of a conversation's tokens are kept: a message may bear the one that begins or ends a text, and the template adds it again."""
+    once = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return [n for n, token in enumerate(ids) if not (n and token in once and ids[n - 1] == token)]
+
+
+def prompt_ids(prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> list[int]:
+    """The tokens that a decoder goes on from, as it was trained on them: what begins a text stands there, once, and nothing ends it.
+
+    Args:
+        prompt: a text; or a conversation, which the chat template shows up to where the assistant begins.
+        tokenizer: of the model.
+        where: names the prompt, for messages.
 
     Raises:
-        InputError: no template, or one that refuses it or takes too long.
+        InputError: half of a character stands in it; no template, or one that refuses the conversation or takes too long.
     """
+    from ..weights.tokenizer import check_text  # on use: the process that renders imports this file, and has no need of tokenizers
+
+    if isinstance(prompt, str):
+        return with_start(plain_ids(tokenizer, [check_text(prompt, where)])[0], start_ids(tokenizer))
     template = template_of(tokenizer, f"{where}: this model's tokenizer has no chat template; give the prompt as text.")
-    return _render(template, tokenizer, None, f"{where}: the chat template refuses it: ", [([dict(m) for m in messages], True)])[0][0]
+    shown = _render(template, tokenizer, None, f"{where}: the chat template refuses it: ", [([dict(m) for m in prompt], True)])[0][0]
+    ids = plain_ids(tokenizer, [check_text(shown, where)])[0]
+    return [ids[n] for n in _said_once(ids, tokenizer)]
 
 
 def template_of(tokenizer: Any, missing: str) -> str:

@@ -35,10 +35,12 @@ class ExportOptions:
     Attributes:
         dtype: of the written weights.
         max_shard_size: bytes of weights in one file.
+        keep_base: whether what an adapter's init took out of the base's weights stays out: the base that is left is written beside it.
     """
 
     dtype: str | None = None
     max_shard_size: int | None = None
+    keep_base: bool | None = None
 
     def given(self) -> dict[str, str | int]:
         """Name -> value of the options that are set."""
@@ -87,7 +89,7 @@ def check_options(exporter: Exporter, form: str, options: ExportOptions) -> None
             known = ", ".join(option_flag(o) for o in exporter.options) or "none"
             raise InputError(f"{option_flag(name)}: --format {form} has no such option. Its options: {known}.")
         if (choices := exporter.options[name]) and value not in choices:
-            raise InputError(f"{option_flag(name)}: '{value}'. {hint(str(value), choices)}".rstrip())
+            raise InputError(f"{option_flag(name)}: unknown value '{value}'. {hint(str(value), choices)}".rstrip())
 
 
 @dataclasses.dataclass(frozen=True)

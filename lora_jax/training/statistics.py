@@ -78,7 +78,7 @@ def _watched(y: jax.Array, x: jax.Array, real: jax.Array, arrays: Arrays) -> jax
 
 
 def _forward(y: jax.Array, x: jax.Array, real: jax.Array, arrays: Arrays) -> tuple[jax.Array, Any]:
-    return y, (x, real, sorted(arrays))
+    return y, (x, real, dict.fromkeys(arrays, jnp.float32(0)))  # their names alone
 
 
 def _backward(kept: Any, dy: jax.Array) -> Any:

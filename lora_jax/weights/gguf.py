@@ -71,10 +71,7 @@ class GGUFCheckpoint(Checkpoint):
         self._tensor(name)
         return np.dtype(np.float32)
 
-    def read(self, name: str) -> np.ndarray:
-        return self.read_slice(name, ())
-
-    def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
+    def _read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
         tensor = self._tensor(name)
         bounds = slice_bounds(tensor.shape, index)
         order = self._row_order(name, tensor)

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,13 @@ def _snapshot(repo: str, kind: str, revision: str | None, patterns: tuple[str, .
         return Path(huggingface_hub.snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=wanted))
 
 
+# How long the hub may take to answer.
+_ANSWER_SECONDS = 10.0
+
+
 @contextlib.contextmanager
 def hub_or_cache(repo: str, kind: str) -> Iterator[None]:
-    """What is read of the hub inside comes from its cache alone where the hub does not answer, and a word says so.
+    """What is read of the hub inside comes from its cache alone where the hub does not answer or give it, and a word says so.
 
     The clients would try again and again, for half a minute.
 
@@ -97,22 +102,15 @@ def hub_or_cache(repo: str, kind: str) -> Iterator[None]:
         kind: `model` or `dataset`.
 
     Raises:
-        InputError: the hub does not answer, and what was asked for is not in the cache.
+        InputError: so it is, and what was asked for is not in the cache, or cannot be read there.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub import constants
 
-    try:
-        huggingface_hub.HfApi().repo_info(repo, repo_type=kind, timeout=10)
-        unreachable = None
-    except (HfHubHTTPError, OfflineModeIsEnabled, ValueError):  # it answers, or nobody wants it to, or there is no such name
-        unreachable = None
-    except Exception as error:  # whatever its HTTP library raises
-        unreachable = hub_reason(error)
-    if unreachable is None:
+    why = _why_not(repo, kind)
+    if why is None:
         yield
         return
-    clients: list[Any] = [huggingface_hub.constants]
+    clients: list[Any] = [constants]
     if kind == "dataset":
         from datasets import config
 
@@ -122,25 +120,77 @@ def hub_or_cache(repo: str, kind: str) -> Iterator[None]:
         for client in clients:
             client.HF_HUB_OFFLINE = True
         yield
-    except Exception:
-        raise InputError(f"the hub does not answer: {unreachable}; and its files are not in the cache") from None
+    except InputError:
+        raise
+    except Exception as error:  # of the hub's client, or of what reads the cache's files
+        raise InputError(f"{why}; and {_of_cache(error)}") from None
     finally:
         for client, value in zip(clients, before, strict=True):
             client.HF_HUB_OFFLINE = value
-    warn(f"the hub does not answer ({unreachable}): what is in its cache of '{repo}' is read, be it up to date or not.")
+    warn(f"{why}: what is in its cache of '{repo}' is read, be it up to date or not.")
+
+
+def _why_not(repo: str, kind: str) -> str | None:
+    """Why the hub is not asked for files: it does not answer, or refuses the repository; None where it is asked."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    outcome: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            huggingface_hub.HfApi().repo_info(repo, repo_type=kind, timeout=_ANSWER_SECONDS)
+            outcome.append(None)
+        except Exception as error:  # whatever its HTTP library raises
+            outcome.append(error)
+
+    # The library's own limit holds for each address that a name has: where packets vanish, these are a dozen.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_ANSWER_SECONDS)
+    error = outcome[0] if outcome else TimeoutError(f"nothing came in {_ANSWER_SECONDS:g} seconds")
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status >= 500:
+            return f"the hub does not answer: {hub_reason(error)}"
+        return f"the hub does not give it: {hub_reason(error)}" if status == 401 or _is(error, "RepositoryNotFoundError") else None
+    # Nobody wants it to answer, or there is no such name: its client says so.
+    if error is None or isinstance(error, OfflineModeIsEnabled | ValueError):
+        return None
+    return f"the hub does not answer: {hub_reason(error)}"
+
+
+def _of_cache(error: Exception) -> str:
+    """What is the matter with the copy in the cache, where the hub is not asked."""
+    # Who asks for what is not there asks the hub: `datasets` then speaks of the connection.
+    if isinstance(error, ConnectionError) or _is(error, "LocalEntryNotFoundError"):
+        return _lacking(error)
+    return f"its copy in the cache cannot be read: {hub_reason(error)}"
+
+
+def _lacking(error: Exception) -> str:
+    if not _is(error, "IncompleteSnapshotError"):
+        return "its files are not in the cache"
+    named = re.search(r"missing \((.+?)\)", str(error))
+    return "its copy in the cache is not whole" + (f": it lacks {named[1]}" if named else "")
+
+
+def _is(error: BaseException | None, name: str) -> bool:
+    return name in {kind.__name__ for kind in type(error).__mro__}
 
 
 def hub_reason(error: Exception) -> str:
     """Why the hub's client failed, in a few words."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "GatedRepoError" in kinds:
+    if _is(error, "GatedRepoError"):
         return "its owner grants access: ask for it on the repository's page, then log in with `hf auth login`"
-    if "RepositoryNotFoundError" in kinds:
+    if _is(error, "RepositoryNotFoundError"):
         return "no such repository, or a private one; `hf auth login` gives access to yours"
-    if "RevisionNotFoundError" in kinds:
+    if _is(error, "RevisionNotFoundError"):
         return "the repository has no such revision"
-    if "OfflineModeIsEnabled" in kinds | {type(error.__cause__).__name__}:
-        return "HF_HUB_OFFLINE is set, and its files are not in the cache"
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        return "your login is not valid: renew it with `hf auth login`, or remove HF_TOKEN"
+    if _is(error, "OfflineModeIsEnabled") or _is(error.__cause__, "OfflineModeIsEnabled"):
+        return f"HF_HUB_OFFLINE is set, and {_lacking(error)}"
     text = str(error).strip()
     return text.splitlines()[0][:200].rstrip(".") if text else type(error).__name__
 

@@ -91,7 +91,7 @@ def test_exclude(bert):
     assert names(bert, "all-linear", "mlp") == ATTENTION | {"pooler"}
     half = select(bert, ["q_proj"], r"layers\.[01]\..*", None)
     assert half["layers.attn.q_proj"].tolist() == [False, False, True, True]
-    with pytest.raises(InputError, match=r"adapter\.exclude: leaves nothing"):
+    with pytest.raises(InputError, match=r"adapter\.exclude: excludes every module"):
         names(bert, ["q_proj"], ["q_proj"])
     with pytest.raises(InputError, match=r"adapter\.exclude: 'k_prj'.*k_proj"):
         names(bert, "attention", ["k_prj"])
@@ -128,15 +128,15 @@ def test_bad_layers(layers):
 def test_layers_cut_the_chosen_sites(bert):
     chosen = select(bert, ["q_proj", "pooler"], None, "last:2")
     assert {k: v.tolist() for k, v in chosen.items()} == {"layers.attn.q_proj": [False, False, True, True]}  # the pooler is in no layer
-    with pytest.raises(InputError, match="none of the targets is in a numbered layer"):
+    with pytest.raises(InputError, match="none of the modules that adapter.targets matches is in a numbered layer"):
         names(bert, ["pooler"], None, 0)
-    with pytest.raises(InputError, match=r"leaves no target"):
+    with pytest.raises(InputError, match=r"leaves no module"):
         names(bert, r"layers\.0\..*", None, 1)
 
 
 def test_layers_count_from_the_top_of_the_model_not_of_the_targets():
     net = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(4)))
-    with pytest.raises(InputError, match="leaves no target"):
+    with pytest.raises(InputError, match="leaves no module"):
         names(find_sites(net), r"layers\.[01]", None, "last:1")
     assert names(find_sites(net), "all-linear", None, "last:1") == {"layers.3"}
 
@@ -206,7 +206,7 @@ class OwnModel(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
         self.mha = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
-        self.ein = nnx.Einsum("ab,bc->ac", (8, 8), rngs=rngs)
+        self.ein, self.batched = nnx.Einsum("ab,bc->ac", (8, 8), rngs=rngs), nnx.Einsum("ab,bc->abc", (8, 8), rngs=rngs)
         self.mine, self.renamed = Mine(8, 8, rngs=rngs), Renamed(8, 8, rngs=rngs)
         self.out = nnx.Linear(8, 3, rngs=rngs)
 
@@ -214,15 +214,15 @@ class OwnModel(nnx.Module):
 def test_own_models_are_adapted_or_what_is_passed_over_is_named():
     model = OwnModel(nnx.Rngs(0))
     sites, passed = find_sites(model), passed_over(model)
-    assert {s.name for s in sites} == {"mha.query", "mha.key", "mha.value", "mha.out", "renamed", "out"}
-    assert set(passed) == {"conv", "ein", "mine"}
+    assert {s.name for s in sites} == {"mha.query", "mha.key", "mha.value", "mha.out", "ein", "renamed", "out"}
+    assert set(passed) == {"conv", "batched", "mine"}
     query = next(s for s in sites if s.name == "mha.query")
     assert (query.inputs, query.outputs) == (8, 8)
-    with pytest.warns(UserWarning, match=r"passes over 3 \(conv: convolutions.*ein: .*mine: a subclass of nnx.Linear"):
+    with pytest.warns(UserWarning, match=r"passes over 3 \(batched: nnx.Einsum.*conv: convolutions.*mine: a subclass of nnx.Linear"):
         select(sites, "all-linear", None, None, passed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert set(select(sites, "all-linear", ["conv", "ein", "mine"], None, passed)) == {s.name for s in sites}
+        assert set(select(sites, "all-linear", ["conv", "batched", "mine"], None, passed)) == {s.name for s in sites}
         assert set(select(sites, "attention", None, None, passed)) == {"mha.query", "mha.key", "mha.value", "mha.out"}
     for targets in (["conv"], "mi.e", ["out", "mine"]):
         with pytest.raises(InputError, match=r"adapter\.targets: .* cannot be adapted"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
 import jax
@@ -48,6 +49,19 @@ def test_shapes_alone_read_no_weights(hub, monkeypatch):
     monkeypatch.setattr(type(files._checkpoint), "read_slice", refuse)
     shapes = {v.get_value().__class__ for _, v in nnx.iter_graph(BaseFiles(str(hub.llama)).model) if isinstance(v, nnx.Variable)}
     assert shapes == {jax.ShapeDtypeStruct}
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_file_and_name(hub, tmp_path, number):
+    folder = shutil.copytree(hub.llama, tmp_path / "sick")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[5] = number
+    save_file(tensors, folder / "model.safetensors")
+    files = BaseFiles(str(folder))  # its headers are whole
+    with pytest.raises(InputError, match=rf"sick/model\.safetensors: '{name}' holds numbers that are not finite: 1 of"):
+        files.load()
 
 
 @needs_eight

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lora_jax.data.batching import NO_TARGET
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, InputWarning
 from lora_jax.tasks.base import TaskData, prepare, task_section
 from lora_jax.weights.tokenizer import load_tokenizer
 
@@ -217,7 +217,7 @@ def test_columns_and_classes_that_will_not_do(task):
         task(REVIEWS, BERT, decoder=False, labels=["good", "bad", "good"], **CLASSES)
     with pytest.raises(InputError, match="row 1 of .*held.jsonl has the label 'odd'"):
         task(REVIEWS, BERT, decoder=False, held=[{"text": "c", "label": "odd"}], **CLASSES)
-    with pytest.raises(InputError, match="task.eval_size: 6 of 6 rows leaves none"):
+    with pytest.raises(InputError, match="task.eval_size: 6 of 6 rows leaves no row"):
         task(REVIEWS, BERT, decoder=False, **CLASSES | {"eval_size": 6})
 
 
@@ -264,13 +264,13 @@ def test_values_to_drop_that_are_in_no_row(task):
     with pytest.raises(InputError, match="task.drop: no row has 'plots' in the column 'kind'. Did you mean 'plot'"):
         task(rows, BERT, decoder=False, drop={"kind": ["plots"]}, **CLASSES)
     data = task(rows, BERT, decoder=False, drop={"kind": ["plot"]}, **CLASSES)
-    assert data.taken[0].dropped == {("kind", "plot"): 1} and "1 dropped (kind: plot)" in data.lines()[0]
+    assert data.taken[0].dropped == {("kind", "plot"): 1} and "1 more dropped (kind: plot)" in data.lines()[0]
     held = [{"text": "c", "label": "good", "kind": "other"}]  # in one of the two is enough
     assert task(rows, BERT, decoder=False, drop={"kind": ["other", "plot"]}, held=[*held, rows[2]], **CLASSES).taken[1].dropped
 
 
 def test_a_held_out_source_that_is_trained_on(task, tmp_path):
-    with pytest.raises(InputError, match="task.eval_source: .*rows.jsonl is trained on too"):
+    with pytest.raises(InputError, match="task.eval_source: .*rows.jsonl is also in task.source"):
         task(REVIEWS, BERT, decoder=False, eval_source=str(tmp_path / "." / "rows.jsonl"), **CLASSES)
     data = task(REVIEWS, BERT, decoder=False, held=[REVIEWS[0], {"text": "c", "label": "bad"}], **CLASSES | {"eval_size": "all"})
     assert data.taken[1].others == 1 and data.lines()[1].startswith("held-out: all 2 rows")
@@ -283,6 +283,20 @@ def test_labels_are_read_as_they_are_written(task):
     assert task(rows, BERT, decoder=False, **CLASSES).classes == ("01", "1", "2", "10")
     rows = [{"text": f"a {i}", "label": i % 2 == 0} for i in range(8)]
     assert task(rows, BERT, decoder=False, **CLASSES).classes == ("false", "true")
+
+
+def test_labels_that_differ_in_spaces_or_case_alone_are_said(task):
+    rows = [{"text": f"a {i}", "label": ("yes", "no", "no ")[i % 3]} for i in range(9)]
+    with pytest.warns(InputWarning, match=r"has the classes 'no' and 'no ', which differ in spaces or case alone"):
+        assert task(rows, BERT, decoder=False, **CLASSES).classes == ("no", "no ", "yes")
+
+
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_half_of_a_character_in_a_row_is_named(task, column):
+    value = "a \ud83d" if column == "text" else [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83d"}]
+    rows = [{column: value}] * 4
+    with pytest.raises(InputError, match=rf"task.source: row 1 of .*rows.jsonl: '{column}': holds '\\ud83d' at character"):
+        task(rows, kind="causal_lm", **{column: column})
 
 
 def test_a_tokenizer_without_an_end_is_said(task):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_jax.errors import InputError, InputWarning
-from lora_jax.weights.checkpoint import slice_bounds
+from lora_jax.weights.checkpoint import all_finite, slice_bounds
 from lora_jax.weights.load import open_checkpoint
-from lora_jax.weights.safetensors import DTYPES, Tensor, write_checkpoint, write_safetensors
+from lora_jax.weights.safetensors import DTYPES, SafetensorsCheckpoint, Tensor, read_digests, write_checkpoint, write_safetensors
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 DAMAGED = r"model.safetensors: not a safetensors file, or damaged"
@@ -108,6 +109,35 @@ def test_what_is_read_is_free_memory(folder):
     whole[:], part[:] = 0, 0
     with pytest.raises(InputError, match=r"model.safetensors: 'model.norm.weight' cannot be read"):
         checkpoint.read("model.norm.weight")
+
+
+@pytest.mark.parametrize("kind", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("number", ["nan", "-nan", "inf", "-inf"])
+def test_numbers_that_are_not_finite_are_said_where_they_are_read(tmp_path, kind, number):
+    dtype = DTYPES[kind]
+    values = np.linspace(-3, 3, 24).reshape(4, 6).astype(dtype)
+    values[0, 0], values[0, 1] = ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min  # the largest that are finite
+    values[0, 2] = -0.0
+    bad = values.copy()
+    bad[2, 1] = np.array(np.nan if kind == "F8_E4M3" else float(number.strip("-")), dtype)  # E4M3 has no infinity
+    bits = bad.view(f"u{dtype.itemsize}")
+    bits[2, 1] |= number.startswith("-") << (8 * dtype.itemsize - 1)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    write_raw(tmp_path / "model.safetensors", {"good": (kind, values), "bad": (kind, bad), "empty": (kind, values[:0])})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of float8 without scales
+        checkpoint = open_checkpoint(str(tmp_path))
+    np.testing.assert_array_equal(checkpoint.read("good").view(bits.dtype), values.view(bits.dtype))
+    assert checkpoint.read("empty").shape == (0, 6)
+    np.testing.assert_array_equal(checkpoint.read_slice("bad", [slice(0, 2)]), values[:2])
+    for read in (lambda: checkpoint.read("bad"), lambda: checkpoint.read_slice("bad", [slice(2, 3), slice(0, 6)])):
+        with pytest.raises(InputError, match=r"model\.safetensors: 'bad' holds numbers that are not finite: 1 of (24|6) are NaN"):
+            read()
+
+
+def test_whole_numbers_are_not_taken_for_floats():
+    assert all_finite(np.array([-1, 2**31 - 1, -(2**31)], np.int32)) and all_finite(np.array([True, False]))
+    assert all_finite(np.array([255], np.uint8).view(ml_dtypes.float8_e8m0fnu)[:0]) and all_finite(np.float32(1))
 
 
 def test_unknown_tensor_names_the_nearest(folder):
@@ -237,6 +267,20 @@ def test_what_is_written_reads_back(tmp_path):
     assert checkpoint.read("rounded").tobytes() == np.full((3, 4), 1 / 3, DTYPES["BF16"]).tobytes()
     with pytest.raises(ValueError, match="announced as float32"):
         write_safetensors(tmp_path / "x.safetensors", {"w": Tensor((2,), np.dtype(np.float32), lambda: np.zeros(2))})
+
+
+def test_digests_are_kept_beside_tensors_and_found_wrong(tmp_path):
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    made = {n: Tensor((3,), np.dtype(np.float32), lambda n=n: np.arange(3, dtype=np.float32) + len(n)) for n in ("w", "bias")}
+    write_safetensors(path, made, digests={"rank": "abc"})
+    assert read_digests(path, SafetensorsCheckpoint(path, None)) == {"rank": "abc"}
+    write_safetensors(other, made)
+    assert read_digests(other, SafetensorsCheckpoint(other, None)) == {}
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a.safetensors: damaged \(its tensors are not those that were written\)"):
+        read_digests(path, SafetensorsCheckpoint(path, None))
 
 
 def test_missing_and_broken_config(folder):

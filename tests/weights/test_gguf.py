@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Q
 
 from lora_jax.errors import InputError, InputWarning
 from lora_jax.models.families import gguf_architectures
+from lora_jax.models.load import BaseFiles
 from lora_jax.models.positions import Rotary, llama3_divisors
 from lora_jax.weights import load
 from lora_jax.weights.checkpoint import Checkpoint
@@ -117,6 +118,18 @@ def test_slices_equal_the_whole(file, name, monkeypatch):
     for index in [(), (slice(5, 21),), (slice(None), slice(7, 9)), (slice(30, None), slice(None, 3)), (slice(6, 6),)]:
         index = index[: whole.ndim]
         np.testing.assert_array_equal(checkpoint.read_slice(name, index), whole[index])
+
+
+def test_numbers_that_are_not_finite_are_said(tmp_path):
+    tensors = hf_weights()
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][1, 2] = np.nan
+    write(tmp_path / "m.gguf", dict(to_gguf(n, v) for n, v in tensors.items()))
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert np.isfinite(checkpoint.read("model.norm.weight")).all()
+    with pytest.raises(InputError, match=rf"m\.gguf: '{name}' holds numbers that are not finite: 1 of"):
+        checkpoint.read(name)
 
 
 def test_config_is_what_config_json_would_say(file):
@@ -243,8 +256,9 @@ def test_every_kind_the_package_dequantises(tmp_path, kind, monkeypatch):
         embedding = {"token_embd.weight": np.zeros((VOCAB, WIDTH), np.float32)}
         write(tmp_path / "x.gguf", embedding | {"blk.0.ffn_up.weight": stored}, kinds={"blk.0.ffn_up.weight": kind})
         checkpoint = open_checkpoint(tmp_path)
-        got = checkpoint.read("model.layers.0.mlp.up_proj.weight")
-        part = checkpoint.read_slice("model.layers.0.mlp.up_proj.weight", (slice(3, 9), slice(5, 11)))
+        # Below the check that numbers are finite, as random ones are not.
+        got = checkpoint._read_slice("model.layers.0.mlp.up_proj.weight", ())
+        part = checkpoint._read_slice("model.layers.0.mlp.up_proj.weight", (slice(3, 9), slice(5, 11)))
     assert got.dtype == np.float32 and got.shape == (16, columns) == checkpoint.shape("model.layers.0.mlp.up_proj.weight")
     np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(part, expected[3:9, 5:11])
@@ -290,6 +304,12 @@ def test_models_not_known_here_are_refused(tmp_path, changes, said):
     write(tmp_path / "x.gguf", **changes)
     with pytest.raises(InputError, match=rf"x\.gguf: .*{said}"):
         open_checkpoint(tmp_path)
+
+
+def test_more_layers_than_the_file_has_are_refused(tmp_path):
+    write(tmp_path / "x.gguf", keys=KEYS | {"block_count": 1_000_000})
+    with pytest.raises(InputError, match=r"num_hidden_layers = 1000000 does not fit the checkpoint"):
+        BaseFiles(str(tmp_path / "x.gguf"))
 
 
 def test_kinds_that_cannot_be_dequantised_are_refused(tmp_path):
@@ -377,6 +397,7 @@ import sys, resource
 sys.modules["torch"] = None
 import gguf.quants
 from lora_jax.models.families import gguf_architectures
+from lora_jax.models.load import BaseFiles
 from lora_jax.weights.load import open_checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 c = open_checkpoint({SMOLLM2!r}, architectures=gguf_architectures())

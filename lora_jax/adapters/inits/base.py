@@ -97,6 +97,15 @@ def init_of(config: AdapterConfig) -> Init:
     return INITS.get(config.init.kind if isinstance(config, LowRankConfig) else "default", "adapter.init")
 
 
+def of_peft(value: str | bool | None) -> dict[str, Any] | None:
+    """The init section, as plain values, that PEFT's value of `init_lora_weights` means; None where no init here is called so."""
+    if value is None:
+        return None
+    word = value.lower() if isinstance(value, str) else value
+    sections = ((kind, init.of_peft(word)) for kind, init in INITS.all().items())
+    return next(({"kind": kind} | section for kind, section in sections if section is not None), None)
+
+
 def check_init(config: AdapterConfig, site: Site, rank: int) -> None:
     """Checks that a layer can start as its section says.
 

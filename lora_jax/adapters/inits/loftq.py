@@ -41,6 +41,7 @@ class Loftq(Init):
 
     section = LoftqConfig
     splits = True
+    peft = "loftq"
 
     def check(self, section: Any, site: Site, rank: int) -> None:
         """There are as many singular values."""

@@ -10,6 +10,7 @@ holds several members.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ..contraction import GENERAL, FlatSite, flat_kernel
 from ..inits.base import INIT_BATCHES
 from ..labels import Table, base_labels
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
@@ -170,6 +172,16 @@ class Method:
         """
         return state, trainable
 
+    def plain(self, module: AdaptedSite, config: Any, weight: jax.Array | None) -> Plain | None:
+        """A site of this method in a form that other programs know; None where it is one already.
+
+        Args:
+            module: with the arrays of all its layers.
+            config: the member's section.
+            weight: of those layers, (..., inputs, outputs) float32, where the base may change for it.
+        """
+        return None
+
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         """What an adapted site computes.
 
@@ -226,6 +238,24 @@ class Method:
         """Changes how an adapted model's layers are run, in place; the model's modules are a copy, its arrays the caller's."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A site in another form.
+
+    Attributes:
+        method, config: of the other form; the section is that of the whole adapter.
+        arrays: name -> all that it has there, settings too.
+        times: how many times as large the ranks are.
+        weight: the base's weight, as it was given, where it changes; else None.
+    """
+
+    method: Method
+    config: Any
+    arrays: dict[str, jax.Array]
+    times: int = 1
+    weight: jax.Array | None = None
+
+
 class AdaptedSite(SiteModule):
     """An adapted site: the base's module with a method's arrays.
 
@@ -263,7 +293,7 @@ class AdaptedSite(SiteModule):
         self.rank = max(extent)
         self.ranks: tuple[int, ...] = nnx.static((self.rank,) * (layers or 1))
         self.deterministic = False
-        axes = None if isinstance(base, nnx.LinearGeneral) else getattr(base, site.weight).get_metadata().get(AXES)
+        axes = None if isinstance(base, GENERAL) else getattr(base, site.weight).get_metadata().get(AXES)
         for name, parameter in method.padded(site, extent).items():
             if parameter.scope == "adapter":
                 setattr(self, name, (shared or {})[name])
@@ -285,10 +315,12 @@ class AdaptedSite(SiteModule):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def __call__(self, *inputs: jax.Array, rows: Rows | None = None, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, *inputs: jax.Array, rows: Rows | None = None, out_sharding: Any = None, einsum_str: None = None) -> jax.Array:
         if out_sharding is not None:  # Flax's own attention hands it on, None as a rule
             raise InputError(f"{self.site.name}: an adapted site takes no out_sharding: constrain its output instead.")
-        if not isinstance(self.base, nnx.LinearGeneral):
+        if einsum_str is not None or (isinstance(self.base, GENERAL) and any(more is not None for more in inputs[1:])):
+            raise InputError(f"{self.site.name}: an adapted site computes the einsum it was made with, and takes its input alone.")
+        if not isinstance(self.base, GENERAL):
             return self.method.apply(self, *inputs, rows=rows)
         flat: Any = FlatSite(self, inputs[0])
         return flat.unfold(self.method.apply(flat, flat.x, rows=rows))
@@ -304,10 +336,9 @@ class AdaptedSite(SiteModule):
         own = [getattr(self.base, name, None) for name in (self.weight, "bias")]
         weight, bias = (None if v is None else (v[...] if layers is None else v[...][-layers:]).astype(jnp.float32) for v in own)
         assert weight is not None
-        if isinstance(self.base, nnx.LinearGeneral):  # of which methods know one axis of inputs and one of outputs
-            lead = () if layers is None else (layers,)
-            weight = weight.reshape(*lead, self.site.inputs, self.site.outputs)
-            bias = None if bias is None else bias.reshape(*lead, self.site.outputs)
+        if isinstance(self.base, GENERAL):  # of which methods know one axis of inputs and one of outputs
+            weight = flat_kernel(self.base, weight)
+            bias = None if bias is None else bias.reshape(*weight.shape[:-2], self.site.outputs)
         return weight, bias
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -327,52 +358,6 @@ class AdaptedSite(SiteModule):
         """Sets arrays and settings by name, in place; layers in front of each, one where the weight is not stacked."""
         for name, value in arrays.items():
             getattr(self, name).set_value(jnp.asarray(value if self.stacked else value[0]))
-
-
-class FlatSite:
-    """The site of an `nnx.LinearGeneral` as methods know sites: one axis of inputs and one of outputs, both of them last.
-
-    Args:
-        site: all but its base is reached as it is.
-        x: its input; any axes may be the contracted ones.
-
-    Attributes:
-        x: (..., inputs).
-        base: takes (..., inputs), gives (..., outputs); its `kernel` is (inputs, outputs), its `bias` (outputs,) or None.
-    """
-
-    def __init__(self, site: SiteModule, x: jax.Array):
-        self._site = site
-        base: nnx.LinearGeneral = site.base
-        contracted = sorted(axis % x.ndim for axis in base.axis)  # as Flax takes them, whatever the order they were given in
-        kept = [axis for axis in range(x.ndim) if axis not in contracted]
-        self._lead, self._out = tuple(x.shape[axis] for axis in kept), tuple(base.out_features)
-        self.x = x.transpose(*kept, *contracted).reshape(*self._lead, -1)
-        self.base = _FlatBase(base, self._lead, np.argsort([*kept, *contracted]))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._site, name)
-
-    def unfold(self, y: jax.Array) -> jax.Array:
-        """(..., outputs) as the base gives it."""
-        return y.reshape(*self._lead, *self._out)
-
-
-class _FlatBase:
-    def __init__(self, base: nnx.LinearGeneral, lead: tuple[int, ...], order: np.ndarray):
-        self._base, self._lead, self._order = base, lead, order
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self._base(x.reshape(*self._lead, *self._base.in_features).transpose(*self._order))
-        return y.reshape(*self._lead, -1)
-
-    @property
-    def kernel(self) -> jax.Array:
-        return self._base.kernel[...].reshape(math.prod(self._base.in_features), -1)
-
-    @property
-    def bias(self) -> jax.Array | None:
-        return None if self._base.bias is None else self._base.bias[...].reshape(-1)
 
 
 def refuse_alpha(config: AdapterConfig) -> None:

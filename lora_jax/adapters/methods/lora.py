@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -15,23 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
+from ...config.doors import INITS
 from ...errors import InputError
 from ...models.experts import grouped_matmul
 from ...models.layers import Rows
-from ..inits.base import LowRankConfig, check_init, init_of, start_of
+from ..inits.base import LowRankConfig, check_init, init_of, of_peft, start_of
 from ..parameters import Parameter, SiteData
 from ..sites import Site
-from .base import AdaptedSite, Method, register_method
+from .base import AdaptedSite, Method, Plain, register_method
 from .peft_form import PeftForm, Reader, Weight
 
 
 class LoraSection(LowRankConfig):
     method: Literal["lora"] = Field(default="lora", description="Low-rank updates W + s A B (arXiv:2106.09685).")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732) in place of alpha / rank.")
-
-
-# Inits that take something out of the base's own weights: the file then belongs to a base that is nowhere stored.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 class LoraForm(PeftForm):
@@ -56,8 +54,8 @@ class LoraForm(PeftForm):
         "alpha_pattern": "alpha_pattern",
     }  # fmt: skip
     notes = frozenset({
-        "megatron_core", "qalora_group_size", "runtime_config", "fan_in_fan_out", "init_lora_weights", "eva_config", "loftq_config",
-        "corda_config", "lora_ga_config",
+        "megatron_core", "qalora_group_size", "runtime_config", "fan_in_fan_out", "eva_config", "loftq_config", "corda_config",
+        "lora_ga_config",
     })  # fmt: skip
     unsupported: Mapping[str, str] = {
         "use_dora": "DoRA is not supported",
@@ -75,16 +73,25 @@ class LoraForm(PeftForm):
         "ensure_weight_tying": "tied adapters are not supported",
     }
 
+    own = frozenset({"init_lora_weights"})
+
     def check(self, read: Reader) -> None:
         init = read.raw.get("init_lora_weights", True)
         if not isinstance(init, bool | str | None):
             raise read.wrong("init_lora_weights", "true, false or a name")
-        if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
+        if (found := of_peft(init)) is not None and INITS.get(found["kind"], "adapter.init").splits:
             raise InputError(
                 f"{read.where}: 'init_lora_weights' is '{init}', which changes the base's own weights. Save the adapter with PEFT's "
                 "path_initial_model_for_weight_conversion first: it is then an ordinary LoRA."
             )
         read.flag("fan_in_fan_out")
+
+    def values(self, read: Reader) -> dict[str, Any]:
+        return super().values(read) | {"init": of_peft(read.raw.get("init_lora_weights", True)) or "default"}
+
+    def fields(self, section: Any) -> dict[str, Any]:
+        said = init_of(section).to_peft(section.init) if isinstance(section, LowRankConfig) else True
+        return super().fields(section) | {"init_lora_weights": True if said is None else said}
 
     def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
         total = rank * (site.experts or 1)
@@ -197,8 +204,32 @@ class Lora(Method):
     def of_low_rank(self, a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray] | None:
         return None if self.start else {"lora_a": a, "lora_b": b, "scale": scale}
 
+    def plain(self, module: AdaptedSite, config: Any, weight: jax.Array | None) -> Plain | None:
+        if not self.start:
+            return None
+        method, names = dataclasses.replace(self, start=False), ("lora_a", "lora_b", "scale")
+        if weight is None:  # as PEFT converts such adapters: of twice the rank
+            return Plain(method, _doubled(config), dict(zip(names, self.low_rank(module), strict=True)), 2)
+        start: Any = types.SimpleNamespace(lora_a=module.lora_a0, lora_b=-module.lora_b0[...], scale=module.scale)
+        kept = {name: getattr(module, name)[...] for name in names}
+        return Plain(method, _with(config, {"init": "default"}), kept, 1, method.merged(start, weight, None)[0])
+
     def cost(self, site: Site, rank: int) -> int:
         return 2 * sum(math.prod(p.shape) for p in self.parameters(site, rank).values()) // (site.experts or 1)
+
+
+def _with(config: Any, values: dict[str, Any]) -> Any:
+    """A section with other values, read anew."""
+    return type(config)(**(config.model_dump() | values))
+
+
+def _doubled(config: Any) -> Any:
+    """The section of an adapter of twice the rank, and the same scale."""
+    more = 2**0.5 if getattr(config, "rslora", False) else 2
+    values: dict[str, Any] = {"rank": 2 * config.rank, "alpha": more * config.alpha, "init": "default"}
+    values["rank_pattern"] = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    values["alpha_pattern"] = {name: more * alpha for name, alpha in config.alpha_pattern.items()}
+    return _with(config, values)
 
 
 @jax.custom_vjp

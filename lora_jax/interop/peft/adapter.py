@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ...adapters.inject import LABEL, recall, site_modules
-from ...adapters.merge import strip
+from ...adapters.merge import plain, strip
 from ...adapters.methods.base import AdaptedSite, Method
 from ...adapters.sites import Site
 from ...errors import InputError
@@ -43,7 +43,7 @@ class AdaptedModule:
         """The method's arrays and settings at a rank, without padding."""
         found = {name: np.asarray(value, np.float32) for name, value in self.settings.items()}
         for name, parameter in self.held.method.parameters(self.module.site, rank).items():
-            found[name] = _layer(self.held, name, self.layer, parameter.shape)[tuple(slice(n) for n in parameter.shape)]
+            found[name] = _layer(self.held, name, self.layer, parameter.shape)[parameter.own]
         return found
 
 
@@ -68,7 +68,7 @@ class Adapter:
     """
 
     def __init__(self, model: nnx.Module):
-        self.model = model
+        self.model = model = plain(model)
         record = recall(model)
         self.foreign: dict[str, Any] = json.loads(record.foreign) if record and record.foreign else {}
         self.kind = kind_of(model)
@@ -139,8 +139,10 @@ def _holding(held: AdaptedSite, layer: int, rank: int) -> int:
         parameters = held.method.parameters(held.site, rank)
         left = False
         for name, parameter in parameters.items():
+            if parameter.scope == "adapter":
+                continue
             array = np.array(_layer(held, name, layer, parameter.shape))
-            array[tuple(slice(n) for n in parameter.shape)] = parameter.fill
+            array[parameter.own] = parameter.fill
             left = left or bool((array != parameter.fill).any())
         if not left:
             return rank

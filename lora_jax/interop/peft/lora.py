@@ -8,9 +8,11 @@ from typing import Any
 from flax import nnx
 from pydantic import PrivateAttr, ValidationError
 
+from ...adapters.inits.base import of_peft
 from ...adapters.inject import inject
 from ...adapters.methods.base import method_of
 from ...adapters.methods.lora import LoraForm, LoraSection
+from ...config.doors import INITS
 from ...errors import InputError, hint, warn
 from .config import GENERAL, config_values, read_peft_config
 from .save import config_of_model
@@ -21,6 +23,7 @@ _WORDS = {theirs: ours for ours, theirs in _FORM.words.items() if ours != theirs
     "target_modules": "targets",
     "exclude_modules": "exclude",
     "layers_to_transform": "layers",
+    "init_lora_weights": "init",
 }
 _KNOWN = GENERAL.keys() | _FORM.defaults.keys() | _FORM.notes | {"peft_type"}
 
@@ -86,14 +89,18 @@ def _in_our_words(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         own = _WORDS.get(key, key)
         if own in found or (own != key and own in values):
-            raise InputError(f"LoraConfig: '{own}' is given twice: {key} is PEFT's word for it.")
+            raise InputError(f"LoraConfig: '{own}' is given twice: {key} is PEFT's name for it.")
         if own == key and key not in LoraSection.model_fields:
             if key in _KNOWN:
                 raise InputError(
-                    f"LoraConfig: '{key}' is an option of PEFT's that this one does not have. LoraConfig.from_peft reads PEFT's files, "
-                    f"notes and all. Keys: {', '.join(LoraSection.model_fields)}."
+                    f"LoraConfig: '{key}' is an option of PEFT's LoraConfig that this one does not have. LoraConfig.from_peft reads PEFT's "
+                    f"files. Keys: {', '.join(LoraSection.model_fields)}."
                 )
             raise InputError(f"LoraConfig: there is no key '{key}'. {hint(key, [*LoraSection.model_fields, *_WORDS])}".rstrip())
+        if key == "init_lora_weights":
+            if (meant := of_peft(value)) is None:
+                raise InputError(f"LoraConfig: init_lora_weights: {value!r} is no init here. {hint(str(value), INITS)}".rstrip())
+            value = meant
         found[own] = sorted(value) if own in ("targets", "exclude") and isinstance(value, set) else value
     said = [key for key in values if key in _WORDS]
     if said and "alpha" not in found:

@@ -30,6 +30,17 @@ RANKS = (2, 4, 3, 1)
 VALUES: dict[str, Any] = {
     "gralora": {"ranks": (2, 4, 6, 8), "section": {"hybrid_r": 1}},
     "lokr": {"section": {"decompose_both": True}},  # at these widths a rank of 4 is above half, where w2 is whole, and 2 where w1 is
+    "c3a": {"ranks": (8, 16, 4, 32)},
+    # Each with a schedule of its own; where it ends early, no site loses all that it has.
+    "adalora": {
+        "section": {"target_r": 1},
+        "members": [
+            {"targets": ["q_proj"], "layers": "last:1", "tinit": 3, "tfinal": 5, "deltaT": 2},
+            {"targets": ["q_proj", "up_proj"], "target_r": 2, "deltaT": 4, "beta1": 0.5},
+            {"targets": "attention", "tinit": 4, "deltaT": 3, "beta2": 0.6, "orth_reg_weight": 0.1},
+            {},
+        ],
+    },
     "hra": {"ranks": (2, 4, 6, 8)},
     "oft": {"ranks": (4, 8, 2, 16)},
     "road": {"section": {"group_size": 8}},
