@@ -229,7 +229,7 @@ class AdapterBank:
         wanted = {n: a.shape for n, a in self._arrays.items()}
         unlike = sorted(n for n in own.keys() | wanted.keys() if own.get(n) != wanted.get(n))
         if unlike:
-            raise InputError(f"adapter '{name}': its model is not of the bank's base; they differ in {', '.join(unlike[:4])}.")
+            raise InputError(f"adapter '{name}': its model has another base than the bank; they differ in {', '.join(unlike[:4])}.")
         part = dataclasses.replace(part, frozen={n: self._arrays[n] for n in part.frozen})
         trained = {n: a for n, a in part.trainable.items() if n not in part.parameters}
         changed = frozenset(n for n, a in trained.items() if not np.array_equal(_host(a), _host(self._arrays[n])))

@@ -116,13 +116,13 @@ class Combination:
         for option in ("rank", "density", "majority", "seed"):
             if getattr(self, option) is not None and option not in METHODS[self.method]:
                 goes_with = ", ".join(m for m, options in METHODS.items() if option in options)
-                raise InputError(f"combine: '{self.method}' takes no {option}; it is of {goes_with}.")
+                raise InputError(f"combine: '{self.method}' does not take {option}, which belongs to {goes_with}.")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"combine: rank must be at least 1, got {self.rank}.")
         if "density" in METHODS[self.method] and (self.density is None or not 0 < self.density <= 1):
             raise InputError(f"combine: '{self.method}' needs a density above 0 and at most 1, got {self.density}.")
         if self.majority not in (None, *MAJORITIES):
-            raise InputError(f"combine: majority '{self.majority}'. {hint(self.majority or '', MAJORITIES)}")
+            raise InputError(f"combine: unknown majority '{self.majority}'. {hint(self.majority or '', MAJORITIES)}")
 
     def changes(self, changes: Mapping[str, np.ndarray], where: str, layer: int = 0) -> np.ndarray:
         """The combined change of one weight.

@@ -77,7 +77,7 @@ def inject_layout(model: nnx.Module, layout: Layout) -> nnx.Module:
     layout.method.prepare(adapted)
     _check_saved(model, layout)
     if not _label(adapted, layout) and not layout.method.kinds:
-        raise InputError(f"adapter.method: {layout.method.name}: the model has nothing that it would train (no head).")
+        raise InputError(f"adapter.method: {layout.method.name}: the model has no head, so there is nothing to train.")
     return adapted
 
 

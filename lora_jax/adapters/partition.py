@@ -1,9 +1,9 @@
-"""Cutting an adapted model into what the compiled step takes: trainable, settings, frozen. Plain dicts of arrays, by name.
+"""Splits an adapted model into what the compiled step takes: trainable, settings and frozen arrays, as plain dicts by name.
 
-Where a pack's arrays lie on a mesh follows from the weight at a site: an axis of a method's parameter lies as the weight's axis that it
-goes along (`Parameter.axes`), and is replicated where there is none. A trained weight of the base lies where it lay before. Optimizer
-state follows the array it belongs to. All of them have the members in front, along the mesh's `sweep` axis; members that it does not
-divide lie on all of its devices, and a step adds members that do not count (`even_members`).
+The sharding of a pack's arrays follows from the weight at a site. An axis of a method's parameter is sharded like the weight's axis that
+it matches (`Parameter.axes`), and replicated if it matches none. A trained weight of the base keeps its sharding. Optimizer state is
+sharded like the array it belongs to. All of these arrays have the members on their first axis, sharded along the mesh's `sweep` axis. If
+the number of members is not divisible by that axis, they are replicated, and a step pads them with repeated members (`even_members`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Arrays = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class SiteArray:
-    """An array of a method, and where it belongs.
+    """An array of a method, and its site.
 
     Attributes:
         site: name of its site; empty for an array that all sites share.
@@ -85,7 +85,7 @@ class Partition:
     frozen: Arrays
 
     def merge(self, trainable: Arrays, settings: Arrays, frozen: Arrays, *, training: bool) -> nnx.Module:
-        """The model with these arrays, on a mesh gathered as far as nobody else will: a stack gathers its layers one at a time."""
+        """The model with these arrays. On a mesh, sharded arrays are gathered, except stacks, which gather one layer at a time."""
         parts = (trainable, settings, frozen)
         flat = [(self.paths[name], self._at_hand(name, value)) for part in parts for name, value in part.items()]
         return nnx.merge(self.graphdef if training else self.eval_graphdef, nnx.from_flat_state(flat))
@@ -118,10 +118,10 @@ def partition(model: nnx.Module) -> Partition:
 
     Raises:
         ValueError: nothing is trainable, as in a model without adapters.
-        InputError: the model is merged, so that what it computes does not follow from its adapters.
+        InputError: the model is merged, so its adapters do not affect its output.
     """
     if any(isinstance(module, Merged) for _, module in nnx.iter_modules(model)):
-        raise InputError("the model is merged: its adapters would train and change nothing. Take lora_jax.unmerge(model).")
+        raise InputError("the model is merged, so training its adapters would have no effect. Use lora_jax.unmerge(model) first.")
     graphdef, state = nnx.split(model, graph=True)
     eval_graphdef = nnx.graphdef(nnx.view(model, raise_if_not_found=False, deterministic=True, use_running_average=True))
     parts: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
@@ -144,7 +144,7 @@ def partition(model: nnx.Module) -> Partition:
         if isinstance(variable, AdapterSetting):
             parts[1][name] = variable.get_value()
         elif label != FROZEN:
-            parts[0][name] = jnp.asarray(variable[...], jnp.float32)  # of a bfloat16 base too: small updates would round away
+            parts[0][name] = jnp.asarray(variable[...], jnp.float32)  # for a bfloat16 base too: small updates would be rounded away
             labels[name] = label
         else:
             parts[2][name] = variable.get_value()
@@ -156,11 +156,11 @@ def partition(model: nnx.Module) -> Partition:
 
 
 def with_dropout_keys(part: Partition, settings: Arrays, key: jax.Array) -> Arrays:
-    """The settings with this step's dropout keys: one for each site and layer, whatever the layout around them.
+    """The settings with this step's dropout keys, one for each site and layer; they do not depend on the pack's layout.
 
     Args:
-        part: that the settings are of.
-        settings: a member's.
+        part: the partition.
+        settings: one member's settings.
         key: the member's key for this step.
     """
     out = dict(settings)
@@ -175,7 +175,7 @@ def with_dropout_keys(part: Partition, settings: Arrays, key: jax.Array) -> Arra
 
 
 def update_mask(part: Partition, member: ResolvedAdapter, layout: Layout) -> Arrays | None:
-    """What of a trained array a member trains: 1 or 0, float32, shaped to multiply the gradient. None where nothing needs a mask.
+    """Masks for the gradients: 1 where a member trains a number, 0 elsewhere; float32. None if nothing needs a mask.
 
     `bias: lora_only` trains the biases of adapted layers alone, but a stacked bias holds those of all layers. A method's own arrays
     need masks unless their padding keeps its value by itself (`Method.self_padding`).
@@ -237,7 +237,7 @@ def _changing_axes(method: Method, site: Site, rank: int) -> dict[str, tuple[boo
 
 
 def trainable_spec(part: Partition, name: str, mesh: AnyMesh) -> PartitionSpec:
-    """How one member's trainable array lies; replicated where its axes have no names.
+    """The sharding of one member's trainable array; replicated if its axes have no names.
 
     Args:
         part: `name` is one of `part.trainable`.
@@ -258,8 +258,8 @@ def member_shardings(part: Partition, mesh: Mesh, tree: Any) -> Any:
     """A sharding for each leaf of a tree of stacked arrays, (members, ...).
 
     Args:
-        tree: of arrays or shapes. A leaf below a trainable array's name, and of its shape, follows that array; others are only cut
-            along the members.
+        tree: arrays or shapes. A leaf under a trainable array's name that has its shape is sharded like that array; other leaves are
+            sharded along the members only.
     """
     specs = {name: trainable_spec(part, name, mesh) for name in part.trainable}
 
@@ -277,7 +277,7 @@ def member_shardings(part: Partition, mesh: Mesh, tree: Any) -> Any:
 def even_members(part: Partition, mesh: Mesh | None, tree: Any, count: int) -> Any:
     """Inside a compiled program: stacked arrays with the last member repeated until there are `count`.
 
-    Each device then computes its share of them. Nobody outside the program knows of the repeated ones: it drops their results.
+    Each device then computes an equal number of members. The program drops the results of the repeated ones.
     """
     missing = count - len(jax.tree.leaves(tree)[0])
     if not missing:
@@ -287,10 +287,10 @@ def even_members(part: Partition, mesh: Mesh | None, tree: Any, count: int) -> A
 
 
 def stack_members(part: Partition, mesh: Mesh | None, members: Sequence[Any]) -> Any:
-    """Equal trees, one a member, as one tree of stacked arrays, each of them on the mesh.
+    """One tree of stacked arrays on the mesh, from equal trees, one per member.
 
-    What was drawn on the host is stacked there: one transfer, and nothing to compile for each new shape. Weights of the base lie on
-    the mesh already, no process need have all of one, and they are stacked where they are.
+    Arrays drawn on the host are stacked there: one transfer, and nothing to compile for each new shape. Weights of the base are already
+    on the mesh and are stacked there, because a process need not hold all of one.
     """
     if mesh is None:
         return jax.tree.map(lambda *arrays: _host_stack(arrays), *members)

@@ -144,7 +144,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
     """
     modules: dict[Path, nnx.Module] = dict(nnx.iter_modules(model))
     if any(isinstance(m, SiteModule) for m in modules.values()):
-        raise InputError("the model bears adapters already: inject into the base.")
+        raise InputError("the model already has adapters: inject into the base.")
     sites = []
     for path, module in modules.items():
         shape = _weight_shape(module) if path else None
@@ -322,7 +322,7 @@ def select(
         if wanted.any():
             chosen[site.name] = (site, wanted)
     if not chosen:
-        raise InputError("adapter.exclude: leaves nothing of adapter.targets to adapt.")
+        raise InputError("adapter.exclude: excludes every module that adapter.targets matches.")
     if layers is not None:
         _keep_layers(chosen, layers, sites)
     if targets == "all-linear" and left:
@@ -385,9 +385,9 @@ def _layer_numbers(sites: list[Site]) -> set[int]:
 def _keep_layers(chosen: dict[str, tuple[Site, np.ndarray]], layers: int | str | list[int], sites: list[Site]) -> None:
     numbers = _layer_numbers([site for site, _ in chosen.values()])
     if not numbers:
-        raise InputError("adapter.layers: none of the targets is in a numbered layer.")
+        raise InputError("adapter.layers: none of the modules that adapter.targets matches is in a numbered layer.")
     wanted = parse_layers(layers, max(_layer_numbers(sites)) + 1)
     for site, mask in chosen.values():
         mask &= np.array([layer_number(names[0]) in wanted for names in site.names])
     if not any(mask.any() for _, mask in chosen.values()):
-        raise InputError(f"adapter.layers: {layers!r} leaves no target (layers with targets: {sorted(numbers)}).")
+        raise InputError(f"adapter.layers: {layers!r} leaves no module to adapt (layers with targets: {sorted(numbers)}).")

@@ -232,25 +232,27 @@ def footnotes(results: Sequence[MemberResult], rows: Sequence[Row]) -> list[str]
         notes.append("Compared at a single learning rate: other settings may be better at another one, so sweep it before concluding.")
     if any(row.final.half_width is not None for row in rows):
         notes.append(
-            "± is the 95 % interval of the mean over seeds (Student's t). It does not hold the chance in which rows were held out. "
-            "Differences are paired by seed."
+            "± is the 95 % interval of the mean over seeds (Student's t). It does not include the variance from the choice of held-out "
+            "rows. Differences are paired by seed."
         )
     elif len(rows) > 1:
         more = f"{SEED} was swept, but no setting finished with two seeds" if SEED in keys else f"One seed: sweep {SEED}"
-        notes.append(f"{more} to see which differences are more than chance; of a single seed there is no interval.")
+        notes.append(f"{more} to see which differences are more than chance. With a single seed there is no interval.")
     best = next((row for row in rows if row.is_best), None)
     if best is not None and (equal := sum(row.final.mean == best.final.mean and not row.unfinished for row in rows)) > 1:
         notes.append(f"{equal} settings are equally good; the one that trains the fewest parameters is marked as best.")
     if any(row.unfinished for row in rows):
         notes.append(
-            "Settings of which a seed diverged, failed or was stopped by halving cannot be best; figures are over the other seeds."
+            "Settings with a seed that diverged, failed or was stopped by halving cannot be best; their figures are over the other seeds."
         )
     if any(row.is_reference for row in rows):
         unlike = {key for row in rows for key in row.data if len({identity(r.data.get(key)) for r in rows}) > 1}
         if unlike:
-            notes.append(f"No difference is given between members that differ in {', '.join(sorted(unlike))}: they cannot be paired.")
+            notes.append(
+                f"No difference is given between members that differ in {', '.join(sorted(unlike))}, because they cannot be paired."
+            )
         elif any(row.final.count and not row.is_best and not row.is_reference and row.difference is None for row in rows):
-            notes.append("Where no difference is given, no seed is common with what is compared with.")
+            notes.append("Where no difference is given, the two settings have no seed in common.")
     return notes
 
 
@@ -310,7 +312,7 @@ def choose_member(path: Path, name: str | None) -> tuple[Path, Member, str]:
     run = path
     if not (path / "config.yaml").is_file() and (path.parent / "config.yaml").is_file():
         if name is not None:
-            raise InputError(f"--member: {path} names a member already.")
+            raise InputError(f"--member: {path} already names a member.")
         run, name = path.parent, path.name
     members = run_members(run)
     if name is not None:

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..tasks.evaluators import Evaluator
 from ..tracking.results import MemberResult, read_run, union
 from ..tracking.rundir import differences
-from .compare import Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
+from .compare import LEARNING_RATE, Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
 from .metrics import SEED, find_metric, identity, primary_metric, short_names, short_value
 
 
@@ -67,7 +67,7 @@ def compare_runs(dirs: Sequence[Path | str], metric: str | None = None, referenc
         InputError: A directory is missing or damaged, or the runs have no metric in common; or nobody has the reference's values.
     """
     if SEED in (reference or {}):
-        raise InputError(f"--reference: '{SEED}' cannot be compared with; seeds are paired.")
+        raise InputError(f"--reference: '{SEED}' cannot be the reference, because seeds are paired.")
     paths = [Path(d) for d in dirs]
     if not paths:
         raise InputError("name at least one run directory")
@@ -76,6 +76,9 @@ def compare_runs(dirs: Sequence[Path | str], metric: str | None = None, referenc
     chosen = find_metric(metric, results) if metric else primary_metric(results)
     configs = {path: read_config(path) for path in paths}
     keys = union([*(r.settings for r in results), *([reference] if reference else [])])
+    rates = [flat(config).get(LEARNING_RATE) for config in configs.values()]
+    if None not in rates and len(set(map(identity, rates))) > 1:
+        keys = list(dict.fromkeys([*keys, LEARNING_RATE]))  # runs at different rates are not compared at a single one
     repeated = len({p.resolve().name for p in paths}) < len(every)
     rows: list[Row] = []
     for path, some in every.items():

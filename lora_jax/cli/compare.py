@@ -17,7 +17,7 @@ def compare(
     reference: Annotated[
         list[str] | None,
         typer.Option(
-            "--reference", metavar="KEY=VALUE", help="Take differences to the members with this value. Repeatable. Default: the best."
+            "--reference", metavar="KEY=VALUE", help="Compare with the members that have this value. Repeatable. Default: the best setting."
         ),
     ] = None,
 ) -> None:

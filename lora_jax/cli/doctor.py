@@ -45,13 +45,16 @@ def doctor(
     examples: Annotated[
         int,
         typer.Option(
-            "--examples", metavar="N", min=0, help="With a config: show N training examples, and nothing else. What has no loss is marked."
+            "--examples",
+            metavar="N",
+            min=0,
+            help="With a config: show N training examples as the model gets them, instead of the report. Tokens without loss are marked.",
         ),
     ] = 0,
 ) -> None:
     """Show devices, memory, versions, and what is missing.
 
-    With a config, also shows the placement of each parameter on the mesh and the memory per device. No weights are loaded.
+    With a config, also shows where each parameter is placed on the mesh, and the memory per device. No weights are loaded.
     """
     if examples:
         if config is None:

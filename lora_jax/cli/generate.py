@@ -53,7 +53,7 @@ def generate(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", metavar="FILE", help="A file of prompts, one per line; they run as one batch.", show_default=False),
+        typer.Option("--file", "-f", metavar="FILE", help="A file of prompts, one per line, generated as one batch.", show_default=False),
     ] = None,
     member: Annotated[
         str | None,
@@ -65,7 +65,8 @@ def generate(
     chat: Annotated[
         bool,
         typer.Option(
-            "--chat", help="Treat prompts as user messages. Without prompts: a conversation in the terminal, or from stdin by line."
+            "--chat",
+            help="Treat prompts as user messages. Without prompts: a conversation in the terminal, or one turn per line from stdin.",
         ),
     ] = False,
     system: Annotated[
@@ -78,13 +79,18 @@ def generate(
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option("--top-p", metavar="P", help="Sample from the most likely tokens of total probability P.", show_default=False),
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Sample from the smallest set of most likely tokens whose total probability is at least P.",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling. Prompt i uses seed N + i.")] = 0,
 ) -> None:
     """Generate text from prompts, or hold a conversation.
 
-    Uses a member of a run, or any language model. A single answer is printed as it is generated, several after all are done.
+    Uses a member of a run, or any language model. A single answer is printed as it is generated; several are printed at the end.
     """
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     generate_command(Asked(source, member, adapter, tuple(prompt or ()), file, chat, system, options))

@@ -63,7 +63,7 @@ def launch(
     parts: Annotated[
         int, typer.Option("--parts", metavar="N", min=1, help="slurm: run a sweep as an array of N jobs that share its members.")
     ] = 1,
-    wait: Annotated[bool, typer.Option("--wait", help="slurm: wait for the jobs, and exit with the exit code of one that failed.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="slurm: wait for the jobs. If one fails, exit with its exit code.")] = False,
     partition: Annotated[str | None, typer.Option("--partition", metavar="NAME", help="slurm: the partition.", show_default=False)] = None,
     account: Annotated[str | None, typer.Option("--account", metavar="NAME", help="slurm: the account.", show_default=False)] = None,
     nodes: Annotated[

@@ -60,7 +60,7 @@ ProcessCount = Annotated[
         "--process-count",
         metavar="N",
         envvar=processes.PROCESS_COUNT,
-        help="Number of processes. 1 runs alone, on a cluster too.",
+        help="Number of processes. With 1 the command runs alone, even on a cluster.",
         show_default=False,
     ),
 ]

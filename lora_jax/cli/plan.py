@@ -1,4 +1,4 @@
-"""What a config will take, before anything is trained: `sweep --plan` (packs, memory, time) and `doctor CONFIG` (placement, memory)."""
+"""What a config needs, before anything is trained: `sweep --plan` (packs, memory, time) and `doctor CONFIG` (placement, memory)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..config.types import size_text
 from ..errors import InputError, RunError
 from ..launch.local import virtual_devices
 from ..packing.cost import PackMemory, Placement
-from ..packing.execution import compile_cache, why_scanned
+from ..packing.execution import compile_cache, configured_mode, why_scanned
 from ..packing.planner import Part
 from ..parallel.mesh import mesh_sizes
 from ..parallel.program import memory_limit
@@ -47,6 +47,8 @@ def plan_command(config: Config, *, solo: bool, fresh: bool, many: bool, part: P
         console.print(f"pack {number}: " + "  ".join(names[:_NAMES] + more))
     largest = max(found.packs, key=lambda p: p.memory.total)
     console.print(memory_table(largest.memory, len(largest.plan.members), "largest pack", found.limit))
+    for line in _unchosen(config, len(largest.plan.members)):
+        console.print(line)
     for line in _estimate(found):
         console.print(line)
 
@@ -61,7 +63,7 @@ def _heading(config: Config, found: Estimate) -> list[str]:
 
 def _packs(found: Estimate) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("pack", "members", "steps", "padding", "memory", "FLOPs a step", "FLOPs", "time"):
+    for name in ("pack", "members", "steps", "padding", "memory", "FLOPs per step", "FLOPs", "time"):
         table.add_column(name, justify="right")
     for number, pack in enumerate(found.packs, 1):
         over = found.limit is not None and pack.memory.total > found.limit
@@ -72,17 +74,24 @@ def _packs(found: Estimate) -> Table:
 
 
 def memory_table(memory: PackMemory, members: int, title: str, limit: int | None) -> Table:
-    """What a pack of so many members takes on one device."""
-    table = Table(title=f"memory of a device, {title}", title_justify="left", show_header=False, box=None, pad_edge=False)
+    """The memory of a pack of so many members on one device."""
+    table = Table(title=f"memory per device, {title}", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
     table.add_row("base, once", size_text(memory.base))
-    table.add_row("batch, and what is computed of it once", size_text(memory.shared))
+    table.add_row("batch, and what is computed from it once", size_text(memory.shared))
     table.add_row(f"trained state, {members} x {size_text(memory.state // members)}", size_text(memory.state))
     table.add_row(f"activations, {members} x {size_text(memory.activations // members)}", size_text(memory.activations))
-    table.add_row("together", size_text(memory.total), style="bold")
+    table.add_row("total", size_text(memory.total), style="bold")
     table.add_row("limit", "none (sweep.memory_limit sets one)" if limit is None else size_text(limit))
     return table
+
+
+def _unchosen(config: Config, members: int) -> list[str]:
+    """A note that the memory shown is an upper bound, if the mode in which members run is not chosen yet."""
+    if members == 1 or configured_mode(config) is not None:
+        return []
+    return ["training.pack: auto chooses how members run when training starts. The memory above is an upper bound, that of vmap."]
 
 
 def _estimate(found: Estimate) -> list[str]:
@@ -90,9 +99,9 @@ def _estimate(found: Estimate) -> list[str]:
     compiling = sum(p.compiling or 0.0 for p in found.packs)
     many = f", x {found.devices} devices" if found.devices > 1 else ""
     return [
-        f"together: {_number(found.flops)} FLOPs (matrix products of training and evaluation, counted), about {_time(found.seconds)}",
-        f"The time is an estimate: {_time(compiling)} of compiling, as just now, and the FLOPs at {_number(found.rate)}FLOP/s{many}, which "
-        f"products of {rows} x {width} by {width} x {hidden} matrices reached just now; what else a step does is not in it.",
+        f"total: {_number(found.flops)} FLOPs (matrix products of training and evaluation, counted), about {_time(found.seconds)}",
+        f"The time is an estimate: {_time(compiling)} of compiling, plus the FLOPs at {_number(found.rate)}FLOP/s{many}. Both are measured "
+        f"just now, the rate on products of {rows} x {width} by {width} x {hidden} matrices. The rest of a step is not included.",
     ]
 
 
@@ -113,10 +122,10 @@ def _time(seconds: float) -> str:
 def placement_command(config: Path, overrides: list[str]) -> None:
     """Prints the placement and memory of the largest pack of a config.
 
-    A mesh of more devices than this process sees is looked at in a process that sees its CPU as that many.
+    If the mesh has more devices than this process sees, a child process with that many virtual CPU devices does it.
 
     Raises:
-        InputError: the config, the model, the data or an adapter will not do.
+        InputError: the config, the model, the data or an adapter is not valid.
         RunError: that process failed.
     """
     loaded = load_config(config, overrides)
@@ -145,13 +154,15 @@ def _print(config: Config) -> None:
     console = results_console()
     console.print(_parameters(shapes.placements(members), dict(shapes.mesh.shape), members))
     console.print(memory_table(memory, members, "one member" if members == 1 else f"{members} members", memory_limit(config)))
+    for line in _unchosen(config, members):
+        console.print(line)
 
 
 def _parameters(placements: list[Placement], mesh: dict[str, int], count: int) -> Table:
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
     members = f"{count} members" if count > 1 else "one member"
     table = Table(title=f"parameters on {shape}, {members}", title_justify="left", box=None, pad_edge=False)
-    for name, justify in (("parameter", "left"), ("shape", "left"), ("dtype", "left"), ("cut over", "left"), ("a device", "right")):
+    for name, justify in (("parameter", "left"), ("shape", "left"), ("dtype", "left"), ("sharding", "left"), ("per device", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for p in placements:
         trained = " (trained)" if p.trained else ""
@@ -160,7 +171,7 @@ def _parameters(placements: list[Placement], mesh: dict[str, int], count: int) -
 
 
 def _spec(spec: PartitionSpec, mesh: dict[str, int]) -> str:
-    """Axis by axis, `-` where it is replicated: `- fsdp tensor`. Mesh axes of one device cut nothing."""
+    """Axis by axis, `-` where it is replicated: `- fsdp tensor`. Mesh axes of one device do not count."""
     axes = [[part] if isinstance(part, str) else list(part or ()) for part in spec]
     cut = ["+".join(a for a in names if mesh[a] > 1) or "-" for names in axes]
     return "replicated" if set(cut) <= {"-"} else " ".join(cut)

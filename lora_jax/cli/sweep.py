@@ -45,7 +45,7 @@ def train(
     """Train one adapter.
 
     The run directory runs/NAME/ holds the resolved config, TensorBoard events, results and checkpoints. The same command resumes an
-    interrupted run. A run directory of another config is refused. On SIGTERM or Ctrl-C the run saves a checkpoint, then exits with
+    interrupted run. A run directory of a different config is refused. On SIGTERM or Ctrl-C the run saves a checkpoint, then exits with
     code 75 or 130.
     """
     from ..config.load import load_config

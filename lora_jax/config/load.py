@@ -1,7 +1,6 @@
 """From a YAML file and `key=value` overrides to a checked `Config`, and back to text.
 
-Everything that is wrong with the input ends in one `InputError` that names the file or override, the key, what was wrong and
-the nearest valid choice.
+Any mistake in the input raises an `InputError` that names the file or override, the key, what is wrong and the nearest valid choice.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from .yaml import Path, dump, parse
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config in a YAML file, with `key=value` overrides applied.
 
-    Paths in the file are relative to its folder, or else to the working directory; those of overrides the other way round. Those that
-    exist become absolute, so that a run finds them from anywhere.
+    Relative paths in the file are looked up in the file's folder first, then in the working directory; for paths in overrides it is the
+    other way round. Paths that exist become absolute, so that a run finds them from anywhere.
 
     Args:
         path: the YAML file.
@@ -58,8 +57,8 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """A copy of `data` (a config as plain values) with each `key=value` set.
 
-    The value is YAML, except that a key which holds text takes it as it stands: `task.template={text} Answer:` needs no quotes
-    beyond the shell's. `origins`, where given, notes for later messages which keys came from which override.
+    The value is YAML. For a key that holds text it is taken literally: `task.template={text} Answer:` needs no quotes beyond the
+    shell's. If `origins` is given, it records which keys came from which override, for later messages.
 
     >>> apply_overrides({"adapter": {"rank": 8}}, ["adapter.rank=4", "optimizer.learning_rate=1e-3"])
     {'adapter': {'rank': 4}, 'optimizer': {'learning_rate': 0.001}}
@@ -89,12 +88,12 @@ _LOOKED: dict[str, tuple[str, ...]] = {}
 
 
 def looked_for(source: str) -> tuple[str, ...]:
-    """The absolute paths at which a relative one was looked for, by the config that names it or from the working directory."""
+    """The absolute paths at which a relative path was looked for: next to the config that names it, and in the working directory."""
     return _LOOKED.get(source, (os.path.abspath(os.path.expanduser(source)),))
 
 
 def _located(data: dict[str, Any], folder: FilePath, origins: Mapping[Path, str]) -> dict[str, Any]:
-    """The config with its paths absolute: the value of each key marked as a `SOURCE`, and those that the sweep gives it."""
+    """The config with absolute paths, in each key marked as a `SOURCE` and in its swept values."""
     places = [folder, FilePath()]
 
     def absolute(value: Any, path: Path) -> Any:
@@ -132,11 +131,11 @@ def with_values(
     Args:
         config: a valid config.
         values: dotted key -> value.
-        where: what the values come from, for messages.
-        sections: whole sections in place of the config's. Where they are given the values are a user's own, and none of a swept key.
+        where: where the values come from, for messages.
+        sections: whole sections that replace the config's. If given, the values are overrides by a user, which may not set swept keys.
 
     Raises:
-        InputError: a key does not exist, the config with these values is not valid, or a value is of a key that is swept.
+        InputError: a key does not exist, the config with these values is not valid, or a value sets a key that is swept.
     """
     data = config.model_dump() | dict(sections or {})
     for key, value in values.items():
@@ -154,7 +153,7 @@ def with_values(
 
 
 def _keys_set(overrides: list[str] | tuple[str, ...]) -> list[str]:
-    """The dotted keys that overrides set, those inside of sections too."""
+    """The dotted keys that overrides set, including those inside sections."""
     found: list[str] = []
     for override in overrides:
         key, _, text = override.partition("=")
@@ -167,7 +166,7 @@ def _keys_set(overrides: list[str] | tuple[str, ...]) -> list[str]:
 
 
 def _check_not_swept(config: Config, keys: Sequence[str], where: str) -> None:
-    """Refuses values of keys that every member of the sweep has a value of its own for: nothing would come of them."""
+    """Refuses values for keys that the sweep sets for every member, because they would have no effect."""
     sweep = config.sweep
     if sweep is None:
         return
@@ -185,7 +184,7 @@ def _check_not_swept(config: Config, keys: Sequence[str], where: str) -> None:
 
 
 def _of_its_kind(data: dict[str, Any], before: Config, given: list[str]) -> dict[str, Any]:
-    """Without the keys that a section had as another kind and was not given: a member with another method has not the first one's."""
+    """Drops a section's keys of its former kind: a member with another method does not keep the first method's keys."""
     old = before.model_dump()
     for section, kinds in kinds_of_sections().items():
         tag, here = next(iter(kinds.values()))[0], data.get(section)
@@ -198,20 +197,20 @@ def _of_its_kind(data: dict[str, Any], before: Config, given: list[str]) -> dict
 
 
 def config_of(values: Mapping[str, Any], where: str) -> Config:
-    """The config of plain values, as `dump_config` writes them; of an earlier version too.
+    """The config of plain values, as `dump_config` writes them, in this version or an earlier one.
 
     Args:
         values: nested mappings.
-        where: what they come from, for messages.
+        where: where they come from, for messages.
 
     Raises:
-        InputError: they are no valid config.
+        InputError: they are not a valid config.
     """
     return _validated(renamed(values, where, {}), where, {})
 
 
 def dump_config(config: Config) -> str:
-    """The whole config as YAML, defaults included; `load_config` reads the same config back."""
+    """The whole config as YAML, including defaults; `load_config` reads the same config back."""
     return dump(config.model_dump())
 
 
@@ -241,14 +240,14 @@ def _near_files(path: FilePath) -> str:
 
 def _validated(data: dict[str, Any], file: str, origins: Mapping[Path, str]) -> Config:
     try:
-        # Strict: '8' is not 8 and true is not 1. What the file says is what is meant, or it is an error.
+        # Strict: '8' is not 8, and true is not 1.
         return Config.model_validate(data, strict=True)
     except ValidationError as error:
         raise InputError(report(problems(error, data), file, origins)) from None
 
 
 def _sweep_problems(config: Config) -> list[Problem]:
-    """What the schema cannot see in a sweep: keys that do not exist or are shared by all members, values given twice, a bad `where`."""
+    """Mistakes in a sweep that the schema cannot detect: unknown keys, keys that all members share, repeated values, a bad `where`."""
     sweep = config.sweep
     if sweep is None:
         return []

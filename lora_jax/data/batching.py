@@ -251,7 +251,7 @@ class BatchPlan:
             if all(self._fits(lengths[g], targets[g]) for g in groups):
                 return groups
             if count >= len(order):
-                raise InputError("task: a held-out example is longer than any training example allows for.")
+                raise InputError("task: a held-out example is longer than the batches, whose length follows the training examples.")
             count = max(count + 1, round(count * 1.02))
 
     def _fits(self, lengths: np.ndarray, targets: np.ndarray) -> bool:

@@ -94,7 +94,7 @@ def load_rows(
                 kept[row] = False
                 dropped[column, str(value)] += 1
     if not kept.any():
-        raise InputError(f"task.drop: leaves no row of {source}.")
+        raise InputError(f"task.drop: drops every row of {source}.")
     chosen = np.flatnonzero(kept).tolist()
     table = {name: [found[name][i] for i in chosen] for name in dict.fromkeys(columns)}
     present = {column: {value for value in values if value is not None} for column, values in texts.items()}
@@ -112,8 +112,8 @@ def check_tables(tables: Sequence[Table], drop: dict[str, list[str]]) -> None:
     both = set.intersection(*(set(table.files) for table in tables)) if len(tables) > 1 else set()
     if both:
         raise InputError(
-            f"task.eval_source: {min(both)} is trained on too (task.source), so it cannot be held out. Without task.eval_source, "
-            "task.eval_size of its rows are held out."
+            f"task.eval_source: {min(both)} is also in task.source, which is trained on, so it cannot be held out. Without "
+            "task.eval_source, task.eval_size of its rows are held out."
         )
 
 
@@ -153,7 +153,7 @@ class Taken:
         """For a person to read."""
         some = f"all {self.rows:,}" if self.used == self.rows else f"{self.used:,} of {self.rows:,}"
         head = f"{self.part}: {some} rows of {self.source}" + (", sampled" if self.sampled else "")
-        said = [f"{count:,} dropped ({column}: {value})" for (column, value), count in self.dropped.items()]
+        said = [f"{count:,} more dropped ({column}: {value})" for (column, value), count in self.dropped.items()]
         if self.left_out:
             said.append(f"{self.left_out:,} left out (nothing to predict within task.max_length = {self.max_length} tokens)")
         if self.cut:
@@ -224,7 +224,10 @@ def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[
     if match is None:
         raise InputError(f"{key}: '{source}' is not hf://org/name[@revision].")
     if Path(match[1]).exists():  # `datasets` would read that in place of the hub's
-        raise InputError(f"{key}: '{source}': the folder '{match[1]}' is in the way; give its path for what is in it, or run elsewhere.")
+        raise InputError(
+            f"{key}: '{source}': the local folder '{match[1]}' hides the hub's data set. To use the folder, give its path; to use the hub, "
+            "run from another directory."
+        )
     datasets.disable_progress_bars()
     try:
         with _quiet(), hub_or_cache(match[1], "dataset"):
@@ -256,7 +259,7 @@ def split_rows(texts: Sequence[str], *, held_out: int, train: int | None, seed: 
     """
     count = len(texts)
     if held_out >= count:
-        raise InputError(f"task.eval_size: {held_out} of {count} rows leaves none to train on.")
+        raise InputError(f"task.eval_size: {held_out} of {count} rows leaves no row to train on.")
     order = np.random.default_rng(np.random.SeedSequence([seed, 0x5911])).permutation(count)
     copies: dict[str, list[int]] = {}
     for i in order:

@@ -42,7 +42,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, number: int = 0) -> list[int]:
     else:
         raise InputError(f"prompt {number}: neither text, nor token ids, nor messages with 'role' and 'content'.")
     if not ids:
-        raise InputError(f"prompt {number}: it is empty; there is nothing to go on from.")
+        raise InputError(f"prompt {number}: is empty; there is nothing to continue.")
     return ids
 
 
@@ -141,7 +141,7 @@ class Generator:
         sampling = Sampling(temperature, top_k, top_p)
         rows = [encode_prompt(p, self._tokenizer, i) for i, p in enumerate(prompts)]
         if not rows or max_new_tokens < 1:
-            raise InputError("prompts: there is none." if not rows else f"max_new_tokens: must be at least 1, got {max_new_tokens}.")
+            raise InputError("prompts: the list is empty." if not rows else f"max_new_tokens: must be at least 1, got {max_new_tokens}.")
         if stream is not None and not self._single:
             raise InputError("stream: one model at a time.")
         model = self._models[0]
@@ -316,7 +316,7 @@ def _check(rows: Sequence[Sequence[int]], model: Decoder, new: int) -> None:
     vocab, most = model.config.vocab, context_length(model) or _MOST_TOKENS
     for i, row in enumerate(rows):
         if not all(0 <= t < vocab for t in row):
-            raise InputError(f"prompt {i}: it has token ids outside of 0..{vocab - 1}.")
+            raise InputError(f"prompt {i}: has token ids outside 0..{vocab - 1}.")
         if most is not None and len(row) + new > most:
             fits = f"; at most {most - len(row):,} new tokens fit (max_new_tokens)" if len(row) < most else ""
-            raise InputError(f"prompt {i}: {len(row):,} tokens and {new:,} more are past the model's context of {most:,}{fits}.")
+            raise InputError(f"prompt {i}: {len(row):,} tokens and {new:,} more exceed the model's context of {most:,}{fits}.")

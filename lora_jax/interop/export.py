@@ -89,7 +89,7 @@ def check_options(exporter: Exporter, form: str, options: ExportOptions) -> None
             known = ", ".join(option_flag(o) for o in exporter.options) or "none"
             raise InputError(f"{option_flag(name)}: --format {form} has no such option. Its options: {known}.")
         if (choices := exporter.options[name]) and value not in choices:
-            raise InputError(f"{option_flag(name)}: '{value}'. {hint(str(value), choices)}".rstrip())
+            raise InputError(f"{option_flag(name)}: unknown value '{value}'. {hint(str(value), choices)}".rstrip())
 
 
 @dataclasses.dataclass(frozen=True)

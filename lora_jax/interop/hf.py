@@ -81,7 +81,7 @@ def save_pretrained(
         InputError: `path` is not empty, transformers has no such model, or the base's files are gone.
     """
     if dtype is not None and dtype not in WRITTEN_DTYPES:
-        raise InputError(f"dtype: '{dtype}'. {hint(dtype, WRITTEN_DTYPES)}")
+        raise InputError(f"dtype: unknown dtype '{dtype}'. {hint(dtype, WRITTEN_DTYPES)}")
     check_form(model)
     with new_folder(Path(path)) as folder:
         _write(model, folder, classes=classes, dtype=dtype, largest=largest)
@@ -111,14 +111,16 @@ def check_form(model: nnx.Module) -> _Form:
     shape, kind = form.classifier.shape, form.classifier.kind
     name = architecture(form.origin.model_type, kind)
     if form.head is None:
-        raise InputError(f"the head has no counterpart in transformers, which knows no {name}.")
+        raise InputError(f"the head has no counterpart in transformers, which has no {name}.")
     if shape.reads != form.head.shape.reads:
         raise InputError(
             f"the head reads the {shape.reads} of the tokens, and transformers' {name} the {form.head.shape.reads}: "
-            "it could not compute the same (task.pooling: cls trains one that it can)."
+            "it would compute something else (a head trained with task.pooling: cls can be exported)."
         )
     if shape.pooler and isinstance(form.base, Encoder) and not form.base.config.pooler:
-        raise InputError(f"{form.origin.source}: was saved without a pooler, which transformers' {name} needs and would draw at random.")
+        raise InputError(
+            f"{form.origin.source}: was saved without a pooler. transformers' {name} needs one and would initialise it at random."
+        )
     return form
 
 
@@ -138,9 +140,9 @@ def architecture(model_type: str, head: str | None = None) -> str:
 def _form_of(model: nnx.Module) -> _Form:
     base = model if isinstance(model, Encoder | Decoder) else getattr(model, "base", None)
     if not isinstance(base, Encoder | Decoder):
-        raise InputError(f"a {type(model).__name__} has no counterpart in transformers: only what load_model gives has.")
+        raise InputError(f"a {type(model).__name__} has no counterpart in transformers; only models from load_model do.")
     if base.origin is None:
-        raise InputError("the model was not loaded from a checkpoint: nothing says what its weights are called.")
+        raise InputError("the model was not loaded from a checkpoint, so the names of its weights in transformers are unknown.")
     if not isinstance(model, Classifier):
         return _Form(base, None, None)
     return _Form(base, model, head_of(model))

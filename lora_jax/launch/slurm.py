@@ -118,7 +118,7 @@ def submit(
         InputError: an option is not of its form.
     """
     if not _installed("sbatch"):
-        raise RunError("--on slurm: sbatch is not here; run this on a machine of the cluster from which jobs are submitted.")
+        raise RunError("--on slurm: sbatch was not found; run this on a login node of the cluster.")
     executor = SlurmExecutor(folder=logs / "%j", max_num_timeout=1000)  # back into the queue as often as it takes
     jobs = [Job(command, environment or {}) for command in commands]
     try:
@@ -131,7 +131,7 @@ def submit(
             return submitted[0].job_id.partition("_")[0]
     except Exception as error:  # submitit wraps what sbatch said in errors of its own
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-        raise RunError("Slurm did not take the job: " + "\n".join(lines[-3:])) from None
+        raise RunError("Slurm rejected the job: " + "\n".join(lines[-3:])) from None
 
 
 def _installed(program: str) -> bool:
@@ -207,7 +207,7 @@ def wait(job: str, say: Callable[[str], None], *, interval: float = 5.0) -> int:
                     told[label] = state
             silent = 0
             if not known:
-                raise RunError(f"Slurm does not know job {job}.")
+                raise RunError(f"Slurm has no record of job {job}.")
         except RunError:
             silent += 1  # a controller that starts again is silent for a while
             if not known or silent > _SILENT_LOOKS:
@@ -232,7 +232,7 @@ def _listed(job: str) -> list[tuple[str, list[str], str, int]]:
         said = asked.stderr.strip() or asked.stdout.strip()
         if "Invalid job id" in said:  # none is in the list any more
             return []
-        raise RunError(f"Slurm no longer answers for job {job}: {said}")
+        raise RunError(f"Slurm no longer reports on job {job}: {said}")
     found = []
     for line in asked.stdout.splitlines():
         facts = dict(re.findall(r"(\w+)=(\S*)", line))

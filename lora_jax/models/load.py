@@ -125,7 +125,7 @@ class BaseFiles:
         missing = sorted(w.name for w in heads[kind].weights().values() if w.name not in names)
         if missing or (saved and kind not in saved):
             why = f"no tensor '{missing[0]}'" if missing else f"it has one for {saved[0]}"
-            raise InputError(f"{self._where}: holds no trained head for {kind} ({why}). A new one is made by add_head, or task.head: new.")
+            raise InputError(f"{self._where}: holds no trained head for {kind} ({why}). add_head, or task.head: new, makes a new one.")
         return heads[kind]
 
     def load(self, mesh: Mesh | None = None) -> Base | Classifier:

@@ -35,7 +35,7 @@ _MARGIN = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why.
+    """The chosen mode, and why.
 
     Attributes:
         mode: how the pack will run.
@@ -73,11 +73,12 @@ def choose(pack: Pack, setup: Setup, trunk: Trunk | None) -> Choice:
     device = jax.devices()[0].device_kind
     candidates = _candidates(pack, setup)
     if len(candidates) == 1:
-        return Choice(VMAP, "there is one member on a device", {}, device)
+        return Choice(VMAP, "there is one member per device", {}, device)
     if setup.steps < WORTH_MEASURING or process_count() > 1:
-        why = "several processes train together" if process_count() > 1 else f"a run of {setup.steps} steps is too short to measure"
+        short = f"a run of {setup.steps} steps is too short to measure the modes"
+        why = "several processes train together" if process_count() > 1 else short
         if _keeps_cpu_busy(setup):
-            return Choice(SCAN, f"{why}, and one such member keeps a CPU busy", {}, device)
+            return Choice(SCAN, f"{why}, and a single member keeps the CPU busy", {}, device)
         return Choice(_first_that_fits(pack, setup, trunk, candidates), why, {}, device)
     batch = first_batch(pack, setup, trunk)
     seconds: dict[PackMode, float] = {}
@@ -94,7 +95,7 @@ def choose(pack: Pack, setup: Setup, trunk: Trunk | None) -> Choice:
             continue
         programs[mode] = pack.programs
     if not seconds:
-        return Choice(SCAN, "no other way fits into memory", {}, device)  # nor does this, and training will say so
+        return Choice(SCAN, "no other mode fits into memory", {}, device)  # nor does this, and training will say so
     best = min(seconds, key=lambda mode: seconds[mode])
     if VMAP in seconds and seconds[best] > (1 - _MARGIN) * seconds[VMAP]:
         best = VMAP

@@ -28,10 +28,10 @@ from ..training.step import Batch, Evaluated, MemberFixed, MemberState, Metrics,
 
 @dataclasses.dataclass(frozen=True)
 class PackMode:
-    """How many members a device runs side by side (`jax.vmap`); a loop in the program goes over the rest.
+    """How many members a device runs side by side (`jax.vmap`); a loop in the program runs over the rest.
 
-    Side by side they fill the device, and all their activations are in memory at once. One after the other they take the memory of
-    one, and each is computed by itself: no member changes a bit of another.
+    Side by side, members fill the device, and all their activations are in memory at once. One after the other, they need the memory of
+    a single member, and no member affects another, not even by rounding.
 
     Attributes:
         width: members at a time on each device of the `sweep` axis; None: all of them.
@@ -45,14 +45,14 @@ class PackMode:
         return "vmap" if self.width is None else "scan" if self.width == 1 else f"chunks of {self.width}"
 
     def over_members(self, function: Callable[..., Any], part: Partition, mesh: Mesh | None) -> Callable[..., Any]:
-        """`function` of one member's trees as a function of stacked ones, (members, ...).
+        """Turns a function of one member's trees into a function of stacked trees, (members, ...).
 
-        Where members do not divide evenly, the last is repeated, and what comes of the repeated ones is dropped.
+        If the members do not divide evenly, the last is repeated, and the repeated results are dropped.
 
         Args:
-            function: of trees to a tree.
-            part: tells how member arrays lie.
-            mesh: where they lie; None where that is one device.
+            function: from trees to a tree.
+            part: determines the sharding of the members' arrays.
+            mesh: of the arrays; None for a single device.
         """
         devices = 1 if mesh is None else mesh.shape["sweep"]
         vmapped = jax.vmap(function, spmd_axis_name=None if mesh is None else "sweep")
@@ -80,7 +80,7 @@ class PackMode:
 
 
 def _cut(part: Partition, mesh: Mesh | None, tree: Any, devices: int, rounds: int) -> Any:
-    """(members, ...) as (rounds, members of a round, ...): each round takes as many from each device's own."""
+    """(members, ...) as (rounds, members of a round, ...): each round takes equally many from each device's members."""
 
     def leaf(a: jax.Array) -> jax.Array:
         grouped = a.reshape(devices, rounds, -1, *a.shape[1:])
@@ -94,7 +94,7 @@ def _cut(part: Partition, mesh: Mesh | None, tree: Any, devices: int, rounds: in
 
 
 def _joined(a: jax.Array, devices: int) -> jax.Array:
-    """What `_cut` cut, together again."""
+    """The inverse of `_cut`."""
     grouped = a.reshape(a.shape[0], devices, -1, *a.shape[2:])
     return jnp.swapaxes(grouped, 0, 1).reshape(-1, *a.shape[2:])
 
@@ -108,11 +108,11 @@ class PackPrograms:
     The base is an argument of both, never a constant, and is not returned. Member arrays are donated.
 
     Args:
-        part: how the arrays make a model.
-        data_seed: of the base's own dropout.
-        mesh: where the arrays lie; None where that is one device.
+        part: makes a model of the arrays.
+        data_seed: for the base's own dropout.
+        mesh: of the arrays; None for a single device.
         mode: how the programs run the members.
-        limit: bytes that each may take on a device.
+        limit: bytes that each program may take on a device.
         objective: the loss.
     """
 
@@ -178,10 +178,10 @@ _CACHE_BYTES = 2 * 10**9
 
 @contextlib.contextmanager
 def compile_cache(config: Config) -> Iterator[None]:
-    """While inside, JAX keeps what it compiles on disk, and takes from there what was compiled before: the same program, the same bits.
+    """Context in which JAX keeps compiled programs on disk and reuses them: the same program, the same bits.
 
-    JAX's own threshold holds: programs that compile in less than a second are not kept. A damaged entry is compiled anew, with a
-    warning. Nothing changes where `tracking.compile_cache` is false or JAX has a cache already (`JAX_COMPILATION_CACHE_DIR`).
+    JAX's own threshold applies: programs that compile in less than a second are not kept. A damaged entry is compiled again, with a
+    warning. Nothing changes if `tracking.compile_cache` is false or JAX already has a cache (`JAX_COMPILATION_CACHE_DIR`).
     """
     if not config.tracking.compile_cache or jax.config.values.get("jax_compilation_cache_dir") is not None:
         yield
@@ -213,7 +213,7 @@ def compile_cache(config: Config) -> Iterator[None]:
 
 
 def _host() -> str:
-    """A name for this kind of processor. JAX's keys do not tell one from another, and a program for one need not run on the next."""
+    """A name for this kind of processor. JAX's cache keys do not distinguish them, and a program for one may not run on another."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})

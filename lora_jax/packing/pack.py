@@ -1,4 +1,4 @@
-"""A pack: members stacked on a leading axis, over one base; and members that move half-way from their packs to another (`repack`)."""
+"""A pack: members stacked on a leading axis, over one base. `repack` moves members between packs in the middle of their training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..training.optimizer import hyper_of
 from ..training.step import MemberFixed, MemberState, init_member
 from .execution import VMAP, PackMode, PackPrograms
 
-# An index into one array of a member; None: it has no part of it.
+# An index into one array of a member; None: the member uses no part of the array.
 Window = tuple[Any, ...] | None
 # Number of batches -> (site name, layer) -> what the layer saw of them.
 Gathered = Mapping[int, Mapping[tuple[str, int], Statistics]]
@@ -41,8 +41,8 @@ class Member:
     """One point of a sweep.
 
     Attributes:
-        name: its swept values, short: `rank=8,targets=attention`; names its folder.
-        settings: dotted key -> value, of the swept keys.
+        name: its swept values in short, such as `rank=8,targets=attention`; also the name of its folder.
+        settings: swept dotted key -> value.
         config: the whole config with these values.
     """
 
@@ -56,12 +56,12 @@ class Pack:
     """Members that train inside one compiled step.
 
     Attributes:
-        configs: one a member.
-        specs: what each adapts.
-        structure: the shapes that hold all.
-        part: the adapted model in parts; `part.frozen` is the base.
-        state, fixed: the members' arrays, stacked: (members, ...).
-        programs: the compiled step and evaluation.
+        configs: one per member.
+        specs: what each member adapts.
+        structure: the layout, whose shapes hold every member.
+        part: the adapted model, partitioned; `part.frozen` is the base.
+        state, fixed: the members' stacked arrays, (members, ...).
+        programs: the compiled training and evaluation steps.
     """
 
     configs: Sequence[Config]
@@ -86,16 +86,16 @@ class Pack:
         statistics: Gathered | None = None,
         drawn: bool = True,
     ) -> Pack:
-        """Puts the members on one base, each at its own step 0.
+        """Puts the members on one base, each at its step 0.
 
         Args:
             model: the base with the task's head, without adapters.
-            configs: one a member; alike in what is static (`static_key`).
-            steps: optimizer steps each will take, for the schedules.
-            mesh: where the base lies, and the members' arrays beside it.
+            configs: one per member; their static parts are equal (`static_key`).
+            steps: number of optimizer steps, for the schedules.
+            mesh: the devices of the base and of the members' arrays.
             mode: how the compiled programs run the members.
             specs: the configs, resolved against the model; resolved here by default.
-            layout: what holds them, and may hold more; the smallest by default.
+            layout: a layout that holds all members; the smallest one by default.
             statistics: what inits that read the data have seen of it (`Setup.statistics`).
             drawn: False leaves the adapters at their fill values, for those of a file.
         """
@@ -128,21 +128,21 @@ class Pack:
 
     @property
     def program_key(self) -> ProgramKey:
-        """What decides the pack's programs, beside its setup and the mode in which its members run."""
+        """Together with the setup and the mode, this determines the pack's programs."""
         return program_key(self.configs, self.structure)
 
     def use_mode(self, mode: PackMode) -> None:
-        """Gives the pack other programs, yet to be compiled, that run its members in another way."""
+        """Replaces the programs by uncompiled ones that run the members in another mode."""
         self.programs = self.programs.in_mode(mode)
 
     def release(self) -> None:
-        """Lets go of its programs, which take much memory; where they are wanted again they are compiled again."""
+        """Releases the compiled programs, which take much memory; they are compiled again when needed."""
         self.use_mode(self.programs.mode)
 
     def windows(self, model: nnx.Module, index: int) -> dict[str, Window]:
-        """Where a member's own part lies in each array that it trains or keeps, without the first axis; None where it has none.
+        """The index of a member's own part in each array that it trains or keeps, without the member axis; None if it has no part in it.
 
-        The rest is padding: ranks beyond its own, layers below its lowest.
+        The rest is padding: ranks beyond the member's own, layers below its lowest.
         """
         layout = unite(model, [self.specs[index]])
         own, method, common = {s.site.name: s for s in layout.sites}, layout.method, layout.shared()
@@ -166,7 +166,7 @@ class Pack:
         return {name: to_host(array[index])[window] for name, array in arrays.items() if (window := windows[name]) is not None}
 
     def with_member_arrays(self, model: nnx.Module, index: int, arrays: Arrays) -> Arrays:
-        """What the members train and keep, (members, ...), with one member's own part from arrays in the shapes it has alone."""
+        """What the members train and keep, (members, ...), with one member's part replaced by `arrays`, in the shapes it has alone."""
         windows = self.windows(model, index)
         found: Arrays = {}
         for name, array in (self.state.trainable | self.kept).items():
@@ -177,12 +177,12 @@ class Pack:
         return found
 
     def parameter_count(self, index: int) -> int:
-        """How many numbers one member trains, its padding not counted."""
+        """How many parameters one member trains, without padding."""
         return trainable_count(self.part, self.specs[index], self.structure)
 
 
 def trainable_count(part: Partition, spec: ResolvedAdapter, structure: Layout) -> int:
-    """Trained numbers of a member: the method's at each adapted layer of a site, and all of the rest that trains."""
+    """Trained parameters of a member: the method's at each adapted layer of a site, and all others that are trained."""
     sites = {s.site.name: s.site for s in structure.sites}
     total = sum(spec.method.count(sites[name], int(rank)) for name, own in spec.sites.items() for rank in own.ranks if rank)
     mask = update_mask(part, spec, structure) or {}
@@ -194,7 +194,7 @@ def trainable_count(part: Partition, spec: ResolvedAdapter, structure: Layout) -
 
 
 def static_key(config: Config) -> tuple[object, ...]:
-    """What must be equal for members to share a pack: everything but adapter numbers, optimizer numbers and the seed."""
+    """Members can share a pack if this is equal: everything but the adapter's and optimizer's numbers and the seed."""
     adapter, training = config.adapter, config.training
     method: Method = METHODS.get(adapter.method, "adapter.method")
     variant = method_of(adapter)
@@ -209,7 +209,7 @@ def static_key(config: Config) -> tuple[object, ...]:
 
 
 def program_key(configs: Sequence[Config], structure: Layout) -> ProgramKey:
-    """The program key of a pack of these members, whose arrays have the structure's shapes."""
+    """The program key of a pack of these members with this layout."""
     return static_key(configs[0]), structure, len(configs)
 
 
@@ -217,21 +217,21 @@ Source = tuple[Pack, int, Saved]
 
 
 def repack(model: nnx.Module, sources: Sequence[Source], target: Pack) -> Saved:
-    """What a checkpoint of `target` would say, had its members trained in it from the start.
+    """The checkpoint that `target` would have if its members had trained in it from the start.
 
     A member's arrays are cut out of the padded shapes of its old pack and put into those of the new one; padding is zero in both.
 
     Args:
-        model: the base that all packs stand on.
-        sources: for each member of `target` the pack it was in, its place there, and that pack's checkpoint; all of one step.
-        target: the new pack, freshly built.
+        model: the base of all packs.
+        sources: for each member of `target`, the pack it was in, its index there, and that pack's checkpoint; all at the same step.
+        target: the new pack, at step 0.
 
     Raises:
-        RunError: the checkpoints are of different steps.
+        RunError: the checkpoints are at different steps.
     """
     steps = {saved.step for _, _, saved in sources}
     if len(steps) != 1:
-        raise RunError(f"members of steps {', '.join(map(str, sorted(steps)))} cannot go on in one pack")
+        raise RunError(f"members of steps {', '.join(map(str, sorted(steps)))} cannot continue in one pack")
     windows = [(pack.windows(model, index), target.windows(model, k)) for k, (pack, index, _) in enumerate(sources)]
     state = _moved(target.state, [saved.state for _, _, saved in sources], [i for _, i, _ in sources], windows)
     best = None
@@ -242,7 +242,7 @@ def repack(model: nnx.Module, sources: Sequence[Source], target: Pack) -> Saved:
 
 
 def _moved(like: Any, trees: Sequence[Any], places: Sequence[int], windows: Sequence[tuple[dict[str, Window], dict[str, Window]]]) -> Any:
-    """A tree as `like`, (members, ...), each member's part taken from its place in its own tree."""
+    """A tree like `like`, (members, ...), in which each member's part comes from its place in its own tree."""
     olds = [{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in trees]
 
     def leaf(path: Any, fresh: jax.Array) -> jax.Array:
@@ -263,7 +263,7 @@ def _moved(like: Any, trees: Sequence[Any], places: Sequence[int], windows: Sequ
 
 
 def _loop(members: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-    """The loop's own numbers of members from several packs."""
+    """The loop's own state for members from several packs."""
 
     def pick(*path: str) -> list[Any]:
         found = []

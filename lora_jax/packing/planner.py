@@ -1,8 +1,8 @@
-"""The plan: members cut into packs, each of which is one compiled program, by what they cost and what fits in memory.
+"""The plan: members divided into packs, each of which is one compiled program, by what they cost and what fits in memory.
 
-In a pack each member computes with the largest rank at each site, at the sites of all members, and differentiates down to the lowest
-layer that any of them adapts. Beside the base's own arithmetic more ranks are cheap and more layers are not. A site costs more than
-its ranks, since its inputs and outputs are read and written for any rank. All of it is counted in FLOPs of the whole step.
+In a pack, every member computes at the sites of all members, with the largest rank at each site, and differentiates down to the lowest
+layer that any of them adapts. Compared with the base, additional ranks are cheap and additional layers are not. A site has a fixed cost
+besides its ranks, because its inputs and outputs are read and written whatever the rank. All costs are in FLOPs of the whole step.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from ..training.setup import Setup, check_adapters, setup_key
 from .cost import PackShapes
 from .pack import Member, ProgramKey, program_key, static_key
 
-# Arithmetic that could have been done while one more program is compiled (about 5 s on two CPU cores, 15 s on an accelerator): padding
-# is weighed against it. Fixed numbers, so that the same members are cut alike wherever they are planned.
+# FLOPs that a device could do while one more program is compiled (about 5 s on two CPU cores, 15 s on an accelerator); padding is
+# weighed against them. The numbers are fixed, so that the same members get the same packs on every machine.
 _COMPILING = {"cpu": 5e11}
 _COMPILING_ELSEWHERE = 1e15
 
-# What a site takes whatever its rank, in ranks of LoRA: its inputs and outputs are read and written some six times in a step, and meanwhile
-# two CPU cores could do 12 FLOPs a byte. MiniLM's steps with and without further sites, ranks 8 and 32, come to 25 to 68.
+# The fixed cost of a site, in ranks of LoRA: its inputs and outputs are read and written about six times in a step, and two CPU cores
+# could do 12 FLOPs per byte meanwhile. Measured on MiniLM's steps with and without additional sites, at ranks 8 and 32: 25 to 68.
 _SITE_RANKS = 40.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What members cost in one optimizer step, alone or in a pack, in FLOPs or the time of as many.
+    """The costs of members in one optimizer step, alone or in a pack, in FLOPs or the time for as many.
 
     Attributes:
-        base: (depth + 1,) what a member computes beside its factors, by its lowest adapted layer (`depth`: none is).
-        sites: (sites,) for each rank of a site, in one layer.
-        stacked: (sites,) whether a site's factors stand in the stack's layers.
+        base: (depth + 1,) cost of a member apart from its factors, by its lowest adapted layer (`depth` if it adapts none).
+        sites: (sites,) cost of one rank of a site, in one layer.
+        stacked: (sites,) whether a site is stacked over layers.
         ranks: (members, sites), 0 where a member does not adapt a site.
-        firsts: (members,) lowest adapted layer; `depth` without one.
-        site: (sites,) what a site costs beside its ranks, in one layer.
+        firsts: (members,) lowest adapted layer; `depth` if there is none.
+        site: (sites,) fixed cost of a site, in one layer.
     """
 
     base: np.ndarray
@@ -58,7 +58,7 @@ class Weights:
 
     @classmethod
     def of(cls, setup: Setup, configs: Sequence[Config]) -> Weights | None:
-        """Of members of one set-up, alike in what is static; None where all adapt the same, so that there is nothing to weigh."""
+        """The costs of members with one setup and equal static parts; None if all adapt the same weights, so that all cost the same."""
         members = [setup.spec(c) for c in configs]
         needs = [m.needs for m in members]
         if all(n == needs[0] for n in needs):
@@ -70,13 +70,13 @@ class Weights:
         below = np.array([s.stack is None and s.kind == "embedding" for s in sites])  # its gradient comes down through all layers
         lowest = [[n[s.name][0] if s.stack is not None else depth for s in sites if s.name in n] for n in needs]
         firsts = np.where((ranks[:, below] > 0).any(1), 0, np.array([min(row, default=depth) for row in lowest]))
-        # Backward twice as much as forward: of LoRA x A, its product with B, and the gradients of x, A and B.
+        # Backward costs twice as much as forward.
         times, method = 3.0 * setup.plan.batch(0)["tokens"].size, members[0].method
         lines = np.array([_cost_line(method, s, own[own > 0]) for s, own in zip(sites, ranks.T, strict=True)])
         slopes, fixed = times * lines[:, 0], times * lines[:, 1]
         stacked = np.array([s.stack is not None for s in sites])
         free = cls(np.zeros(depth + 1), slopes, stacked, ranks, firsts, fixed)
-        # All layers cost the same but the top one, which goes on where the labels are alone: three points of the line say it.
+        # All layers cost the same except the top one, which is computed only at labelled positions: three points determine the line.
         distinct = np.unique(firsts)
         traced: dict[int, float] = {}
         for first in np.unique([distinct[0], *distinct[-2:]]):
@@ -88,11 +88,11 @@ class Weights:
 
     @property
     def alone(self) -> np.ndarray:
-        """(members,): of each by itself."""
+        """(members,): cost of each member alone."""
         return self._cost(self.ranks, self.firsts)
 
     def packed(self, members: np.ndarray) -> np.ndarray:
-        """For each beginning of a list of members, what one member costs in a pack of them: (len(members),)."""
+        """For each prefix of a list of members, what one member costs in a pack of these: (len(members),)."""
         return self._cost(np.maximum.accumulate(self.ranks[members]), np.minimum.accumulate(self.firsts[members]))
 
     def padding(self, members: Sequence[int]) -> float:
@@ -104,10 +104,10 @@ class Weights:
         return self.base[firsts] + (np.where(ranks > 0, ranks * self.sites + self.site, 0) * layers).sum(1)
 
     def orders(self) -> list[np.ndarray]:
-        """Orders in which like members are neighbours: by lowest layer and cost, and by their sites, after or before the layer."""
+        """Orders in which similar members are neighbours: by lowest layer and cost, and by their sites, after or before the layer."""
         alone, firsts = self.alone, -self.firsts
         _, found = np.unique(self.ranks > 0, axis=0, return_inverse=True)
-        sites = found.reshape(-1)  # which set of them a member has; those that cost alike are neighbours
+        sites = found.reshape(-1)  # the set of sites that a member has; sets of similar cost are neighbours
         cost = (np.bincount(sites, alone) / np.bincount(sites))[sites]
         return [np.lexsort(keys) for keys in ((alone, firsts), (alone, sites, cost, firsts), (alone, firsts, sites, cost))]
 
@@ -121,7 +121,7 @@ def _cost_line(method: Method, site: Site, ranks: np.ndarray) -> tuple[float, fl
 
 
 def cut_evenly(count: int, largest: int) -> list[list[int]]:
-    """0 to `count` - 1 in as few runs of at most `largest` as there must be, nearly equal.
+    """0 to `count` - 1 in as few runs of at most `largest` as possible, of nearly equal lengths.
 
     >>> cut_evenly(5, 3)
     [[0, 1], [2, 3, 4]]
@@ -132,20 +132,20 @@ def cut_evenly(count: int, largest: int) -> list[list[int]]:
 
 
 def cut_by_weight(weights: Weights, largest: int, *, most_padding: float, steps: int, platform: str | None = None) -> list[list[int]]:
-    """Members in as few packs as keep padding below a fraction of each pack's time, and with the least arithmetic of those.
+    """The fewest packs whose padding stays below a fraction of each pack's time; of these, the ones with the fewest FLOPs.
 
-    Members are sorted by their lowest layer, the highest first, and by what they cost, and cut into runs; or by the sites they adapt
-    too, where that comes to less. Equal ones keep their order.
+    Members are sorted by their lowest layer, the highest first, and by cost, then cut into runs. If sorting by adapted sites too gives
+    less cost, that is used. Equal members keep their order.
 
     Args:
-        weights: the members'.
-        largest: most members in a pack.
-        most_padding: the fraction, of the pack's arithmetic over all steps and the compilation of one program.
+        weights: the members' costs.
+        largest: the largest number of members in a pack.
+        most_padding: the largest fraction of padding in a pack's time over all steps, including compiling one program.
         steps: optimizer steps.
         platform: of the devices; by default JAX's.
 
     Returns:
-        indices of the members; packs, and members within them, in the order they had.
+        indices of the members, by pack; packs, and members within them, keep their order.
     """
     compiling = _COMPILING.get(platform or jax.default_backend(), _COMPILING_ELSEWHERE)
     found = [_cut_order(weights, order, largest, most_padding, steps, compiling) for order in weights.orders()]
@@ -155,14 +155,14 @@ def cut_by_weight(weights: Weights, largest: int, *, most_padding: float, steps:
 def _cut_order(
     weights: Weights, order: np.ndarray, largest: int, most_padding: float, steps: int, compiling: float
 ) -> tuple[tuple[int, float], list[list[int]]]:
-    """The best cut of members in an order: how many packs and FLOPs, and the packs."""
+    """The best cut of members in a given order: (number of packs, FLOPs), and the packs."""
     before = np.concatenate([[0.0], np.cumsum(weights.alone[order])])
     # best[j]: of the first j members, (packs, FLOPs, sum of squared sizes), and where the last pack begins.
     best: list[tuple[int, float, int]] = [(0, 0.0, 0)]
     begins = [0]
     for stop in range(1, len(order) + 1):
         start = max(0, stop - largest)
-        each = weights.packed(order[start:stop][::-1])  # of the packs that end here, the smallest first
+        each = weights.packed(order[start:stop][::-1])  # for the packs that end here, the smallest first
         sizes = np.arange(1, stop - start + 1)
         totals = sizes * each
         waste = totals - (before[stop] - before[stop - sizes])
@@ -183,12 +183,12 @@ def _cut_order(
 
 @dataclasses.dataclass(frozen=True)
 class PackPlan:
-    """Members that share a model, data and everything static."""
+    """The members of one pack: they share model, data and everything static."""
 
     members: tuple[Member, ...]
 
 
-_MOST_PARTS = 100_000  # members are dealt out to each in turn: a slip of the finger would keep that busy for ever
+_MOST_PARTS = 100_000  # assigning members to parts takes time for each part, so a mistyped number would hang
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Part:
 def alike(members: Sequence[Member]) -> list[list[Member]]:
     """Groups of members that could share a pack.
 
-    Everything but traced data is equal in them: ranks, alphas, targets, layers, dropout, optimizer numbers and seeds may differ.
+    Members of a group differ only in traced data: ranks, alphas, targets, layers, dropout, the optimizer's numbers and seeds.
     """
     groups: dict[object, list[Member]] = {}
     for member in members:
@@ -228,15 +228,15 @@ def alike(members: Sequence[Member]) -> list[list[Member]]:
 
 
 class Planner:
-    """Cuts members into packs.
+    """Assigns members to packs.
 
-    The same members are always cut alike: by counts and by the memory of compiled programs, never by a clock.
+    The same members always get the same packs: costs are counted, and memory is read from compiled programs; nothing is timed.
 
     Args:
         config: of the sweep.
         prepare: makes setups.
-        largest: most members in a pack, whatever the memory.
-        say: prints how large packs may be, where memory limits them.
+        largest: the largest number of members in a pack, whatever the memory.
+        say: prints how large packs may be, if memory limits them.
     """
 
     def __init__(self, config: Config, prepare: Callable[[Config], Setup], *, largest: int, say: Callable[[str], None] = lambda text: None):
@@ -247,28 +247,28 @@ class Planner:
         self._before: dict[tuple[int, tuple[str, ...]], list[PackPlan]] = {}
 
     def packs(self, members: Sequence[Member], *, largest: int | None = None) -> list[PackPlan]:
-        """The packs, whose members are known to fit the model.
+        """The packs, after checking that their adapters fit the model.
 
         Args:
             members: in the sweep's order, which each pack keeps.
-            largest: most members in a pack, where that is less than the planner's own.
+            largest: the largest number of members in a pack, if less than the planner's own.
 
         Raises:
-            InputError: an adapter does not fit its model, or the model or the data will not do.
+            InputError: an adapter does not fit its model, or the model or the data is not valid.
         """
         most = min(self.largest, largest or self.largest)
         key = (most, tuple(m.name for m in members))
         if key not in self._before:
-            # The first last, so that its set-up is at hand for training.
+            # The first group last, so that its setup is still loaded for training.
             found = [self._cut(group, most) for group in reversed(alike(members))]
             self._before[key] = [pack for packs in reversed(found) for pack in packs]
         return self._before[key]
 
     def part(self, members: Sequence[Member], part: Part) -> list[PackPlan]:
-        """The packs of one part of a sweep. Every part finds the same division by itself, and together they are all members.
+        """The packs of one part of a sweep. Every process computes the same division, and the parts together are all members.
 
-        Whole packs are assigned where there are enough of them, so that any division can resume their checkpoints. Otherwise packs are
-        cut smaller. The largest goes first, each to the part that has fewest members.
+        If there are at least as many packs as parts, whole packs are assigned, so that any other division can resume their checkpoints.
+        Otherwise packs are made smaller. The largest pack is assigned first, each to the part that has the fewest members.
         """
         packs = self.packs(members)
         if len(packs) < part.count:
@@ -293,7 +293,7 @@ class Planner:
         return self._by_program(setup, [PackPlan(tuple(group[i] for i in cut)) for cut in cuts])
 
     def _by_program(self, setup: Setup, packs: list[PackPlan]) -> list[PackPlan]:
-        """Packs of one program key after one another, so that they share their programs; otherwise in the order they had."""
+        """Packs with equal program keys one after the other, so that they share their programs; otherwise the order is kept."""
         found: dict[ProgramKey, list[PackPlan]] = {}
         for pack in packs:
             configs = [m.config for m in pack.members]
@@ -301,7 +301,7 @@ class Planner:
         return [pack for alike in found.values() for pack in alike]
 
     def _fitting(self, setup: Setup, configs: list[Config], most: int) -> int:
-        """How many members a pack may have for its memory. Where an upper bound fits, nothing is compiled to find out."""
+        """How many members of a pack fit into memory. If an upper bound fits, nothing is compiled."""
         assert self._limit is not None
         shapes = PackShapes(setup, configs)
         if shapes.upper_bound(most) <= self._limit:
@@ -312,13 +312,13 @@ class Planner:
             one, two = line.at(1).total, line.at(2).total
             self._say(
                 f"memory: {size_text(one)} for one member, {size_text(two - one)} for each more, limit {size_text(self._limit)}: "
-                + (f"at most {fitting} in a pack" if fitting else "one is too much already; trying one at a time")
+                + (f"at most {fitting} in a pack" if fitting else "even one exceeds it; trying one at a time")
             )
         return max(1, fitting)
 
 
 def planned(state: RunState, stage: int = 0) -> list[list[str]]:
-    """The names of each planned pack's members; none where nothing was planned.
+    """The member names of each planned pack; empty if nothing was planned.
 
     Args:
         state: of the run.
@@ -328,9 +328,9 @@ def planned(state: RunState, stage: int = 0) -> list[list[str]]:
 
 
 def keep_plan(run: RunDirectory, packs: Sequence[PackPlan], stage: int = 0) -> list[PackPlan]:
-    """Writes packs into the run's state, beside those planned before that share no member with them; returns them.
+    """Adds packs to the plan in the run's state, in place of earlier ones that share members with them; returns them.
 
-    Of several processes the first writes, and all take what it wrote: each may have seen another limit of memory.
+    If there are several processes, the first one writes and all use its plan, because their memory limits may differ.
     """
     by_name = {m.name: m for p in packs for m in p.members}
 
@@ -343,5 +343,5 @@ def keep_plan(run: RunDirectory, packs: Sequence[PackPlan], stage: int = 0) -> l
 
 
 def packs_of_names(packs: Iterable[Sequence[str]], by_name: Mapping[str, Member]) -> list[PackPlan]:
-    """Packs of members by their names."""
+    """Packs of members, given by their names."""
     return [PackPlan(tuple(by_name[name] for name in names)) for names in packs]

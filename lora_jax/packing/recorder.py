@@ -45,7 +45,7 @@ class Recorder:
     def on_start(self, step: int) -> None:
         """Opens the members' event files and the progress bar."""
         if step:
-            self.progress.print(f"{self.title}: goes on after step {step}")
+            self.progress.print(f"{self.title}: continues after step {step}")
         config = self.members[0].config
         tags = [f"eval/{name}" for name in dict.fromkeys(("loss", self.setup.metrics.reported))]
         grid = {**config.sweep.grid, **config.sweep.zip} if config.sweep else {}

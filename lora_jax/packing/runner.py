@@ -1,8 +1,7 @@
 """Trains one pack of a plan: builds it, resumes it, records it.
 
-A pack that does not fit into memory is split, and so is one of which some members are tried again. Splits are in the run's state, so
-that a resumed run makes the same ones. A part begins where the pack it was split from left its members: nothing that was trained until
-that pack's last checkpoint is lost.
+A pack is split if it does not fit into memory, or if only some of its members are retried. Splits are kept in the run's state, so that a
+resumed run makes the same ones. A part starts from the last checkpoint of the pack it was split from, so no earlier work is lost.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ class PackRun:
     """A pack in training.
 
     Attributes:
-        run: where it is recorded.
+        run: the run directory that it is recorded in.
         plan: its members.
         setup: what they share.
-        signals: tell it to stop.
+        signals: requests to stop.
         progress: the console.
-        title: what the console calls it.
-        modes: in which the run's packs run their members.
-        layout_members: the pack's arrays have room for the ranks, targets and layers of these too. Its programs (and with them every
-            bit, where members are scanned) are then those of any other pack with these layout members.
+        title: its name in the console.
+        modes: the modes in which the run's packs run their members.
+        layout_members: the pack's arrays have room for the ranks, targets and layers of these members too. The pack then has the same
+            programs as any other pack with these layout members, and, with `scan`, bit-identical results.
     """
 
     run: RunDirectory
@@ -64,7 +63,7 @@ class PackRun:
         return Pack.build(setup.model, configs, setup.steps, setup.mesh, mode, specs=specs, layout=layout, statistics=seen)
 
     def checkpoints(self) -> PackCheckpoints:
-        """This pack's; to be closed."""
+        """This pack's checkpoints; the caller closes them."""
         names = [m.name for m in self.plan.members]
         keep = self.plan.members[0].config.tracking.keep_checkpoints
 
@@ -75,7 +74,7 @@ class PackRun:
         return PackCheckpoints(self.run.checkpoints(names), names, self.setup.fingerprint, **options)
 
     def left(self) -> tuple[Pack, Saved | None]:
-        """The pack freshly built, and its newest checkpoint; None where there is none."""
+        """The pack at step 0, and its newest checkpoint if it has one."""
         pack = self.build()
         with contextlib.closing(self.checkpoints()) as checkpoints:
             return pack, checkpoints.restore(pack.state, pack.kept)
@@ -85,7 +84,7 @@ class PackRun:
 
         Args:
             until: as in `train_pack`.
-            start: where the pack, freshly built, begins where it has no checkpoint; step 0 by default, or where it gives None.
+            start: called with the newly built pack if it has no checkpoint; returns what to start from, or None for step 0 (the default).
         """
         members = self.plan.members
         config = members[0].config
@@ -94,7 +93,7 @@ class PackRun:
         counts = [pack.parameter_count(i) for i in range(len(members))]
         known: PackPrograms | None = self.setup.programs.find(pack.program_key)
         what = f"{len(members)} member{'s' * (len(members) > 1)}, {sum(counts):,} trained parameters"
-        self.progress.print(f"{self.title}: {what}; {'compiling' if known is None else 'run by the programs of an earlier pack'}")
+        self.progress.print(f"{self.title}: {what}; {'compiling' if known is None else 'uses the compiled programs of an earlier pack'}")
         trunk = self.setup.trunk(pack.part, config.training.data_seed)
         before = trunk.compiled if trunk is not None else 0
         if config.training.cache_trunk == "on":
@@ -127,29 +126,29 @@ class PackRun:
                     trunk=trunk,
                 )
         finally:
-            self.signals.training = False  # whatever came of it: until the next pack trains, a signal has nothing to wait for
+            self.signals.training = False  # after success or failure: a signal need not wait for a step any more
         if trunk is not None and trunk.stores is not None:
             hits, misses = (a - b for a, b in zip(_counts(trunk), counted, strict=True))
-            self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches began from the trunk cache")
+            self.progress.print(f"{self.title}: {hits:,} of {hits + misses:,} batches came from the trunk cache")
         self.setup.programs.get(pack.program_key, lambda: pack.programs)
         return Trained(pack, outcome, recorder, pack.programs.compiled + (trunk.compiled if trunk is not None else 0) - before)
 
     def _keep(self, trunk: Trunk | None, config: Config) -> None:
         if trunk is None:
-            self.progress.print("trunk cache: off, for the members have no layer in common below the lowest that one of them trains")
+            self.progress.print("trunk cache: off, because the pack has no trunk: the lowest layers are not the same for all members")
             return
         keep_trunk(trunk, self.setup, config.training, Path(config.tracking.dir) / FOLDER, self.progress.print)
 
 
 def _counts(trunk: Trunk | None) -> tuple[int, int]:
-    """Batches that were found in the trunk cache, and that were not."""
+    """Hits and misses of the trunk cache, in batches."""
     stores = trunk.stores if trunk is not None and trunk.stores is not None else ()
     return sum(s.hits for s in stores), sum(s.misses for s in stores)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A pack that was trained, its outcome, its recorder, and how many programs were compiled for it."""
+    """A trained pack, its outcome and recorder, and how many programs were compiled for it."""
 
     pack: Pack
     outcome: Outcome
@@ -174,18 +173,18 @@ class Splits:
         self._splits = run.state().splits
 
     def record(self, pack: Sequence[str], parts: Sequence[Sequence[str]], why: str) -> None:
-        """Notes that a pack, by its members' names, goes on in parts."""
+        """Records that a pack, given by its members' names, continues in parts."""
         split = Split(list(pack), [list(p) for p in parts], why)
         self._splits.append(split)
         if is_writer():
             self._run.update_state(lambda state: state.splits.append(split))
 
     def is_split(self, names: Sequence[str]) -> bool:
-        """Whether a pack goes on in parts."""
+        """Whether a pack was split."""
         return any(split.pack == list(names) for split in self._splits)
 
     def parts_of(self, plan: PackPlan) -> list[PackPlan]:
-        """The packs that a pack goes on as: itself, or its parts, which may have been split further."""
+        """The packs that a pack continues as: itself, or its parts, which may be split further."""
         names = [m.name for m in plan.members]
         if not self.is_split(names):
             return [plan]
@@ -193,12 +192,12 @@ class Splits:
         return [last for part in parts for last in self.parts_of(self._plan(part))]
 
     def unsplit(self) -> list[list[str]]:
-        """The names of each part that is not split further, and whose members all are in the sweep."""
+        """The member names of each part that is not split further and whose members are all in the sweep."""
         parts = [part for split in self._splits for part in split.parts if not self.is_split(part)]
         return [part for part in parts if all(name in self._members for name in part)]
 
     def lineage(self, plan: PackPlan) -> list[PackPlan]:
-        """The packs that this one was split from, the nearest first."""
+        """The packs that this one was split from, its direct parent first."""
         found: list[PackPlan] = []
         names = [m.name for m in plan.members]
         while (parent := next((split.pack for split in self._splits if names in split.parts), None)) is not None:
@@ -213,9 +212,9 @@ class Splits:
 
 
 def is_of_the_pack(error: Exception) -> bool:
-    """Whether a failure is a pack's own, and other packs may go on: not bad input, a full disk, or being told to stop.
+    """Whether a failure concerns one pack only, so that other packs can continue: not bad input, a full disk, or a request to stop.
 
-    Of several processes that train together the others are in the middle of the pack's step: there every failure ends the run.
+    If several processes train together, the others are in the middle of the pack's step, so every failure ends the run.
     """
     return not (isinstance(error, (InputError, Stopped)) or is_disk_full(error) or process_count() > 1)
 
@@ -229,14 +228,14 @@ def train_split(
     start: Start | None = None,
     failed: Callable[[PackPlan, Exception], None] | None = None,
 ) -> Iterator[Trained]:
-    """Trains a pack, in halves, and halves of these, where it does not fit into memory; each as it ends.
+    """Trains a pack. If it does not fit into memory, it is split in halves, again and again; yields each part when it ends.
 
     Args:
         plan: the pack.
-        make: gives what runs a pack.
-        splits: of the run; a new one is recorded there.
+        make: returns a `PackRun` for a pack.
+        splits: the run's splits; a new split is recorded there.
         until: the step to end at; the last by default.
-        start: where the pack, or a part of it, begins without a checkpoint; step 0 by default.
+        start: what the pack, or a part of it, starts from without a checkpoint; step 0 by default.
         failed: called with a pack or part that failed, and the error; without it the error is raised.
 
     Raises:
@@ -252,10 +251,10 @@ def train_split(
         trained, why = run.train(until=until, start=_start(plan, make, splits, start)), ""
     except Exception as error:
         run.signals.check(error)
-        # A limit is met in all processes alike; a device's own refusal is met in one of them, while the others wait for it.
+        # All processes reach a configured limit together. If a device itself runs out, only one process knows, and the others wait.
         short = is_out_of_memory(error) and (process_count() == 1 or isinstance(error, OutOfMemory))
         if short and len(plan.members) == 1:
-            advice = "A smaller training.batch_size or task.max_length, more of training.accumulate, or model.remat: full takes less."
+            advice = "To use less: a smaller training.batch_size or task.max_length, a larger training.accumulate, or model.remat: full."
             short_of = OutOfMemory(f"member '{plan.members[0].name}' does not fit into memory: {_first_line(error)}. {advice}")
             short_of.__cause__, error = error, short_of
         if not short or len(plan.members) == 1:
@@ -268,10 +267,10 @@ def train_split(
         yield trained
         return
     names = [m.name for m in plan.members]
-    gc.collect()  # what the failed attempt held
+    gc.collect()  # frees what the failed attempt held
     half = -(-len(names) // 2)
     splits.record(names, [names[:half], names[half:]], why)
-    run.progress.print(f"{run.title}: {why}; its {len(names)} members go on in two packs")
+    run.progress.print(f"{run.title}: {why}; its {len(names)} members continue in two packs")
     yield from train_split(plan, make, splits, until=until, start=start, failed=failed)
 
 
@@ -282,7 +281,7 @@ def _first_line(error: Exception) -> str:
 def _start(
     plan: PackPlan, make: Callable[[PackPlan], PackRun], splits: Splits, start: Start | None
 ) -> Callable[[Pack], Saved | None] | None:
-    """Where a part begins: at the last checkpoint of the packs it was split from, or else where those would have begun."""
+    """What a part starts from: the last checkpoint of the packs it was split from, or else what those would have started from."""
     lineage = splits.lineage(plan)
     if not lineage and start is None:
         return None

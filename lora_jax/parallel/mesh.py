@@ -71,7 +71,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if wanted > len(devices):
         raise InputError(f"mesh: {shape} needs {wanted} devices, but only {len(devices)} {'is' if len(devices) == 1 else 'are'} available.")
     if wanted < len(devices) and len({d.process_index for d in devices}) > 1:
-        raise InputError(f"mesh: {shape} takes {wanted} devices, but the processes have {len(devices)}, and each must take part.")
+        raise InputError(f"mesh: {shape} uses {wanted} devices, but the processes have {len(devices)}, and all of them must be used.")
     return Mesh(mesh_utils.create_device_mesh(sizes, devices[:wanted], allow_split_physical_axes=True), AXES)
 
 

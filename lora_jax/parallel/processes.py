@@ -186,7 +186,7 @@ def writer_first(action: Callable[[], T]) -> T:
         return action()
     if not is_writer():
         if not writer_says(True):
-            raise RunError("process 0 failed; what it wrote says why.")
+            raise RunError("process 0 failed; see its output.")
         return action()
     try:
         result = action()

@@ -93,7 +93,7 @@ class TraceCounter:
     def check_once(self, name: str) -> None:
         """`RunError` if the function was traced more than once: some shape or constant changed between calls."""
         if self.count > 1:
-            raise RunError(f"the {name} program was compiled {self.count} times; it must be compiled once a pack")
+            raise RunError(f"the {name} program was compiled {self.count} times; it must be compiled once per pack")
 
 
 class Program:
@@ -156,7 +156,7 @@ class Program:
         release_freed_memory(at_once=self.limit is not None)
         needed = program_bytes(compiled)
         if self.limit is not None and needed is not None and needed > self.limit:
-            raise OutOfMemory(f"the {self._name} program needs {size_text(needed)} on a device, of {size_text(self.limit)}")
+            raise OutOfMemory(f"the {self._name} program needs {size_text(needed)} on a device; the limit is {size_text(self.limit)}")
         self._compiled = compiled
 
     def __call__(self, *args: Any) -> Any:

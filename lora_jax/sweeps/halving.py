@@ -39,7 +39,7 @@ def rung_steps(halving: HalvingConfig, total: int) -> list[int]:
     if isinstance(rungs, int):
         rungs = [max(1, round(total / halving.factor ** (rungs - i))) for i in range(rungs)]
     if rungs[-1] >= total or any(a >= b for a, b in itertools.pairwise(rungs)):
-        raise InputError(f"sweep.halving.rungs: steps {rungs} do not rise to below the {total} steps of the run.")
+        raise InputError(f"sweep.halving.rungs: steps {rungs} must increase and stay below the {total} steps of the run.")
     return list(rungs)
 
 
@@ -100,7 +100,7 @@ class Halving:
         self._signals, self._progress = signals, progress
         self._setup = prepare(members[0].config)
         if any(prepare(m.config) is not self._setup for m in members):
-            raise InputError("sweep.halving: the members must share model, task and training, for they are compared at equal steps.")
+            raise InputError("sweep.halving: the members must share model, task and training, because they are compared at equal steps.")
         self._rungs = rung_steps(halving, self._setup.steps)
         self._evaluator = EVALUATORS.get(halving.metric or self._setup.metrics.selection, "sweep.halving.metric")
         if self._evaluator.name not in (computed := self._setup.metrics.held_out):
@@ -146,7 +146,9 @@ class Halving:
             return []
         if rungs.members != [m.name for m in self._members] or rungs.steps != self._rungs:
             path = self._run.path / STATE
-            raise InputError(f"{path}: other members or rungs raced here. Halving cannot grow: give another 'name=', or --fresh.")
+            raise InputError(
+                f"{path}: ran successive halving with other members or rungs, which cannot change: give another 'name=', or --fresh."
+            )
         return rungs.kept
 
     def _stage(
@@ -178,7 +180,7 @@ class Halving:
         for one in trained:
             one.recorder.finish(one.pack, one.outcome, stopped=None if until is None else set(scores) - set(kept), rung=number + 1)
         if until is not None:
-            self._progress.print(f"{title}: after {until} steps {len(kept)} of {len(scores)} members go on")
+            self._progress.print(f"{title}: after {until} steps {len(kept)} of {len(scores)} members continue")
         return kept, sum(one.programs for one in trained)
 
     def _scores(self, trained: Trained) -> dict[str, float]:

@@ -175,7 +175,7 @@ def _check_race(path: Path, config: Config, rungs: Rungs | None, own: Sequence[M
     if unlike:
         shown = ", ".join(f"'{name}'" for name in unlike[:4]) + (f" and {len(unlike) - 4} more" if len(unlike) > 4 else "")
         raise InputError(
-            f"{path}: other members raced here than this sweep has: {shown}. Halving cannot grow: give another 'name=', or --fresh."
+            f"{path}: ran successive halving, whose members cannot change; this sweep differs in {shown}. Give another 'name=', or --fresh."
         )
 
 

@@ -103,7 +103,7 @@ def _confirm(run: Path, member: Member, now: dict[str, str], say: Callable[[str]
     """The same for one saved adapter."""
     then = read_state(run).identity.get(member.name)
     if then is None:
-        say(f"{run}: member '{member.name}' does not say which base, tokenizer and data it was trained on (an older version's).")
+        say(f"{run}: member '{member.name}' was trained by an older version, which did not record base, tokenizer and data.")
     elif (told := check_identity(f"{run}: member '{member.name}'", then, now)) is not None:
         say(told)
 
@@ -141,7 +141,7 @@ def restore_member(run: Path, member: Member) -> Restored:
     loaded = load_model(config.model.source, head=task.loaded_head(section), transforms=config.model.transforms)
     base = loaded.base if isinstance(loaded, Classifier) else loaded
     if classes is None and task.needs_classes(section, decoder=base.is_decoder):
-        raise InputError(f"{folder}: does not say what its classes are; name them, in order, as task.labels in {run / 'config.yaml'}.")
+        raise InputError(f"{folder}: does not record its classes; list them, in order, as task.labels in {run / 'config.yaml'}.")
     model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes)
     spec = resolve(model, config.adapter)
     tokenizer = tokenizer_digest(load_tokenizer(config.model.source))
@@ -189,7 +189,7 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
         InputError: not a run directory, no such member or split, no saved adapter, or one that is damaged.
     """
     if split not in SPLITS:
-        raise InputError(f"--split: '{split}'. {hint(split, SPLITS)}")
+        raise InputError(f"--split: unknown split '{split}'. {hint(split, SPLITS)}")
     members = run_members(run)
     chosen = members if member is None else [named_member(members, member, "--member")]
     results: dict[str, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""Runs a sweep: plans it, trains its packs one after the other over one loaded base, and records every member as it ends."""
+"""Runs a sweep: plans it, trains its packs one after the other over one loaded base, and records each member when it ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SweepOutcome:
         path: its directory.
         results: of the members that have ended, in the sweep's order.
         compiled_programs: how many this process compiled.
-        unfinished: members that other processes have yet to end; 0 but for a part of a sweep.
+        unfinished: how many members other processes still train; above 0 only for a part of a sweep.
     """
 
     path: Path
@@ -58,22 +58,22 @@ def run_sweep(
 ) -> SweepOutcome:
     """Trains every member of a config that has not finished yet.
 
-    Of several processes that run one program (`parallel/processes.py`), the first alone writes and prints.
+    If several processes run one program (`parallel/processes.py`), only the first writes and prints.
 
     Args:
         config: with or without a `sweep`; without one it is a single member.
-        solo: train each member alone, to check the packed results against.
-        fresh: set an old run of this name aside in place of resuming it; not with a part, whose run others share.
-        many: whether a sweep of more than 10,000 members is meant.
-        part: train these members alone, while others train the rest into the same directory; the last to end writes the
-            results of all.
-        retry: names (or patterns, `*`) of members that failed or diverged, which are to be tried again.
+        solo: train each member alone, to check the packed results.
+        fresh: rename an old run of this name instead of resuming it; not with a part, because other processes share the run.
+        many: allow more than 10,000 members.
+        part: train only these members, while other processes train the rest into the same directory; the last one to end
+            writes the results of all.
+        retry: names (or patterns, `*`) of members that failed or diverged, to train again.
         progress: the console; silent by default.
 
     Raises:
-        InputError: the config, the data or the model will not do, or the run directory holds another config.
+        InputError: the config, the data or the model is not valid, or the run directory holds another config.
         RunError: a program was compiled more than once, or the disk is full.
-        Stopped: the process was asked to stop; the same call goes on from there.
+        Stopped: the process was asked to stop; the same call resumes from there.
     """
     with StopSignals() as signals, compile_cache(config):
         try:
@@ -94,7 +94,7 @@ def run_sweep(
 
 
 def _told_of_disk(error: Exception, root: Path) -> str | None:
-    """What to say of a failure of the disk that the run is written to; None of any other failure."""
+    """The message for a failure of the disk that the run is written to; None for any other failure."""
     intact = "What was saved before is intact"
     named = error.filename if isinstance(error, OSError) and isinstance(error.filename, (str, os.PathLike)) else None
     if is_disk_full(error):
@@ -120,7 +120,7 @@ def _run(
     began = time.perf_counter()
     halving = config.sweep.halving if config.sweep is not None else None
     if halving is not None and (part is not None or solo):
-        raise InputError(f"sweep.halving: not with {'--solo' if solo else '--part'}; its members race each other.")
+        raise InputError(f"sweep.halving: not with {'--solo' if solo else '--part'}; halving compares all members with one another.")
     if retry and (fresh or part is not None or halving is not None):
         raise InputError("--retry: not with --fresh, --part or sweep.halving.")
     path = Path(config.tracking.dir) / config.name
@@ -142,7 +142,7 @@ def _run(
     # right: wrong input leaves nothing behind that would stand in the way of the corrected config.
     run = open_run() if there else None
     if retry and run is None:
-        raise InputError(f"--retry: {path} holds no run yet.")
+        raise InputError(f"--retry: there is no run in {path} yet.")
     try:
         if run is not None:
             held = run
@@ -156,16 +156,16 @@ def _run(
             run = open_run()
             _register(run, members)
         for section in run.state().dropped:
-            progress.print(f"warning: {run.path / STATE}: '{section}' is damaged, and made anew.")
+            progress.print(f"warning: {run.path / STATE}: '{section}' is damaged and is rebuilt.")
         if part is None and race is None and plan.packs:
             plan = dataclasses.replace(plan, packs=keep_plan(run, plan.packs))
         if run.resumed:
             progress.print(f"{run.path}: resumed, {len(plan.ended)} of {len(plan.members)} members are done.")
             if joined.kept:
-                progress.print(f"{run.path}: {joined.kept} of them are of another sweep, which ran here before; they stay in all results.")
+                progress.print(f"{run.path}: {joined.kept} of them are from an earlier sweep under this name; they stay in the results.")
             if joined.left_out:
                 names = ", ".join(joined.left_out[:4]) + (" ..." if len(joined.left_out) > 4 else "")
-                progress.print(f"warning: {run.path}: {len(joined.left_out)} members began here that this sweep has not: {names}")
+                progress.print(f"warning: {run.path}: {len(joined.left_out)} started earlier and not in this sweep: {names}")
         if race is not None:
             _describe(run, config, prepare(members[0].config), progress)
             _keep_identity(run, prepare(members[0].config), members[0].config, members, progress)
@@ -198,7 +198,7 @@ def _run(
 
 
 def _take_over(run: RunDirectory, joined: Joined, retry: Sequence[str]) -> None:
-    """Brings the settings of members of an old run, and who of them is tried again, in line with this call."""
+    """Updates the settings of an old run's members for this call, and reopens those to retry."""
     for result in joined.changed:
         if result.name in run.statuses:
             result.write(run.member(result.name))
@@ -209,7 +209,7 @@ def _take_over(run: RunDirectory, joined: Joined, retry: Sequence[str]) -> None:
 
 
 def _check_inputs(path: Path, config: Config, members: Sequence[Member], prepare: Preparer) -> None:
-    """Refuses to go on in a run whose base, tokenizer or data has changed, before anything in it has."""
+    """Refuses to continue a run whose base, tokenizer or data has changed, before anything is written to it."""
     look = RunDirectory.look(path, dump_config(config))
     known = look.state().identity
     pending = next((m for m in members if m.name not in look.statuses), None)
@@ -218,7 +218,7 @@ def _check_inputs(path: Path, config: Config, members: Sequence[Member], prepare
 
 
 def _keep_identity(run: RunDirectory, setup: Setup, config: Config, members: Sequence[Member], progress: Progress) -> None:
-    """Notes what the members of a set-up are trained on; those that were trained before must have been on the same."""
+    """Records what the members of a setup are trained on; members trained earlier must have been trained on the same."""
     alike, told = confirm_inputs(run.path, setup, config, members)
     if told is not None:
         progress.print(f"warning: {told}")
@@ -226,8 +226,8 @@ def _keep_identity(run: RunDirectory, setup: Setup, config: Config, members: Seq
     begun = {*run.statuses, *(name for pack in run.started_packs() for name in pack)}
     if unknown := [name for name in alike if name in begun and name not in known]:
         progress.print(
-            f"warning: {run.path}: {len(unknown)} members do not say which base, tokenizer and data they are of (an older version's); "
-            "those of today are taken for the same."
+            f"warning: {run.path}: {len(unknown)} of its members are from an older version, which did not record base, tokenizer and "
+            "data; they are assumed to be the current ones."
         )
     identity = setup.identity
     new = {name: identity for name in alike if name not in known or name not in run.statuses}
@@ -236,7 +236,7 @@ def _keep_identity(run: RunDirectory, setup: Setup, config: Config, members: Seq
 
 
 def _register(run: RunDirectory, members: Sequence[Member]) -> None:
-    """Writes down who the run's members are: `config.yaml` has the newest sweep alone."""
+    """Records all members of the run, because `config.yaml` has only the newest sweep."""
     own = {m.name: m.settings for m in members}
     if is_writer() and run.state().members != own:
         run.update_state(lambda state: setattr(state, "members", own))
@@ -280,14 +280,14 @@ def _train_packs(
 
 
 def _layout_members(plan: PackPlan, members: Sequence[Member]) -> list[Member]:
-    """The members whose programs a member that is scanned alone keeps: all that it could share a pack with."""
+    """With `--solo` and `scan`: all members that could share a pack with this one, so that it runs the same program as in that pack."""
     if configured_mode(plan.members[0].config) != SCAN:
         return []
     return next(group for group in alike(members) if plan.members[0] in group)
 
 
 def _describe(run: RunDirectory, config: Config, setup: Setup, progress: Progress) -> None:
-    """Prints what was loaded; what became of the data's rows is kept in the run's summary, for the report."""
+    """Prints what was loaded, and keeps how the data's rows were used in the run's summary, for the report."""
     lines = setup.data.lines()
     for line in (describe_setup(config, setup), *lines):
         progress.print(line)
@@ -301,12 +301,12 @@ def describe_setup(config: Config, setup: Setup) -> str:
     return (
         f"{config.model.source}: {len(setup.data.train.tokens):,} training and {len(setup.data.held_out.tokens):,} held-out examples, "
         f"{setup.steps} steps of {config.training.batch_size}; batches of {facts['rows']} x {facts['length']} tokens, "
-        f"{100 * facts['padding_share']:.1f} % padding (one example a row: {100 * facts['dynamic_padding_share']:.0f} %)"
+        f"{100 * facts['padding_share']:.1f} % padding (one example per row: {100 * facts['dynamic_padding_share']:.0f} %)"
     )
 
 
 def failures_message(results: Sequence[MemberResult]) -> str | None:
-    """A message that lists the members that failed, or says that all diverged; None where there is something to show."""
+    """A message that lists the members that failed, or says that all diverged; None otherwise."""
     failed = [r for r in results if r.status == "failed"]
     if not failed and results and all(r.status == "diverged" for r in results):
         who = f"member '{results[0].name}'" if len(results) == 1 else f"all {len(results)} members"
@@ -328,7 +328,7 @@ def fit(
     """Trains one adapter and returns its result. Everything else is in the run directory.
 
     Args:
-        config: a `Config`, one as nested mappings, or the path of a YAML file; its sweep is left out.
+        config: a `Config`, one as nested mappings, or the path of a YAML file; its sweep is ignored.
         values: dotted config key -> value: `{"adapter.rank": 4}`.
         fresh: rename an old run directory of this name instead of resuming it.
         more: the same with `__` for the dot: `adapter__rank=4`.
@@ -349,7 +349,7 @@ def sweep(
 
     Args:
         config: as in `fit`, with its sweep.
-        grid: dotted config key -> values; replaces the config's `sweep.grid`. All else of its sweep (seeds, halving, limits) stays.
+        grid: dotted config key -> values; replaces the config's `sweep.grid`. The rest of its sweep (seeds, halving, limits) stays.
         values: as in `fit`; `{"name": "other"}` gives a run directory of its own.
         solo: train each member alone.
         fresh: rename an old run directory of this name instead of resuming it.
@@ -366,7 +366,7 @@ def _loaded(
     grid: Mapping[str, Sequence[Any]] | None,
     where: str,
 ) -> Config:
-    """The config that Python was given: `fit` without its sweep, `sweep` with another grid."""
+    """The config as given from Python: for `fit` without its sweep, for `sweep` with another grid."""
     if isinstance(config, Config):
         loaded = config
     elif isinstance(config, Mapping):
@@ -384,7 +384,7 @@ def _loaded(
             advice = (
                 f'sweep(config, {{"{wrong}": [...]}}) sweeps over it, sweep(config, values={{"{wrong}": ...}}) sets it for all members.'
             )
-            raise InputError(f"sweep: '{wrong}' has the value {grid[wrong]!r} and no list of values. {advice}")
+            raise InputError(f"sweep: '{wrong}' has the value {grid[wrong]!r}, not a list of values. {advice}")
         kept = {} if loaded.sweep is None else loaded.sweep.model_dump(exclude={"grid"})
         changes = {"sweep": {**kept, "grid": {key: list(own) for key, own in grid.items()}}}
     if changes or values:

@@ -1,6 +1,6 @@
-"""From a `sweep` section to points: the swept values of each member, in order.
+"""From a `sweep` section to points (the swept values of each member, in order), and from points to members.
 
-A sweep to members: one config a point, with a name that says what is its own.
+A member has a config of its own, and a name made of its swept values.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..packing.pack import Member
 
 Settings = dict[str, Any]
 
-# More members than this are more likely a slip than a wish.
+# More members than this are more likely a mistake than intended.
 MANY = 10_000
 
 
 def points(config: Config) -> Iterator[Settings]:
     """Dotted key -> value for each member of `config.sweep`.
 
-    All combinations of `grid`, the rows of `zip` and the draws of `random`; then `members`; each of these once a seed; and of all that
-    what `where` lets through. A point that came before is left out where it was drawn at random.
+    These are all combinations of `grid`, the rows of `zip` and the draws of `random`, then `members`; each of them once per seed; and
+    of all these, the ones for which `where` holds. A random draw that repeats an earlier point is left out.
 
     Raises:
-        InputError: `where` has no value for a member.
+        InputError: `where` cannot be evaluated for a member.
     """
     sweep = config.sweep
     assert sweep is not None
@@ -74,7 +74,7 @@ def _condition(config: Config) -> Any:
 
 
 def _draws(random: RandomConfig) -> list[Settings]:
-    # A generator a key: another key, or more draws, leave the ones before as they were.
+    # One generator per key: another key, or more draws, do not change the earlier draws.
     columns = {
         key: _column(key, distribution, np.random.default_rng([random.seed, zlib.crc32(key.encode())]), random.count)
         for key, distribution in random.keys.items()
@@ -90,7 +90,7 @@ def _column(key: str, distribution: Distribution, rng: np.random.Generator, coun
     kinds = {form.get("type") for form in [schema, *schema.get("anyOf", [])]}
     whole = "integer" in kinds and "number" not in kinds
     if "integer" not in kinds and "number" not in kinds:
-        raise InputError(f"sweep.random.keys: '{key}' holds no number; draw it with 'choice'.")
+        raise InputError(f"sweep.random.keys: '{key}' is not a number; draw it with 'choice'.")
     bounds = distribution.uniform or distribution.log_uniform
     assert bounds is not None
     shares = rng.uniform(size=count)
@@ -100,7 +100,7 @@ def _column(key: str, distribution: Distribution, rng: np.random.Generator, coun
     else:
         low, high = math.log(bounds[0]), math.log(bounds[1] + 1 if whole else bounds[1])
         values = np.exp(low + (high - low) * shares)
-    # Four digits: a name and a table can hold them, and no result hangs on the fifth.
+    # Four digits: short enough for names and tables, and no result depends on the fifth.
     return [min(int(v), int(bounds[1])) if whole else float(f"{v:.4g}") for v in values]
 
 
@@ -109,18 +109,18 @@ def members_of(config: Config, *, many: bool = False) -> list[Member]:
 
     Args:
         config: with or without a sweep.
-        many: whether more than 10,000 are meant.
+        many: allow more than 10,000 members.
 
     Raises:
-        InputError: a value is not valid for its key, two members are the same, none is left, or they are too many.
+        InputError: a value is not valid for its key, two members are the same, `where` leaves none, or there are too many.
     """
     if config.sweep is None:
         return [Member("main", {}, config)]
     some = list(itertools.islice(points(config), None if many else MANY + 1))
     if not some:
-        raise InputError(f"sweep.where: no member is left by '{config.sweep.where}'.")
+        raise InputError(f"sweep.where: '{config.sweep.where}' holds for no member.")
     if len(some) > MANY and not many:
-        raise InputError(f"sweep: has more than {MANY:,} members. If they are meant, say --yes.")
+        raise InputError(f"sweep: has more than {MANY:,} members. If that is intended, add --yes.")
     short = _short_keys(list(dict.fromkeys(key for settings in some for key in settings)))
     paths = _short_paths(some)
     shown = lambda key, value: paths.get(key, {}).get(str(value)) or _short_value(value)
@@ -137,12 +137,12 @@ def members_of(config: Config, *, many: bool = False) -> list[Member]:
             raise InputError(f"sweep.reference: '{unknown}' is not swept. {hint(unknown, short)}")
         raise InputError(f"sweep.reference: no member has {', '.join(f'{short[k]}={_short_value(v)}' for k, v in reference.items())}.")
     if "training.seed" in reference:
-        raise InputError("sweep.reference: 'training.seed' cannot be compared with; seeds are paired.")
+        raise InputError("sweep.reference: 'training.seed' cannot be the reference, because seeds are paired.")
     return list(members.values())
 
 
 def full_name(settings: Settings) -> str:
-    """A member's name with whole keys, where the short one is taken.
+    """A member's name with whole keys, for when the short one is taken.
 
     >>> full_name({"adapter.rank": 2, "task.source": "a"})
     'adapter.rank=2,task.source=a'
@@ -160,7 +160,7 @@ def _short_keys(keys: list[str]) -> dict[str, str]:
 
 
 def _short_paths(some: Sequence[Settings]) -> dict[str, dict[str, str]]:
-    """Swept key -> absolute path -> its last word, where these tell all of the key's values apart: names don't hold a machine's folders."""
+    """Swept key -> absolute path -> its last part, if these differ for all of the key's values, so that names contain no folders."""
     found: dict[str, dict[str, str]] = {}
     for key in {key for settings in some for key, value in settings.items() if isinstance(value, str) and os.path.isabs(value)}:
         values = {str(settings[key]) for settings in some if key in settings}

@@ -116,19 +116,19 @@ def question_of(question: Any, context: Any, answers: Any, where: str) -> Questi
     if isinstance(answers, str):
         start = context.find(answers) if answers else -1
         if start < 0:
-            raise InputError(f"{where}: the context does not hold the answer {answers!r}.")
+            raise InputError(f"{where}: the context does not contain the answer {answers!r}.")
         return Question(question, context, (answers,), start)
     texts, starts = (answers.get(key) if isinstance(answers, dict) else None for key in ("text", "answer_start"))
     if not isinstance(texts, list) or not isinstance(starts, list):
         raise InputError(f"{where}: the answers should be a text, or lists 'text' and 'answer_start'.")
     if len(texts) != len(starts):
-        raise InputError(f"{where}: {len(texts)} answers and {len(starts)} places where they start.")
+        raise InputError(f"{where}: {len(texts)} answers but {len(starts)} start positions.")
     texts = [as_text(text) for text in texts]
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not isinstance(start, int) or not text:
-            raise InputError(f"{where}: the answer {text!r} at {start!r} is none.")
+            raise InputError(f"{where}: the answer {text!r} at {start!r} is not a text and a start position.")
         if start < 0 or context[start : start + len(text)] != text:
-            raise InputError(f"{where}: the answer {text!r} does not stand at character {start} of the context.")
+            raise InputError(f"{where}: the answer {text!r} is not at character {start} of the context.")
     return Question(question, context, tuple(map(str, texts)), starts[0] if starts else -1)
 
 

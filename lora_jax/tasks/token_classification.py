@@ -80,11 +80,11 @@ def words_of(words: Any, labels: Any, where: str) -> Words:
             raise InputError(f"{where}: the {name}s are a {type(value).__name__}, neither a list nor a text.")
         for part in parts:
             if isinstance(part, bool) or not (as_text(part) or "").strip():
-                raise InputError(f"{where}: {part!r} is no {name}.")
+                raise InputError(f"{where}: {part!r} is not a {name}.")
         both.append([str(as_text(part)) for part in parts])
     found, named = both
     if not found:
-        raise InputError(f"{where}: there is no word.")
+        raise InputError(f"{where}: has no words.")
     if len(found) != len(named):
         raise InputError(f"{where}: {len(found)} words and {len(named)} labels.")
     return found, named

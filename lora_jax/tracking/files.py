@@ -89,7 +89,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
 def check_new(path: Path, key: str = "") -> None:
     """`InputError` unless `path` can become a new folder: nothing is there, or an empty folder."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise InputError(f"{key}{path} exists already; nothing is overwritten. Name another folder, or remove it.")
+        raise InputError(f"{key}{path} already exists and is not overwritten. Give another folder, or remove it.")
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def _open_lock(path: Path) -> IO[bytes]:
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666), "ab")
     except OSError as error:
         if path.is_symlink():
-            raise InputError(f"{path}: is a link; a run's lock is a plain file. Remove it.") from None
+            raise InputError(f"{path}: is a link, but a run's lock must be a plain file. Remove it.") from None
         raise error
 
 

@@ -104,7 +104,7 @@ def _check_identity(folder: Path, facts: dict[str, Any], identity: dict[str, Any
     if facts["base"] != identity["base"]:
         raise InputError(
             f"{folder}: was trained over a base with other weights (fingerprint {facts['base']}) than model.source has now "
-            f"({identity['base']}). Put the old weights back, or train anew with --fresh."
+            f"({identity['base']}). Put the old weights back, or start over with --fresh."
         )
     if facts["method"] != identity["method"]:
         raise InputError(f"{folder}: was trained with adapter.method {facts['method']}, and the config says {identity['method']}.")

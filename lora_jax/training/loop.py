@@ -1,6 +1,6 @@
-"""The loop: batches through the compiled step, evaluation, and the outcome of each member.
+"""The training loop: batches through the compiled step, evaluation, and the outcome of each member.
 
-A trace of a few steps for TensorBoard's profiler.
+Also traces a few steps for TensorBoard's profiler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .trunk import Trunk
 
 
 class Pack(Protocol):
-    """What the loop asks of a pack (`packing/pack.py`): members stacked on a leading axis, and the compiled programs that run them."""
+    """What the loop needs of a pack (`packing/pack.py`): members stacked on a leading axis, and the compiled programs that run them."""
 
     configs: Sequence[Config]
     part: Partition
@@ -46,13 +46,13 @@ class Pack(Protocol):
 
 
 class Listener(Protocol):
-    """Hears of a pack's progress. Every array is (members,) float32 on the host."""
+    """Receives a pack's progress. Every array is (members,) float32 on the host."""
 
     def on_start(self, step: int) -> None:
-        """Training begins, or goes on, after `step` steps."""
+        """Training starts or resumes after `step` steps."""
 
     def on_save(self, step: int) -> None:
-        """A checkpoint of `step` is about to be written: what was heard until then will not be said again."""
+        """A checkpoint at `step` is about to be written. A resumed run will not repeat the calls before it."""
 
     def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
         """Means of `loss` and `accuracy` since the last call, and `grad_norm` and `learning_rate`, after `step` steps."""
@@ -68,12 +68,12 @@ class Outcome:
     Attributes:
         final, best: metrics of the last and the best evaluation, (members,) arrays; best by `TaskMetrics.selection`.
         best_step: (members,) int.
-        steps: done.
+        steps: number of steps done.
         alive: (members,) bool; False where a loss was not finite.
         final_arrays, best_arrays: trainable arrays, stacked.
-        tokens: trained on, without padding, by one member.
-        tokens_per_second: of one member, without the first step (which compiles) and evaluations; 0 where there was no other.
-        total_seconds: with compilation and evaluation.
+        tokens: number of tokens that one member trained on, without padding.
+        tokens_per_second: of one member, without the first step (which compiles) and evaluations; 0 if there was only one step.
+        total_seconds: including compilation and evaluation.
     """
 
     final: dict[str, np.ndarray]
@@ -103,24 +103,24 @@ def train_pack(
     start: Callable[[], Saved | None] | None = None,
     trunk: Trunk | None = None,
 ) -> Outcome:
-    """Trains all members of a pack to the last step, from its newest checkpoint on if there is one.
+    """Trains all members of a pack to the last step, starting from its newest checkpoint if there is one.
 
     Args:
         pack: members at step 0; its state is consumed.
         setup: data and number of steps.
-        eval_every: steps between evaluations; 0 evaluates at the end alone.
+        eval_every: steps between evaluations; with 0, only the last step is evaluated.
         log_every: steps between calls of `listener.on_train`.
-        listener: hears of progress.
-        checkpoints: where the pack's are; without them nothing is kept or resumed.
-        checkpoint_every: steps between checkpoints; 0 makes one at the end alone.
-        stop: asked after each step (given the steps done) whether to stop there.
-        trace: of a few steps, for the profiler.
+        listener: receives the progress.
+        checkpoints: the pack's checkpoints; if None, nothing is saved or resumed.
+        checkpoint_every: steps between checkpoints; with 0, there is only one at the end.
+        stop: called after each step with the number of steps done; True stops there.
+        trace: traces a few steps for the profiler.
         until: the step to end at; the setup's last by default.
-        start: where to begin without a checkpoint; step 0 by default, or where it gives None.
-        trunk: what the members have in common, computed apart; without it the step computes that too.
+        start: returns what to start from if there is no checkpoint; step 0 by default, or if it returns None.
+        trunk: computes the layers that the members share; without it the step computes them too.
 
     Raises:
-        Stopped: `stop` said so; everything up to that step is in a checkpoint.
+        Stopped: `stop` returned True; everything up to that step is in a checkpoint.
         RunError: a program was compiled more than once.
     """
     state, frozen = pack.state, pack.part.frozen
@@ -136,7 +136,7 @@ def train_pack(
     if saved is None and start is not None:
         saved = start()
         if saved is not None and checkpoints is not None and saved.best is not None:
-            checkpoints.save_best(saved.step, saved.best)  # these checkpoints know nothing of it yet
+            checkpoints.save_best(saved.step, saved.best)  # these checkpoints do not have it yet
     if saved is not None:
         first, state = saved.step, saved.state
         pack.keep(saved.kept)
@@ -221,7 +221,7 @@ def evaluate_pack(
     *,
     trunk: Trunk | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every member's metrics (`TaskMetrics.held_out`) over the held-out examples, or those given: name -> (members,) array."""
+    """Every member's metrics (`TaskMetrics.held_out`) on the held-out examples, or on `examples`: name -> (members,) array."""
     examples = setup.data.held_out if examples is None else examples
     evaluators = [EVALUATORS.get(name, "task.kind") for name in setup.metrics.held_out]
     of_answers = [e for e in evaluators if e.from_answers is not None]
@@ -244,14 +244,14 @@ def evaluate_pack(
         elif evaluator.from_means is not None:
             metrics[evaluator.name] = evaluator.from_means(loss, right)
         else:
-            raise RunError(f"nothing computes the metric '{evaluator.name}': neither its evaluator nor the task's scorer.")
+            raise RunError(f"neither an evaluator nor the task's scorer computes the metric '{evaluator.name}'.")
     return metrics
 
 
 def _scores(
     groups: Sequence[np.ndarray], examples: Examples, answers: Sequence[np.ndarray], evaluators: Sequence[Evaluator]
 ) -> dict[str, np.ndarray]:
-    """The metrics that follow from answers, (members,) each, of (members, targets, ...) answers a batch."""
+    """The metrics computed from answers, each (members,); `answers` has one array (members, targets, ...) per batch."""
     wanted = [examples.wanted(i) for i in range(len(examples.tokens))] if evaluators else []
     scores = []
     for member in range(len(answers[0])):
@@ -271,7 +271,7 @@ def _on_host(metrics: Sequence[Metrics]) -> list[dict[str, np.ndarray]]:
 
 def _window_means(window: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     stacked = {name: np.stack([row[name] for row in window]) for name in Metrics._fields}
-    # The newest value of what is a state rather than a sample.
+    # These two are states, not samples: the newest value counts.
     return {name: a[-1] if name in ("grad_norm", "learning_rate") else a.mean(0) for name, a in stacked.items()}
 
 
@@ -290,13 +290,13 @@ class _Best:
         return {"score": self.score.tolist(), "step": self.step.tolist(), "metrics": {n: v.tolist() for n, v in self.metrics.items()}}
 
     def load(self, dumped: dict[str, Any], arrays: Arrays | None) -> None:
-        """What `dump` gave, with the arrays."""
+        """Restores what `dump` returned, and the arrays."""
         self.score, self.step = np.array(dumped["score"]), np.array(dumped["step"])
         self.metrics = {n: np.array(v) for n, v in dumped["metrics"].items()}
         self.arrays = arrays
 
     def offer(self, step: int, metrics: dict[str, np.ndarray], arrays: Arrays) -> bool:
-        """Takes what is better than before; returns whether anything was."""
+        """Keeps each member's arrays and metrics if they are better than before; returns whether any were."""
         score = self.evaluator.sign * metrics[self.evaluator.name]
         better = score > self.score  # never true of NaN
         if self.arrays is None:
@@ -314,7 +314,7 @@ class _Best:
 
 
 class _Clock:
-    """Time and tokens of training, compilation and evaluations left out."""
+    """Time and tokens of training, without compilation and evaluation."""
 
     def __init__(self) -> None:
         self.seconds, self.total_tokens, self._tokens = 0.0, 0, 0
@@ -336,11 +336,11 @@ class _Clock:
 
     @property
     def mean_rate(self) -> float:
-        """Tokens a second since the restart; of a clock that is paused or was just read."""
+        """Tokens per second since the restart; read it while the clock is paused."""
         return self._tokens / self.seconds if self._tokens and self.seconds > 0 else 0.0
 
     def rate(self) -> float:
-        """Tokens a second since the last call."""
+        """Tokens per second since the last call."""
         self.pause()
         self.resume()
         seconds, tokens = self.seconds - self._mark[0], self._tokens - self._mark[1]
@@ -349,11 +349,11 @@ class _Clock:
 
 
 class StepTrace:
-    """Traces `steps` steps, after two that compile and warm up; `tensorboard --logdir RUN` shows them with tensorboard-plugin-profile.
+    """Traces `steps` steps after two that compile and warm up. `tensorboard --logdir RUN` shows them with tensorboard-plugin-profile.
 
     Args:
-        folder: where the trace goes.
-        steps: how many; 0 traces nothing.
+        folder: the trace is written here.
+        steps: number of steps; 0 traces nothing.
     """
 
     def __init__(self, folder: Path, steps: int):
@@ -361,7 +361,7 @@ class StepTrace:
         self._seen, self._open = 0, False
 
     def after_step(self, result: object) -> None:
-        """Called after each step with what it returned, which may still be under way."""
+        """Called after each step with its results, which may still be being computed."""
         self._seen += 1
         if self._steps and self._seen == 2:
             jax.block_until_ready(result)
@@ -371,7 +371,7 @@ class StepTrace:
             self.close(result)
 
     def close(self, result: object) -> None:
-        """Ends the trace, if it is open: after the last step of a short run too."""
+        """Ends the trace if it is still open, as it is after a short run."""
         if self._open:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()

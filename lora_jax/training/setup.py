@@ -36,14 +36,14 @@ from .trunk import Trunk, trunk_depth
 
 
 class SingleSlotCache:
-    """Remembers the newest value alone: never two bases in memory, nor programs that nothing will run again."""
+    """Keeps only the newest value, so that there are never two bases in memory, nor programs that will not run again."""
 
     def __init__(self) -> None:
         self.key: object = None
         self.value: Any = None
 
     def find(self, key: object) -> Any:
-        """The value of this key; None where there is none, and that of another is forgotten."""
+        """The value of this key. If the slot holds another key, it is emptied, and the result is None."""
         if self.key != key:
             self.forget()
         return self.value
@@ -53,7 +53,7 @@ class SingleSlotCache:
         self.key = self.value = None
 
     def get(self, key: object, make: Callable[[], Any]) -> Any:
-        """The value of this key; made, once that of another is forgotten, where it is not there. A failure leaves nothing."""
+        """The value of this key. If it is not there, the slot is emptied, then filled by `make`. If `make` fails, it stays empty."""
         if self.key != key:
             self.forget()
             self.value = make()
@@ -62,15 +62,15 @@ class SingleSlotCache:
 
 
 class SharedProgram:
-    """What a task computes once a batch for all members (`Task.shared`), compiled.
+    """What a task computes once per batch for all members (`Task.shared`), compiled.
 
     Args:
         shared: what is computed.
-        mesh: where the batches lie.
+        mesh: where the batches are placed.
 
     Attributes:
-        name: of the array in the batch.
-        model: that computes it.
+        name: of the result in the batch.
+        model: the model that computes it.
     """
 
     def __init__(self, shared: Shared, mesh: Mesh):
@@ -92,11 +92,11 @@ class SharedProgram:
         return self._step(self._state, batch)
 
     def of_held_out(self, batch: Batch) -> jax.Array:
-        """(targets, ...): the same of a batch without a micro axis."""
+        """(targets, ...): the same for a batch without a micro axis."""
         return self._held_out(self._state, batch)
 
     def shape(self, batch: Batch, *, micro: bool) -> jax.ShapeDtypeStruct:
-        """Of what `of_step` (`micro`) or `of_held_out` gives; nothing is computed."""
+        """The shape of what `of_step` (if `micro`) or `of_held_out` returns; nothing is computed."""
         return (self._step if micro else self._held_out).lower(self._state, batch).out_info
 
 
@@ -106,16 +106,18 @@ class Setup:
 
     Attributes:
         model: the base with the task's head; no adapters.
-        base: the pretrained model inside of it.
+        base: the pretrained model inside it.
         data: tokenised examples.
         plan: the training batches.
         steps: optimizer steps.
-        mesh: the devices; the model's weights lie on it already.
-        shared: what the task computes once a batch for all members; None where it computes nothing.
+        mesh: the devices; the model's weights are already placed on it.
+        shared: what the task computes once per batch for all members, if anything.
         tokenizer: digest of the tokenizer and its chat template.
-        trunks: of packs, the newest.
-        programs: of packs, the newest, by the packs' form: packs of one form share them.
-        specs, layouts, gathered: what `spec`, `layout` and `statistics` remember.
+        trunks: the newest trunk; successive packs of one depth share it.
+        programs: the newest compiled programs, by program key: packs with equal keys share them.
+        specs: what each adapter config adapts, by the config's JSON.
+        layouts: the layout of each set of adapter configs.
+        gathered: statistics of the data, by the number of batches.
     """
 
     model: nnx.Module
@@ -134,18 +136,18 @@ class Setup:
 
     @property
     def metrics(self) -> TaskMetrics:
-        """What is computed of a member, and what members are compared by."""
+        """The metrics computed for each member, and the one that members are compared by."""
         return self.data.metrics
 
     def spec(self, config: Config) -> ResolvedAdapter:
-        """What a member adapts of the model; resolved once."""
+        """The sites of the model that a member adapts; resolved once."""
         key = config.adapter.model_dump_json()
         if key not in self.specs:
             self.specs[key] = resolve(self.model, config.adapter)
         return self.specs[key]
 
     def layout(self, configs: Sequence[Config]) -> Layout:
-        """The smallest layout that holds these members; united once."""
+        """The smallest layout that holds all of these members; computed once."""
         adapters = {c.adapter.model_dump_json(): c for c in configs}
         key = frozenset(adapters)
         if key not in self.layouts:
@@ -176,30 +178,30 @@ class Setup:
         return {count: self.gathered[count] for count in groups}
 
     def trunk(self, part: Partition, data_seed: int) -> Trunk | None:
-        """What the members of a pack have in common; None where they have nothing. Successive packs of one depth have one."""
+        """The trunk of a pack's members; None if they have no layer in common. Successive packs of one depth share it."""
         depth = trunk_depth(part, {name: array[0] for name, array in self.plan.batch(0).items()})
         return self.trunks.get((depth, data_seed), lambda: Trunk(part, depth, data_seed, self.mesh)) if depth else None
 
     def step_inputs(self, step: int, batch: dict[str, np.ndarray], trunk: Trunk | None) -> dict[str, jax.Array]:
-        """A training batch on the mesh as a pack's step takes it, with what is computed once for all members."""
+        """A training batch on the mesh, as a pack's step takes it, with everything that is computed once for all members."""
         placed = place_batch(self.mesh, batch, row_axis=1)
         common = {} if trunk is None else {"trunk": trunk.of_step(step, placed, batch)}
         return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_step(placed)})
 
     def held_out_inputs(self, batch: dict[str, np.ndarray], trunk: Trunk | None) -> dict[str, jax.Array]:
-        """The same of a batch to evaluate, which has no micro axis."""
+        """The same for an evaluation batch, which has no micro axis."""
         placed = place_batch(self.mesh, batch, row_axis=0)
         common = {} if trunk is None else {"trunk": trunk.of_held_out(placed, batch)}
         return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_held_out(placed)})
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the pretrained weights; taken when first asked for. A new head is no part of it: each member draws its own."""
+        """Fingerprint of the pretrained weights, computed on first use. A new head is not part of it: each member draws its own."""
         return fingerprint(self.base)
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Part (`tracking.state.IDENTITY`) -> digest of what members of this set-up are trained and judged on."""
+        """Part (`tracking.state.IDENTITY`) -> digest of what members of this setup are trained and evaluated on."""
         train, held_out = (arrays_digest([e.tokens, e.targets, e.types, e.values]) for e in (self.data.train, self.data.held_out))
         known = {"base": self.fingerprint, "tokenizer": self.tokenizer, "train": train, "held_out": held_out}
         known |= {} if self.shared is None else {"shared": fingerprint(self.shared.model)}
@@ -216,17 +218,17 @@ def set_up(config: Config) -> Setup:
     """Loads the base, tokenises the data and plans the batches.
 
     Raises:
-        InputError: the model, the data or their combination will not do.
+        InputError: the model, the data or their combination is not valid.
     """
     return Preparer()(config)
 
 
 class Preparer:
-    """Makes setups. What a config has in common with the one before it (base, examples, all) is not loaded again.
+    """Makes setups. What a config shares with the one before it (base, examples, everything) is not loaded again.
 
     Args:
-        weights: False reads headers, config and data alone, unless the base is transformed: parameters are shapes
-            (`jax.ShapeDtypeStruct`). Such a setup can be planned and compiled for (`packing.cost.PackShapes`), and not trained.
+        weights: if False, only headers, config and data are read, unless the base is transformed, and parameters are shapes
+            (`jax.ShapeDtypeStruct`). Such a setup can be planned and compiled for (`packing.cost.PackShapes`), but not trained.
     """
 
     def __init__(self, *, weights: bool = True) -> None:
@@ -286,13 +288,15 @@ class Preparer:
 
 
 def check_data(base: Encoder | Decoder, data: TaskData, known: Sequence[str] = ()) -> None:
-    """Checks all that a run presumes of its model and data together, before anything is compiled.
+    """Checks that model and data fit together, before anything is compiled.
 
     Args:
-        known: the classes of a head that was loaded, in order; none of a new one.
+        base: the pretrained model.
+        data: the tokenised examples.
+        known: the classes of a loaded head, in order; empty for a new head.
 
     Raises:
-        InputError: an example is longer than the model has positions, a token, a text's type or a class is none that the model has.
+        InputError: an example has more tokens than the model has positions, or a token, token type or class is not one of the model's.
     """
     both = (data.train, data.held_out)
     most = base.config.longest if isinstance(base, Encoder) else base.config.positions
@@ -303,13 +307,13 @@ def check_data(base: Encoder | Decoder, data: TaskData, known: Sequence[str] = (
     token = max(*own, *(int(tokens.max()) for examples in both for tokens in examples.tokens))
     if token >= base.config.vocab:
         raise InputError(
-            f"model.source: the tokenizer gives the token {token}, and the model's embedding has {base.config.vocab} rows; is the "
-            "tokenizer another model's, or were tokens added to it?"
+            f"model.source: the tokenizer gives the token {token}, but the model's embedding has only {base.config.vocab} rows. Is this "
+            "the tokenizer of another model, or were tokens added to it?"
         )
     types = base.config.token_types if isinstance(base, Encoder) else 0
     kind = max((int(t.max()) for examples in both for t in examples.types or ()), default=0)
     if types and kind >= types:
-        raise InputError(f"model.source: the tokenizer marks texts of a pair as 0 to {kind}, and the model has {types} types of text.")
+        raise InputError(f"model.source: the tokenizer gives token types 0 to {kind}, but the model has only {types}.")
     if known and data.classes is not None and len(known) != len(data.classes):
         raise InputError(f"task.labels: {len(data.classes)} classes; the model's head has {len(known)}: {', '.join(known)}.")
 
@@ -332,7 +336,7 @@ def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan:
 
 
 def place_model(model: nnx.Module, mesh: Mesh) -> None:
-    """Moves a model's weights to where their logical axes belong on the mesh, in place."""
+    """Moves a model's weights to their places on the mesh, by their logical axes; in place."""
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Variable):
             axes = variable.get_metadata().get(AXES, (None,) * variable.ndim)

@@ -1,4 +1,4 @@
-"""The one train step, and its evaluation: pure functions of one member, run over a pack (`packing/execution.py`), compiled once."""
+"""The training step and the evaluation step: pure functions of one member. `packing/execution.py` compiles them over a whole pack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Batch = dict[str, jax.Array]
 
 
 class MemberState(NamedTuple):
-    """What a step changes: a member's trainable arrays, its optimizer state, whether it still trains (bool), and what its method keeps."""
+    """What a step changes: a member's trainable arrays, its optimizer state, `alive` (bool: it still trains), and its method's state."""
 
     trainable: Arrays
     optimizer: Any
@@ -27,7 +27,7 @@ class MemberState(NamedTuple):
 
 
 class MemberFixed(NamedTuple):
-    """What a step reads of a member: hyperparameters, settings (scales, dropout), and the mask of trained layers, if there is one."""
+    """What a step only reads: a member's hyperparameters, settings (scales, dropout), and a mask of its trained numbers, if any."""
 
     hyper: Hyper
     settings: Arrays
@@ -35,7 +35,7 @@ class MemberFixed(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Float32 scalars of one step: mean loss and fraction of right predictions over the targets, gradient norm, learning rate of A."""
+    """Float32 scalars of one step: mean loss and accuracy over the targets, gradient norm, and the learning rate (of A, with LoRA+)."""
 
     loss: jax.Array
     accuracy: jax.Array
@@ -61,19 +61,19 @@ def train_step(
 ) -> tuple[MemberState, Metrics]:
     """One optimizer step of one member.
 
-    The gradient is that of the mean loss over all targets of the step, summed over its micro-batches. A member whose loss or
-    gradient is not finite keeps the state it had and stops for good; under `vmap` no other member sees it.
+    The loss is the mean over all targets of the step; its gradient is summed over the micro-batches. A member whose loss or gradient is
+    not finite keeps its last state and stops for good. Under `vmap`, other members are not affected.
 
     Args:
-        part: how the arrays make a model; static.
+        part: makes a model of the arrays; static.
         objective: the loss (`tasks/objectives.py`); static.
-        state: what changes.
-        fixed: what is this member's own.
+        state: what the step changes.
+        fixed: the member's hyperparameters, settings and mask.
         frozen: the base, the same for all members.
-        batch: arrays with a leading micro-batch axis, the same for all members, among them what the task computes once for all
-            (`Task.shared`). Where it holds a `trunk` (`trunk.py`), the model starts from that.
+        batch: arrays with a leading micro-batch axis, the same for all members, including what the task computes once for all
+            (`Task.shared`). If it contains a `trunk` (`trunk.py`), the model starts from there.
         step: int32 scalar, 0-based.
-        dropout_rng: PRNG key of the base's own dropout in this step, the same for all members: what is common to them stays common.
+        dropout_rng: PRNG key for the base's own dropout in this step; the same for all members, so that shared layers stay equal.
     """
     key = jax.random.fold_in(jax.random.key(fixed.hyper.seed), step)
     total = jnp.maximum(batch["target_weights"].sum(), 1.0)
@@ -118,12 +118,12 @@ def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
     return tree if mask is None else {name: a * mask[name] if name in mask else a for name, a in tree.items()}
 
 
-# Summed loss, summed right predictions, and what the task's own metrics are computed from: `TaskModel.answers`, in the batch's order.
+# Summed loss, summed correct predictions, and `TaskModel.answers` in the batch's order, from which the task's metrics are computed.
 Evaluated = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
 def eval_step(part: Partition, objective: Objective, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
-    """The sums of one member over one batch (without a micro axis), and its answers; no dropout."""
+    """One member's summed loss and correct predictions on one batch (without a micro axis), and its answers; no dropout."""
     count = batch["target_index"].shape[0]
     model, batch = cast(TaskModel, part.merge(trainable, settings, frozen, training=False)), targets_by_rows(batch)
     features = model.features(batch)

@@ -50,9 +50,9 @@ def keep_trunk(trunk: Trunk, setup: Setup, training: TrainingConfig, folder: Pat
         return
     trunk.asked_to_keep = True
     if getattr(setup.base, "dropout", 0.0):
-        return say("trunk cache: off, for the base's own dropout (model.dropout) makes every step's another")
+        return say("trunk cache: off, because the base's own dropout (model.dropout) changes the trunk in every step")
     if jax.process_count() > 1:
-        return say("trunk cache: off, for it is one process's own, and the batches are cut over several")
+        return say("trunk cache: off, because it works in a single process only, and the batches are split over several")
     batch = setup.plan.batch(0)
     layout = trunk.layout(place_batch(setup.mesh, batch, row_axis=1))
     seen, held_out = setup.plan.seen(), setup.data.held_out
@@ -69,7 +69,7 @@ def keep_trunk(trunk: Trunk, setup: Setup, training: TrainingConfig, folder: Pat
         trunk.stores = (stores[0], stores[1])
         return say(f"trunk cache: {what} in memory")
     if file_size(shape, itemsize) > training.trunk_disk_gb * _GB:
-        return say(f"trunk cache: off, for {what}, are more than training.trunk_memory_gb and training.trunk_disk_gb allow")
+        return say(f"trunk cache: off, because {what} is more than training.trunk_memory_gb and training.trunk_disk_gb allow")
     files, key = TrunkFiles(folder), _key(trunk, setup, stores, batch)
     found = files.open(key, shape, itemsize)
     if found is not None:
@@ -83,12 +83,15 @@ def keep_trunk(trunk: Trunk, setup: Setup, training: TrainingConfig, folder: Pat
     except _MovedError:
         return say(_MOVED)
     except OSError as error:
-        return say(f"warning: trunk cache: off, for {folder} cannot hold {size / 1e6:,.1f} MB ({error.strerror}); it is computed anew")
+        return say(
+            f"warning: trunk cache: off, because {folder} cannot hold {size / 1e6:,.1f} MB ({error.strerror}); "
+            "the trunk is computed for each batch"
+        )
     trunk.stores = (stores[0], stores[1])
     say(f"trunk cache: {what} in {folder}")
 
 
-_MOVED = "trunk cache: off, for on this device an example's numbers depend on where in a batch it lies, by a rounding"
+_MOVED = "trunk cache: off, because on this device an example's numbers depend, in their last bits, on its place in the batch"
 
 
 class _MovedError(Exception):

@@ -94,7 +94,7 @@ def read_gguf(path: Path) -> GGUFHeader:
     """
     first = first_part(path)
     if not first.is_file():
-        raise InputError(f"{path}: a part of a split GGUF model, of which the first file is missing: '{first.name}'.")
+        raise InputError(f"{path}: one part of a split GGUF model, whose first file is missing: '{first.name}'.")
     header, match = read_gguf_header(first), GGUF_PART.fullmatch(first.name)
     count = header.get("split.count", int, 0)
     if count <= 1:
@@ -111,7 +111,7 @@ def read_gguf(path: Path) -> GGUFHeader:
             raise InputError(f"{file}: its metadata does not say that it is file {number} of {count}.")
         twice = next((name for name in part.tensors if name in tensors), None)
         if twice:
-            raise InputError(f"{file}: the tensor '{twice}' also lies in '{tensors[twice].file.name}'.")
+            raise InputError(f"{file}: the tensor '{twice}' is also in '{tensors[twice].file.name}'.")
         tensors |= part.tensors
     whole = header.get("split.tensors.count", int, len(tensors))
     if whole != len(tensors):

@@ -91,7 +91,7 @@ def test_exclude(bert):
     assert names(bert, "all-linear", "mlp") == ATTENTION | {"pooler"}
     half = select(bert, ["q_proj"], r"layers\.[01]\..*", None)
     assert half["layers.attn.q_proj"].tolist() == [False, False, True, True]
-    with pytest.raises(InputError, match=r"adapter\.exclude: leaves nothing"):
+    with pytest.raises(InputError, match=r"adapter\.exclude: excludes every module"):
         names(bert, ["q_proj"], ["q_proj"])
     with pytest.raises(InputError, match=r"adapter\.exclude: 'k_prj'.*k_proj"):
         names(bert, "attention", ["k_prj"])
@@ -128,15 +128,15 @@ def test_bad_layers(layers):
 def test_layers_cut_the_chosen_sites(bert):
     chosen = select(bert, ["q_proj", "pooler"], None, "last:2")
     assert {k: v.tolist() for k, v in chosen.items()} == {"layers.attn.q_proj": [False, False, True, True]}  # the pooler is in no layer
-    with pytest.raises(InputError, match="none of the targets is in a numbered layer"):
+    with pytest.raises(InputError, match="none of the modules that adapter.targets matches is in a numbered layer"):
         names(bert, ["pooler"], None, 0)
-    with pytest.raises(InputError, match=r"leaves no target"):
+    with pytest.raises(InputError, match=r"leaves no module"):
         names(bert, r"layers\.0\..*", None, 1)
 
 
 def test_layers_count_from_the_top_of_the_model_not_of_the_targets():
     net = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(4)))
-    with pytest.raises(InputError, match="leaves no target"):
+    with pytest.raises(InputError, match="leaves no module"):
         names(find_sites(net), r"layers\.[01]", None, "last:1")
     assert names(find_sites(net), "all-linear", None, "last:1") == {"layers.3"}
 

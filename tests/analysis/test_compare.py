@@ -164,4 +164,4 @@ def test_members_of_other_lengths_are_not_paired():
     results = [member(v, 4, seed, **{"training.steps": steps}) for steps, v in ((50, 0.5), (100, 0.6)) for seed in (0, 1)]
     rows = mark_best(rows_of(results, ACCURACY), ACCURACY)
     assert [row.difference for row in rows] == [None, None]
-    assert any("differ in training.steps: they cannot be paired" in note for note in footnotes(results, rows))
+    assert any("differ in training.steps, because they cannot be paired" in note for note in footnotes(results, rows))

@@ -68,7 +68,8 @@ def test_runs_beside_each_other_fill_in_what_they_did_not_sweep(tmp_path):
     assert "2e-3" in row(table, "one", "4,000") and "0.05" in row(table, "two") and " 8 " in row(table, "two") and "*" in row(table, "two")
     assert "also differ in: model.source" in text(table) and "name" not in text(table)
     # Other bases have other tokens: nothing is paired, and the table says so.
-    assert "-" not in row(table, "one", "4,000").replace("2e-3", "") and "differ in model.source: they cannot be paired" in said(table)
+    assert "-" not in row(table, "one", "4,000").replace("2e-3", "")
+    assert "differ in model.source, because they cannot be paired" in said(table)
 
 
 def test_runs_need_something_to_compare_by(tmp_path):
@@ -78,6 +79,17 @@ def test_runs_need_something_to_compare_by(tmp_path):
         compare_runs([one, two])
     with pytest.raises(InputError, match="no such run"):
         compare_runs([one, tmp_path / "three"])
+
+
+def test_runs_at_different_learning_rates_say_so(tmp_path):
+    config = "name: {0}\nadapter: {{rank: 8}}\noptimizer: {{learning_rate: {1}}}\n"
+    one = write_run(tmp_path / "one", config.format("one", 0.004), [member(4, 0.8), member(8, 0.9)])
+    two = write_run(tmp_path / "two", config.format("two", 0.002), [member(4, 0.7)])
+    three = write_run(tmp_path / "three", config.format("three", 0.004), [member(2, 0.6)])
+    first, *_ = compare_runs([one, two])
+    assert "4e-3" in row(first, "one", "8,000") and "2e-3" in row(first, "two") and "single learning rate" not in said(first)
+    first, *_ = compare_runs([one, three])
+    assert "single learning rate" in said(first) and "4e-3" not in said(first)
 
 
 RATE, SEED = "optimizer.learning_rate", "training.seed"
@@ -99,9 +111,9 @@ def test_runs_are_paired_by_seed_where_data_and_steps_are_the_same(tmp_path):
     (table,) = compare_runs([run("other", 4, 50, [0.7], first=1, swept=False), high])
     assert "-8.0 │" in row(table, "high")
     (table,) = compare_runs([run("longer", 1, 100, [0.5, 0.6, 0.7]), high])
-    assert "-" not in row(table, "longer") and "differ in training.steps: they cannot be paired" in said(table)
+    assert "-" not in row(table, "longer") and "differ in training.steps, because they cannot be paired" in said(table)
     (table,) = compare_runs([run("seeds", 1, 50, [0.5, 0.6], first=7), high])
-    assert "-" not in row(table, "seeds") and "no seed is common" in said(table)
+    assert "-" not in row(table, "seeds") and "no seed in common" in said(table)
 
 
 def test_runs_are_compared_with_a_reference(tmp_path):

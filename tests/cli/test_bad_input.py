@@ -106,7 +106,7 @@ def test_a_command_for_the_other_kind_of_config(train):
         ({"adapter.targets": "q_proj"}, ["write [q_proj]"]),
         ({"adapter.targets": "(q_proj"}, ["adapter.targets", "'(q_proj'", "not a regular expression"]),
         ({"adapter.exclude": ["k_porj"]}, ["adapter.exclude: 'k_porj' matches no module", "k_proj"]),
-        ({"adapter.exclude": "attention"}, ["adapter.exclude: leaves nothing"]),
+        ({"adapter.exclude": "attention"}, ["adapter.exclude: excludes every module"]),
         ({"adapter.rank_pattern": {"k_proj": 3}}, ["adapter.rank_pattern: 'k_proj' matches no adapted module", "q_proj"]),
         ({"adapter.layers": 3}, ["adapter.layers: there is no layer 3", "0 to 2"]),
         ({"adapter.layers": "last:4"}, ["'last:4' asks for 4 layers, but the model has 3"]),
@@ -116,7 +116,7 @@ def test_a_command_for_the_other_kind_of_config(train):
         ({"task.text": "txt"}, ["no column 'txt'", "Did you mean 'text'?"]),
         ({"task.label": "lable"}, ["no column 'lable'", "Did you mean 'label'?"]),
         ({"task.drop": {"kid": ["plot"]}}, ["task.drop", "no column 'kid'", "Did you mean 'kind'?"]),
-        ({"task.drop": {"kind": ["plot", "review"]}}, ["task.drop: leaves no row"]),
+        ({"task.drop": {"kind": ["plot", "review"]}}, ["task.drop: drops every row"]),
         ({"task.source": "nowhere.csv"}, ["task.source: no file or folder 'nowhere.csv'"]),
         ({"task.eval_size": 120}, ["task.eval_size: 120 of 120 rows"]),
         ({"task.max_length": 3000, "training.batch_size": 101}, ["training.batch_size: 101", "100 training examples"]),
@@ -274,7 +274,7 @@ def test_rows_of_words_and_questions(hub, train, tmp_path):
     words = with_row(hub.tagging(), {"words": ["a", "film"], "labels": ["O"]})
     refused(train(words), "task.source: row 1 of", "bad.jsonl: 2 words and 1 labels")
     row = {"context": "a film", "question": "What is it", "answers": {"text": ["film"], "answer_start": [3]}}
-    refused(train(with_row(hub.answering(), row)), "row 1 of", "the answer 'film' does not stand at character 3")
+    refused(train(with_row(hub.answering(), row)), "row 1 of", "the answer 'film' is not at character 3")
     refused(train({"task": hub.answering() | {"stride": 20}}), "task.max_length: the question of row ", "has 3 tokens", "task.stride = 20")
     refused(train({"task": hub.tagging() | {"head": "loaded"}}), "holds no trained head for token_classification")
 
@@ -290,7 +290,7 @@ def test_evaluate_and_compare_on_what_is_no_run(hub, tmp_path):
     for command in ("evaluate", "compare", "export"):
         refused(call(command, run.with_name("tiyn")), f"no such run directory. Did you mean '{run}'?")
     refused(call("compare", run), "no member has results yet")
-    refused(call("evaluate", run, "--split", "evl"), "--split: 'evl'", "Did you mean 'eval'?")
+    refused(call("evaluate", run, "--split", "evl"), "--split: unknown split 'evl'", "Did you mean 'eval'?")
     refused(call("evaluate", run, "--member", "rank=3"), "--member: no member 'rank=3'", "rank=2", "rank=4")
     refused(call("evaluate", run), "member 'rank=2' has no saved adapter")
 

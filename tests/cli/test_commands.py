@@ -122,7 +122,7 @@ def test_only_what_is_missing_is_trained(copied):
     (run / NAMES[3] / "best" / "adapter.json").unlink()
     (run / "results.csv").unlink()
     result = call("sweep", path, where)
-    assert result.code == 0 and "3 of 4 members are done" in result.err and "pack 1/1: goes on after step 6" in result.err
+    assert result.code == 0 and "3 of 4 members are done" in result.err and "pack 1/1: continues after step 6" in result.err
     after = results(run)
     assert [after[n] for n in NAMES[:3]] == [before[n] for n in NAMES[:3]]
     assert after[NAMES[3]]["final"]["loss"] == pytest.approx(before[NAMES[3]]["final"]["loss"], rel=1e-5)
@@ -238,7 +238,7 @@ def test_the_winner_is_taken_away(copied, tmp_path):
     for told in (f"| rank, alpha | {rank}, 16 |", f"`{json.dumps(targets)}`", "| classes | neg, pos |", "jax ", "| data | `reviews.csv` |"):
         assert told in card
     assert f"| accuracy | {outcomes[best]['best']['accuracy']:.4f} |" in card and str(tmp_path) not in card
-    assert "exists already; nothing is overwritten" in last(call("export", run))
+    assert "already exists and is not overwritten" in last(call("export", run))
 
 
 def test_an_adapter_is_taken_away_by_name(copied, tmp_path):
@@ -263,10 +263,10 @@ def test_what_cannot_be_taken_away_is_told(copied, tmp_path):
     assert f"no member 'rank=3'. Valid choices: {', '.join(NAMES)}." in last(call("export", run / "rank=3"))
     assert "--member: no member 'nobody'" in last(call("export", run, "--member", "nobody"))
     assert "--max-shard-size: must be bytes or a size such as 8GB" in last(call("export", run, "--max-shard-size", "much"))
-    assert "--dtype: 'int8'." in last(call("export", run, "--dtype", "int8"))
+    assert "--dtype: unknown value 'int8'." in last(call("export", run, "--dtype", "int8"))
     for option, value in (("--dtype", "float32"), ("--max-shard-size", "1GB")):  # of another exporter
         assert f"{option}: --format peft has no such option" in last(call("export", run, "--format", "peft", option, value))
-    assert "exists already" in last(call("export", run, "--out", run))
+    assert "already exists" in last(call("export", run, "--out", run))
     # The same run, had it been trained otherwise.
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("pooling: cls", "pooling: mean"))

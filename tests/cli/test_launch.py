@@ -90,7 +90,7 @@ def test_what_is_refused_before_anything_is_written(hub, tmp_path, started, word
 def test_without_slurm(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     result = call("launch", hub.write(tmp_path), "--on", "slurm")
-    assert result.code == 1 and result.err.startswith("error: --on slurm: sbatch is not here;")
+    assert result.code == 1 and result.err.startswith("error: --on slurm: sbatch was not found;")
     with pytest.raises(RunError):
         submit([["true"]], SlurmOptions(), name="x", logs=tmp_path)
 

@@ -20,7 +20,10 @@ def test_a_table_of_parameters_and_memory(hub, tmp_path):
     assert line.split() == ["base.layers.attn.q_proj.kernel", "3", "x", "32", "x", "32", "float32", "-", "fsdp", "tensor", "3.07", "KB"]
     line = next(line for line in told.out.splitlines() if line.startswith("base.layers.attn.q_proj.lora_a"))
     assert line.split()[1:] == ["(trained)", "3", "x", "32", "x", "3", "float32", "-", "fsdp", "-", "1.15", "KB"]
-    assert "memory of a device, 2 members" in told.out and "together" in told.out and "needs" not in told.out
+    assert "memory per device, 2 members" in told.out and "total" in told.out and "needs" not in told.out
+    assert "training.pack: auto" in told.out  # the mode is not chosen yet, so the memory is an upper bound
+    chosen = call("doctor", hub.write(tmp_path), "training.pack=scan", "sweep={grid: {adapter.rank: [2, 3]}}")
+    assert "memory per device, 2 members" in chosen.out and "training.pack: auto" not in chosen.out
 
 
 def test_a_mesh_larger_than_this_machine(hub, tmp_path):

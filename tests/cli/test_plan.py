@@ -101,8 +101,8 @@ def test_it_finds_the_memory_that_the_plan_finds(hub, tmp_path):
     plan, doctor = call("sweep", path, "--plan"), call("doctor", path)
 
     def memory(out):
-        lines = out[out.index("memory of a device") :].splitlines()[1:]
-        return [" ".join(line.split()) for line in lines if line.startswith(("base", "batch", "trained", "activations", "together  "))]
+        lines = out[out.index("memory per device") :].splitlines()[1:]
+        return [" ".join(line.split()) for line in lines if line.startswith(("base", "batch", "trained", "activations", "total  "))]
 
     assert plan.code == 0, plan
     assert memory(plan.out) and memory(plan.out) == memory(doctor.out)

@@ -176,7 +176,7 @@ def test_what_was_dropped_is_counted(tmp_path):
 def test_a_local_folder_is_not_taken_for_a_hub_data_set(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="the folder 'org/name' is in the way"):
+    with pytest.raises(InputError, match="the local folder 'org/name' hides"):
         load_rows("hf://org/name", key="task.source", columns=["text"])
 
 
@@ -211,7 +211,7 @@ def test_a_bad_file_is_one_message(tmp_path, capfd, name, content, message):
 def test_dropping_every_row_or_by_a_column_that_is_not_there(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,kind\na,plot\n")
-    with pytest.raises(InputError, match="task.drop: leaves no row"):
+    with pytest.raises(InputError, match="task.drop: drops every row"):
         load(path, drop={"kind": ["plot"]})
     with pytest.raises(InputError, match="task.drop: .*no column 'knd'. Did you mean 'kind'"):
         load(path, drop={"knd": ["plot"]})

@@ -47,7 +47,7 @@ def test_fewer_training_rows_are_some_of_the_more():
 
 @pytest.mark.parametrize("held_out", [4, 5])
 def test_nothing_left_to_train_on(held_out):
-    with pytest.raises(InputError, match=f"task.eval_size: {held_out} of 4 rows leaves none"):
+    with pytest.raises(InputError, match=f"task.eval_size: {held_out} of 4 rows leaves no row"):
         split_rows(list("abcd"), held_out=held_out, train=None, seed=0)
 
 

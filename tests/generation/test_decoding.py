@@ -240,5 +240,5 @@ def test_more_than_the_context_is_refused_before_anything_is_made(generator):
             check(rows, model, new)
     check([[1] * 3], model, 13)
     for rows, new in (([[1]], 10**8), ([[1] * 200_000], 8)):  # of a model that does not say
-        with pytest.raises(InputError, match="past the model's context of 131,072"):
+        with pytest.raises(InputError, match="exceed the model's context of 131,072"):
             generator(rows, max_new_tokens=new)

@@ -65,5 +65,5 @@ def test_an_end_that_nobody_knows_is_a_failure_and_said(waited, accounting):
 def test_a_controller_that_is_silent_for_a_while(waited):
     silent = "slurm_load_jobs error: Unable to contact slurm controller"
     assert waited([entry("1", "RUNNING")], silent, silent, [entry("1", "COMPLETED")])[0] == 0
-    with pytest.raises(RunError, match="no longer answers for job 7"):
+    with pytest.raises(RunError, match="no longer reports on job 7"):
         waited(silent)

@@ -150,4 +150,4 @@ class TestChoice:
         assert chosen.mode == VMAP and "too short" in chosen.why
         monkeypatch.setattr(pack_choice, "_BUSY_CPU", 1)
         chosen = choose(self._pack(short), short, None)
-        assert chosen.mode == SCAN and "keeps a CPU busy" in chosen.why
+        assert chosen.mode == SCAN and "keeps the CPU busy" in chosen.why

@@ -146,7 +146,7 @@ def test_packs_are_as_large_as_memory_allows(hub, tmp_path, quick, monkeypatch):
     assert [len(p.members) for p in packs] == [4, 5] or [len(p.members) for p in packs] == [5, 4]
     assert "at most 5 in a pack" in said[0]
     assert sorted(m.name for p in packs for m in p.members) == sorted(m.name for m in chosen)
-    assert [len(p.members) for p in plan(1000)] == [1] * 9 and "one is too much already" in said[1]
+    assert [len(p.members) for p in plan(1000)] == [1] * 9 and "even one exceeds it" in said[1]
 
 
 def test_padding_decides_who_trains_together(hub, tmp_path):

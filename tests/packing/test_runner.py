@@ -84,7 +84,7 @@ def test_a_pack_above_the_limit_goes_on_in_halves(hub, tmp_path, undisturbed, mo
     assert choose(pack, setup, None).mode == pack.programs.mode == PackMode(1)
     check_fits(pack, setup, None)
     pack.use_mode(VMAP)
-    with pytest.raises(OutOfMemory, match=r"needs .*B on a device, of .*B"):
+    with pytest.raises(OutOfMemory, match=r"needs .*B on a device; the limit is .*B"):
         check_fits(pack, setup, None)
 
 

@@ -52,7 +52,7 @@ def test_four_members_in_two_packs_compile_one_pair(hub, tmp_path, separately, c
     changes = QUIET | {"sweep": RATES, "training.pack": mode}
     shared = run_sweep(hub.config(tmp_path, changes), progress=Progress())
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("trained parameters; compiling") == 1 and said.count("run by the programs of an earlier pack") == 1
+    assert said.count("trained parameters; compiling") == 1 and said.count("uses the compiled programs of an earlier pack") == 1
     separately()
     apart = run_sweep(hub.config(tmp_path, changes, name="apart"))
     assert (shared.compiled_programs, apart.compiled_programs) == (2, 4)

@@ -200,5 +200,5 @@ def test_two_processes_are_stopped_and_one_goes_on(hub, tmp_path):
     assert 0 < stopped < 400
     with quick_compile():
         result = call("sweep", path, "tracking.log_every=10")
-    assert result.code == 0 and f"goes on after step {stopped}" in result.err
+    assert result.code == 0 and f"continues after step {stopped}" in result.err
     assert [row["steps"] for row in csv.DictReader((run / "results.csv").open())] == ["400"] * 2

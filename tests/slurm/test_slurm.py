@@ -100,4 +100,4 @@ def test_a_job_that_fails_gives_its_exit_code(slurm, hub, tmp_path):
 def test_what_slurm_refuses_is_told(slurm, hub, tmp_path):
     done = launch(slurm, hub.write(tmp_path), "--partition", "nosuch")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: Slurm did not take the job: ") and "invalid partition" in done.stderr
+    assert done.stderr.startswith("error: Slurm rejected the job: ") and "invalid partition" in done.stderr

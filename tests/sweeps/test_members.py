@@ -113,8 +113,8 @@ def test_python_replaces_the_grid_alone(called, tmp_path):
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda c: lora_jax.sweep(c, {"adapter.rank": 4}), r"sweep: 'adapter\.rank' has the value 4 and no list of values"),
-        (lambda c: lora_jax.sweep(c, {"adapter.targets": "mlp"}), r"sweep: 'adapter\.targets' has the value 'mlp' and no list"),
+        (lambda c: lora_jax.sweep(c, {"adapter.rank": 4}), r"sweep: 'adapter\.rank' has the value 4, not a list of values"),
+        (lambda c: lora_jax.sweep(c, {"adapter.targets": "mlp"}), r"sweep: 'adapter\.targets' has the value 'mlp', not a list"),
         (lambda c: lora_jax.sweep(c, {"adapter.rank": [4]}, {"adapter.rank": 2}), r"'adapter\.rank' is set, and sweep\.grid"),
         (lambda c: lora_jax.sweep(c, {"adapter.rnk": [4]}), r"Did you mean 'adapter\.rank'"),
         (lambda c: lora_jax.fit(c, {"adapter.rnk": 4}), r"fit: .*adapter\.rnk"),

@@ -95,7 +95,7 @@ def test_a_stopped_run_ends_with_the_same_bits(hub, whole, tmp_path, monkeypatch
     stop_at(monkeypatch, 5)
     with pytest.raises(Stopped):
         run_sweep(config, progress=Progress())
-    assert "goes on after step 4" in capfd.readouterr().err
+    assert "continues after step 4" in capfd.readouterr().err
     outcome = run_sweep(config)
     assert not differing(bits_of_run(whole), bits_of_run(outcome.path))
     assert curves(outcome.path) == curves(whole) and curves(whole)
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(hub, whole, t
     capfd.readouterr()
     outcome = run_sweep(config, progress=Progress())
     told = capfd.readouterr().err
-    assert "damaged; it is passed over" in told and "goes on after step 2" in told
+    assert "damaged; it is passed over" in told and "continues after step 2" in told
     assert not differing(bits_of_run(whole), bits_of_run(outcome.path)) and curves(outcome.path) == curves(whole)
 
 
@@ -143,7 +143,7 @@ def test_more_steps_take_a_finished_run_further(hub, tmp_path):
     assert call("train", config).code == 0
     further = call("train", config, "--extend-steps", "2")
     assert further.code == 0, further.err
-    assert "goes on after step 4" in further.err
+    assert "continues after step 4" in further.err
     assert call("train", config, "--extend-steps", "2").code == 0  # nothing is left to do
     refused = call("train", config)
     assert refused.code == 2 and "training.extend_steps" in refused.err
@@ -229,7 +229,7 @@ def test_a_run_without_an_identity_gets_todays_and_says_so(hub, two_ranks, tmp_p
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(two_ranks), str(folder)))
     (run / "state.json").unlink()
     run_sweep(inputs_config(hub, folder, **{"sweep": {"grid": {"adapter.rank": [2, 3]}}}), progress=Progress())
-    assert "1 members do not say which base, tokenizer and data they are of" in capsys.readouterr().err
+    assert "1 of its members are from an older version" in capsys.readouterr().err
     assert read_state(run).identity.keys() == {"rank=2", "rank=3"}
 
 

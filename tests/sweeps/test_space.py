@@ -75,7 +75,7 @@ def test_where_sees_swept_and_other_keys():
     assert [m.name for m in members_of(sweep)] == [
         "rank=2,targets=attention", "rank=2,targets=mlp", "rank=4,targets=attention", "rank=4,targets=mlp", "rank=8,targets=mlp",
     ]  # fmt: skip
-    with pytest.raises(InputError, match="no member is left"):
+    with pytest.raises(InputError, match="holds for no member"):
         members_of(swept(grid={"adapter.rank": [2]}, where="rank > 2"))
 
 

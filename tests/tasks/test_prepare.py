@@ -217,7 +217,7 @@ def test_columns_and_classes_that_will_not_do(task):
         task(REVIEWS, BERT, decoder=False, labels=["good", "bad", "good"], **CLASSES)
     with pytest.raises(InputError, match="row 1 of .*held.jsonl has the label 'odd'"):
         task(REVIEWS, BERT, decoder=False, held=[{"text": "c", "label": "odd"}], **CLASSES)
-    with pytest.raises(InputError, match="task.eval_size: 6 of 6 rows leaves none"):
+    with pytest.raises(InputError, match="task.eval_size: 6 of 6 rows leaves no row"):
         task(REVIEWS, BERT, decoder=False, **CLASSES | {"eval_size": 6})
 
 
@@ -264,13 +264,13 @@ def test_values_to_drop_that_are_in_no_row(task):
     with pytest.raises(InputError, match="task.drop: no row has 'plots' in the column 'kind'. Did you mean 'plot'"):
         task(rows, BERT, decoder=False, drop={"kind": ["plots"]}, **CLASSES)
     data = task(rows, BERT, decoder=False, drop={"kind": ["plot"]}, **CLASSES)
-    assert data.taken[0].dropped == {("kind", "plot"): 1} and "1 dropped (kind: plot)" in data.lines()[0]
+    assert data.taken[0].dropped == {("kind", "plot"): 1} and "1 more dropped (kind: plot)" in data.lines()[0]
     held = [{"text": "c", "label": "good", "kind": "other"}]  # in one of the two is enough
     assert task(rows, BERT, decoder=False, drop={"kind": ["other", "plot"]}, held=[*held, rows[2]], **CLASSES).taken[1].dropped
 
 
 def test_a_held_out_source_that_is_trained_on(task, tmp_path):
-    with pytest.raises(InputError, match="task.eval_source: .*rows.jsonl is trained on too"):
+    with pytest.raises(InputError, match="task.eval_source: .*rows.jsonl is also in task.source"):
         task(REVIEWS, BERT, decoder=False, eval_source=str(tmp_path / "." / "rows.jsonl"), **CLASSES)
     data = task(REVIEWS, BERT, decoder=False, held=[REVIEWS[0], {"text": "c", "label": "bad"}], **CLASSES | {"eval_size": "all"})
     assert data.taken[1].others == 1 and data.lines()[1].startswith("held-out: all 2 rows")

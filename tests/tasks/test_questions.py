@@ -55,12 +55,12 @@ def test_every_right_answer_is_kept_and_the_first_is_learned():
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ("x", "here: the context does not hold the answer 'x'"),
-        ("", "here: the context does not hold the answer ''"),
-        ({"text": ["b"], "answer_start": [3]}, "here: the answer 'b' does not stand at character 3 of the context"),
-        ({"text": ["b"], "answer_start": [-1]}, "does not stand at character -1"),
-        ({"text": ["b"], "answer_start": []}, "here: 1 answers and 0 places"),
-        ({"text": ["b"], "answer_start": ["2"]}, "here: the answer 'b' at '2' is none"),
+        ("x", "here: the context does not contain the answer 'x'"),
+        ("", "here: the context does not contain the answer ''"),
+        ({"text": ["b"], "answer_start": [3]}, "here: the answer 'b' is not at character 3 of the context"),
+        ({"text": ["b"], "answer_start": [-1]}, "is not at character -1"),
+        ({"text": ["b"], "answer_start": []}, "here: 1 answers but 0 start positions"),
+        ({"text": ["b"], "answer_start": ["2"]}, "here: the answer 'b' at '2' is not a text"),
         ({"text": "b"}, "here: the answers should be a text, or lists 'text' and 'answer_start'"),
         (7, "here: the answers should be a text"),
     ],

@@ -43,10 +43,10 @@ def test_a_byte_level_tokenizer_sees_spaces_between_words():
     ("words", "labels", "message"),
     [
         (["a", "b"], ["O"], "here: 2 words and 1 labels"),
-        ([], [], "here: there is no word"),
-        (["a", None], ["O", "O"], "here: None is no word"),
-        (["a", " "], ["O", "O"], "here: ' ' is no word"),
-        (["a"], [["O"]], "here: \\['O'\\] is no label"),
+        ([], [], "here: has no words"),
+        (["a", None], ["O", "O"], "here: None is not a word"),
+        (["a", " "], ["O", "O"], "here: ' ' is not a word"),
+        (["a"], [["O"]], "here: \\['O'\\] is not a label"),
         (3, ["O"], "here: the words are a int, neither a list nor a text"),
     ],
 )

@@ -114,7 +114,7 @@ def test_what_a_run_presumes_of_model_and_data_is_checked_first(hub, tmp_path):
         with pytest.raises(InputError, match=message):
             module.check_data(base, dataclasses.replace(data, train=train))
     pairs = dataclasses.replace(data.train, types=[np.full(len(t), 2, np.int32) for t in data.train.tokens])
-    with pytest.raises(InputError, match="marks texts of a pair as 0 to 2, and the model has 2 types"):
+    with pytest.raises(InputError, match="gives token types 0 to 2, but the model has only 2"):
         module.check_data(base, dataclasses.replace(data, train=pairs))
     with pytest.raises(InputError, match="task.labels: 2 classes; the model's head has 3"):
         module.check_data(base, data, ("a", "b", "c"))

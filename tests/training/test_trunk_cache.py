@@ -205,7 +205,7 @@ def test_a_full_disk_costs_the_cache_alone(hub, without, tmp_path):
         outcome, told = run(hub, tmp_path / "full", IN_FILE | {"tracking.tensorboard": False, "tracking.checkpoint_every": 0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert len(told) == 1 and told[0].startswith("warning: trunk cache: off") and "it is computed anew" in told[0]
+    assert len(told) == 1 and told[0].startswith("warning: trunk cache: off") and "the trunk is computed for each batch" in told[0]
     assert losses(outcome.path) == losses(without)
     assert not list((outcome.path.parent / FOLDER).iterdir())
 
@@ -220,7 +220,7 @@ def test_where_there_is_no_cache_a_run_says_so(hub, tmp_path):
     assert "training.trunk_disk_gb" in said({"training.trunk_disk_gb": 1e-5})
     few = {"training.cache_trunk": "on", "adapter.layers": None, "training.steps": 2, "sweep": {"grid": {"adapter.rank": [2]}}}
     outcome, (line,) = run(hub, tmp_path / "run", few)
-    assert "no layer in common" in line and not (outcome.path.parent / FOLDER).exists()
+    assert "the pack has no trunk" in line and not (outcome.path.parent / FOLDER).exists()
 
 
 def test_numbers_that_depend_on_the_place_are_not_kept(hub, tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_numbers_that_depend_on_the_place_are_not_kept(hub, tmp_path, monkeypatc
     for limits in ({}, {"trunk_memory_gb": 1.0}):
         trunk.asked_to_keep = False
         keep_trunk(trunk, setup, config.training.model_copy(update=limits), tmp_path / "kept", told.append)
-        assert trunk.stores is None and "where in a batch" in told[-1]
+        assert trunk.stores is None and "its place in the batch" in told[-1]
     assert not list((tmp_path / "kept").iterdir())
 
 

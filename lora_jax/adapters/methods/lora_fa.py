@@ -30,7 +30,10 @@ class LoraFaSection(AdapterConfig):
 
 
 class LoraFa(Lora):
-    """LoRA with a frozen A; embeddings it does not adapt, since LoRA's A is 0 there."""
+    """LoRA with a frozen A; embeddings it does not adapt, since LoRA's A is 0 there.
+
+    In PEFT an optimizer makes the difference, and files are LoRA's: they are written as such, and read as LoRA.
+    """
 
     name, section = "lora_fa", LoraFaSection
     kinds = ("linear", "expert")

@@ -138,6 +138,10 @@ class PeftForm:
         """
         return rank
 
+    def rank_at(self, site: Site, rank: int, read: Reader) -> int:
+        """The rank at a site for what `rank_of` says, where PEFT makes another of it for the site's shape."""
+        return rank
+
     # The tensors of a module
 
     def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:

@@ -43,7 +43,7 @@ class AdaptedModule:
         """The method's arrays and settings at a rank, without padding."""
         found = {name: np.asarray(value, np.float32) for name, value in self.settings.items()}
         for name, parameter in self.held.method.parameters(self.module.site, rank).items():
-            found[name] = _layer(self.held, name, self.layer, parameter.shape)[tuple(slice(n) for n in parameter.shape)]
+            found[name] = _layer(self.held, name, self.layer, parameter.shape)[parameter.own]
         return found
 
 
@@ -139,8 +139,10 @@ def _holding(held: AdaptedSite, layer: int, rank: int) -> int:
         parameters = held.method.parameters(held.site, rank)
         left = False
         for name, parameter in parameters.items():
+            if parameter.scope == "adapter":
+                continue
             array = np.array(_layer(held, name, layer, parameter.shape))
-            array[tuple(slice(n) for n in parameter.shape)] = parameter.fill
+            array[parameter.own] = parameter.fill
             left = left or bool((array != parameter.fill).any())
         if not left:
             return rank

@@ -45,7 +45,9 @@ def form_of(method: Method) -> PeftForm:
 
 
 def method_of_type(raw: dict[str, Any], where: str) -> Method:
-    """The method whose files a PEFT config is of: that of its type whose flags it has, and of several the one with most flags.
+    """The method whose files a PEFT config is of: that of its type whose flags it has, of several the one with most flags.
+
+    Where several have one form, it is the one whose form it is: they are registered after it.
 
     Raises:
         InputError: there is none.
@@ -196,11 +198,11 @@ class PeftConfig:
         """
         return self.section.bias == "all" or (self.section.bias == "lora_only" and adapted)
 
-    def size(self, module: str) -> tuple[int, dict[str, float]]:
-        """Rank and settings of an adapted module."""
+    def size(self, module: str, site: Site) -> tuple[int, dict[str, float]]:
+        """Rank and settings of an adapted module, at its site."""
         rank = int(self._value(self.section.rank_pattern, module, self.section.rank))
         alpha = self._value(self.section.alpha_pattern, module, self.section.alpha)
-        rank = self.form.rank_of(self.section, module, rank, self.read)
+        rank = self.form.rank_at(site, self.form.rank_of(self.section, module, rank, self.read), self.read)
         return rank, self.method.settings(self.section, rank, alpha) if rank else {}
 
     def placed(self, modules: dict[str, Site]) -> AdapterConfig:

@@ -106,7 +106,7 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
             missing and unexpected tensors.
     """
     if site_modules(model):
-        raise InputError("the model bears adapters already: load onto the base.")
+        raise InputError("the model already has adapters: load onto the base.")
     config = read_peft_config(path)
     file = _open(adapter_folder(path))
     base = copy_of(model)
@@ -174,7 +174,8 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
     section = config.placed({name: m.site for name, m in chosen.items()})
     plan = _Plan(section, [], {}, {}, {}, set(), set(), set())
     for name, module in chosen.items():
-        rank, settings = config.size(name)
+        rank, settings = config.size(name, module.site)
+        _check_size(config, section, module, rank, file)
         tensors = config.form.tensors(section, module.site, rank)
         plan.sites.append(_Site(module, rank, settings, tensors, module.stem(chosen)))
     plan.shared |= {SHARED + name: shape for name, shape in config.form.shared(section, plan.ranks()).items()}
@@ -208,6 +209,15 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
     return plan
 
 
+def _check_size(config: PeftConfig, section: AdapterConfig, module: Module, rank: int, file: Checkpoint) -> None:
+    """`InputError` where the method cannot do at a module what the config asks for."""
+    try:
+        if rank:
+            config.method.check(section, module.site, rank)
+    except InputError as error:
+        raise InputError(f"{file.path.parent}: {error}") from None
+
+
 def _check_kind(module: Module, config: PeftConfig, file: Checkpoint) -> None:
     """`InputError` where the method, or PEFT's type, adapts no such module."""
     method = config.method
@@ -227,7 +237,7 @@ def _check_spare(plan: _Plan, file: Checkpoint, arrays: dict[str, np.ndarray]) -
     for key in sorted(plan.spare & set(file.names())):
         saved = key.replace(".modules_to_save.", ".")
         if saved != key and not np.array_equal(_read(file, key), arrays[saved]):
-            raise InputError(f"{file.path}: '{key}' and '{saved}' are one weight in PEFT, and hold other numbers here.")
+            raise InputError(f"{file.path}: '{key}' and '{saved}' are one weight in PEFT, but hold different numbers here.")
 
 
 def _check_whole(plan: _Plan, names: PeftNames, file: Checkpoint) -> None:

@@ -89,12 +89,12 @@ def _in_our_words(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         own = _WORDS.get(key, key)
         if own in found or (own != key and own in values):
-            raise InputError(f"LoraConfig: '{own}' is given twice: {key} is PEFT's word for it.")
+            raise InputError(f"LoraConfig: '{own}' is given twice: {key} is PEFT's name for it.")
         if own == key and key not in LoraSection.model_fields:
             if key in _KNOWN:
                 raise InputError(
-                    f"LoraConfig: '{key}' is an option of PEFT's that this one does not have. LoraConfig.from_peft reads PEFT's files, "
-                    f"notes and all. Keys: {', '.join(LoraSection.model_fields)}."
+                    f"LoraConfig: '{key}' is an option of PEFT's LoraConfig that this one does not have. LoraConfig.from_peft reads PEFT's "
+                    f"files. Keys: {', '.join(LoraSection.model_fields)}."
                 )
             raise InputError(f"LoraConfig: there is no key '{key}'. {hint(key, [*LoraSection.model_fields, *_WORDS])}".rstrip())
         if key == "init_lora_weights":

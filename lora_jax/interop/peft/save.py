@@ -96,20 +96,20 @@ def _config(adapter: Adapter) -> tuple[dict[str, Any], PeftConfig]:
 
 def _says(peft: PeftConfig, adapter: Adapter) -> bool:
     """Whether a config means what the model computes, at every module."""
-    if peft.method.name != adapter.method.name:
+    if peft.form is not adapter.form:  # methods that differ in how they train may have one form
         return False
     sites = {s.module.name: s for s in adapter.sites}
     for name, module in adapter.names.modules.items():
         site = sites.get(name)
         meant = peft.adapts(name, linear=module.linear, parameter=module.parameter)
-        rank, settings = peft.size(name) if meant else (0, {})
+        rank, settings = peft.size(name, module.site) if meant else (0, {})
         if (rank > 0) != (site is not None):
             return False
         if site is not None and not _fits(adapter, site, rank, settings):
             return False
     section = peft.placed({name: s.module.site for name, s in sites.items()})
     for name, site in sites.items():
-        of = (site.module.site, peft.size(name)[0])
+        of = (site.module.site, peft.size(name, site.module.site)[0])
         if adapter.form.tensors(section, *of) != adapter.form.tensors(adapter.section, *of):
             return False
     saved = {p.name for p in adapter.saved}
@@ -260,7 +260,7 @@ def _tensors(adapter: Adapter, config: PeftConfig) -> dict[str, Tensor]:
     adapted = {s.module.name for s in adapter.sites}
     ranks: dict[Site, int] = {}
     for one in adapter.sites:
-        site, rank, stem = one.module.site, config.size(one.module.name)[0], one.module.stem(adapted)
+        site, rank, stem = one.module.site, config.size(one.module.name, one.module.site)[0], one.module.stem(adapted)
         ranks[site] = max(rank, ranks.get(site, 0))
         for name, array in form.to_file(section, site, rank, one.arrays(rank)).items():
             found[f"{stem}.{name}"] = _integers(array) if name in form.integers else _float32(array)

@@ -48,7 +48,7 @@ def sites(ranks):
             lora_e=jnp.asarray(rng.standard_normal((2, RANK)) * on, jnp.float32),
             lora_b=jnp.asarray(rng.standard_normal((2, RANK, 5)) * on[..., None], jnp.float32),
             scale=jnp.ones(2),
-            init_r=jnp.asarray(own, jnp.float32),
+            triplets=jnp.asarray(own, jnp.float32),
             **numbers,
         )
     return found
