@@ -60,9 +60,12 @@ LLAMA = Base("llama-gqa-bias", ("q_proj", "v_proj", "down_proj"))
 BASES = (LLAMA, Base("bert", ("query", "value", "output.dense")), Base("gpt2", ("c_attn", "mlp.c_proj"), conv1d=True))
 
 # Method -> PEFT's options for a base, beside rank, alpha and targets.
-THEIRS: dict[str, Callable[[Base], dict[str, Any]]] = {"ia3": lambda base: {"feedforward_modules": list(base.targets[-1:])}}
+THEIRS: dict[str, Callable[[Base], dict[str, Any]]] = {
+    "ia3": lambda base: {"feedforward_modules": list(base.targets[-1:])},
+    "road": lambda base: {"group_size": 8},
+}
 # Method -> the keys of our section, beside rank, alpha and targets.
-OURS: dict[str, dict[str, Any]] = {}
+OURS: dict[str, dict[str, Any]] = {"road": {"group_size": 8}}
 
 
 def cases() -> list[Any]:
