@@ -26,8 +26,8 @@ from ...config.schema import AdapterConfig
 from ...errors import InputError, hint, nearest
 from ...models.decoder import Decoder
 from ...weights.checkpoint import Checkpoint
-from ...weights.safetensors import SafetensorsCheckpoint
-from .config import WEIGHTS_NAME, PeftConfig, adapter_folder, read_peft_config
+from ...weights.safetensors import SafetensorsCheckpoint, read_digests
+from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, adapter_folder, check_digests, read_peft_config
 from .names import PROJECTION, ROOT, SHARED, Module, Parameter, PeftNames, module_of_key
 
 _SHOWN = 6
@@ -114,6 +114,8 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
         raise InputError("the model already has adapters: load onto the base.")
     config = read_peft_config(path)
     file = _open(adapter_folder(path))
+    if file.path.name == WEIGHTS_NAME:
+        check_digests(config, read_digests(file.path, file), str(file.path.with_name(CONFIG_NAME)))
     base = copy_of(model)
     names = _names(base, config, file)
     plan = _plan(names, config, file)
