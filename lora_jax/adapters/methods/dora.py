@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from ...config.schema import AdapterConfig
 from ...models.layers import Rows
+from ..inits.base import LowRankConfig
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, register_method
@@ -28,7 +28,7 @@ from .peft_form import Weight
 _LEAST = 1e-6
 
 
-class DoraSection(AdapterConfig):
+class DoraSection(LowRankConfig):
     method: Literal["dora"] = Field(default="dora", description="Magnitude and direction of the weight apart (arXiv:2402.09353).")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732) in place of alpha / rank.")
 
@@ -69,7 +69,7 @@ class Dora(Lora):
         return super().parameters(site, rank) | more
 
     def init(self, site: Site, rank: int, config: Any, random: np.random.Generator, data: SiteData) -> dict[str, np.ndarray]:
-        norm = _norm(data.weight())
+        norm = data.once("norm by output", lambda: _norm(data.weight()))
         return super().init(site, rank, config, random, data) | {"magnitude": norm, "start": norm}
 
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
@@ -88,16 +88,15 @@ class Dora(Lora):
         return y + update + more * (straight + update)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        return gain(module, weight)[..., None, :] * super().merged(module, weight, bias)[0], bias
+        a, b, scale = super().low_rank(module)
+        update = scale[..., None, None] * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return gain(module, weight)[..., None, :] * (weight + update), bias
 
     def low_rank(self, module: AdaptedSite) -> None:
         return None  # the change of the weight is not
 
     def of_low_rank(self, a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> None:
         return None
-
-    def cost(self, site: Site, rank: int) -> int:
-        return super().cost(site, rank) + 2 * site.outputs
 
 
 def _norm(weight: np.ndarray) -> np.ndarray:
