@@ -143,7 +143,8 @@ class Setup:
         """The sites of the model that a member adapts; resolved once."""
         key = config.adapter.model_dump_json()
         if key not in self.specs:
-            self.specs[key] = resolve(self.model, config.adapter)
+            spec = self.specs[key] = resolve(self.model, config.adapter)
+            spec.method.check_steps(spec.config, self.steps)
         return self.specs[key]
 
     def layout(self, configs: Sequence[Config]) -> Layout:
