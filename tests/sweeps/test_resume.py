@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiments.fuzz_kills import bits_of_run, differing
+from experiments.fuzz import bits_of_run, differing
 from lora_jax.config.load import load_config
 from lora_jax.errors import InputError, Stopped
 from lora_jax.models.load import load_model
