@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InputError, nearest
-from .messages import Problem, kinds_of_sections, leaf_schema, problems, report, section_keys, show, split_key, why_not_swept
+from .messages import Problem, default_of, kinds_of_sections, leaf_schema, problems, report, section_keys, show, split_key, why_not_swept
 from .renamed import renamed
 from .schema import SOURCE, Config
 from .where import Where
@@ -187,15 +187,21 @@ def _check_not_swept(config: Config, keys: Sequence[str], where: str) -> None:
 
 
 def _of_its_kind(data: dict[str, Any], before: Config, given: list[str]) -> dict[str, Any]:
-    """Drops a section's keys of its former kind: a member with another method does not keep the first method's keys."""
+    """Drops a section's keys of its former kind: a member with another method does not keep the first method's keys.
+
+    Keys that both kinds have are kept. Those that not every kind has are kept where they do not hold the former kind's default:
+    a decay of moments that suits one optimizer is no default of another's.
+    """
     old = before.model_dump()
     for section, kinds in kinds_of_sections().items():
         tag, here = next(iter(kinds.values()))[0], data.get(section)
         if not isinstance(here, dict) or not isinstance(old.get(section), dict):
             continue
         if here.get(tag) != old[section].get(tag) and here.get(tag) in kinds:
-            own = kinds[str(here[tag])]
-            data[section] = {key: value for key, value in here.items() if key in own or f"{section}.{key}" in given}
+            own, former = kinds[str(here[tag])], str(old[section].get(tag))
+            everywhere = set.intersection(*map(set, kinds.values()))
+            usual = {key for key in here if key not in everywhere and here[key] == default_of(section, former, key)}
+            data[section] = {k: v for k, v in here.items() if (k in own and k not in usual) or f"{section}.{k}" in given}
     return data
 
 

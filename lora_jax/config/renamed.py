@@ -13,6 +13,7 @@ from .yaml import Path
 # Names that other LoRA libraries give to what has another name here.
 ELSEWHERE_CALLED = {
     "lr": "optimizer.learning_rate",
+    "optim": "optimizer.kind",
     "wd": "optimizer.weight_decay",
     "max_grad_norm": "optimizer.clip_norm",
     "r": "adapter.rank",
