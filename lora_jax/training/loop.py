@@ -44,6 +44,10 @@ class Pack(Protocol):
     def keep(self, kept: Arrays) -> None:
         """Puts others in their place."""
 
+    def eval_params(self, state: MemberState) -> Arrays:
+        """What the members are evaluated and saved with."""
+        ...
+
 
 class Listener(Protocol):
     """Receives a pack's progress. Every array is (members,) float32 on the host."""
@@ -70,7 +74,7 @@ class Outcome:
         best_step: (members,) int.
         steps: number of steps done.
         alive: (members,) bool; False where a loss was not finite.
-        final_arrays, best_arrays: trainable arrays, stacked.
+        final_arrays, best_arrays: trainable arrays, stacked, as they are evaluated.
         tokens: number of tokens that one member trained on, without padding.
         tokens_per_second: of one member, without the first step (which compiles) and evaluations; 0 if there was only one step.
         total_seconds: including compilation and evaluation.
@@ -179,8 +183,9 @@ def train_pack(
         if done == last or (eval_every and done % eval_every == 0):
             jax.block_until_ready(metrics)  # steps still under way are training, not evaluation
             clock.pause()
-            final = evaluate_pack(pack, setup, state.trainable, trunk=trunk)
-            if best.offer(done, final, state.trainable) and checkpoints is not None and best.arrays is not None:
+            arrays = pack.eval_params(state)
+            final = evaluate_pack(pack, setup, arrays, trunk=trunk)
+            if best.offer(done, final, arrays) and checkpoints is not None and best.arrays is not None:
                 checkpoints.save_best(done, best.arrays)
             listener.on_eval(done, final)
             clock.resume()
@@ -205,7 +210,7 @@ def train_pack(
         best.step,
         max(first, last),
         to_host(state.alive),
-        state.trainable,
+        pack.eval_params(state),
         best.arrays,
         clock.total_tokens,
         clock.mean_rate,

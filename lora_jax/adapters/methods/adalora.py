@@ -110,6 +110,12 @@ class AdaLora(Method):
         if config.target_r > rank:
             raise InputError(f"adapter.target_r: {config.target_r} is more than the rank that {site.name} starts with, {rank}.")
 
+    def check_steps(self, config: AdaLoraSection, steps: int) -> None:
+        if config.tinit >= steps - config.tfinal:
+            raise InputError(
+                f"adapter.tinit, adapter.tfinal: {config.tinit} and {config.tfinal} leave no step of {steps} for ranks to fall."
+            )
+
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         return {
             "lora_a": Parameter((site.inputs, rank), "adapter_a", ("in", None)),

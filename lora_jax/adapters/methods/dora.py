@@ -69,7 +69,7 @@ class Dora(Lora):
         return super().parameters(site, rank) | more
 
     def init(self, site: Site, rank: int, config: Any, random: np.random.Generator, data: SiteData) -> dict[str, np.ndarray]:
-        norm = _norm(data.weight())
+        norm = data.once("norm by output", lambda: _norm(data.weight()))
         return super().init(site, rank, config, random, data) | {"magnitude": norm, "start": norm}
 
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
@@ -88,16 +88,15 @@ class Dora(Lora):
         return y + update + more * (straight + update)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        return gain(module, weight)[..., None, :] * super().merged(module, weight, bias)[0], bias
+        a, b, scale = super().low_rank(module)
+        update = scale[..., None, None] * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return gain(module, weight)[..., None, :] * (weight + update), bias
 
     def low_rank(self, module: AdaptedSite) -> None:
         return None  # the change of the weight is not
 
     def of_low_rank(self, a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> None:
         return None
-
-    def cost(self, site: Site, rank: int) -> int:
-        return super().cost(site, rank) + 2 * site.outputs
 
 
 def _norm(weight: np.ndarray) -> np.ndarray:

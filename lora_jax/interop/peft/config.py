@@ -8,8 +8,10 @@ follows PEFT to the letter (`check_target_module_exists`, `get_pattern_key`): na
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +331,29 @@ def read_peft_config(path: str | Path) -> PeftConfig:
     """
     file = adapter_folder(path) / CONFIG_NAME
     return PeftConfig.parse(read_json(file, "the adapter's config"), str(file))
+
+
+def option_digests(form: PeftForm, raw: Mapping[str, Any]) -> dict[str, str]:
+    """Option -> digest of its value, of those that decide what an adapter computes."""
+    computed = form.defaults.keys() - form.notes
+    return {key: hashlib.sha256(json.dumps(raw[key], sort_keys=True).encode()).hexdigest()[:16] for key in sorted(computed & raw.keys())}
+
+
+def check_digests(config: PeftConfig, digests: Mapping[str, str], where: str) -> None:
+    """`InputError` where an option is not as it was when the tensors beside it were written.
+
+    Args:
+        config: as it is read now.
+        digests: those that were kept with the tensors (`option_digests`); none of an adapter that others wrote.
+        where: the file, for messages.
+    """
+    now = option_digests(config.form, config.raw)
+    changed = [key for key in sorted(now.keys() | digests.keys()) if digests and now.get(key) != digests.get(key)]
+    if changed:
+        raise InputError(
+            f"{where}: {', '.join(map(repr, changed))} is not as it was when {WEIGHTS_NAME} was written: damaged, or edited. If the change "
+            "is meant, write the tensors anew, without digests: safetensors.numpy.save_file(safetensors.numpy.load_file(file), file)."
+        )
 
 
 def to_json(raw: dict[str, Any]) -> str:

@@ -29,13 +29,14 @@ from ..card import model_card, public_name, write_card
 from ..export import Exporter, ExportOptions
 from ..hf import save_pretrained
 from .adapter import AdaptedModule, Adapter
-from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, config_values, new_config, said_places, to_json
+from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, config_values, new_config, option_digests, said_places, to_json
 from .names import PROJECTION, ROOT, SHARED
 
 
 def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, card: str | None = None) -> None:
     """Writes an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, float32.
 
+    The header of the tensors' file holds digests of them and of the config, by which `load_peft` knows damage; PEFT passes them over.
     Padded ranks are trimmed. An adapter from `load_peft` keeps its config and the bits of its tensors.
 
     Args:
@@ -62,7 +63,7 @@ def _write(adapter: Adapter, folder: Path, base: str | None) -> None:
         config = config | _source(adapter)
     (folder / CONFIG_NAME).write_text(to_json(config), encoding="utf-8")
     tensors = _tensors(adapter, peft)
-    write_safetensors(folder / WEIGHTS_NAME, dict(sorted(tensors.items())))
+    write_safetensors(folder / WEIGHTS_NAME, dict(sorted(tensors.items())), digests=option_digests(adapter.form, config))
 
 
 def config_of_model(model: nnx.Module) -> dict[str, Any]:
