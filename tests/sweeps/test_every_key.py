@@ -42,6 +42,7 @@ TRACED = {
     "adapter.rslora": True,
     "adapter.dropout": 0.4,
     "adapter.nested_init": False,
+    "adapter.init": "gaussian",
     "optimizer.learning_rate": 0.02,
     "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 2,
@@ -100,6 +101,7 @@ OTHERS = {
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
     "task.messages", "task.date",
     "model.transforms",  # tests/models/transforms
+    "adapter.init_batches",  # tests/training/test_statistics.py
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip
 
