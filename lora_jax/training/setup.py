@@ -142,10 +142,11 @@ class Setup:
 
     def spec(self, config: Config) -> ResolvedAdapter:
         """The sites of the model that a member adapts; resolved once."""
-        key = config.adapter.model_dump_json()
+        key = config.optimizer.kind + config.adapter.model_dump_json()
         if key not in self.specs:
-            self.specs[key] = resolve(self.model, config.adapter)
-        optimizer_of(config.optimizer).check(self.specs[key])
+            spec = resolve(self.model, config.adapter)
+            optimizer_of(config.optimizer).check(unite(self.model, [spec]))
+            self.specs[key] = spec
         return self.specs[key]
 
     def layout(self, configs: Sequence[Config]) -> Layout:
