@@ -64,11 +64,11 @@ def _factored(of: Group) -> optax.GradientTransformation:
         others = {name: jnp.zeros_like(array) for name, array in arrays.items() if name not in matrices}
         return AdafactorState(jnp.zeros([], jnp.int32), rows, columns, others)
 
-    def update(gradients: Any, state: AdafactorState, params: Any) -> tuple[Any, AdafactorState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdafactorState]:
+        gradients, updates = updates, dict(updates)
         count = state.count + 1
         old = 1 - jnp.float32(count) ** -numbers["decay_rate"]
         new = AdafactorState(count, {}, {}, {})
-        updates = dict(gradients)
         for name, gradient in gradients.items():
             if isinstance(gradient, optax.MaskedNode):
                 continue
