@@ -89,8 +89,8 @@ SET_UP = {
     "mesh.sweep": (2, {}),
 }
 # Each in a test of its own below, or elsewhere: `sweep.reference` in test_space.py, `task.teacher` in test_teacher.py, `task.head` in
-# test_word_tasks.py, the trunk cache's keys in test_trunk_cache.py, `tracking.compile_cache` in
-# test_compile_cache.py.
+# test_word_tasks.py, the keys of single optimizers in training/test_optimizers.py, the trunk cache's keys in test_trunk_cache.py,
+# `tracking.compile_cache` in test_compile_cache.py.
 OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
     "tracking.keep_checkpoints", "tracking.profile", "tracking.compile_cache",
@@ -102,6 +102,8 @@ OTHERS = {
     "task.messages", "task.date",
     "model.transforms",  # tests/models/transforms
     "adapter.init_batches",  # tests/training/test_statistics.py
+    "optimizer.kind", "optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.delta", "optimizer.momentum", "optimizer.nesterov",
+    "optimizer.parameter_scale", "optimizer.rms",
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip
 
