@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .config.doors import register_family as register_family
     from .config.doors import register_init as register_init
     from .config.doors import register_method as register_method
+    from .config.doors import register_optimizer as register_optimizer
     from .config.doors import register_task as register_task
     from .config.doors import register_transform as register_transform
     from .config.load import load_config as load_config
@@ -64,6 +65,7 @@ _NAMES = {
     "register_family": "config.doors",
     "register_init": "config.doors",
     "register_method": "config.doors",
+    "register_optimizer": "config.doors",
     "register_task": "config.doors",
     "register_transform": "config.doors",
     "save_peft": "interop.peft.save",

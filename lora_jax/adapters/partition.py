@@ -214,6 +214,24 @@ def member_parameter(layout: Layout, member: ResolvedAdapter, name: str) -> Para
     return largest(each)
 
 
+def own_shapes(part: Partition, member: ResolvedAdapter, layout: Layout) -> dict[str, np.ndarray]:
+    """The shapes of a member's own part of the trained arrays of its method.
+
+    Returns:
+        name -> (layers, axes) or (axes,) float32; 0 where the member does not adapt a layer.
+    """
+    sites, found = {of.site.name: of for of in layout.sites}, {}
+    for name, own in part.parameters.items():
+        if own.parameter.trained and own.site:
+            of = sites[own.site]
+            each = [layout.method.parameters(of.site, int(r))[own.name].shape if r else None for r in _ranks(member, of)[of.first :]]
+            own_shape = np.array([(0,) * len(own.parameter.shape) if shape is None else shape for shape in each], np.float32)
+            found[name] = own_shape if of.layers is not None else own_shape[0]
+        elif own.parameter.trained:
+            found[name] = np.array(member_parameter(layout, member, own.name).shape, np.float32)
+    return found
+
+
 def _ranks(member: ResolvedAdapter, of: SiteLayout) -> np.ndarray:
     """(depth,) or (1,): the member's rank at each layer of a site."""
     own = member.sites.get(of.site.name)

@@ -1,8 +1,8 @@
-"""The six doors: what the library grows by has one file each, and a registry that finds it.
+"""The seven doors: what the library grows by has one file each, and a registry that finds it.
 
-A method, init, task, family, base transform or exporter is registered under its name by the file that defines it. The library's own files
-are imported from one folder when a name is first asked for; those of other packages through an entry point of the door's group, or by
-calling `register` (`lora_jax.register_method` and its like).
+A method, init, optimizer, task, family, base transform or exporter is registered under its name by the file that defines it. The
+library's own files are imported from one folder when a name is first asked for; those of other packages through an entry point of the
+door's group, or by calling `register` (`lora_jax.register_method` and its like).
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Door(Generic[T]):
 # Each is filled from the folder that defines what it holds: a method's section comes with the method.
 METHODS: Door[Any] = Door("method", "lora_jax.adapters.methods", "lora_jax.methods")
 INITS: Door[Any] = Door("init", "lora_jax.adapters.inits", "lora_jax.inits")
+OPTIMIZERS: Door[Any] = Door("optimizer", "lora_jax.training.optimizers", "lora_jax.optimizers")
 TASKS: Door[Any] = Door("task", "lora_jax.tasks", "lora_jax.tasks")
 FAMILIES: Door[Any] = Door("family", "lora_jax.models.families", "lora_jax.families")
 TRANSFORMS: Door[Any] = Door("base transform", "lora_jax.models.transforms", "lora_jax.transforms")
@@ -92,6 +93,7 @@ EXPORTERS: Door[Any] = Door("exporter", "lora_jax.interop", "lora_jax.exporters"
 
 register_method = METHODS.register
 register_init = INITS.register
+register_optimizer = OPTIMIZERS.register
 register_task = TASKS.register
 register_family = FAMILIES.register
 register_transform = TRANSFORMS.register
@@ -125,7 +127,8 @@ class OneOf:
     def _without_defaults_of_others(self, value: Any) -> Any:
         """The keys without those of other kinds that hold their default: run directories of older versions say the keys of every kind."""
         sections = self.sections()
-        own = sections.get(self._tag(value)) if isinstance(value, dict) else None
+        tag = self._tag(value)
+        own = sections.get(tag) if isinstance(value, dict) and isinstance(tag, str) else None
         if own is None:
             return value
 

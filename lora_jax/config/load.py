@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InputError, nearest
-from .messages import Problem, kinds_of_sections, leaf_schema, problems, report, section_keys, show, split_key, why_not_swept
+from .messages import Problem, default_of, kinds_of_sections, leaf_schema, problems, report, section_keys, show, split_key, why_not_swept
 from .renamed import renamed
 from .schema import SOURCE, Config
 from .where import Where
 from .yaml import Path, dump, parse
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -66,7 +69,7 @@ def apply_overrides(
     result = copy.deepcopy(dict(data))
     for override in overrides:
         where = f"override '{override}'"
-        if not override.isprintable() and any("\ud800" <= c <= "\udfff" for c in override):
+        if _HALF.search(override):
             raise InputError(f"override {override!a}: is not text (UTF-8).")
         key, equals, text = override.partition("=")
         key = key.strip()
@@ -184,15 +187,21 @@ def _check_not_swept(config: Config, keys: Sequence[str], where: str) -> None:
 
 
 def _of_its_kind(data: dict[str, Any], before: Config, given: list[str]) -> dict[str, Any]:
-    """Drops a section's keys of its former kind: a member with another method does not keep the first method's keys."""
+    """Drops a section's keys of its former kind: a member with another method does not keep the first method's keys.
+
+    Keys that both kinds have are kept. Those that not every kind has are kept where they do not hold the former kind's default:
+    a decay of moments that suits one optimizer is no default of another's.
+    """
     old = before.model_dump()
     for section, kinds in kinds_of_sections().items():
         tag, here = next(iter(kinds.values()))[0], data.get(section)
         if not isinstance(here, dict) or not isinstance(old.get(section), dict):
             continue
         if here.get(tag) != old[section].get(tag) and here.get(tag) in kinds:
-            own = kinds[str(here[tag])]
-            data[section] = {key: value for key, value in here.items() if key in own or f"{section}.{key}" in given}
+            own, former = kinds[str(here[tag])], str(old[section].get(tag))
+            everywhere = set.intersection(*map(set, kinds.values()))
+            usual = {key for key in here if key not in everywhere and here[key] == default_of(section, former, key)}
+            data[section] = {k: v for k, v in here.items() if (k in own and k not in usual) or f"{section}.{k}" in given}
     return data
 
 
@@ -239,11 +248,22 @@ def _near_files(path: FilePath) -> str:
 
 
 def _validated(data: dict[str, Any], file: str, origins: Mapping[Path, str]) -> Config:
+    if halves := _halves_of_characters(data):
+        raise InputError(report(halves, file, origins))
     try:
         # Strict: '8' is not 8, and true is not 1.
         return Config.model_validate(data, strict=True)
     except ValidationError as error:
         raise InputError(report(problems(error, data), file, origins)) from None
+
+
+def _halves_of_characters(node: Any, path: Path = ()) -> list[Problem]:
+    """Where a text, or a key, holds what no file can: half of a character that is written as two (YAML's `"\\ud800"`)."""
+    if isinstance(node, str):
+        where = ".".join(map(str, path)) + ": " if path else ""
+        return [Problem(path, f"{where}{node[:60]!a} is not text (UTF-8).")] if _HALF.search(node) else []
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [found for key, value in items for found in (_halves_of_characters(key, path) or _halves_of_characters(value, (*path, key)))]
 
 
 def _sweep_problems(config: Config) -> list[Problem]:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InputError, hint, nearest
-from .doors import INITS, METHODS, SECTION_LISTS, TASKS, TRANSFORMS
+from .doors import INITS, METHODS, OPTIMIZERS, SECTION_LISTS, TASKS, TRANSFORMS
 from .renamed import ELSEWHERE_CALLED, current_name
 from .schema import Config
 from .yaml import Path
@@ -165,7 +165,7 @@ def _tree() -> _Tree:
     return _Tree(leaves, tuple(sections), kinds, own)
 
 
-for _door in (METHODS, INITS, TASKS, TRANSFORMS):
+for _door in (METHODS, INITS, OPTIMIZERS, TASKS, TRANSFORMS):
     _door.on_change(_schema.cache_clear)
     _door.on_change(_tree.cache_clear)
 
@@ -186,6 +186,15 @@ def without_kinds(loc: tuple[str | int, ...]) -> Path:
 def kinds_of_sections() -> dict[str, dict[str, tuple[str, ...]]]:
     """Section that comes in kinds -> kind -> its keys, the one that names the kind first."""
     return _tree().kinds
+
+
+def default_of(section: str, kind: str, key: str) -> Any:
+    """What a key of one kind of a section holds by default; None where there is none.
+
+    >>> default_of("adapter", "lora", "rslora")
+    False
+    """
+    return _tree().own.get((section, kind, key), {}).get("default")
 
 
 def belongs_to(dotted: str) -> list[str]:

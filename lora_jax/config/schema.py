@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from .doors import METHODS, SECTION_LISTS, TASKS, TRANSFORMS, OneOf
+from .doors import METHODS, OPTIMIZERS, SECTION_LISTS, TASKS, TRANSFORMS, OneOf
 from .patterns import what_is_wrong
 from .types import (
     Bytes,
@@ -271,15 +271,17 @@ class InitConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """What the sections of all optimizers have in common; each optimizer's own adds its keys (`training/optimizers/`)."""
+
+    kind: str = Field(default="adamw", description="Which optimizer. Each kind has its own keys.")
     learning_rate: PositiveFloat = Field(default=1e-3, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="Learning rate after warm-up: linear decay to 0, cosine decay to 0, or constant."
     )
     warmup_steps: NonNegativeInt = Field(default=0, description="Steps of linear warm-up from 0.")
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW's decoupled weight decay.")
-    b1: Fraction = Field(default=0.9, description="Decay of the first moment.")
-    b2: Fraction = Field(default=0.999, description="Decay of the second moment.")
-    eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0, description="Weight decay, times the learning rate, of all but norms and biases (sgd: added to the gradient)."
+    )
     clip_norm: PositiveFloat | None = Field(default=None, description="Clip the gradient to this global norm.")
     b_lr_ratio: PositiveFloat = Field(default=1.0, description="LoRA+ (arXiv:2402.12354): ratio of B's learning rate to A's.")
     head_lr_ratio: PositiveFloat = Field(default=1.0, description="Ratio of the head's learning rate to A's.")
@@ -377,14 +379,14 @@ class TrackingConfig(Section):
 class Config(Section):
     """One experiment."""
 
-    # Methods and tasks bring their sections when the first config is read; more can be registered later.
+    # Methods, optimizers and tasks bring their sections when the first config is read; more can be registered later.
     model_config = ConfigDict(defer_build=True)
 
     name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")]
     model: ModelConfig
     task: Annotated[TaskConfig, OneOf(TASKS, "kind")]
     adapter: Annotated[AdapterConfig, OneOf(METHODS, "method", "lora")] = Field(default_factory=dict, validate_default=True)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    optimizer: Annotated[OptimizerConfig, OneOf(OPTIMIZERS, "kind", "adamw")] = Field(default_factory=dict, validate_default=True)
     training: TrainingConfig
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
@@ -393,5 +395,5 @@ class Config(Section):
 
 # A model's section is rebuilt first: the whole config's takes it as it finds it.
 TRANSFORMS.on_change(lambda: ModelConfig.model_rebuild(force=True))
-for _door in (METHODS, TASKS, TRANSFORMS):
+for _door in (METHODS, OPTIMIZERS, TASKS, TRANSFORMS):
     _door.on_change(lambda: Config.model_rebuild(force=True))

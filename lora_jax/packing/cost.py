@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..adapters.inject import inject_layout
 from ..adapters.layout import Layout, ResolvedAdapter
-from ..adapters.partition import Partition, member_shardings, partition, trainable_spec, update_mask
+from ..adapters.partition import Partition, member_shardings, own_shapes, partition, trainable_spec, update_mask
 from ..config.schema import Config
 from ..parallel.constraints import place_batch, row_sharding
 from ..parallel.mesh import parameter_sharding
@@ -234,7 +234,8 @@ def _abstract(setup: Setup, structure: Layout, config: Config, spec: ResolvedAda
     def build(model: nnx.Module) -> tuple[Any, Any, Any, MemberFixed]:
         part = partition(inject_layout(model, structure))
         found.append(part)
-        fixed = MemberFixed(hyper_of(config, setup.steps), part.settings, update_mask(part, spec, structure))
+        hyper = hyper_of(config, setup.steps, lambda: own_shapes(part, spec, structure))
+        fixed = MemberFixed(hyper, part.settings, update_mask(part, spec, structure))
         return part.trainable, part.settings, part.frozen, fixed
 
     trainable, settings, frozen, fixed = nnx.eval_shape(build, setup.model)

@@ -16,7 +16,7 @@ from ..adapters.inject import draw_head, fill_member, inject_layout
 from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
 from ..adapters.methods.base import Method, method_of
 from ..adapters.parameters import Statistics
-from ..adapters.partition import Arrays, Partition, member_shardings, partition, stack_members, update_mask
+from ..adapters.partition import Arrays, Partition, member_shardings, own_shapes, partition, stack_members, update_mask
 from ..config.doors import METHODS
 from ..config.schema import Config
 from ..errors import RunError
@@ -24,7 +24,7 @@ from ..parallel.mesh import to_host
 from ..parallel.program import memory_limit
 from ..tasks.base import objective_of
 from ..training.checkpoint import Saved
-from ..training.optimizer import hyper_of
+from ..training.optimizer import eval_params, hyper_of
 from ..training.step import MemberFixed, MemberState, init_member
 from .execution import VMAP, PackMode, PackPrograms
 
@@ -109,7 +109,8 @@ class Pack:
             fill_member(adapted, spec, config.training.seed if drawn else None, seen, memo)
             draw_head(adapted, config.training.seed)
             filled = partition(adapted)
-            members.append((filled.trainable, MemberFixed(hyper_of(config, steps), filled.settings, update_mask(part, spec, structure))))
+            hyper = hyper_of(config, steps, lambda spec=spec: own_shapes(part, spec, structure))
+            members.append((filled.trainable, MemberFixed(hyper, filled.settings, update_mask(part, spec, structure))))
         trainable, fixed = (stack_members(part, mesh, column) for column in zip(*members, strict=True))
         init = jax.vmap(lambda t, f: init_member(part, t, f))
         layouts = None if mesh is None else member_shardings(part, mesh, jax.eval_shape(init, trainable, fixed))
@@ -125,6 +126,13 @@ class Pack:
     def keep(self, kept: Arrays) -> None:
         """Puts other such arrays in the place of those that it was built with."""
         self.fixed = self.fixed._replace(settings={**self.fixed.settings, **kept})
+
+    def eval_params(self, state: MemberState) -> Arrays:
+        """What the members are evaluated and saved with, (members, ...): what they train, or what their optimizer makes of it."""
+        if not self.fixed.hyper.optimizer.averages:
+            return state.trainable
+        run = jax.vmap(lambda own, hyper: eval_params(self.part, hyper, own.optimizer, own.trainable))
+        return jax.jit(run, out_shardings={name: a.sharding for name, a in state.trainable.items()})(state, self.fixed.hyper)
 
     @property
     def program_key(self) -> ProgramKey:
@@ -200,6 +208,7 @@ def static_key(config: Config) -> tuple[object, ...]:
     variant = method_of(adapter)
     return (
         adapter.method if variant == method else repr(variant),
+        config.optimizer.kind,
         adapter.bias,
         tuple(adapter.modules_to_save),
         config.model.model_dump_json(),

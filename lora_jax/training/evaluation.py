@@ -37,6 +37,10 @@ class Pack(Protocol):
     def keep(self, kept: Arrays) -> None:
         """Puts others in their place."""
 
+    def eval_params(self, state: MemberState) -> Arrays:
+        """What the members are evaluated and saved with."""
+        ...
+
 
 def evaluate_pack(
     pack: Pack,

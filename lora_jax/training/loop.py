@@ -51,7 +51,7 @@ class Outcome:
         best_step: (members,) int.
         steps: number of steps done.
         alive: (members,) bool; False where a loss was not finite.
-        final_arrays, best_arrays: trainable arrays, stacked.
+        final_arrays, best_arrays: trainable arrays, stacked, as they are evaluated.
         test: what the members scored on the test rows; None where there are none, or training is to go on.
         tokens: number of tokens that one member trained on, without padding.
         tokens_per_second: of one member, without the first step (which compiles) and evaluations; 0 if there was only one step.
@@ -162,8 +162,9 @@ def train_pack(
         if done == last or (eval_every and done % eval_every == 0):
             jax.block_until_ready(metrics)  # steps still under way are training, not evaluation
             clock.pause()
-            final = evaluate_pack(pack, setup, state.trainable, trunk=trunk)
-            if best.offer(done, final, state.trainable) and checkpoints is not None and best.arrays is not None:
+            arrays = pack.eval_params(state)
+            final = evaluate_pack(pack, setup, arrays, trunk=trunk)
+            if best.offer(done, final, arrays) and checkpoints is not None and best.arrays is not None:
                 checkpoints.save_best(done, best.arrays)
             listener.on_eval(done, final)
             clock.resume()
@@ -184,7 +185,7 @@ def train_pack(
     assert best.arrays is not None
     tested = None
     if setup.data.test is not None and last >= setup.steps:
-        tested = test_pack(pack, setup, setup.data.test, state.trainable, best.arrays, trunk)
+        tested = test_pack(pack, setup, setup.data.test, pack.eval_params(state), best.arrays, trunk)
         pack.programs.check()
     return Outcome(
         final,
@@ -192,7 +193,7 @@ def train_pack(
         best.step,
         max(first, last),
         to_host(state.alive),
-        state.trainable,
+        pack.eval_params(state),
         best.arrays,
         clock.total_tokens,
         clock.mean_rate,

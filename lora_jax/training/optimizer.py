@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -15,16 +15,18 @@ from jax.typing import ArrayLike
 from ..adapters.labels import FROZEN, TRAINABLE
 from ..adapters.methods.base import Method
 from ..adapters.parameters import SiteArrays
-from ..adapters.partition import Partition
+from ..adapters.partition import Arrays, Partition
 from ..config.schema import Config
+from .optimizers.base import Group, Optimizer, optimizer_of
 
 SCHEDULES = ("linear", "cosine", "constant")
 
 
 class Hyper(NamedTuple):
-    """One member's hyperparameters, float32 scalars (in a pack: (members,) arrays).
+    """One member's hyperparameters, float32 scalars (in a pack: (members,) arrays), and its optimizer, which is static.
 
-    `schedule` indexes `SCHEDULES`; `clip_norm` is infinite where nothing is clipped; `seed` (uint32) is of dropout.
+    `schedule` indexes `SCHEDULES`; `clip_norm` is infinite where nothing is clipped; `seed` (uint32) is of dropout; `numbers` are the
+    optimizer's own, and `shapes` what it asks for (`Group.shapes`).
     """
 
     learning_rate: jax.Array
@@ -32,25 +34,31 @@ class Hyper(NamedTuple):
     warmup_steps: jax.Array
     steps: jax.Array
     weight_decay: jax.Array
-    b1: jax.Array
-    b2: jax.Array
-    eps: jax.Array
     clip_norm: jax.Array
     b_lr_ratio: jax.Array
     head_lr_ratio: jax.Array
     seed: jax.Array
+    numbers: dict[str, jax.Array]
+    shapes: Arrays
+    optimizer: Optimizer
 
 
-def hyper_of(config: Config, steps: int) -> Hyper:
-    """The hyperparameters a config asks for, over `steps` optimizer steps; numpy scalars."""
-    optimizer = config.optimizer
-    same = ("learning_rate", "warmup_steps", "weight_decay", "b1", "b2", "eps", "b_lr_ratio", "head_lr_ratio")
-    values: dict[str, Any] = {name: np.float32(getattr(optimizer, name)) for name in same}
-    values["schedule"] = np.int32(SCHEDULES.index(optimizer.schedule))
-    values["clip_norm"] = np.float32(np.inf if optimizer.clip_norm is None else optimizer.clip_norm)
+def hyper_of(config: Config, steps: int, shapes: Callable[[], dict[str, np.ndarray]] = dict) -> Hyper:
+    """The hyperparameters a config asks for, over `steps` optimizer steps; numpy scalars.
+
+    Args:
+        shapes: gives the shapes of the member's own arrays (`own_shapes`); asked where the optimizer needs them.
+    """
+    section = config.optimizer
+    optimizer = optimizer_of(section)
+    same = ("learning_rate", "warmup_steps", "weight_decay", "b_lr_ratio", "head_lr_ratio")
+    values: dict[str, Any] = {name: np.float32(getattr(section, name)) for name in same}
+    values["schedule"] = np.int32(SCHEDULES.index(section.schedule))
+    values["clip_norm"] = np.float32(np.inf if section.clip_norm is None else section.clip_norm)
     values["steps"] = np.float32(steps)
     values["seed"] = np.uint32(config.training.seed)
-    return Hyper(**values)
+    own = {"numbers": optimizer.numbers(section), "shapes": shapes() if optimizer.shaped else {}}
+    return Hyper(**values, **cast(Any, own), optimizer=optimizer)
 
 
 def learning_rate(hyper: Hyper, step: ArrayLike) -> jax.Array:
@@ -70,7 +78,7 @@ _NOT_DECAYED = re.compile(r"(.*\.)?bias|(.*\.)?[a-z_]*norm\..*")
 
 
 def make_optimizer(hyper: Hyper, part: Partition, sites: Mapping[str, SiteArrays] | None = None) -> optax.GradientTransformation:
-    """Clipping by the global norm, what the method makes of the gradients, then AdamW (arXiv:1711.05101) for each label.
+    """Clipping by the global norm, what the method and then the optimizer make of the gradients, then the optimizer for each label.
 
     Weights decay; biases and norms do not, as in transformers' Trainer. B's learning rate is `b_lr_ratio` times A's (LoRA+,
     arXiv:2402.12354), the head's `head_lr_ratio` times.
@@ -80,7 +88,7 @@ def make_optimizer(hyper: Hyper, part: Partition, sites: Mapping[str, SiteArrays
         part: what trains, by name: labels, and whether weight decay is for it.
         sites: of the member, for a method that changes gradients (`Method.preconditioned`); not needed to make a state.
     """
-    labels = part.labels
+    labels, optimizer, method = part.labels, hyper.optimizer, part.method
 
     def decayed(params: Any) -> Any:
         def one(path: Any, _: Any) -> bool:
@@ -91,22 +99,33 @@ def make_optimizer(hyper: Hyper, part: Partition, sites: Mapping[str, SiteArrays
 
     ratios = {"adapter_b": hyper.b_lr_ratio, "head": hyper.head_lr_ratio}
 
-    def adamw(label: str) -> optax.GradientTransformation:
-        return optax.adamw(
-            lambda step: learning_rate(hyper, step) * ratios.get(label, 1.0),
-            b1=hyper.b1,
-            b2=hyper.b2,
-            eps=hyper.eps,
-            weight_decay=hyper.weight_decay,
-            mask=decayed,
-        )
+    def group(label: str) -> optax.GradientTransformation:
+        def rate(step: ArrayLike) -> jax.Array:
+            return learning_rate(hyper, step) * ratios.get(label, 1.0)
+
+        return optimizer.group(Group(part, rate, hyper.weight_decay, decayed, hyper.numbers, hyper.shapes))
 
     own = sorted(set(labels.values()) - {*TRAINABLE, FROZEN})  # of methods that have other groups
-    groups: dict[Hashable, optax.GradientTransformation] = {label: adamw(label) for label in (*TRAINABLE, *own)}
+    groups: dict[Hashable, optax.GradientTransformation] = {label: group(label) for label in (*TRAINABLE, *own)}
     groups[FROZEN] = optax.set_to_zero()
-    clip, grouped = optax.clip_by_global_norm(hyper.clip_norm), optax.multi_transform(groups, labels)
-    if part.method is None or type(part.method).preconditioned is Method.preconditioned:
-        return optax.chain(clip, grouped)
-    method = part.method
-    precondition = optax.stateless(lambda grads, _: method.preconditioned(cast(Any, grads), sites or {}))
-    return optax.chain(clip, precondition, grouped)
+    chained = [optax.clip_by_global_norm(hyper.clip_norm)]
+    if method is not None and type(method).preconditioned is not Method.preconditioned:
+        chained.append(optax.stateless(lambda grads, _: method.preconditioned(cast(Any, grads), sites or {})))
+    if type(optimizer).preconditioned is not Optimizer.preconditioned:
+        change = optimizer.preconditioned
+        chained.append(optax.stateless(lambda grads, now: change(cast(Any, grads), cast(Any, now), part, hyper.numbers)))
+    return optax.chain(*chained, optax.multi_transform(groups, labels))
+
+
+def eval_params(part: Partition, hyper: Hyper, state: Any, trainable: Arrays) -> Arrays:
+    """What one member is evaluated and saved with: its trainable arrays, or what the optimizer makes of them.
+
+    Args:
+        state: of `make_optimizer`.
+    """
+    found = dict(trainable)
+    if hyper.optimizer.averages:
+        for label in sorted(set(part.labels.values()) - {FROZEN}):
+            own = {name: trainable[name] for name, of in part.labels.items() if of == label}
+            found |= hyper.optimizer.averaged(state[-1].inner_states[label].inner_state, own)
+    return found

@@ -31,6 +31,7 @@ from ..tasks.base import Shared, TaskData, TaskMetrics, objective_of, task_of
 from ..tasks.prepare import prepare
 from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
+from .optimizers.base import optimizer_of
 from .statistics import Seen, gather, joined, lacks
 from .step import Batch
 from .trunk import Trunk, trunk_depth
@@ -144,7 +145,9 @@ class Setup:
         """The sites of the model that a member adapts; resolved once."""
         key = config.adapter.model_dump_json()
         if key not in self.specs:
-            self.specs[key] = resolve(self.model, config.adapter)
+            spec = self.specs[key] = resolve(self.model, config.adapter)
+            spec.method.check_steps(spec.config, self.steps)
+        optimizer_of(config.optimizer).check(self.specs[key])
         return self.specs[key]
 
     def layout(self, configs: Sequence[Config]) -> Layout:

@@ -4,7 +4,7 @@ import pytest
 
 from lora_jax.config import schema
 from lora_jax.config import schema as sweep_schema
-from lora_jax.config.doors import METHODS, TASKS, OneOf
+from lora_jax.config.doors import METHODS, OPTIMIZERS, TASKS, OneOf
 from lora_jax.config.messages import config_schema, leaf_schema, near_keys, section_keys, split_key, valid_keys, why_not_swept
 from lora_jax.errors import InputError
 
@@ -14,7 +14,7 @@ def test_keys_are_the_schemas_fields():
         "model": schema.ModelConfig,
         "task": list(OneOf(TASKS, "kind").sections().values()),
         "adapter": list(OneOf(METHODS, "method").sections().values()),
-        "optimizer": schema.OptimizerConfig,
+        "optimizer": list(OneOf(OPTIMIZERS, "kind").sections().values()),
         "training": schema.TrainingConfig,
         "mesh": schema.MeshConfig,
         "tracking": schema.TrackingConfig,

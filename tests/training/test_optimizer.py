@@ -18,7 +18,7 @@ LABELS = {"a": "adapter_a", "b": "adapter_b", "head": "head", "base": "frozen", 
 
 def trained(labels):
     """What the optimizer is told of these arrays: they are no method's own."""
-    return types.SimpleNamespace(labels=labels, parameters={}, method=None)
+    return types.SimpleNamespace(labels=labels, parameters={}, axes={}, method=None)
 
 
 def _hyper(**values) -> Hyper:

@@ -81,6 +81,9 @@ class Method:
             InputError: names the key, and what would do.
         """
 
+    def check_steps(self, config: Any, steps: int) -> None:
+        """`InputError`, naming the key, where the method cannot do in so many optimizer steps what a section asks of it."""
+
     def init_batches(self, config: Any) -> int:
         """Over how many training batches those are gathered."""
         return getattr(config, "init_batches", INIT_BATCHES)
