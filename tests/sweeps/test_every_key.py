@@ -71,6 +71,8 @@ SET_UP = {
     "task.split_seed": (1, {}),
     "task.max_length": (6, {}),
     "task.drop": ({"kind": ["plot"]}, {}),
+    "task.test_source": ("OTHER", {}),
+    "task.test_size": (24, {}),
     "task.text": ("kind", {"task.source": "OTHER", "task.eval_size": 1, "training.batch_size": 2}),
     "task.label": ("kind", {}),
     "task.labels": (["pos", "neg"], {}),
@@ -156,6 +158,7 @@ def fingerprint(config):
     )
     words = None if setup.data.class_token_ids is None else setup.data.class_token_ids.tolist()
     held_out = [digest(b) for b in plan.eval_batches()]
+    test = None if setup.data.test is None else [digest(b) for b in plan.eval_batches(setup.data.test)]
     return (
         tuple(setup.mesh.shape.values()),
         plan.rows,
@@ -164,6 +167,7 @@ def fingerprint(config):
         setup.steps,
         digest(plan.batch(0)),
         held_out,
+        test,
         setup.data.classes,
         words,
         kinds,
