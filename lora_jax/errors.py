@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 import warnings
 from collections.abc import Iterable
 
+_LONGEST = 4000  # characters of a message
+
 
 class InputError(ValueError):
-    """Bad input. The message names the file and key, what was wrong, and the nearest valid choice."""
+    """Bad input. The message names the file and key, what was wrong, and the nearest valid choice. What is longer than a screen is cut.
+
+    >>> len(str(InputError("no column '" + "x" * 100_000 + "'. Columns: text.")))
+    148
+    """
+
+    def __init__(self, message: str):
+        if len(message) > _LONGEST:
+            message = re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", message)
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ...")
 
 
 class Stopped(BaseException):

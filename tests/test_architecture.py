@@ -150,7 +150,7 @@ def test_the_examples_of_the_page_register_one_thing_at_each_door() -> None:
 # Registered names that also mean something else (a package, a tokenizer of GGUF, a plain word): as a string they prove nothing.
 # Words that mean something else too: of these, transformers calls its heads by the names of three tasks (`models/layers.HeadShape`).
 HEADS = {"classification", "token_classification", "question_answering"}
-COMMON = HEADS | {"full", "head", "default", "hf", "peft", "distillation", "bert", "llama", "gpt2", "qwen2", "gemma", "mistral"}
+COMMON = HEADS | {"full", "head", "default", "gaussian", "hf", "peft", "distillation", "bert", "llama", "gpt2", "qwen2", "gemma", "mistral"}
 DOORS = ("METHODS", "INITS", "OPTIMIZERS", "TASKS", "FAMILIES", "TRANSFORMS", "EXPORTERS")
 # Attributes and keys that hold a registered name, and the doors it may belong to.
 TAGS = {

@@ -62,6 +62,9 @@ def plain(model: nnx.Module, *, shifted: bool = False) -> nnx.Module:
     Args:
         model: an adapted model.
         shifted: whether the base's weights may change for it: what an adapter's init took out of them is then missing there.
+
+    Returns:
+        the model itself where all of it has such a form already.
     """
     record = recall(model)
     method = next((m.method for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite)), None)
@@ -77,7 +80,7 @@ def plain(model: nnx.Module, *, shifted: bool = False) -> nnx.Module:
             return module
         base: Any = copy_of(module.base)
         if found.weight is not None:
-            _set_top(getattr(base, module.weight), found.weight)
+            _set_top(getattr(base, module.weight), _own(base, found.weight))
         layers, extent = len(module.ranks) if module.stacked else None, tuple(rank * found.times for rank in module.extent)
         new = AdaptedSite(base, module.site, layers=layers, extent=extent, method=found.method, dropout=hasattr(module, "dropout_rate"))
         for name, value in found.arrays.items():
@@ -89,7 +92,9 @@ def plain(model: nnx.Module, *, shifted: bool = False) -> nnx.Module:
         return new
 
     changed = _replace(model, AdaptedSite, make)
-    if sections and known and record is not None:
+    if not sections:
+        return model
+    if known and record is not None:
         remember(changed, sections[0], record.foreign)
     return changed
 
@@ -121,10 +126,15 @@ def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
 def _folded(module: AdaptedSite) -> nnx.Module:
     folded: Any = copy_of(module.base)
     weight, bias = merged_arrays(module)
-    _set_top(getattr(folded, module.weight), own_kernel(folded, weight) if isinstance(module.base, GENERAL) else weight)
+    _set_top(getattr(folded, module.weight), _own(folded, weight))
     if bias is not None:
         _set_top(folded.bias, bias)
     return folded
+
+
+def _own(base: Any, weight: jax.Array) -> jax.Array:
+    """A weight (..., inputs, outputs) in the axes that a base's module has."""
+    return own_kernel(base, weight) if isinstance(base, GENERAL) else weight
 
 
 def _set_top(variable: nnx.Variable, layers: jax.Array) -> None:

@@ -37,6 +37,12 @@ def export(
         str | None,
         typer.Option("--max-shard-size", metavar="SIZE", help="The largest size of a weights file. Default: 5GB.", show_default=False),
     ] = None,
+    keep_base: Annotated[
+        bool,
+        typer.Option(
+            "--keep-base", help="Leave out of the base what the adapter's init took out of it (PiSSA, ...), and write that base beside it."
+        ),
+    ] = False,
 ) -> None:
     """Export a member of a run for other programs.
 
@@ -50,7 +56,7 @@ def export(
         limit = None if max_shard_size is None else to_bytes(max_shard_size)
     except ValueError as error:
         raise InputError(f"--max-shard-size: {error}.") from None
-    done = export_run(run, form=form, out=out, member=member, options=ExportOptions(dtype, limit))
+    done = export_run(run, form=form, out=out, member=member, options=ExportOptions(dtype, limit, keep_base or None))
     console = results_console()
     why = f" ({done.reason})" if done.reason else ""
     console.print(f"{done.member}{why}, the {done.adapter} adapter: {done.folder}")

@@ -127,7 +127,8 @@ class OneOf:
     def _without_defaults_of_others(self, value: Any) -> Any:
         """The keys without those of other kinds that hold their default: run directories of older versions say the keys of every kind."""
         sections = self.sections()
-        own = sections.get(self._tag(value)) if isinstance(value, dict) else None
+        tag = self._tag(value)
+        own = sections.get(tag) if isinstance(value, dict) and isinstance(tag, str) else None
         if own is None:
             return value
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -19,6 +20,8 @@ from .renamed import renamed
 from .schema import SOURCE, Config
 from .where import Where
 from .yaml import Path, dump, parse
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -66,7 +69,7 @@ def apply_overrides(
     result = copy.deepcopy(dict(data))
     for override in overrides:
         where = f"override '{override}'"
-        if not override.isprintable() and any("\ud800" <= c <= "\udfff" for c in override):
+        if _HALF.search(override):
             raise InputError(f"override {override!a}: is not text (UTF-8).")
         key, equals, text = override.partition("=")
         key = key.strip()
@@ -245,11 +248,22 @@ def _near_files(path: FilePath) -> str:
 
 
 def _validated(data: dict[str, Any], file: str, origins: Mapping[Path, str]) -> Config:
+    if halves := _halves_of_characters(data):
+        raise InputError(report(halves, file, origins))
     try:
         # Strict: '8' is not 8, and true is not 1.
         return Config.model_validate(data, strict=True)
     except ValidationError as error:
         raise InputError(report(problems(error, data), file, origins)) from None
+
+
+def _halves_of_characters(node: Any, path: Path = ()) -> list[Problem]:
+    """Where a text, or a key, holds what no file can: half of a character that is written as two (YAML's `"\\ud800"`)."""
+    if isinstance(node, str):
+        where = ".".join(map(str, path)) + ": " if path else ""
+        return [Problem(path, f"{where}{node[:60]!a} is not text (UTF-8).")] if _HALF.search(node) else []
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [found for key, value in items for found in (_halves_of_characters(key, path) or _halves_of_characters(value, (*path, key)))]
 
 
 def _sweep_problems(config: Config) -> list[Problem]:

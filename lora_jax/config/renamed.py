@@ -83,7 +83,8 @@ def renamed(data: Mapping[str, Any], file: str, origins: dict[Path, str]) -> dic
     if isinstance(sweep, dict):
         random = sweep.get("random")
         swept = [sweep.get("grid"), sweep.get("zip"), sweep.get("reference"), random.get("keys") if isinstance(random, dict) else None]
-        for keys in [*swept, *(sweep.get("members") or ())]:
+        members = sweep.get("members")
+        for keys in [*swept, *(members if isinstance(members, list) else ())]:
             for old in [key for key in keys if key in RENAMED] if isinstance(keys, dict) else ():
                 keys[current_name(old)] = keys.pop(old)
     return data

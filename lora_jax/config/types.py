@@ -46,7 +46,7 @@ LARGEST_RANK = 2**16  # beyond the width of every model; no array is asked for b
 
 def _possible_rank(rank: int) -> int:
     if rank > LARGEST_RANK:
-        raise ValueError(f"a rank is at most {LARGEST_RANK}, got {rank:.3g}")
+        raise ValueError(f"a rank is at most {LARGEST_RANK}, got {rank if rank < 10**30 else 'a number of 31 digits or more'}")
     return rank
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from ..errors import InputError
 from ..weights.checkpoint import parse_json
 
@@ -181,7 +183,7 @@ def _objects(rows: Iterator[tuple[str, Any]], columns: Sequence[str], where: str
 
 
 def _parse(text: str) -> Any:
-    return parse_json(text, parse_float=WrittenNumber)
+    return parse_json(text, parse_float=WrittenNumber, parse_constant=WrittenNumber)
 
 
 def _lines(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], Columns]:
@@ -202,5 +204,8 @@ def _parquet(file: io.BytesIO, columns: Sequence[str], where: str) -> tuple[list
         if pyarrow.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         plain = pyarrow.types.is_temporal(column.type) or pyarrow.types.is_decimal(column.type)
-        found[name] = (pyarrow.compute.cast(column, pyarrow.string()) if plain else column).to_pylist()
+        values = (pyarrow.compute.cast(column, pyarrow.string()) if plain else column).to_pylist()
+        if pyarrow.types.is_float32(column.type):  # 0.1, and not the 0.10000000149011612 that is nearest to it
+            values = [None if value is None else WrittenNumber(str(np.float32(value))) for value in values]
+        found[name] = values
     return names, found

@@ -126,8 +126,9 @@ def _adapter_facts(adapter: AdapterConfig) -> dict[str, str]:
         "layers": "all" if adapter.layers is None else code(json.dumps(adapter.layers)),
         "dropout": f"{adapter.dropout:g}",
     }
+    written = adapter.model_dump()
     for name, field in type(adapter).model_fields.items():
-        value = getattr(adapter, name)
+        value = written[name]
         if name not in _ALWAYS_SHOWN and value != field.get_default(call_default_factory=True):
             facts[name] = code(json.dumps(value))
     return facts

@@ -35,10 +35,12 @@ class ExportOptions:
     Attributes:
         dtype: of the written weights.
         max_shard_size: bytes of weights in one file.
+        keep_base: whether what an adapter's init took out of the base's weights stays out: the base that is left is written beside it.
     """
 
     dtype: str | None = None
     max_shard_size: int | None = None
+    keep_base: bool | None = None
 
     def given(self) -> dict[str, str | int]:
         """Name -> value of the options that are set."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.heads import add_head
+from ..weights.tokenizer import check_text
 from .objectives import OBJECTIVES, Objective
 
 Base = Encoder | Decoder
@@ -361,6 +362,8 @@ def _load(task: Task, section: TaskConfig, columns: Columns, source: str, key: s
 
     def read(name: str, number: int, value: Any) -> Any:
         if isinstance(value, list | dict) and name in columns.structured:
+            for text in _texts_in(value):
+                check_text(text, f"{key}: row {number} of {source}: '{name}'")
             return value
         text = as_text(value)
         if value is None or (name in columns.nonempty and text == ""):
@@ -368,10 +371,17 @@ def _load(task: Task, section: TaskConfig, columns: Columns, source: str, key: s
         if text is None:
             what = "bytes that are not UTF-8" if isinstance(value, bytes) else f"a {type(value).__name__}"
             raise InputError(f"{key}: row {number} of {source}: '{name}' is {what}, not a text.")
-        return text
+        return check_text(text, f"{key}: row {number} of {source}: '{name}'")
 
     found = {name: [read(name, int(n), value) for n, value in zip(numbers, table[name], strict=True)] for name in columns.names}
     return task.read(section, Rows(source, found, numbers), key), table
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts_in(inner)
 
 
 def _inputs(columns: Columns, rows: Rows) -> list[str]:

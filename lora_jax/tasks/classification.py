@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from pydantic import Field, model_validator
 from ..config.doors import TASKS
 from ..data.batching import NO_TARGET, Example
 from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
-from ..errors import InputError, hint
+from ..errors import InputError, hint, warn
 from ..models.decoder import Decoder
 from ..models.heads import LabelWordClassifier, LanguageModel, add_head
 from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
@@ -53,6 +54,7 @@ class Labelled(Task):
             found = {label for _, label in _labels(rows, section.label)}
             # Numbers in the order of numbers: 2 before 10.
             classes = tuple(sorted(found, key=(lambda f: (int(f), f)) if all(f.isdecimal() for f in found) else None))
+            _say_of_near_ones(rows, classes)
         else:
             classes = tuple(section.labels or known)
             if len(set(classes)) < len(classes):
@@ -75,6 +77,15 @@ class Labelled(Task):
     def needs_classes(self, section: LabelledConfig, *, decoder: bool) -> bool:
         """The head has an output for each."""
         return True
+
+
+def _say_of_near_ones(rows: Rows, classes: Sequence[str]) -> None:
+    """Warns where a slip of the pen may have made one class two."""
+    alike: dict[str, str] = {}
+    for name in classes:
+        other = alike.setdefault(" ".join(name.split()).casefold(), name)
+        if other != name:
+            warn(f"task.label: {rows.source} has the classes {other!r} and {name!r}, which differ in spaces or case alone.")
 
 
 def _check_labels(rows: Rows, column: str, classes: tuple[str, ...]) -> None:

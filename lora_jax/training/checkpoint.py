@@ -34,8 +34,15 @@ _FACTS = "checkpoint.json"
 
 
 class Saved(NamedTuple):
-    """A checkpoint read back: steps done, the members' state, the best arrays (None before the first evaluation), the loop's numbers, and
-    the members' own arrays that do not train."""
+    """A checkpoint read back.
+
+    Attributes:
+        step: steps done.
+        state: of the members.
+        best: their best arrays; None before the first evaluation.
+        loop: the loop's own numbers.
+        kept: the members' own arrays that do not train.
+    """
 
     step: int
     state: MemberState

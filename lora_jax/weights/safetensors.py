@@ -8,6 +8,7 @@ multiplied by those as they are read; every other quantised layout is refused by
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -275,8 +276,42 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 METADATA = {"format": "pt"}  # what transformers and PEFT ask for
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+_DIGEST, _TENSORS = "lora_jax.sha256.", "tensors"
+
+
+def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of names, dtypes, shapes and bytes, in any order."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def read_digests(path: Path, tensors: Checkpoint) -> dict[str, str]:
+    """The digests that `write_safetensors` kept beside the tensors of one file; none where it was written without, or by others.
+
+    Args:
+        path: the file.
+        tensors: what was opened of it.
+
+    Raises:
+        InputError: the tensors are not those that were written.
+    """
+    with safe_open(path, "numpy") as file:
+        kept = {key.removeprefix(_DIGEST): text for key, text in (file.metadata() or {}).items() if key.startswith(_DIGEST)}
+    if kept.pop(_TENSORS, None) not in (None, arrays_digest({name: tensors.read(name) for name in tensors.names()})):
+        raise InputError(f"{path}: damaged (its tensors are not those that were written).")
+    return kept
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, digests: Mapping[str, str] | None = None) -> None:
     """Writes one file; all its tensors are in memory at once.
+
+    Args:
+        path: the file.
+        tensors: in the order that they have there.
+        digests: of what belongs to the file; kept in its header with a digest of the tensors (`read_digests`). None: neither is.
 
     Raises:
         ValueError: a tensor is not what it was announced as.
@@ -287,7 +322,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"'{name}' is {array.dtype}, announced as {tensors[name].dtype}")
     path.touch()
     mode = path.stat().st_mode
-    save_file(arrays, path, metadata=METADATA)
+    kept = {} if digests is None else {_DIGEST + name: digest for name, digest in {**digests, _TENSORS: arrays_digest(arrays)}.items()}
+    save_file(arrays, path, metadata=METADATA | kept)
     path.chmod(mode)  # safetensors lets the owner alone read what it writes
 
 

@@ -35,13 +35,18 @@ def page(tmp_path):
         MemberResult(EVIL, settings, 1000 * rank, status, {"accuracy": accuracy}, padding_share=0.25).write(run / str(rank))
     (run / "config.yaml").write_text(f'name: reviews\nmodel:\n  source: org/base\ntraining:\n  steps: 40\ntask:\n  kind: "{EVIL}"\n')
     write_json(run / "environment.json", {"python": "3.11", "devices": {"kind": EVIL, "count": 4}})
-    write_json(run / "state.json", {"summary": {"compiled_programs": 3, "seconds": 61.0}})
+    write_json(
+        run / "state.json", {"summary": {"compiled_programs": 3, "seconds": 61.0, "data": [f"held-out: 20 of 120 rows of {EVIL}, sampled"]}}
+    )
     return report_run(run).read_text()
 
 
 def test_the_page_says_what_happened(page):
     text = re.sub(r"<[^>]*>", " ", page)
-    settings, figures = ("reviews", "base", "40 steps", "3.11"), ("90.0", "8,000", "compiled programs", "1:01", "25.0 %")
+    settings, figures = (
+        ("reviews", "base", "40 steps", "3.11"),
+        ("90.0", "8,000", "compiled programs", "1:01", "25.0 %", "held-out: 20 of 120 rows"),
+    )
     for words in (*settings, *figures, "diverged", "single learning rate"):
         assert words in text, words
     assert re.search(r'<tr class="best">.*?8,000.*?90\.0', page) and "nan" not in text

@@ -183,7 +183,9 @@ def test_evaluate_prints_one_member_of_either_split(swept):
     held_out, training = call("evaluate", run, "--member", NAMES[0]), call("evaluate", run, "--member", NAMES[0], "--split", "train")
     assert held_out.code == training.code == 0
     assert NAMES[0] in held_out.out and NAMES[1] not in held_out.out
-    assert f"{results(run)[NAMES[0]]['best']['loss']:.4f}" in held_out.out
+    best = results(run)[NAMES[0]]["best"]
+    assert f"{best['loss']:.4f}" in held_out.out
+    assert "accuracy (%)" in held_out.out and f" {100 * best['accuracy']:.1f} " in held_out.out  # as tables have it
     assert held_out.out.splitlines()[-2:] != training.out.splitlines()[-2:]
 
 

@@ -155,3 +155,35 @@ def test_a_damaged_generation_config_is_left_out_with_a_word(hub, tokenizer, tmp
     (folder / "generation_config.json").write_text("{")
     with pytest.warns(InputWarning, match=r"the config and the tokenizer alone: .*generation_config\.json"):
         assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_a_hub_models_generation_config_is_fetched_with_its_weights(hub, monkeypatch, tmp_path):
+    """As one folder, asked for once: what ends a text is known wherever it is said."""
+    import fnmatch
+
+    import huggingface_hub
+
+    from lora_jax.generation.generate import stop_tokens
+    from lora_jax.weights import load as locations
+
+    asked = []
+
+    def download(repo, *, allow_patterns, **_):
+        asked.append(repo)
+        folder = tmp_path / str(len(asked))
+        folder.mkdir()
+        files = {file.name: file.read_bytes() for file in hub.llama.iterdir()} | {"generation_config.json": b'{"eos_token_id": [5, 3]}'}
+        for name, content in files.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (folder / name).write_bytes(content)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    locations._snapshot.cache_clear()
+    try:
+        model = lora_jax.load_model("hf://org/name")
+        ends = lora_jax.load_tokenizer("hf://org/name").eos_token_id
+        assert stop_tokens(model, lora_jax.load_tokenizer("hf://org/name")) == sorted({ends, 3, 5})
+    finally:
+        locations._snapshot.cache_clear()
+    assert asked == ["org/name"]

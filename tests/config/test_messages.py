@@ -35,7 +35,14 @@ FROM_YAML = [
         "sweep: {grid: {adapter.rank: 4}}",
         "c.yaml, line 5: sweep.grid: must be a mapping of names to lists of values, got {'adapter.rank': 4}.",
     ),
+    # what fuzzing came upon: no text, no name and no list where one is looked for
+    ("adapter: {method: [lora]}", "c.yaml, line 5: adapter.method: must be one of full, head, lora, got ['lora']. Did you mean 'lora'?"),
+    ("adapter: {method: {a: 1}}", "c.yaml, line 5: adapter.method: must be one of full, head, lora, got {'a': 1}."),
+    ("sweep: {members: 3}", "c.yaml, line 5: sweep.members: must be a list of values, got 3."),
+    ('adapter: {targets: "\\ud800"}', "c.yaml, line 5: adapter.targets: '\\ud800' is not text (UTF-8)."),
+    ('"a\\udfff": 1', "c.yaml: 'a\\udfff' is not text (UTF-8)."),
     # out of range
+    (f"adapter: {{rank: {10**400}}}", "c.yaml, line 5: adapter.rank: a rank is at most 65536, got a number of 31 digits or more."),
     ("adapter: {rank: 0}", "c.yaml, line 5: adapter.rank: must be a whole number above 0, got 0."),
     ("adapter: {rank: -4}", "c.yaml, line 5: adapter.rank: must be a whole number above 0, got -4."),
     ("adapter: {dropout: 1}", "c.yaml, line 5: adapter.dropout: must be a number from 0 to below 1, got 1."),
@@ -134,6 +141,14 @@ def test_what_is_missing_is_explained(tmp_path, monkeypatch):
 def test_many_problems_stay_a_few_lines(tmp_path, monkeypatch):
     got = message(tmp_path, monkeypatch, BASE + "".join(f"zzz{n}: 1\n" for n in range(30)))
     assert len(got.splitlines()) == 8 and got.endswith("... and 24 more")
+
+
+def test_messages_are_cut_to_a_screen():
+    message = str(InputError(f"task: no column '{'x' * 100_000}'. Columns: text, label."))
+    assert len(message) < 300 and message.startswith("task: no column 'xxx") and message.endswith("xxx'. Columns: text, label.")
+    assert len(str(InputError("a word, " * 10_000))) < 4100
+    path = "/folder" * 100
+    assert str(InputError(path)) == path
 
 
 def test_long_values_are_cut():

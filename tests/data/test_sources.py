@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from lora_jax.data.files import as_text
-from lora_jax.data.sources import HELD_OUT, ROW, load_rows
+from lora_jax.data.sources import HELD_OUT, ROW, check_tables, load_rows
 from lora_jax.errors import InputError
 
 TEXTS = ["a café", 'said "so", twice', "NA"]
@@ -157,6 +157,13 @@ def test_parquet_columns_have_the_types_the_file_says(tmp_path):
     assert rows["day"][0].startswith("2024-03-10")
 
 
+def test_numbers_have_the_digits_of_their_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": {n}}}\n' for n in ("NaN", "-Infinity", "1E5", "-0.0", "36893488147419103232")))
+    assert [as_text(v) for v in load(tmp_path / "a.jsonl")["text"]] == ["NaN", "-Infinity", "1E5", "-0.0", "36893488147419103232"]
+    pandas.DataFrame({"text": pandas.array([0.1, 2.0, None], dtype="Float32")}).to_parquet(tmp_path / "a.parquet")
+    assert [as_text(v) for v in load(tmp_path / "a.parquet")["text"]] == ["0.1", "2.0", None]
+
+
 def test_a_column_or_a_key_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("text,n,text\na,1,b\n")
     with pytest.raises(InputError, match="two columns are called 'text'"):
@@ -178,6 +185,19 @@ def test_a_local_folder_is_not_taken_for_a_hub_data_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="the local folder 'org/name' hides"):
         load_rows("hf://org/name", key="task.source", columns=["text"])
+
+
+@pytest.mark.parametrize(("there", "said"), [("train", True), ("validation", False)])
+def test_a_hub_data_set_without_a_held_out_split_is_said_to_have_none(monkeypatch, there, said):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: {there: Dataset.from_dict({"text": ["a", "b"]})})
+    rows = load_rows("hf://org/name", key="task.eval_source", columns=["text"], splits=HELD_OUT)
+    assert rows.files == (f"hf://org/name, {there}",) and rows["text"] == ["a", "b"]
+    assert (rows.note == "task.eval_source: hf://org/name has no validation split; 'train' was taken.") == said and bool(rows.note) == said
+    if said:  # what is trained on is no held-out split
+        with pytest.raises(InputError, match="is trained on too"):
+            check_tables([load_rows("hf://org/name", key="task.source", columns=["text"]), rows], {})
 
 
 BAD = {

@@ -298,20 +298,29 @@ def good(base, tmp_path_factory) -> Path:
     return folder
 
 
-def test_it_is_the_damage_that_is_refused(base, good, tmp_path):
-    save_peft(load_peft(base, good), tmp_path / "again")
-    first, again = (load_file(folder / "adapter_model.safetensors") for folder in (good, tmp_path / "again"))
+@pytest.fixture(scope="module")
+def bare(good) -> Path:
+    """The same without digests, as others write it: each kind of damage is then found by what it is."""
+    folder = good.with_name("bare")
+    shutil.copytree(good, folder)
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_it_is_the_damage_that_is_refused(base, bare, tmp_path):
+    save_peft(load_peft(base, bare), tmp_path / "again")
+    first, again = (load_file(folder / "adapter_model.safetensors") for folder in (bare, tmp_path / "again"))
     assert len(first) == 14 and tiny.arrays_equal(first, again)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_refused(base, good, tmp_path, name, monkeypatch):
+def test_damage_is_refused(base, bare, tmp_path, name, monkeypatch):
     monkeypatch.setattr("lora_jax.config.patterns.TIMEOUT", 0.2)
     kinds = list(DAMAGES)
     seeds = [seed for seed in range(CASES) if kinds[seed % len(kinds)] == name]
     for seed in seeds:
         folder = tmp_path / f"case-{seed}"
-        shutil.copytree(good, folder)
+        shutil.copytree(bare, folder)
         DAMAGES[name](folder, np.random.default_rng(seed))
         began = time.process_time()
         with pytest.raises(InputError) as told:
@@ -322,10 +331,10 @@ def test_damage_is_refused(base, good, tmp_path, name, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_flipped_byte_of_a_header_is_refused_or_changes_nothing(base, good, tmp_path, seed):
+def test_a_flipped_byte_of_a_header_is_refused_or_changes_nothing(base, bare, tmp_path, seed):
     rng = np.random.default_rng(seed)
     path = tmp_path / "adapter" / "adapter_model.safetensors"
-    shutil.copytree(good, path.parent)
+    shutil.copytree(bare, path.parent)
     data = bytearray(path.read_bytes())
     end = 8 + int.from_bytes(data[:8], "little")
     for at in rng.integers(0, end, 5):
@@ -338,4 +347,41 @@ def test_a_flipped_byte_of_a_header_is_refused_or_changes_nothing(base, good, tm
             continue
         save_peft(loaded, tmp_path / f"again-{at}")
         again = load_file(tmp_path / f"again-{at}" / "adapter_model.safetensors")
-        assert tiny.arrays_equal(again, load_file(good / "adapter_model.safetensors")), at
+        assert tiny.arrays_equal(again, load_file(bare / "adapter_model.safetensors")), at
+
+
+def test_no_flipped_bit_loads_other_numbers(base, good, tmp_path):
+    """Of what we write ourselves, wherever the bit is."""
+    rng, whole = np.random.default_rng(0), outputs_of(base, good)
+    refused = 0
+    shutil.copytree(good, tmp_path / "adapter")
+    for _ in range(40):
+        path = tmp_path / "adapter" / pick(rng, "adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors")
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        flipped[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        try:
+            assert tiny.arrays_equal(outputs_of(base, path.parent), whole)
+        except InputError as error:
+            refused += 1
+            assert str(path.parent) in str(error)
+        path.write_bytes(data)
+    assert refused > 25
+
+
+def outputs_of(base, folder):
+    state = nnx.state(load_peft(base, folder))
+    return {str(path): np.asarray(variable[...]) for path, variable in nnx.to_flat_state(state)}
+
+
+def test_an_edited_config_is_refused_by_the_option_and_a_name_may_be_edited(base, good, tmp_path):
+    shutil.copytree(good, tmp_path / "adapter")
+    config_with(tmp_path / "adapter", base_model_name_or_path="another/name", task_type="SEQ_CLS")
+    load_peft(base, tmp_path / "adapter")
+    config_with(tmp_path / "adapter", lora_alpha=32, use_rslora=True)
+    with pytest.raises(InputError, match=r"adapter_config.json: 'lora_alpha', 'use_rslora' is not as it was .* damaged, or edited"):
+        load_peft(base, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file), file)  # what the message says
+    load_peft(base, tmp_path / "adapter")

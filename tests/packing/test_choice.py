@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from experiments.fuzz_kills import bits_of_run, differing
+from experiments.fuzz import bits_of_run, differing
 from lora_jax.errors import Stopped
 from lora_jax.packing import choice as pack_choice
 from lora_jax.packing import choice as pack_modes

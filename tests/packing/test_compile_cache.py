@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from experiments.fuzz_kills import bits_of_run, differing
+from experiments.fuzz import bits_of_run, differing
 from lora_jax.packing.execution import CACHE_FOLDER, compile_cache
 
 CHANGES = {

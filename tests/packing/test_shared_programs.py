@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.fuzz_kills import bits_of_run, differing
+from experiments.fuzz import bits_of_run, differing
 from lora_jax.packing import choice as pack_modes
 from lora_jax.packing.choice import Choice
 from lora_jax.packing.cost import PackMemory, PackShapes

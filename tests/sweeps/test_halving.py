@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.fuzz_kills import bits_of_run, differing
+from experiments.fuzz import bits_of_run, differing
 from lora_jax.config.schema import HalvingConfig
 from lora_jax.errors import InputError, Stopped
 from lora_jax.parallel.processes import StopSignals

@@ -6,6 +6,7 @@ import gc
 import json
 import multiprocessing
 import os
+import pydoc
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiments.fuzz_kills import bits_of_run, differing
+from experiments.fuzz import bits_of_run, differing
 from lora_jax.config.load import load_config
 from lora_jax.errors import InputError, Stopped
 from lora_jax.models.load import load_model
@@ -100,6 +101,24 @@ def test_a_stopped_run_ends_with_the_same_bits(hub, whole, tmp_path, monkeypatch
     assert not differing(bits_of_run(whole), bits_of_run(outcome.path))
     assert curves(outcome.path) == curves(whole) and curves(whole)
     assert run_sweep(config).compiled_programs == 0
+
+
+@pytest.mark.parametrize("where", ["csv.reader", "transformers.PreTrainedTokenizerFast", "jax.jit"])
+def test_a_signal_while_it_loads_or_compiles_is_a_stop(hub, tmp_path, monkeypatch, where):
+    """And no wrong input, whatever handles failures of files there; the same command then trains."""
+    config = hub.write(tmp_path, {"training.steps": 2, "training.eval_every": 0})
+    with monkeypatch.context() as patch:
+        original = pydoc.locate(where)
+
+        def signalled(*args, **options):
+            signal.raise_signal(signal.SIGTERM)
+            return original(*args, **options)
+
+        patch.setattr(where, signalled)
+        stopped = call("train", config)
+    assert stopped.code == 75 and stopped.err.splitlines()[-1].startswith("stopped after step 0; everything is saved"), stopped
+    if where == "csv.reader":
+        assert call("train", config).code == 0
 
 
 @pytest.mark.slow

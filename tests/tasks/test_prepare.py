@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lora_jax.data.batching import NO_TARGET
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, InputWarning
 from lora_jax.tasks.base import TaskData, prepare, task_section
 from lora_jax.weights.tokenizer import load_tokenizer
 
@@ -283,6 +283,20 @@ def test_labels_are_read_as_they_are_written(task):
     assert task(rows, BERT, decoder=False, **CLASSES).classes == ("01", "1", "2", "10")
     rows = [{"text": f"a {i}", "label": i % 2 == 0} for i in range(8)]
     assert task(rows, BERT, decoder=False, **CLASSES).classes == ("false", "true")
+
+
+def test_labels_that_differ_in_spaces_or_case_alone_are_said(task):
+    rows = [{"text": f"a {i}", "label": ("yes", "no", "no ")[i % 3]} for i in range(9)]
+    with pytest.warns(InputWarning, match=r"has the classes 'no' and 'no ', which differ in spaces or case alone"):
+        assert task(rows, BERT, decoder=False, **CLASSES).classes == ("no", "no ", "yes")
+
+
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_half_of_a_character_in_a_row_is_named(task, column):
+    value = "a \ud83d" if column == "text" else [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83d"}]
+    rows = [{column: value}] * 4
+    with pytest.raises(InputError, match=rf"task.source: row 1 of .*rows.jsonl: '{column}': holds '\\ud83d' at character"):
+        task(rows, kind="causal_lm", **{column: column})
 
 
 def test_a_tokenizer_without_an_end_is_said(task):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.fuzz_kills import bits_of_run, differing
 from flax import nnx
 
-from experiments.fuzz_kills import bits_of_run, differing
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.errors import Stopped
 from lora_jax.models.heads import SequenceClassifier
@@ -23,6 +24,7 @@ from lora_jax.training import setup as setups
 from lora_jax.training.setup import Setup, set_up
 from lora_jax.training.statistics import gather
 from tests import tiny
+from tests.tiny_hub import call
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -198,3 +200,20 @@ def test_what_is_gathered_is_remembered(hub, tmp_path, monkeypatch):
     assert len(calls) == 2
     both = setup.statistics([of(init="lora_ga", init_batches=1)])[1]
     assert len(calls) == 3 and all(seen.moment is not None and seen.gradient is not None for seen in both.values())
+
+
+@pytest.mark.slow
+def test_it_is_exported(hub, whole, tmp_path):
+    """As LoRA of twice the rank; and as it is, the base that is left beside it."""
+    run = whole[0].path
+    member = next(m.name for m in run_members(run) if "lora_ga" in m.name and "rank=3" in m.name)
+    for more, rank in (([], 6), (["--keep-base"], 3)):
+        out = tmp_path / f"rank{rank}"
+        done = call("export", run, "--member", member, "--format", "peft", "--out", out, *more)
+        assert done.code == 0, done.err
+        assert json.loads((out / "adapter_config.json").read_text())["r"] == rank
+        assert (out / "base" / "model.safetensors").is_file() == bool(more)
+        assert "lora_ga" in (out / "README.md").read_text()
+    other = next(m.name for m in run_members(run) if "mica" in m.name)
+    refused = call("export", run, "--member", other, "--format", "peft", "--out", tmp_path / "none", "--keep-base")
+    assert refused.code == 2 and "--keep-base" in refused.err

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.fuzz_kills import bits_of_run, differing
+from experiments.fuzz import bits_of_run, differing
 from lora_jax.data.batching import Examples
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.constraints import place_batch

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from lora_jax.errors import InputError, InputWarning
 from lora_jax.weights.checkpoint import all_finite, slice_bounds
 from lora_jax.weights.load import open_checkpoint
-from lora_jax.weights.safetensors import DTYPES, Tensor, write_checkpoint, write_safetensors
+from lora_jax.weights.safetensors import DTYPES, SafetensorsCheckpoint, Tensor, read_digests, write_checkpoint, write_safetensors
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 DAMAGED = r"model.safetensors: not a safetensors file, or damaged"
@@ -267,6 +267,20 @@ def test_what_is_written_reads_back(tmp_path):
     assert checkpoint.read("rounded").tobytes() == np.full((3, 4), 1 / 3, DTYPES["BF16"]).tobytes()
     with pytest.raises(ValueError, match="announced as float32"):
         write_safetensors(tmp_path / "x.safetensors", {"w": Tensor((2,), np.dtype(np.float32), lambda: np.zeros(2))})
+
+
+def test_digests_are_kept_beside_tensors_and_found_wrong(tmp_path):
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    made = {n: Tensor((3,), np.dtype(np.float32), lambda n=n: np.arange(3, dtype=np.float32) + len(n)) for n in ("w", "bias")}
+    write_safetensors(path, made, digests={"rank": "abc"})
+    assert read_digests(path, SafetensorsCheckpoint(path, None)) == {"rank": "abc"}
+    write_safetensors(other, made)
+    assert read_digests(other, SafetensorsCheckpoint(other, None)) == {}
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a.safetensors: damaged \(its tensors are not those that were written\)"):
+        read_digests(path, SafetensorsCheckpoint(path, None))
 
 
 def test_missing_and_broken_config(folder):

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Q
 
 from lora_jax.errors import InputError, InputWarning
 from lora_jax.models.families import gguf_architectures
+from lora_jax.models.load import BaseFiles
 from lora_jax.models.positions import Rotary, llama3_divisors
 from lora_jax.weights import load
 from lora_jax.weights.checkpoint import Checkpoint
@@ -305,6 +306,12 @@ def test_models_not_known_here_are_refused(tmp_path, changes, said):
         open_checkpoint(tmp_path)
 
 
+def test_more_layers_than_the_file_has_are_refused(tmp_path):
+    write(tmp_path / "x.gguf", keys=KEYS | {"block_count": 1_000_000})
+    with pytest.raises(InputError, match=r"num_hidden_layers = 1000000 does not fit the checkpoint"):
+        BaseFiles(str(tmp_path / "x.gguf"))
+
+
 def test_kinds_that_cannot_be_dequantised_are_refused(tmp_path):
     write(tmp_path / "x.gguf", {"token_embd.weight": np.ones((VOCAB, WIDTH), np.int8)})
     with pytest.raises(InputError, match=r"'token_embd.weight' is stored as I8, which the gguf package cannot dequantise"):
@@ -390,6 +397,7 @@ import sys, resource
 sys.modules["torch"] = None
 import gguf.quants
 from lora_jax.models.families import gguf_architectures
+from lora_jax.models.load import BaseFiles
 from lora_jax.weights.load import open_checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 c = open_checkpoint({SMOLLM2!r}, architectures=gguf_architectures())

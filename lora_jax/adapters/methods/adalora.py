@@ -1,11 +1,11 @@
 """AdaLoRA (ICLR 2023, openreview lq62uWRJjiY): `h = W x + s B diag(E) A x`, whose ranks fall where they matter least.
 
-s = alpha / init_r. The loss gets `orth_reg_weight` times the mean of `||A A^T - I||` and `||B^T B - I||` over all A and B (eq. 4; norms
-and not their squares, as in PEFT). Every number w of a triplet (a row of A, an entry of E, a column of B) has a sensitivity `|w dL/dw|`,
-smoothed to I, and an uncertainty `|sensitivity - I|`, smoothed to U (eq. 8 to 10); a triplet's score is the sum of I U of its E and of the
-means over its row and its column (eq. 7). A budget of triplets falls from init_r to target_r a layer, by a cubic (eq. 12), and at every
-`deltaT`-th step E is set to 0 in all triplets but the best of the whole adapter, which are as many. They may come back until the budget
-stands, `tfinal` steps before the end.
+s = alpha / init_r, whatever is left of a layer's rank. The loss gets `orth_reg_weight` times the mean of `||A A^T - I||` and
+`||B^T B - I||` over all A and B (eq. 4; norms and not their squares, as in PEFT). Every number w of a triplet (a row of A, an entry of E,
+a column of B) has a sensitivity `|w dL/dw|`, smoothed to I, and an uncertainty `|sensitivity - I|`, smoothed to U (eq. 8 to 10); a
+triplet's score is the sum of I U of its E and of the means over its row and its column (eq. 7). A budget of triplets falls from init_r to
+target_r a layer, by a cubic (eq. 12), and at every `deltaT`-th step E is set to 0 in all triplets but the best of the whole adapter, which
+are as many. They may come back until the budget stands, `tfinal` steps before the end.
 
 Here x is a row, so A is stored (in, r) and B (r, out).
 """
@@ -27,9 +27,12 @@ from ...models.layers import Rows
 from ..parameters import Parameter, SiteArrays, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
-from .lora import widened
+from .lora import LoraForm, widened
+from .peft_form import PeftForm, Reader, Weight
 
 _ARRAYS = ("lora_a", "lora_e", "lora_b")
+# Keys that are a member's own numbers as they are.
+_SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 
 
 class AdaLoraSection(AdapterConfig):
@@ -44,16 +47,74 @@ class AdaLoraSection(AdapterConfig):
     orth_reg_weight: NonNegativeFloat = Field(default=0.5, description="Weight of the penalty that keeps A and B orthogonal.")
 
 
+_IGNORED = "PEFT does nothing with it in this type"
+
+
+class AdaLoraForm(PeftForm):
+    """`lora_A` (rank, inputs), `lora_E` (rank, 1) and `lora_B` (outputs, rank).
+
+    `rank_pattern` says of each module which of its first `init_r` triplets the budget left; the tensors hold these alone.
+    """
+
+    peft_type, prefix = "ADALORA", "lora_"
+    defaults: Mapping[str, Any] = dict(LoraForm.defaults) | {
+        "beta1": 0.85, "beta2": 0.85, "deltaT": 1, "init_r": 12, "orth_reg_weight": 0.5, "rank_pattern": None, "target_r": 8, "tfinal": 0,
+        "tinit": 0, "total_step": None,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "init_r", "alpha": "lora_alpha", "dropout": "lora_dropout"} | {name: name for name in _SCHEDULE}
+    own = frozenset({"rank_pattern", "total_step"})
+    notes = frozenset({"r", "megatron_core", "qalora_group_size", "runtime_config", "fan_in_fan_out", "init_lora_weights"})
+    unsupported: Mapping[str, str] = dict(LoraForm.unsupported) | {
+        key: _IGNORED for key in ("alpha_pattern", "use_rslora", "corda_config", "eva_config", "loftq_config", "lora_ga_config")
+    }
+    optional = ("lora_A", "lora_B", "lora_E")  # where nothing is left
+
+    def fields(self, section: Any) -> dict[str, Any]:
+        # PEFT takes no config without them, and none in which they leave no step between `tinit` and `tfinal`.
+        return super().fields(section) | {"total_step": section.tinit + section.tfinal + 1, "rank_pattern": None}
+
+    def rank_of(self, section: Any, module: str, rank: int, read: Reader) -> int:
+        kept = next((kept for name, kept in (read.raw.get("rank_pattern") or {}).items() if name.startswith(f"{module}.lora_E")), None)
+        return rank if kept is None else sum(kept)
+
+    def check(self, read: Reader) -> None:
+        pattern = read.raw.get("rank_pattern")
+        if pattern is not None and not (
+            isinstance(pattern, dict) and all(isinstance(v, list) and all(isinstance(k, bool) for k in v) for v in pattern.values())
+        ):
+            raise read.wrong("rank_pattern", "an object of lists of true and false")
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (rank, site.inputs), "lora_E": (rank, 1), "lora_B": (site.outputs, rank)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"lora_A": arrays["lora_a"].T, "lora_E": arrays["lora_e"][:, None], "lora_B": arrays["lora_b"].T}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        if missing := sorted(self.tensors(section, site, rank).keys() - tensors.keys()):
+            raise InputError(
+                f"the file lacks {', '.join(missing)} of a layer of {site.name}, and its rank_pattern leaves {rank} ranks there."
+            )
+        return {"lora_a": tensors["lora_A"].T, "lora_e": tensors["lora_E"][:, 0], "lora_b": tensors["lora_B"].T}
+
+
 class AdaLora(Method):
     name, section = "adalora", AdaLoraSection
     kinds = dropout_kinds = ("linear",)
-    setting_names = ("scale", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+    setting_names = ("scale", "triplets", *_SCHEDULE)
+    peft = AdaLoraForm()
     packs = "low-rank"
     self_padding = True  # of A, E and B together, as LoRA's; the penalty of what is 0 is 0
 
     def check(self, config: AdaLoraSection, site: Site, rank: int) -> None:
         if config.target_r > rank:
             raise InputError(f"adapter.target_r: {config.target_r} is more than the rank that {site.name} starts with, {rank}.")
+
+    def check_steps(self, config: AdaLoraSection, steps: int) -> None:
+        if config.tinit >= steps - config.tfinal:
+            raise InputError(
+                f"adapter.tinit, adapter.tfinal: {config.tinit} and {config.tfinal} leave no step of {steps} for ranks to fall."
+            )
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         return {
@@ -63,7 +124,7 @@ class AdaLora(Method):
         }
 
     def settings(self, config: AdaLoraSection, rank: int, alpha: float) -> dict[str, float]:
-        return {"scale": alpha / rank, "init_r": rank} | {name: getattr(config, name) for name in self.setting_names[2:]}
+        return {"scale": alpha / config.rank, "triplets": rank} | {name: getattr(config, name) for name in _SCHEDULE}
 
     def init(self, site: Site, rank: int, config: Any, random: np.random.Generator, data: SiteData) -> dict[str, np.ndarray]:
         drawn = np.float32(0.02) * random.standard_normal((rank, site.inputs + site.outputs), np.float32)
@@ -139,11 +200,11 @@ class AdaLora(Method):
 
 def _own(of: SiteArrays) -> jax.Array:
     """(..., rank) float32: 1 where a layer has a triplet, 0 in the padding."""
-    return (jnp.arange(of.lora_e.shape[-1]) < of.init_r[..., None]).astype(jnp.float32)
+    return (jnp.arange(of.lora_e.shape[-1]) < of.triplets[..., None]).astype(jnp.float32)
 
 
 def _layers(sites: Mapping[str, SiteArrays]) -> jax.Array:
-    return jnp.maximum(sum(((of.init_r > 0).sum() for of in sites.values()), jnp.int32(0)), 1).astype(jnp.float32)
+    return jnp.maximum(sum(((of.triplets > 0).sum() for of in sites.values()), jnp.int32(0)), 1).astype(jnp.float32)
 
 
 def _number(sites: Mapping[str, SiteArrays], name: str) -> jax.Array:

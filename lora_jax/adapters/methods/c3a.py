@@ -6,8 +6,9 @@ A block times x is a circular correlation, `FFT^-1(FFT(x) * conj(FFT(w)))`. The 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Reader, Weight
 
 
 class C3aSection(AdapterConfig):
@@ -29,6 +31,42 @@ class C3aSection(AdapterConfig):
     init_weights: Literal["zeros", "xavier_uniform", "kaiming_uniform", "gaussian"] = Field(
         default="zeros", description="How the blocks start. PEFT's default is xavier_uniform, with which step 0 is not the base."
     )
+
+
+class C3aForm(PeftForm):
+    """`c3a_kernel` (outputs / b, inputs / b, b).
+
+    A key of `block_size_pattern` has to follow a dot of the module's name, unlike one of `rank_pattern` in other types.
+    """
+
+    peft_type, prefix, only, conv1d = "C3A", "c3a_", "c3a_only", False
+    defaults: Mapping[str, Any] = {
+        "bias": "none", "block_size": 256, "block_size_pattern": {}, "init_weights": "xavier_uniform", "layers_pattern": None,
+        "layers_to_transform": None, "modules_to_save": None, "target_modules": None,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "block_size", "rank_pattern": "block_size_pattern"}
+    notes = frozenset({"init_weights"})
+
+    def values(self, read: Reader) -> dict[str, Any]:
+        found = super().values(read)
+        return found | {"rank_pattern": {rf".*\.{key}": size for key, size in found["rank_pattern"].items()}}
+
+    def fields(self, section: Any) -> dict[str, Any]:
+        found = {}
+        for key, size in section.rank_pattern.items():
+            _, dot, rest = key.partition(r"\.")
+            literal = dot and key == re.escape(re.sub(r"\\(.)", r"\1", key))  # a module by its name: without its first part
+            found[rest if literal else key.removeprefix(r".*\.")] = size
+        return super().fields(section) | {"block_size_pattern": found}
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"c3a_kernel": (site.outputs // rank, site.inputs // rank, rank)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"c3a_kernel": arrays["circulant"].reshape(-1, rank, site.inputs // rank).swapaxes(1, 2)}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        return {"circulant": tensors["c3a_kernel"].swapaxes(1, 2).reshape(site.outputs, -1)}
 
 
 class C3a(Method):
@@ -41,6 +79,8 @@ class C3a(Method):
 
     name, section = "c3a", C3aSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
+    peft = C3aForm()
     setting_names = ("block",)
     self_padding = True  # a convolution does not read what is beyond its rows
 

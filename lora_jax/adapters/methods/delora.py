@@ -7,6 +7,7 @@ some thousand times those that follow; clip it with care. Here x is a row, so A 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -18,8 +19,9 @@ from ...config.schema import AdapterConfig
 from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
-from .base import AdaptedSite, Method, refuse_alpha, register_method
+from .base import AdaptedSite, Method, register_method
 from .lora import widened
+from .peft_form import PeftForm, Reader, Weight, plain
 
 _SMALLEST = 1e-4
 
@@ -27,6 +29,41 @@ _SMALLEST = 1e-4
 class DeloraSection(AdapterConfig):
     method: Literal["delora"] = Field(default="delora", description="Low-rank updates of bounded norm (arXiv:2503.18225).")
     delora_lambda: PositiveFloat = Field(default=15.0, description="Bound of the update's norm at the start; it trains.")
+
+
+class DeloraForm(PeftForm):
+    """`delora_A` (rank, inputs), `delora_B` (outputs, rank) and `delora_lambda` (1,); and the norms, `delora_w_norm` (inputs,).
+
+    A file may lack the last (older versions of PEFT do not write it): it is then computed of the weight.
+    """
+
+    peft_type, prefix, only, conv1d = "DELORA", "delora_", "delora_only", False
+    defaults: Mapping[str, Any] = {
+        "bias": "none", "delora_lambda": 15, "exclude_modules": None, "init_weights": True, "lambda_pattern": {}, "layers_pattern": None,
+        "layers_to_transform": None, "module_dropout": 0.0, "modules_to_save": None, "r": 8, "rank_pattern": {}, "target_modules": None,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "r", "dropout": "module_dropout", "rank_pattern": "rank_pattern"}
+    own = frozenset({"delora_lambda"})
+    optional = ("delora_w_norm",)
+    notes = frozenset({"init_weights", "lambda_pattern"})  # what lambda started with
+
+    def values(self, read: Reader) -> dict[str, Any]:
+        return super().values(read) | {"delora_lambda": read.number("delora_lambda", 15, lowest=1e-30)}
+
+    def fields(self, section: Any) -> dict[str, Any]:
+        return super().fields(section) | {"delora_lambda": plain(section.delora_lambda)}
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"delora_A": (rank, site.inputs), "delora_B": (site.outputs, rank), "delora_lambda": (1,), "delora_w_norm": (site.inputs,)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = {"delora_A": arrays["a"].T, "delora_B": arrays["b"].T, "delora_lambda": arrays["bound"]}
+        return found | {"delora_w_norm": arrays["weight_norm"]}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        found = {"a": tensors["delora_A"].T, "b": tensors["delora_B"].T, "bound": tensors["delora_lambda"]}
+        norm = tensors.get("delora_w_norm")
+        return found | {"weight_norm": np.linalg.norm(weight(), axis=1) if norm is None else norm}
 
 
 class Delora(Method):
@@ -37,13 +74,12 @@ class Delora(Method):
 
     name, section = "delora", DeloraSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     dropout_kinds = ("linear",)
     setting_names = ("inverse_rank",)
     packs = "low-rank"
+    peft = DeloraForm()
     self_padding = True
-
-    def check(self, config: DeloraSection, site: Site, rank: int) -> None:
-        refuse_alpha(config)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         return {

@@ -8,6 +8,7 @@ once for all members, and whose others are made of `A^T W` (r, out) and `A^T A` 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,20 +16,38 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from ...config.schema import AdapterConfig
 from ...models.layers import Rows
+from ..inits.base import LowRankConfig
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, register_method
-from .lora import Lora, widened
+from .lora import Lora, LoraForm, widened
+from .peft_form import Weight
 
 # Of a norm's square, what float32 can no longer tell from 0 when the update cancels the weight.
 _LEAST = 1e-6
 
 
-class DoraSection(AdapterConfig):
+class DoraSection(LowRankConfig):
     method: Literal["dora"] = Field(default="dora", description="Magnitude and direction of the weight apart (arXiv:2402.09353).")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (arXiv:2312.03732) in place of alpha / rank.")
+
+
+class DoraForm(LoraForm):
+    """LoRA's tensors, and `lora_magnitude_vector` (outputs,)."""
+
+    flags: Mapping[str, Any] = {"use_dora": True}
+    unsupported: Mapping[str, str] = {option: why for option, why in LoraForm.unsupported.items() if option != "use_dora"}
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        return super().tensors(section, site, rank) | {"lora_magnitude_vector": (site.outputs,)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return super().to_file(section, site, rank, arrays) | {"lora_magnitude_vector": arrays["magnitude"]}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        norms = {"magnitude": tensors["lora_magnitude_vector"], "start": _norm(weight())}
+        return super().from_file(section, site, rank, tensors, weight) | norms
 
 
 class Dora(Lora):
@@ -42,6 +61,7 @@ class Dora(Lora):
     name, section = "dora", DoraSection
     kinds = ("linear", "embedding")
     self_padding = False
+    peft = DoraForm()
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         norm = {"shape": (site.outputs,), "axes": ("out",), "fill": 1.0}
@@ -49,8 +69,7 @@ class Dora(Lora):
         return super().parameters(site, rank) | more
 
     def init(self, site: Site, rank: int, config: Any, random: np.random.Generator, data: SiteData) -> dict[str, np.ndarray]:
-        norm = np.linalg.norm(data.weight(), axis=0)
-        norm[norm == 0] = 1
+        norm = data.once("norm by output", lambda: _norm(data.weight()))
         return super().init(site, rank, config, random, data) | {"magnitude": norm, "start": norm}
 
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
@@ -69,7 +88,9 @@ class Dora(Lora):
         return y + update + more * (straight + update)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        return gain(module, weight)[..., None, :] * super().merged(module, weight, bias)[0], bias
+        a, b, scale = super().low_rank(module)
+        update = scale[..., None, None] * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return gain(module, weight)[..., None, :] * (weight + update), bias
 
     def low_rank(self, module: AdaptedSite) -> None:
         return None  # the change of the weight is not
@@ -77,8 +98,11 @@ class Dora(Lora):
     def of_low_rank(self, a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> None:
         return None
 
-    def cost(self, site: Site, rank: int) -> int:
-        return super().cost(site, rank) + 2 * site.outputs
+
+def _norm(weight: np.ndarray) -> np.ndarray:
+    """(outputs,): of each output; 1 where nothing reaches it."""
+    norm = np.linalg.norm(weight, axis=0)
+    return np.where(norm > 0, norm, 1)
 
 
 def gain(module: AdaptedSite, weight: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ leading part of a larger one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -23,12 +24,47 @@ from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Weight
 
 
 class GraloraSection(AdapterConfig):
     method: Literal["gralora"] = Field(default="gralora", description="Low-rank updates of k x k blocks of W (arXiv:2505.20355).")
     gralora_k: PositiveInt = Field(default=2, description="Blocks along each side; divides the rank and every adapted layer's sizes.")
     hybrid_r: NonNegativeInt = Field(default=0, description="Rank of a LoRA beside the blocks; the scale is alpha / (rank + hybrid_r).")
+
+
+class GraloraForm(PeftForm):
+    """`gralora_A` (k, inputs / k, rank) and `gralora_B` (k, rank, outputs / k); of the whole matrix `gralora_A_general.weight` and B's."""
+
+    peft_type, prefix, only = "GRALORA", "gralora_", "gralora_only"
+    defaults: Mapping[str, Any] = {
+        "alpha": 64, "bias": "none", "fan_in_fan_out": False, "gralora_dropout": 0.0, "gralora_k": 2, "hybrid_r": 0, "init_weights": True,
+        "layers_pattern": None, "layers_to_transform": None, "modules_to_save": None, "r": 32, "target_modules": None,
+    }  # fmt: skip
+    words: Mapping[str, str] = {
+        "rank": "r", "alpha": "alpha", "dropout": "gralora_dropout", "gralora_k": "gralora_k", "hybrid_r": "hybrid_r",
+    }  # fmt: skip
+    notes = frozenset({"fan_in_fan_out", "init_weights"})
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        k, hybrid = section.gralora_k, section.hybrid_r
+        found: dict[str, tuple[int, ...]] = {"gralora_A": (k, site.inputs // k, rank), "gralora_B": (k, rank, site.outputs // k)}
+        whole = {"gralora_A_general.weight": (hybrid, site.inputs), "gralora_B_general.weight": (site.outputs, hybrid)}
+        return found | whole if hybrid else found
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shapes = self.tensors(section, site, rank)
+        found = {name: arrays[ours].reshape(shapes[name]) for name, ours in (("gralora_A", "a"), ("gralora_B", "b"))}
+        for side in "AB" if section.hybrid_r else "":
+            found[f"gralora_{side}_general.weight"] = arrays[f"whole_{side.lower()}"].T
+        return found
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        shapes = {name: p.shape for name, p in Gralora().variant(section).parameters(site, rank).items()}
+        found = {ours: tensors[name].reshape(shapes[ours]) for name, ours in (("gralora_A", "a"), ("gralora_B", "b"))}
+        for side in "AB" if section.hybrid_r else "":
+            found[f"whole_{side.lower()}"] = tensors[f"gralora_{side}_general.weight"].T
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +85,7 @@ class Gralora(Method):
     dropout_kinds = ("linear",)
     setting_names = ("scale",)
     packs = "low-rank"
+    peft = GraloraForm()
     self_padding = True
 
     def variant(self, config: GraloraSection) -> Gralora:

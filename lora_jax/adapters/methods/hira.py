@@ -6,6 +6,7 @@ is a row, so A is stored (in, r) and B (r, out). There is no scale, and so no `a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -17,11 +18,39 @@ from ...config.schema import AdapterConfig
 from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
-from .base import AdaptedSite, Method, refuse_alpha, register_method
+from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Weight
 
 
 class HiraSection(AdapterConfig):
     method: Literal["hira"] = Field(default="hira", description="Hadamard products with the weight, W + W * (B A) (openreview TwJrTz9cRS).")
+
+
+class HiraForm(PeftForm):
+    """`hira_A` (rank, inputs) and `hira_B` (outputs, rank); of an embedding `hira_embedding_A` and `hira_embedding_B`."""
+
+    peft_type, prefix = "HIRA", "hira_"
+    defaults: Mapping[str, Any] = {
+        "exclude_modules": None, "fan_in_fan_out": False, "hira_dropout": 0.0, "init_weights": True, "layers_pattern": None,
+        "layers_to_transform": None, "modules_to_save": None, "r": 32, "rank_pattern": {}, "target_modules": None,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "r", "dropout": "hira_dropout", "rank_pattern": "rank_pattern"}
+    notes = frozenset({"fan_in_fan_out", "init_weights"})
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        a, b = self._names(site)
+        return {a: (rank, site.inputs), b: (site.outputs, rank)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        a, b = self._names(site)
+        return {a: arrays["a"].T, b: arrays["b"].T}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        a, b = self._names(site)
+        return {"a": tensors[a].T, "b": tensors[b].T}
+
+    def _names(self, site: Site) -> tuple[str, str]:
+        return ("hira_embedding_A", "hira_embedding_B") if site.kind == "embedding" else ("hira_A", "hira_B")
 
 
 class Hira(Method):
@@ -32,12 +61,11 @@ class Hira(Method):
 
     name, section = "hira", HiraSection
     kinds = ("linear", "embedding")
+    ignores = ("alpha", "alpha_pattern")
     dropout_kinds = ("linear",)
     packs = "weight-sized"
+    peft = HiraForm()
     self_padding = True
-
-    def check(self, config: HiraSection, site: Site, rank: int) -> None:
-        refuse_alpha(config)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         return {"a": Parameter((site.inputs, rank), axes=("in", None)), "b": Parameter((rank, site.outputs), axes=(None, "out"))}

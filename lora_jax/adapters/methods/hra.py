@@ -6,6 +6,7 @@ reflected by two products with the (inputs, r) matrix U, whatever r.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -20,10 +21,33 @@ from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Weight
 
 
 class HraSection(AdapterConfig):
     method: Literal["hra"] = Field(default="hra", description="Inputs reflected by a product of Householder matrices (arXiv:2405.17484).")
+
+
+class HraForm(PeftForm):
+    """`hra_u` (inputs, rank)."""
+
+    peft_type, prefix, only, conv1d = "HRA", "hra_", "hra_only", False
+    defaults: Mapping[str, Any] = {
+        "apply_GS": False, "bias": "none", "exclude_modules": None, "init_weights": True, "layers_pattern": None,
+        "layers_to_transform": None, "modules_to_save": None, "r": 8, "target_modules": None,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "r"}
+    notes = frozenset({"init_weights"})
+    unsupported: Mapping[str, str] = {"apply_GS": "with orthogonal columns no product of reflections is the identity"}
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"hra_u": (site.inputs, rank)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"hra_u": arrays["u"]}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        return {"u": tensors["hra_u"]}
 
 
 class Hra(Method):
@@ -35,6 +59,8 @@ class Hra(Method):
 
     name, section = "hra", HraSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
+    peft = HraForm()
 
     def check(self, config: HraSection, site: Site, rank: int) -> None:
         if rank % 2:

@@ -6,6 +6,7 @@ a member, and formed anew for the backward pass. A row-major x wants it the othe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -18,10 +19,39 @@ from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Weight
 
 
 class LohaSection(AdapterConfig):
     method: Literal["loha"] = Field(default="loha", description="Hadamard products W + s (B1 A1) * (B2 A2) (arXiv:2108.06098).")
+
+
+class LohaForm(PeftForm):
+    """`hada_w1_a` (outputs, rank) and `hada_w1_b` (rank, inputs), and the second product's likewise."""
+
+    peft_type, prefix, conv1d = "LOHA", "hada_", False
+    defaults: Mapping[str, Any] = {
+        "alpha": 8, "alpha_pattern": {}, "exclude_modules": None, "init_weights": True, "layers_pattern": None, "layers_to_transform": None,
+        "module_dropout": 0.0, "modules_to_save": None, "r": 8, "rank_dropout": 0.0, "rank_pattern": {}, "target_modules": None,
+        "use_effective_conv2d": False,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "r", "alpha": "alpha", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern"}
+    notes = frozenset({"init_weights", "use_effective_conv2d"})
+    unsupported: Mapping[str, str] = {
+        "rank_dropout": "dropout of the change's rows is not supported",
+        "module_dropout": "dropout of whole modules is not supported",
+    }
+    names: Mapping[str, str] = {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "hada_w2_b"}
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        up, down = (site.outputs, rank), (rank, site.inputs)
+        return {name: up if ours[0] == "b" else down for ours, name in self.names.items()}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: arrays[ours].T for ours, name in self.names.items()}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        return {ours: tensors[name].T for ours, name in self.names.items()}
 
 
 class Loha(Method):
@@ -34,6 +64,7 @@ class Loha(Method):
     kinds = ("linear",)
     setting_names = ("scale",)
     packs = "weight-sized"
+    peft = LohaForm()
     self_padding = True  # a padded rank is 0 in both factors of a product, and the gradient of either has the other in it
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:

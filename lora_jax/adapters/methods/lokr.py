@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,6 +23,7 @@ from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Weight
 
 
 class LokrSection(AdapterConfig):
@@ -31,6 +32,36 @@ class LokrSection(AdapterConfig):
     decompose_factor: Literal[-1] | PositiveInt = Field(
         default=-1, description="Sides of the smaller matrix, as nearly as the layer's sizes divide. -1: near the square root of each."
     )
+
+
+class LokrForm(PeftForm):
+    """`lokr_w1` (l, m) or `lokr_w1_a` (l, rank) and `lokr_w1_b` (rank, m), and w2's likewise: ours, turned over."""
+
+    peft_type, prefix, conv1d = "LOKR", "lokr_", False
+    defaults: Mapping[str, Any] = {
+        "alpha": 8, "alpha_pattern": {}, "decompose_both": False, "decompose_factor": -1, "exclude_modules": None, "init_weights": True,
+        "layers_pattern": None, "layers_to_transform": None, "module_dropout": 0.0, "modules_to_save": None, "r": 8, "rank_dropout": 0.0,
+        "rank_dropout_scale": False, "rank_pattern": {}, "target_modules": None, "use_effective_conv2d": False,
+    }  # fmt: skip
+    words: Mapping[str, str] = {
+        "rank": "r", "alpha": "alpha", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "decompose_both": "decompose_both",
+        "decompose_factor": "decompose_factor",
+    }  # fmt: skip
+    notes = frozenset({"init_weights", "rank_dropout_scale", "use_effective_conv2d"})
+    unsupported: Mapping[str, str] = {
+        "rank_dropout": "dropout of the change's rows is not supported",
+        "module_dropout": "dropout of whole modules is not supported",
+    }
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        own = Lokr().variant(section).parameters(site, rank)
+        return {f"lokr_{name}": p.shape[::-1] for name, p in own.items() if 0 not in p.shape}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: arrays[name.removeprefix(self.prefix)].T for name in self.tensors(section, site, rank)}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        return {name.removeprefix(self.prefix): array.T for name, array in tensors.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +79,7 @@ class Lokr(Method):
     name, section = "lokr", LokrSection
     kinds = ("linear",)
     setting_names = ("scale",)
+    peft = LokrForm()
 
     def variant(self, config: LokrSection) -> Lokr:
         return Lokr(config.decompose_both, config.decompose_factor)

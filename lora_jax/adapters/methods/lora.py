@@ -143,6 +143,8 @@ class Lora(Method):
         super().__init_subclass__(**options)
         if "apply" in vars(cls) and "split_inits" not in vars(cls):
             cls.split_inits = False
+        if "apply" in vars(cls) and "peft" not in vars(cls):  # what it computes, LoRA's files would not say
+            cls.peft = None
 
     def variant(self, config: Any) -> Method:
         init = init_of(config)
@@ -190,7 +192,7 @@ class Lora(Method):
         return y + (change - jnp.matmul(jnp.matmul(inputs[0].astype(y.dtype), a0) * scale, b0))
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        a, b, scale = self.low_rank(module)
+        a, b, scale = Lora.low_rank(self, module)  # a subclass's change may not be low-rank
         scale = scale.reshape(*scale.shape, *[1] * (a.ndim - scale.ndim))
         return weight + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST), bias
 

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pydantic import Field
 
 from ...config.schema import AdapterConfig
 from ...config.types import PositiveFloat, Rank
-from ...errors import InputError, nearest_numbers
+from ...errors import InputError, nearest_numbers, warn
 from ...models.layers import Rows
 from ..parameters import Parameter, SiteArrays
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Reader, Weight
 
 
 class OftSection(AdapterConfig):
@@ -31,6 +34,65 @@ class OftSection(AdapterConfig):
     block_share: bool = Field(default=False, description="One block for all blocks of a module.")
     coft: bool = Field(default=False, description="Keep each block near the identity, within eps (constrained OFT, arXiv:2306.07280).")
     eps: PositiveFloat = Field(default=6e-5, description="With coft: the largest norm of Q, times the root of the number of blocks.")
+
+
+class OftForm(PeftForm):
+    """`oft_R.weight` (blocks, b (b - 1) / 2), what is above a block's diagonal row by row; one block where they are shared.
+
+    A config says the size of a block or, with `r`, their number; PEFT takes the nearest that divides the inputs.
+    """
+
+    peft_type, prefix, only, conv1d = "OFT", "oft_", "oft_only", False
+    defaults: Mapping[str, Any] = {
+        "bias": "none", "block_share": False, "coft": False, "eps": 6e-05, "exclude_modules": None, "fan_in_fan_out": False,
+        "init_weights": True, "layers_pattern": None, "layers_to_transform": None, "module_dropout": 0.0, "modules_to_save": None,
+        "num_cayley_neumann_terms": 5, "oft_block_size": 32, "r": 0, "target_modules": None, "use_cayley_neumann": True,
+    }  # fmt: skip
+    words: Mapping[str, str] = {
+        "rank": "oft_block_size", "block_share": "block_share", "coft": "coft", "eps": "eps",
+        "num_cayley_neumann_terms": "num_cayley_neumann_terms", "use_cayley_neumann": "use_cayley_neumann",
+    }  # fmt: skip
+    own = frozenset({"r"})
+    notes = frozenset({"fan_in_fan_out", "init_weights"})
+    unsupported: Mapping[str, str] = {"module_dropout": "dropout of blocks is not supported"}
+
+    def check(self, read: Reader) -> None:
+        if "oft_block_size" not in read.raw:
+            raise InputError(f"{read.where}: 'oft_block_size' is missing: OFT files from before PEFT 0.14 hold other numbers.")
+        if (read.raw["oft_block_size"] == 0) != (read.whole("r", 0) > 0):
+            raise read.wrong("r", "above 0 where oft_block_size is 0, and 0 where it is not")
+        version = re.match(r"0\.(\d+)", str(read.raw.get("peft_version") or "0.0"))
+        if read.flag("use_cayley_neumann", True) and version is not None and int(version[1]) < 18:
+            warn(f"{read.where}: PEFT computes the Neumann series in another way since 0.18, and so do we; the file is of an earlier one.")
+
+    def values(self, read: Reader) -> dict[str, Any]:
+        whole = read.raw | ({"oft_block_size": 32} if read.whole("r", 0) else {})
+        return super().values(Reader(whole, read.where))
+
+    def rank_at(self, site: Site, rank: int, read: Reader) -> int:
+        blocks = read.whole("r", 0)
+        wanted = min(blocks or rank, site.inputs)
+        fits = [n for n in range(1, site.inputs + 1) if site.inputs % n == 0]
+        near = min(fits, key=lambda n: abs(n - wanted))  # of two as near the smaller
+        return site.inputs // near if blocks else near
+
+    def placed(self, section: Any, modules: Mapping[str, Site], read: Reader) -> Any:
+        ranks = {re.escape(name): self.rank_at(site, section.rank, read) for name, site in modules.items()}
+        return section.model_copy(update={"rank_pattern": {name: rank for name, rank in ranks.items() if rank != section.rank}})
+
+    def fields(self, section: Any) -> dict[str, Any]:
+        return super().fields(section) | {"r": 0}
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"oft_R.weight": (1 if section.block_share else site.inputs // rank, rank * (rank - 1) // 2)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"oft_R.weight": arrays["skew"].reshape(-1, rank, rank)[:, *np.triu_indices(rank, 1)]}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        found = np.zeros((len(tensors["oft_R.weight"]), rank, rank), np.float32)
+        found[:, *np.triu_indices(rank, 1)] = tensors["oft_R.weight"]
+        return {"skew": found.reshape(-1, rank)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +113,9 @@ class Oft(Method):
 
     name, section = "oft", OftSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     setting_names = ("block", "eps")
+    peft = OftForm()
     self_padding = True  # what is not above a diagonal is not read: its gradient is 0
 
     def variant(self, config: OftSection) -> Oft:

@@ -49,6 +49,7 @@ class PeftForm:
         only: PEFT's word for our `bias: lora_only`.
         integers: names of tensors that hold whole numbers: indices.
         optional: names of tensors that a file may lack.
+        repeated: those of `shared` that PEFT writes at every module as well; they are compared when read, and not written.
         conv1d: whether PEFT adapts GPT-2's `Conv1D` by it.
     """
 
@@ -63,6 +64,7 @@ class PeftForm:
     only: str = "lora_only"
     integers: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
     conv1d: bool = True
 
     # The config
@@ -136,6 +138,10 @@ class PeftForm:
             rank: as `r` and `rank_pattern` say.
             read: the options.
         """
+        return rank
+
+    def rank_at(self, site: Site, rank: int, read: Reader) -> int:
+        """The rank at a site for what `rank_of` says, where PEFT makes another of it for the site's shape."""
         return rank
 
     # The tensors of a module

@@ -45,6 +45,7 @@ class RandLoraForm(PeftForm):
         "save_projection": True, "sparse": False, "target_modules": None, "very_sparse": False,
     }  # fmt: skip
     words: Mapping[str, str] = {"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"}
+    repeated = ("randlora_A", "randlora_B")
     # How the bases were drawn: the file holds them.
     notes = frozenset({"fan_in_fan_out", "init_weights", "projection_prng_key", "save_projection", "sparse", "very_sparse"})
 

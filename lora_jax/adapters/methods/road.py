@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pydantic import Field
 
 from ...config.schema import AdapterConfig
@@ -20,6 +22,7 @@ from ...models.layers import Rows
 from ..parameters import Parameter
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Reader, Weight
 
 Variant = Literal["road_1", "road_2", "road_4"]
 
@@ -36,6 +39,29 @@ class RoadSection(AdapterConfig):
     group_size: int = Field(default=64, ge=2, multiple_of=2, description="Outputs in a group; its halves are paired. Divides the outputs.")
 
 
+class RoadForm(PeftForm):
+    """`road_theta` and `road_alpha`, as they are here."""
+
+    peft_type, prefix, conv1d = "ROAD", "road_", False
+    defaults: Mapping[str, Any] = {
+        "group_size": 64, "init_weights": True, "modules_to_save": None, "target_modules": None, "variant": "road_1",
+    }  # fmt: skip
+    words: Mapping[str, str] = {"variant": "variant", "group_size": "group_size"}
+    notes = frozenset({"init_weights"})
+
+    def check(self, read: Reader) -> None:
+        read.choice("variant", "road_1", get_args(Variant))
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        return {name: (site.outputs // 2 * math.prod(_SHARED[section.variant]),) for name in ("road_theta", "road_alpha")}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"road_theta": arrays["theta"], "road_alpha": arrays["alpha"]}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        return {"theta": tensors["road_theta"], "alpha": tensors["road_alpha"]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Road(Method):
     """Pairs of outputs turned by an angle `theta` and stretched by `alpha`. There is no rank: `adapter.rank` changes nothing.
@@ -50,6 +76,8 @@ class Road(Method):
 
     name, section = "road", RoadSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern", "rank", "rank_pattern", "nested_init")
+    peft = RoadForm()
 
     def variant(self, config: RoadSection) -> Road:
         return Road(config.variant, config.group_size)

@@ -8,6 +8,7 @@ of the weight's size a member, and formed anew for the backward pass. There is n
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -20,7 +21,8 @@ from ...errors import InputError
 from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
-from .base import AdaptedSite, Method, refuse_alpha, register_method
+from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Weight
 
 _EXACT = 2**24
 
@@ -29,15 +31,38 @@ class ShiraSection(AdapterConfig):
     method: Literal["shira"] = Field(default="shira", description="Sparse updates at r (in + out) random places (arXiv:2406.13175).")
 
 
+class ShiraForm(PeftForm):
+    """`shira_weight` (numbers,) and `shira_indices` (2, numbers), whole numbers: each one's output and input."""
+
+    peft_type, prefix, conv1d, integers = "SHIRA", "shira_", False, ("shira_indices",)
+    defaults: Mapping[str, Any] = {
+        "fan_in_fan_out": False, "init_weights": True, "mask_type": "random", "modules_to_save": None, "r": 32, "random_seed": None,
+        "target_modules": None,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "r"}
+    notes = frozenset({"fan_in_fan_out", "init_weights", "mask_type", "random_seed"})  # how the places were drawn: the file holds them
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        count = rank * (site.inputs + site.outputs)
+        return {"shira_weight": (count,), "shira_indices": (2, count)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"shira_weight": arrays["values"], "shira_indices": arrays["places"][::-1].astype(np.int64)}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        return {"values": tensors["shira_weight"], "places": tensors["shira_indices"][::-1]}
+
+
 class Shira(Method):
     """A sparse update; its numbers start at 0, as PEFT's do. The places are drawn from the member's seed, those of a smaller rank first."""
 
     name, section = "shira", ShiraSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     packs = "weight-sized"
+    peft = ShiraForm()
 
     def check(self, config: ShiraSection, site: Site, rank: int) -> None:
-        refuse_alpha(config)
         inputs, outputs = site.inputs, site.outputs
         if rank * (inputs + outputs) > inputs * outputs:
             most = inputs * outputs // (inputs + outputs)

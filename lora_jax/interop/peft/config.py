@@ -8,8 +8,10 @@ follows PEFT to the letter (`check_target_module_exists`, `get_pattern_key`): na
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,9 @@ def form_of(method: Method) -> PeftForm:
 
 
 def method_of_type(raw: dict[str, Any], where: str) -> Method:
-    """The method whose files a PEFT config is of: that of its type whose flags it has, and of several the one with most flags.
+    """The method whose files a PEFT config is of: that of its type whose flags it has, of several the one with most flags.
+
+    Where several have one form, it is the one whose form it is: they are registered after it.
 
     Raises:
         InputError: there is none.
@@ -196,11 +200,11 @@ class PeftConfig:
         """
         return self.section.bias == "all" or (self.section.bias == "lora_only" and adapted)
 
-    def size(self, module: str) -> tuple[int, dict[str, float]]:
-        """Rank and settings of an adapted module."""
+    def size(self, module: str, site: Site) -> tuple[int, dict[str, float]]:
+        """Rank and settings of an adapted module, at its site."""
         rank = int(self._value(self.section.rank_pattern, module, self.section.rank))
         alpha = self._value(self.section.alpha_pattern, module, self.section.alpha)
-        rank = self.form.rank_of(self.section, module, rank, self.read)
+        rank = self.form.rank_at(site, self.form.rank_of(self.section, module, rank, self.read), self.read)
         return rank, self.method.settings(self.section, rank, alpha) if rank else {}
 
     def placed(self, modules: dict[str, Site]) -> AdapterConfig:
@@ -327,6 +331,29 @@ def read_peft_config(path: str | Path) -> PeftConfig:
     """
     file = adapter_folder(path) / CONFIG_NAME
     return PeftConfig.parse(read_json(file, "the adapter's config"), str(file))
+
+
+def option_digests(form: PeftForm, raw: Mapping[str, Any]) -> dict[str, str]:
+    """Option -> digest of its value, of those that decide what an adapter computes."""
+    computed = form.defaults.keys() - form.notes
+    return {key: hashlib.sha256(json.dumps(raw[key], sort_keys=True).encode()).hexdigest()[:16] for key in sorted(computed & raw.keys())}
+
+
+def check_digests(config: PeftConfig, digests: Mapping[str, str], where: str) -> None:
+    """`InputError` where an option is not as it was when the tensors beside it were written.
+
+    Args:
+        config: as it is read now.
+        digests: those that were kept with the tensors (`option_digests`); none of an adapter that others wrote.
+        where: the file, for messages.
+    """
+    now = option_digests(config.form, config.raw)
+    changed = [key for key in sorted(now.keys() | digests.keys()) if digests and now.get(key) != digests.get(key)]
+    if changed:
+        raise InputError(
+            f"{where}: {', '.join(map(repr, changed))} is not as it was when {WEIGHTS_NAME} was written: damaged, or edited. If the change "
+            "is meant, write the tensors anew, without digests: safetensors.numpy.save_file(safetensors.numpy.load_file(file), file)."
+        )
 
 
 def to_json(raw: dict[str, Any]) -> str:

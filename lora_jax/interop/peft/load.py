@@ -20,13 +20,14 @@ from ...adapters.labels import FROZEN
 from ...adapters.layout import ResolvedAdapter, ResolvedSite, unite
 from ...adapters.merge import copy_of
 from ...adapters.methods.base import AdaptedSite
+from ...adapters.methods.peft_form import PeftForm
 from ...adapters.sites import Site, logical_name
 from ...config.schema import AdapterConfig
 from ...errors import InputError, hint, nearest
 from ...models.decoder import Decoder
 from ...weights.checkpoint import Checkpoint
-from ...weights.safetensors import SafetensorsCheckpoint
-from .config import WEIGHTS_NAME, PeftConfig, adapter_folder, read_peft_config
+from ...weights.safetensors import SafetensorsCheckpoint, read_digests
+from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, adapter_folder, check_digests, read_peft_config
 from .names import PROJECTION, ROOT, SHARED, Module, Parameter, PeftNames, module_of_key
 
 _SHOWN = 6
@@ -76,6 +77,10 @@ class _Plan:
     idle: set[str]
     spare: set[str]
 
+    def repeated(self, form: PeftForm) -> dict[str, str]:
+        """Key -> the key of the shared tensor that a file repeats there."""
+        return {f"{stem}.{name}": SHARED + name for stem in [one.stem for one in self.sites] for name in form.repeated}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Key -> shape of all that must be there."""
         shapes = {key: p.shape for key, p in self.values.items()} | self.shared
@@ -109,11 +114,14 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
         raise InputError("the model already has adapters: load onto the base.")
     config = read_peft_config(path)
     file = _open(adapter_folder(path))
+    if file.path.name == WEIGHTS_NAME:
+        check_digests(config, read_digests(file.path, file), str(file.path.with_name(CONFIG_NAME)))
     base = copy_of(model)
     names = _names(base, config, file)
     plan = _plan(names, config, file)
-    arrays = {key: _read(file, key) for key in file.names() if key not in plan.idle | plan.spare}
-    _check_spare(plan, file, arrays)
+    repeated = plan.repeated(config.form)
+    arrays = {key: _read(file, key) for key in file.names() if key not in plan.idle | plan.spare | repeated.keys()}
+    _check_spare({key: saved for key in plan.spare if (saved := key.replace(".modules_to_save.", ".")) != key} | repeated, file, arrays)
     for key, parameter in (plan.values | plan.copies).items():
         if key in arrays:
             parameter.write(arrays[key])
@@ -174,7 +182,7 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
     section = config.placed({name: m.site for name, m in chosen.items()})
     plan = _Plan(section, [], {}, {}, {}, set(), set(), set())
     for name, module in chosen.items():
-        rank, settings = config.size(name)
+        rank, settings = config.size(name, module.site)
         _check_size(config, section, module, rank, file)
         tensors = config.form.tensors(section, module.site, rank)
         plan.sites.append(_Site(module, rank, settings, tensors, module.stem(chosen)))
@@ -232,12 +240,18 @@ def _is_vocabulary(parameter: Parameter) -> bool:
     return parameter.module.rsplit(".", 1)[-1] in ("embed", "lm_head")
 
 
-def _check_spare(plan: _Plan, file: Checkpoint, arrays: dict[str, np.ndarray]) -> None:
-    """`InputError` where a file holds a saved weight twice, and not the same numbers."""
-    for key in sorted(plan.spare & set(file.names())):
-        saved = key.replace(".modules_to_save.", ".")
-        if saved != key and not np.array_equal(_read(file, key), arrays[saved]):
-            raise InputError(f"{file.path}: '{key}' and '{saved}' are one weight in PEFT, but hold different numbers here.")
+def _check_spare(spare: dict[str, str], file: Checkpoint, arrays: dict[str, np.ndarray]) -> None:
+    """`InputError` where a file holds a tensor twice, and not the same numbers.
+
+    Args:
+        spare: key -> the key of the same tensor.
+        file: holds them.
+        arrays: what was read of it.
+    """
+    for key in sorted(spare.keys() & set(file.names())):
+        kept = spare[key]
+        if kept not in arrays or not np.array_equal(_read(file, key), arrays[kept]):
+            raise InputError(f"{file.path}: '{key}' and '{kept}' are one weight in PEFT, but hold different numbers here.")
 
 
 def _check_whole(plan: _Plan, names: PeftNames, file: Checkpoint) -> None:
@@ -261,7 +275,7 @@ def _check(plan: _Plan, config: PeftConfig, file: Checkpoint) -> None:
     """`InputError` unless the file holds what the plan wants, in these shapes, and nothing else."""
     form, wanted, there = config.form, plan.shapes(), set(file.names())
     optional = {f"{stem}.{name}" for stem in [s.stem for s in plan.sites] for name in form.optional} | {SHARED + n for n in form.optional}
-    known = wanted.keys() | plan.copies.keys() | plan.idle | plan.spare
+    known = wanted.keys() | plan.copies.keys() | plan.idle | plan.spare | plan.repeated(form).keys()
     for what, keys in (("missing", wanted.keys() - optional - there), ("too many for this config and model", there - known)):
         if keys:
             some = sorted(keys)

@@ -9,31 +9,34 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import nnx
 
-from ...adapters.merge import unmerge
+from ...adapters.merge import plain, strip, unmerge
 from ...adapters.sites import Site
 from ...config.doors import EXPORTERS, METHODS
 from ...config.patterns import Patterns
 from ...errors import InputError
+from ...models.heads import Classifier
 from ...sweeps.restore import Restored
 from ...tracking.files import new_folder
 from ...weights.safetensors import Tensor, write_safetensors
 from ..card import model_card, public_name, write_card
 from ..export import Exporter, ExportOptions
+from ..hf import save_pretrained
 from .adapter import AdaptedModule, Adapter
-from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, config_values, new_config, said_places, to_json
+from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, config_values, new_config, option_digests, said_places, to_json
 from .names import PROJECTION, ROOT, SHARED
 
 
 def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, card: str | None = None) -> None:
     """Writes an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, float32.
 
+    The header of the tensors' file holds digests of them and of the config, by which `load_peft` knows damage; PEFT passes them over.
     Padded ranks are trimmed. An adapter from `load_peft` keeps its config and the bits of its tensors.
 
     Args:
@@ -60,7 +63,7 @@ def _write(adapter: Adapter, folder: Path, base: str | None) -> None:
         config = config | _source(adapter)
     (folder / CONFIG_NAME).write_text(to_json(config), encoding="utf-8")
     tensors = _tensors(adapter, peft)
-    write_safetensors(folder / WEIGHTS_NAME, dict(sorted(tensors.items())))
+    write_safetensors(folder / WEIGHTS_NAME, dict(sorted(tensors.items())), digests=option_digests(adapter.form, config))
 
 
 def config_of_model(model: nnx.Module) -> dict[str, Any]:
@@ -94,20 +97,20 @@ def _config(adapter: Adapter) -> tuple[dict[str, Any], PeftConfig]:
 
 def _says(peft: PeftConfig, adapter: Adapter) -> bool:
     """Whether a config means what the model computes, at every module."""
-    if peft.method.name != adapter.method.name:
+    if peft.form is not adapter.form:  # methods that differ in how they train may have one form
         return False
     sites = {s.module.name: s for s in adapter.sites}
     for name, module in adapter.names.modules.items():
         site = sites.get(name)
         meant = peft.adapts(name, linear=module.linear, parameter=module.parameter)
-        rank, settings = peft.size(name) if meant else (0, {})
+        rank, settings = peft.size(name, module.site) if meant else (0, {})
         if (rank > 0) != (site is not None):
             return False
         if site is not None and not _fits(adapter, site, rank, settings):
             return False
     section = peft.placed({name: s.module.site for name, s in sites.items()})
     for name, site in sites.items():
-        of = (site.module.site, peft.size(name)[0])
+        of = (site.module.site, peft.size(name, site.module.site)[0])
         if adapter.form.tensors(section, *of) != adapter.form.tensors(adapter.section, *of):
             return False
     saved = {p.name for p in adapter.saved}
@@ -258,7 +261,7 @@ def _tensors(adapter: Adapter, config: PeftConfig) -> dict[str, Tensor]:
     adapted = {s.module.name for s in adapter.sites}
     ranks: dict[Site, int] = {}
     for one in adapter.sites:
-        site, rank, stem = one.module.site, config.size(one.module.name)[0], one.module.stem(adapted)
+        site, rank, stem = one.module.site, config.size(one.module.name, one.module.site)[0], one.module.stem(adapted)
         ranks[site] = max(rank, ranks.get(site, 0))
         for name, array in form.to_file(section, site, rank, one.arrays(rank)).items():
             found[f"{stem}.{name}"] = _integers(array) if name in form.integers else _float32(array)
@@ -294,9 +297,10 @@ def _integers(array: np.ndarray) -> Tensor:
 
 
 class PeftExporter(Exporter):
-    """An adapter in PEFT's format."""
+    """An adapter in PEFT's format; one that began as a part of the base has twice the rank, or with `keep_base` a base of its own."""
 
     summary = "The adapter alone, float32, for PEFT."
+    options: ClassVar[Mapping[str, tuple[Any, ...]]] = {"keep_base": ()}
 
     def can(self, restored: Restored) -> str | None:
         """Why PEFT has no file for what was trained; None where it has."""
@@ -311,10 +315,16 @@ class PeftExporter(Exporter):
 
     def write(self, restored: Restored, folder: Path, options: ExportOptions) -> None:
         """Config, tensors and a model card."""
-        adapter, source = Adapter(restored.model), restored.member.config.model.source
-        _write(adapter, folder, None)
-        auto = adapter.kind.auto_class if adapter.kind else "AutoModel"
+        model, source = restored.model, restored.member.config.model.source
         base = public_name(source) if source.startswith("hf://") else "PATH OF THE BASE"
+        if options.keep_base:
+            if (changed := plain(model, shifted=True)) is model:
+                raise InputError(f"--keep-base: the init of member '{restored.member.name}' took nothing out of the base.")
+            model, base, bare = changed, "PATH/base", strip(changed)
+            save_pretrained(bare.base if isinstance(bare, Classifier) else bare, folder / "base", dtype="float32")
+        adapter = Adapter(model)
+        _write(adapter, folder, "base" if options.keep_base else None)
+        auto = adapter.kind.auto_class if adapter.kind else "AutoModel"
         labels = f", num_labels={len(restored.classes)}" if restored.classes and adapter.kind and adapter.kind.head_modules else ""
         usage = [
             "from peft import PeftModel",

@@ -48,7 +48,7 @@ def sites(ranks):
             lora_e=jnp.asarray(rng.standard_normal((2, RANK)) * on, jnp.float32),
             lora_b=jnp.asarray(rng.standard_normal((2, RANK, 5)) * on[..., None], jnp.float32),
             scale=jnp.ones(2),
-            init_r=jnp.asarray(own, jnp.float32),
+            triplets=jnp.asarray(own, jnp.float32),
             **numbers,
         )
     return found
@@ -106,6 +106,10 @@ def test_the_budget_falls_and_the_best_triplets_stay():
     assert counts == [9, 9, 9, 9, budget[0], 9, budget[1], 9, budget[2], 3, 3, 3]
 
 
-def test_a_target_above_the_rank_is_refused():
+def test_what_it_cannot_do_is_said():
+    section = tiny.adapter(method="adalora", tinit=5, tfinal=4)
+    METHOD.check_steps(section, 10)
+    with pytest.raises(InputError, match=r"adapter\.tinit, adapter\.tfinal: 5 and 4 leave no step of 9"):
+        METHOD.check_steps(section, 9)
     with pytest.raises(InputError, match=r"adapter\.target_r: 8 .*q_proj.*4"):
         resolve(tiny.encoder(2), tiny.adapter(method="adalora", targets=["q_proj"], rank=4))

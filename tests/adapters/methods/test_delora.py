@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lora_jax.adapters.methods.delora import DeloraSection
 from tests.adapters.methods import exact
 
 
@@ -36,3 +37,14 @@ def test_the_first_gradient_is_large_and_finite():
     wanted = ((np.asarray(x) * norm) @ a * 15 / 2 / (np.linalg.norm(a, axis=0) * 1e-4)).sum(0)
     np.testing.assert_allclose(of_b, np.repeat(wanted[:, None], 8, 1), rtol=1e-4)
     assert np.abs(of_b).max() > 1e4 and not np.any(of_bound)
+
+
+def test_a_file_without_the_norms_has_those_of_the_weight():
+    site = exact.start(method="delora", rank=2)
+    form, section, weight = site.method.peft, DeloraSection(rank=2), np.asarray(site.base.kernel[...])
+    arrays = {name: np.asarray(getattr(site, name)[...]) for name in ("a", "b", "bound", "weight_norm")}
+    tensors = form.to_file(section, site.site, 2, arrays)
+    assert {n: t.shape for n, t in tensors.items()} == form.tensors(section, site.site, 2)
+    del tensors[form.optional[0]]
+    found = form.from_file(section, site.site, 2, tensors, lambda: weight)
+    assert all(np.array_equal(found[name], array) for name, array in arrays.items())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from lora_jax.adapters.inject import inject
 from lora_jax.adapters.layout import resolve
 from lora_jax.adapters.parameters import SiteArrays
 from lora_jax.config.doors import METHODS
@@ -49,3 +51,6 @@ def test_what_it_cannot_do_is_said():
         resolve(model, tiny.adapter(method="lora_fa", targets="embedding"))
     with pytest.raises(InputError, match=r"adapter\.rank.*32"):
         resolve(model, tiny.adapter(method="lora_fa", targets=["q_proj"], rank=33))
+    for init, told in (("mica", "trains A alone"), ("zero_a", "starts A at 0")):
+        with pytest.raises(InputError, match=rf"adapter\.init.*{told}"):
+            inject(model, tiny.adapter(method="lora_fa", targets=["q_proj"], init=init), rngs=nnx.Rngs(0))

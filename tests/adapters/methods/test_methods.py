@@ -14,8 +14,10 @@ import pytest
 from flax import nnx
 
 from lora_jax.adapters.inject import inject, site_modules
+from lora_jax.adapters.layout import resolve
 from lora_jax.adapters.merge import merge, unmerge
 from lora_jax.config.doors import METHODS
+from lora_jax.errors import InputWarning
 from lora_jax.packing.pack import Pack, repack
 from lora_jax.training.checkpoint import Saved
 from tests import tiny
@@ -154,3 +156,12 @@ def moved(adapted: nnx.Module, seed: int) -> nnx.Module:
                 noise = 0.1 * rng.standard_normal(variable.shape)
                 variable.set_value(jnp.asarray(variable[...] + noise, jnp.float32))
     return adapted
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTING if METHODS.all()[name].ignores])
+def test_a_key_that_it_has_no_use_for_is_said(name: str) -> None:
+    values = {"method": name, "rank": 2, "targets": ["q_proj"], "alpha": 4.0} | VALUES.get(name, {}).get("section", {})
+    with pytest.warns(InputWarning) as said:
+        resolve(tiny.encoder(1), tiny.adapter(**values))
+    keys = {str(w.message).split(":")[0].removeprefix("adapter.") for w in said}
+    assert keys == {"alpha", "rank"} & set(METHODS.all()[name].ignores)
