@@ -144,15 +144,10 @@ class Setup:
         """The sites of the model that a member adapts; resolved once."""
         key = config.optimizer.kind + config.adapter.model_dump_json()
         if key not in self.specs:
-<<<<<<< HEAD
             spec = resolve(self.model, config.adapter)
+            spec.method.check_steps(spec.config, self.steps)
             optimizer_of(config.optimizer).check(unite(self.model, [spec]))
             self.specs[key] = spec
-=======
-            spec = self.specs[key] = resolve(self.model, config.adapter)
-            spec.method.check_steps(spec.config, self.steps)
-        optimizer_of(config.optimizer).check(self.specs[key])
->>>>>>> main
         return self.specs[key]
 
     def layout(self, configs: Sequence[Config]) -> Layout:

@@ -101,12 +101,9 @@ OTHERS = {
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
     "task.messages", "task.date",
     "model.transforms",  # tests/models/transforms
-<<<<<<< HEAD
     "optimizer.kind", "optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.delta", "optimizer.momentum", "optimizer.nesterov",
     "optimizer.parameter_scale", "optimizer.rms",
-=======
     "adapter.init_batches",  # tests/training/test_statistics.py
->>>>>>> main
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip
 
