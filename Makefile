@@ -2,7 +2,7 @@
 #   make PYTHON=python3.12 install    choose the Python that makes .venv
 #   make test PYTEST="tests/config -x"    pass arguments to pytest
 .DEFAULT_GOAL := help
-.PHONY: help install dev quickstart test test-slow test-interop test-slurm test-long lint types format notebook clean
+.PHONY: help install dev quickstart test test-slow test-interop test-slurm test-long lint types format methods notebook clean
 .NOTPARALLEL:
 SHELL := /bin/sh
 
@@ -82,6 +82,9 @@ types: .venv/.dev  ## Check static types
 format: .venv/.dev  ## Fix what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+methods: .venv/.installed  ## Write the README's table of methods anew, from the registry
+	$(BIN)/python -m lora_jax.adapters.describe README.md
 
 # Runs a copy, so that the working tree does not change.
 notebook: dev  ## Run every notebook

@@ -69,7 +69,7 @@ def prepare(case: Case, folder: str) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process trains nothing
     from lora_jax.config.schema import Config
     from lora_jax.data.batching import NO_TARGET
-    from lora_jax.tasks.base import prepare as prepare_task
+    from lora_jax.tasks.prepare import prepare as prepare_task
     from lora_jax.weights.load import resolve
     from lora_jax.weights.tokenizer import load_tokenizer
 

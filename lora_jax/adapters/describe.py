@@ -1,18 +1,28 @@
-"""What is trainable: sites, shapes, counts, and their fraction of all parameters."""
+"""What is trainable: sites, shapes, counts, and their fraction of all parameters; and what each method would train.
+
+python -m lora_jax.adapters.describe README.md    writes the table of methods anew
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from ..config.doors import METHODS
 from ..config.schema import AdapterConfig
 from ..errors import InputError
 from .inject import site_modules
 from .layout import resolve
+from .methods.base import Method
 from .partition import partition
-from .sites import find_sites
+from .sites import Site, find_sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,3 +122,86 @@ def rank_for(model: nnx.Module, config: AdapterConfig, parameters: int) -> int:
     if best is None:
         raise refused
     return best[1]
+
+
+# What the numbers of `method_table` are of.
+_WIDTH, _RANK = 768, 8
+_MARKS = ("<!-- methods: made by `make methods` -->", "<!-- end of methods -->")
+
+
+def method_table() -> str:
+    """A Markdown table of the library's own methods, as the registry has them, each with the defaults of its section.
+
+    Its columns: what it is; the numbers it trains at a linear site of `in` inputs and `out` outputs at rank r, as a formula where it is a
+    polynomial of these, and at 768 x 768 and rank 8; the FLOPs it adds there, of the site's own; how it packs; and PEFT's name of it.
+    """
+    own = {name: method for name, method in METHODS.all().items() if type(method).__module__.startswith("lora_jax.")}
+    lines = ["| method | what | trained numbers a site | at 768 x 768, r = 8 | added FLOPs | packs | in PEFT |"]
+    lines.append("| --- | --- | --- | ---: | ---: | --- | --- |")
+    for name, method in sorted(own.items()):
+        about = (sys.modules[type(method).__module__].__doc__ or "").partition("\n")[0]
+        what, paper = re.sub(r"\s*\(.*|:.*|,.*", "", about).rstrip("."), re.search(r"arXiv:([0-9.]+[0-9])", about)
+        what = f"[{what}](https://arxiv.org/abs/{paper[1]})" if paper else what
+        site, words = _site(_WIDTH, _WIDTH), ["–", "–", "–"]
+        if site.kind in method.kinds:
+            cost = 100 * method.cost(site, _RANK) / (2 * _WIDTH * _WIDTH)
+            words = [_formula(method), f"{method.count(site, _RANK):,}", f"{cost:.1f} %" if cost < 10 else f"{cost:.0f} %"]
+        peft = "–" if method.peft is None else " ".join([method.peft.peft_type, *(f"`{flag}`" for flag in method.peft.flags)])
+        lines.append(f"| `{name}` | {what} | {words[0] or 'other'} | {words[1]} | {words[2]} | {method.packs} | {peft} |")
+    return "\n".join(lines)
+
+
+def update_methods(path: Path) -> bool:
+    """Puts `method_table` between the two marks of a Markdown file; returns whether that changed the file.
+
+    Raises:
+        InputError: the file lacks the marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    if any(text.count(mark) != 1 for mark in _MARKS):
+        raise InputError(f"{path}: does not have the lines {_MARKS[0]} and {_MARKS[1]} once each.")
+    before, rest = text.split(_MARKS[0])
+    new = f"{before}{_MARKS[0]}\n{method_table()}\n{_MARKS[1]}{rest.split(_MARKS[1])[1]}"
+    if new != text:
+        path.write_text(new, encoding="utf-8")
+    return new != text
+
+
+def _site(inputs: int, outputs: int) -> Site:
+    """A linear site by itself."""
+    return Site(("site",), "linear", "site", (("site",),), None, "kernel", None, inputs, outputs, None, biased=True)
+
+
+def _formula(method: Method) -> str:
+    """The trained numbers of a linear site as a polynomial of its inputs, outputs and rank; "" where they are none."""
+    terms: dict[str, Callable[[float, float, float], float]] = {
+        "in out": lambda n, m, r: n * m,
+        "in out / r": lambda n, m, r: n * m / r,
+        "r in": lambda n, m, r: r * n,
+        "r out": lambda n, m, r: r * m,
+        "in": lambda n, m, r: n,
+        "out": lambda n, m, r: m,
+        "r²": lambda n, m, r: r * r,
+        "r": lambda n, m, r: r,
+        "": lambda n, m, r: 1,
+    }
+    points = [(n, m, r) for n in (768, 1536, 3072) for m in (768, 1536, 3072) for r in (4, 8, 16, 32)]
+    values = np.array([[term(*point) for term in terms.values()] for point in points])
+    counts = np.array([method.count(_site(n, m), r) for n, m, r in points])
+    scale = np.abs(values).max(axis=0)
+    factors = np.linalg.lstsq(values / scale, counts, rcond=None)[0] / scale
+    halves = np.round(2 * factors) / 2
+    if not np.array_equal(values @ halves, counts):
+        return ""
+    whole = 1 if np.array_equal(halves, np.round(halves)) else 2
+    found = {name: round(whole * factor) for name, factor in zip(terms, halves.tolist(), strict=True) if factor}
+    if found.get("r in") and found["r in"] == found.get("r out"):
+        found = {"r (in + out)": found.pop("r in"), **{name: factor for name, factor in found.items() if name != "r out"}}
+    words = [f"{'-' if f < 0 else '+'} {abs(f) if abs(f) > 1 or not name else ''} {name}" for name, f in found.items()]
+    text = re.sub(" +", " ", " ".join(words)).strip().removeprefix("+ ")
+    return text if whole == 1 else f"({text}) / {whole}"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(f"{name}: {'updated' if update_methods(Path(name)) else 'as it should be'}")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.special import stdtrit
@@ -19,8 +19,8 @@ from ..errors import InputError
 from ..packing.pack import Member
 from ..sweeps.restore import named_member, run_members
 from ..tasks.evaluators import Evaluator
-from ..tracking.results import MemberResult, cell, read_run, union, write_table
-from .metrics import LEARNING_RATE, SEED, best_of, find_metric, identity, primary_metric
+from ..tracking.results import MemberResult, read_run, union
+from .metrics import LEARNING_RATE, SEED, best_of, identity, primary_metric
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ class Row:
         members: Its members, one a seed.
         final: The metric at the end, over those members that finished.
         best: The metric at its best step, over the same.
-        difference: `final` minus that of the row it is compared with, paired by seed; None for that row itself, and where nothing can
-            be paired: no common seed, or other data or steps.
-        is_best: Whether it is the best of all rows in `final`.
+        test: The metric on the test rows, over the same; of no value where there are none.
+        difference: `test`, or where no row has that, `final`, minus that of the row it is compared with, paired by seed; None for that
+            row itself, and where nothing can be paired: no common seed, or other data or steps.
+        is_best: Whether it is the best of all rows in `selection`.
         is_reference: Whether it is a row that others are compared with.
         run: The run it comes from, when several are compared.
         data: Dotted key -> value of what decides its data and steps (`data_of`), as far as that is known to differ between rows.
@@ -73,6 +74,17 @@ class Row:
     is_reference: bool = False
     run: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
+    test: Estimate = field(default_factory=lambda: Estimate.of([]))
+
+    @property
+    def chosen_by(self) -> Literal["final", "best"]:
+        """Which validation figure rows are chosen by: that of the adapters that were tested; `final` without a test."""
+        return "best" if any(m.tested == "best" for m in self.members) else "final"
+
+    @property
+    def selection(self) -> Estimate:
+        """The figure that rows are chosen by; never of test rows."""
+        return self.best if self.chosen_by == "best" else self.final
 
     @property
     def parameters(self) -> int:
@@ -92,7 +104,8 @@ class Row:
         """Seed -> value, of those that finished with a value. Without evaluations in between, the best is the final one."""
         found = {}
         for m in self.members:
-            value = (getattr(m, which) or m.final).get(metric.name, math.nan)
+            own = getattr(m, which) or ({} if which == "test" else m.final)
+            value = own.get(metric.name, math.nan)
             if m.status == "finished" and not math.isnan(value):
                 found[identity(m.settings.get(SEED, 0))] = value
         return found
@@ -132,14 +145,15 @@ def rows_of(results: Sequence[MemberResult], metric: Evaluator, *, run: str = ""
         settings = {k: v for k, v in members[0].settings.items() if k != SEED}
         data = data_of({**(config or {}), **settings})
         row = Row(settings, tuple(members), Estimate.of([]), Estimate.of([]), run=run, data=data)
-        final, best = (Estimate.of(list(row.values(metric, which).values())) for which in ("final", "best"))
-        rows.append(replace(row, final=final, best=best))
+        final, best, test = (Estimate.of(list(row.values(metric, which).values())) for which in ("final", "best", "test"))
+        rows.append(replace(row, final=final, best=best, test=test))
     return rows
 
 
 def mark_best(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] | None = None) -> list[Row]:
-    """Marks the best row, and gives rows their difference to it, or to the reference.
+    """Marks the best row, and gives rows their difference to it, or to the reference: on the test rows, where any row has those.
 
+    The best row is chosen without them.
     A row of which some seed did not finish cannot be best: the mean over the seeds that survived flatters it.
 
     Args:
@@ -153,9 +167,10 @@ def mark_best(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, An
         others = [_counterpart(row, rows, reference) for row in rows]
     else:
         others = [best] * len(rows)
+    which = "test" if tested(rows) else "final"
     marked = []
     for row, other in zip(rows, others, strict=True):
-        difference = None if other is None or row is other else _difference(row, other, metric)
+        difference = None if other is None or row is other else _difference(row, other, metric, which)
         marked.append(replace(row, is_best=row is best, is_reference=any(row is o for o in others), difference=difference))
     return marked
 
@@ -181,7 +196,12 @@ def _best(rows: Sequence[Row], metric: Evaluator, *, partial: bool = False) -> R
     """The row with the best mean; of equals the one that trains the fewest parameters, whatever order the rows are in."""
     whole = [row for row in rows if partial or not row.unfinished]
     whole.sort(key=lambda row: (row.parameters, row.run, _key(row.settings)))
-    return best_of(whole, lambda row: row.final.mean, metric)
+    return best_of(whole, lambda row: row.selection.mean, metric)
+
+
+def tested(rows: Sequence[Row]) -> bool:
+    """Whether any of the rows has a score on test rows."""
+    return any(row.test.count for row in rows)
 
 
 def _key(settings: Mapping[str, Any], *without: str) -> str:
@@ -207,39 +227,43 @@ def data_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     >>> data_of({"adapter.rank": 4, "training.steps": 100, "training.seed": 1})
     {'training.steps': 100}
     """
-    return {k: v for k, v in settings.items() if k.startswith("task.") or k in ("model.source", *_LENGTH_AND_ORDER)}
+    known = {k: v for k, v in settings.items() if k.startswith("task.") or k in ("model.source", *_LENGTH_AND_ORDER)}
+    return {k: v for k, v in known.items() if v is not None or k not in _NEWER}
 
 
+# Runs of before these keys lack them.
+_NEWER = ("task.test_source", "task.test_size")
 _LENGTH_AND_ORDER = tuple(
     f"training.{key}" for key in ("steps", "epochs", "extend_steps", "batch_size", "accumulate", "batching", "data_seed")
 )
 
 
-def _difference(row: Row, other: Row, metric: Evaluator) -> Estimate | None:
+def _difference(row: Row, other: Row, metric: Evaluator, which: str) -> Estimate | None:
     if _key(row.data) != _key(other.data):
         return None
-    mine, others = row.values(metric), other.values(metric)
+    mine, others = row.values(metric, which), other.values(metric, which)
     common = [seed for seed in mine if seed in others]
     return Estimate.of([mine[seed] - others[seed] for seed in common]) if common else None
 
 
 def footnotes(results: Sequence[MemberResult], rows: Sequence[Row]) -> list[str]:
     """What a reader has to know before believing the comparison."""
-    notes = []
+    notes = [_test_note(rows)] if tested(rows) else []
+    judged = "test" if notes else "held-out"
     keys = union(r.settings for r in results)
     rates = {identity(r.settings[LEARNING_RATE]) for r in results if LEARNING_RATE in r.settings}
     if len(rows) > 1 and len(rates) < 2:
         notes.append("Compared at a single learning rate: other settings may be better at another one, so sweep it before concluding.")
     if any(row.final.half_width is not None for row in rows):
         notes.append(
-            "± is the 95 % interval of the mean over seeds (Student's t). It does not include the variance from the choice of held-out "
-            "rows. Differences are paired by seed."
+            "± is the 95 % interval of the mean over seeds (Student's t). It does not include the variance from the choice of "
+            f"{judged} rows. Differences are paired by seed."
         )
     elif len(rows) > 1:
         more = f"{SEED} was swept, but no setting finished with two seeds" if SEED in keys else f"One seed: sweep {SEED}"
         notes.append(f"{more} to see which differences are more than chance. With a single seed there is no interval.")
     best = next((row for row in rows if row.is_best), None)
-    if best is not None and (equal := sum(row.final.mean == best.final.mean and not row.unfinished for row in rows)) > 1:
+    if best is not None and (equal := sum(row.selection.mean == best.selection.mean and not row.unfinished for row in rows)) > 1:
         notes.append(f"{equal} settings are equally good; the one that trains the fewest parameters is marked as best.")
     if any(row.unfinished for row in rows):
         notes.append(
@@ -256,6 +280,16 @@ def footnotes(results: Sequence[MemberResult], rows: Sequence[Row]) -> list[str]
     return notes
 
 
+def _test_note(rows: Sequence[Row]) -> str:
+    """Which part of the data the figures are of."""
+    which = {m.tested for row in rows for m in row.members} - {""}
+    adapters = "the adapter of its best step" if which == {"best"} else "its last adapter" if which == {"final"} else "the adapter it saved"
+    return (
+        "Validation figures are of the held-out rows, by which steps, rates and the best setting (*) are chosen. Test figures are of rows "
+        f"that nothing was chosen by: each member was scored on them once, with {adapters}. Differences are of test figures."
+    )
+
+
 def rate_notes(chosen: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     """What a reader has to know of settings at their best learning rates.
 
@@ -264,6 +298,8 @@ def rate_notes(chosen: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         rows: All of them.
     """
     notes = ["The rate was chosen by the same held-out rows, which flatters all settings a little."]
+    if tested(rows):
+        notes = ["The rate was chosen on the validation rows; the test rows had no part in it."]
     rates = rates_of(rows)
     ends = [f"the {word} swept ({end:g})" for word, end in (("smallest", rates[0]), ("largest", rates[-1]))]
     at = [sum(row.settings.get(LEARNING_RATE) == end for row in chosen) for end in (rates[0], rates[-1])]
@@ -288,15 +324,16 @@ def best_result(results: Sequence[MemberResult]) -> tuple[MemberResult, str]:
     if row is None:
         row = next(row for row in rows if any(m.status == "finished" for m in row.members))
     finished = [m for m in row.members if m.status == "finished"]
-    ranked = sorted(finished, key=lambda m: (metric.sign * m.final.get(metric.name, math.nan), m.name))
+    figure = lambda m: (getattr(m, row.chosen_by) or m.final).get(metric.name, math.nan)
+    ranked = sorted(finished, key=lambda m: (metric.sign * figure(m), m.name))
     member = ranked[(len(ranked) - 1) // 2]
-    equal = sum(other.final.mean == row.final.mean for other in (whole or rows))
+    equal = sum(other.selection.mean == row.selection.mean for other in (whole or rows))
     tie = f", with the fewest parameters of {equal} equal ones" if equal > 1 else ""
-    value = metric.format(member.final.get(metric.name, math.nan))
+    value, by = metric.format(figure(member)), f"validation {metric.heading}" if tested(rows) else metric.heading
     if len(row.members) == 1:
-        return member, f"best of {len(rows)} by {metric.heading}: {value}{tie}"
-    mean = f"{metric.format(row.final.mean)} over {len(finished)} seeds"
-    return member, f"best setting of {len(rows)} by mean {metric.heading}: {mean}{tie}; its median member: {value}"
+        return member, f"best of {len(rows)} by {by}: {value}{tie}"
+    mean = f"{metric.format(row.selection.mean)} over {len(finished)} seeds"
+    return member, f"best setting of {len(rows)} by mean {by}: {mean}{tie}; its median member: {value}"
 
 
 def choose_member(path: Path, name: str | None) -> tuple[Path, Member, str]:
@@ -333,46 +370,3 @@ def best_of_run(run: Path, members: Sequence[Member]) -> tuple[str, str] | None:
         return None
     best, reason = best_result(results)
     return best.name, reason
-
-
-def write_summary_csv(path: Path | str, results: Sequence[MemberResult], reference: Mapping[str, Any] | None = None) -> Path:
-    """Writes a row for each setting of everything but the seed, in the order of `results`.
-
-    Its columns: every swept key; `parameters`; `seeds`, of which so many `finished`; for each final metric `M` its mean over them,
-    `M_low` and `M_high` (the ends of the mean's 95 % interval by Student's t), `M_difference` to the reference (paired by seed, with
-    `M_difference_low` and `M_difference_high`) and `difference_seeds`, how many could be paired; `best`, `reference`, and
-    `best_learning_rate`: whether it is the best of all, what others are compared with, and the best of those that differ from it in the
-    learning rate alone. What is not known is an empty cell: so are the intervals of a single seed.
-
-    Args:
-        path: The file.
-        results: The members of one run.
-        reference: As in `mark_best`; the best setting by default.
-    """
-    metric = primary_metric(results)
-    rows = mark_best(rows_of(results, metric), metric, reference)
-    tuned = {id(row.members) for row in best_rates(rows, metric)}
-    names = union(r.final for r in results)
-    if not reference:  # all metrics are compared with one row: the best in the primary one
-        reference = next((row.settings for row in rows if row.is_best), None)
-    metrics = {name: find_metric(name, results) for name in names}
-    each = {name: mark_best(rows_of(results, m), m, reference) for name, m in metrics.items()}
-    keys = union(row.settings for row in rows)
-    table: list[dict[str, Any]] = []
-    for i, row in enumerate(rows):
-        out: dict[str, Any] = {key: row.settings.get(key) for key in keys}
-        out |= {"parameters": row.parameters, "seeds": len(row.members), "finished": sum(m.status == "finished" for m in row.members)}
-        for name in names:
-            own = each[name][i]
-            out |= _ends(name, own.final) | _ends(f"{name}_difference", own.difference)
-        out["difference_seeds"] = row.difference.count if row.difference else None
-        out |= {"best": row.is_best, "reference": row.is_reference, "best_learning_rate": id(row.members) in tuned}
-        table.append({key: cell(value) for key, value in out.items()})
-    return write_table(path, table, empty="parameters")
-
-
-def _ends(name: str, estimate: Estimate | None) -> dict[str, float | None]:
-    mean = None if estimate is None or math.isnan(estimate.mean) else estimate.mean
-    half = None if estimate is None else estimate.half_width
-    ends = {f"{name}_{end}": None if mean is None or half is None else mean + sign * half for end, sign in (("low", -1), ("high", 1))}
-    return {name: mean, **ends}

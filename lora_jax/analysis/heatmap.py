@@ -116,7 +116,9 @@ def heatmap_png(
         return None
     lines = [line for line in (subtitle, _reduction(results, x, y)) if line]
     endings = [[_ending(results, x, a, y, b) for a in xs] for b in ys]
-    return _draw(cells, endings, xs, ys, x, y, metric, f"{title}: {metric.heading}" if title else metric.heading, lines)
+    # Settings are looked for on the map, so it shows what they are chosen by: no test rows.
+    heading = f"validation {metric.heading}" if any(r.test for r in results) else metric.heading
+    return _draw(cells, endings, xs, ys, x, y, metric, f"{title}: {heading}" if title else heading, lines)
 
 
 def _reduction(results: Sequence[MemberResult], x: str, y: str | None) -> str:

@@ -1,11 +1,15 @@
-"""Which metric members are compared by, and how settings are written."""
+"""Which metric members are compared by, how sure a difference is, and how settings are written."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from ..errors import InputError, hint
 from ..tasks.evaluators import EVALUATORS, Evaluator
@@ -54,6 +58,73 @@ def best_of(things: Iterable[T], value: Callable[[T], float], metric: Evaluator)
         if not math.isnan(one[0]) and (best is None or metric.better(one[0], best[0])):
             best = one
     return None if best is None else best[1]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A difference between two settings that were trained with the same seeds and scored on the same rows.
+
+    Attributes:
+        mean: over seeds and rows.
+        of_seeds, of_rows: half widths of its 95 % intervals, where only the seeds, or only the rows, were other ones; None where there
+            was one seed, or one batch of rows.
+        half_width: of its 95 % interval, where both were.
+        p: two-sided, of no difference, where both were; 1 where nothing differs.
+    """
+
+    mean: float
+    of_seeds: float | None
+    of_rows: float | None
+    half_width: float
+    p: float
+
+    @classmethod
+    def of(cls, differences: np.ndarray, sizes: np.ndarray) -> Paired:
+        """From sums over batches of rows.
+
+        The variance over seeds (paired t) and that over rows (batches of them, as clusters) are added, and their degrees of freedom
+        combined by Satterthwaite's rule. What varies from seed to seed in each row is then counted twice: the intervals are a little wide.
+
+        Args:
+            differences: (seeds, batches), one setting's sum over a batch (of right predictions) minus the other's.
+            sizes: (batches,), how many rows, or targets, each batch has.
+
+        Raises:
+            ValueError: there is one seed and one batch.
+        """
+        seeds, batches = differences.shape
+        if seeds * batches < 2:
+            raise ValueError("one seed and one batch of rows: no variance is known")
+        total = sizes.sum()
+        mean = differences.sum() / (seeds * total)
+        parts: list[tuple[float, int]] = []  # variance of the mean, degrees of freedom
+        if seeds > 1:
+            parts.append((float(np.var(differences.sum(axis=1) / total, ddof=1)) / seeds, seeds - 1))
+        if batches > 1:
+            left = differences.mean(axis=0) - mean * sizes
+            parts.append((float((left**2).sum()) * batches / (batches - 1) / total**2, batches - 1))
+        halves = [float(stdtrit(freedom, 0.975)) * math.sqrt(variance) for variance, freedom in parts]
+        of_seeds, of_rows = (halves.pop(0) if known else None for known in (seeds > 1, batches > 1))
+        variance = sum(own for own, _ in parts)
+        if variance == 0:
+            return cls(float(mean), of_seeds, of_rows, 0.0, 1.0 if mean == 0 else 0.0)
+        freedom = variance**2 / sum(own**2 / degrees for own, degrees in parts)
+        error = math.sqrt(variance)
+        half = float(stdtrit(freedom, 0.975)) * error
+        return cls(float(mean), of_seeds, of_rows, half, float(2 * stdtr(freedom, -abs(mean) / error)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values of several comparisons, adjusted (Holm, 1979): those below 0.05 hold together, with at most 5 % chance of any error.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

@@ -17,10 +17,10 @@ from ..tracking.files import read_json, write_atomic
 from ..tracking.progress import clock_time
 from ..tracking.results import MemberResult, read_run
 from ..tracking.state import read_state
-from .compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
+from .compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of, tested
 from .heatmap import heatmap_png
 from .metrics import primary_metric, short_value
-from .table import best_heading, best_step_text, columns, difference_heading, difference_text, estimate_text, read_config
+from .table import best_heading, best_step_text, columns, difference_heading, difference_text, estimate_text, final_heading, read_config
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; max-width: 1120px; margin: 2.2rem auto; padding: 0 1.2rem }
@@ -76,7 +76,8 @@ def write_report(
         # The picture has twice the pixels of a usual screen, so it is shown at half its size.
         width = int.from_bytes(png[16:20], "big") // 2
         source = base64.b64encode(png).decode()
-        alt = f"Heat map of {metric.name} over the swept settings; the table below has the same figures"
+        of = "validation " if tested(rows) else ""
+        alt = f"Heat map of {of}{metric.name} over the swept settings; the table below has the same figures"
         parts.append(f'<img width="{width}" alt="{escape(alt)}" src="data:image/png;base64,{source}">')
     tuned = mark_best(best_rates(rows, metric), metric, reference)
     if len(rates_of(rows)) > 1 and len(tuned) > 1:
@@ -139,7 +140,10 @@ def _figures(results: Sequence[MemberResult], rows: Sequence[Row], metric: Evalu
     best = next((row for row in rows if row.is_best), None)
     figures = [(str(len(results)), "members")]
     if best is not None:
-        figures.insert(0, (estimate_text(best.final, metric), f"best final {metric.heading}"))
+        if tested(rows):
+            figures.insert(0, (estimate_text(best.test, metric), f"test {metric.heading} of the best by validation"))
+        else:
+            figures.insert(0, (estimate_text(best.final, metric), f"best final {metric.heading}"))
     for status, words in (("stopped", "stopped by halving"), ("diverged", "diverged"), ("failed", "failed")):
         if count := sum(r.status == status for r in results):
             figures.append((str(count), words))
@@ -161,7 +165,9 @@ def _table(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] 
     keys = columns(rows)
     numeric = {key: all(isinstance(row.settings.get(key), (int, float)) for row in rows) for key in keys}
     head = [(h, numeric[k], k) for k, h in keys.items()] if keys else [("member", False, "")]
-    figures = ["seeds", "parameters", f"final {metric.heading}", best_heading(rows, metric), "at step", difference_heading(reference)]
+    with_test = tested(rows)
+    figures = ["seeds", "parameters", final_heading(rows, metric), best_heading(rows, metric), "at step"]
+    figures += [*([f"test {metric.heading}"] if with_test else []), difference_heading(reference)]
     figures += ["tokens/s", "padding (%)"]
     lines = ["<tr>" + "".join(_cell("th", h, n, k) for h, n, k in head) + "".join(_cell("th", f, True) for f in figures) + "</tr>"]
     for row in rows:
@@ -173,6 +179,7 @@ def _table(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] 
         speed, padding = (sum(getattr(m, k) for m in row.members) / len(row.members) for k in ("tokens_per_second", "padding_share"))
         cells += [_cell("td", str(len(row.members)), True), _cell("td", f"{row.parameters:,}", True), f'<td class="n">{bad}{final}</td>']
         cells += [_cell("td", estimate_text(row.best, metric) if known else "", True), _cell("td", best_step_text(row), True)]
+        cells += [_cell("td", estimate_text(row.test, metric) if row.test.count else "", True)] if with_test else []
         cells += [_cell("td", difference_text(row, metric), True)]
         cells += [_cell("td", "" if math.isnan(speed) else f"{speed:,.0f}", True)]
         cells += [_cell("td", "" if math.isnan(padding) else f"{100 * padding:.1f}", True)]

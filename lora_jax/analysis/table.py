@@ -1,4 +1,4 @@
-"""Tables for the terminal: the members of one run, or several runs beside each other."""
+"""Tables for the terminal, of the members of one run or several runs beside each other; and `summary.csv`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rich.text import Text
 
 from ..errors import InputError
 from ..tasks.evaluators import Evaluator
-from ..tracking.results import MemberResult, read_run, union
+from ..tracking.results import MemberResult, cell, read_run, union, write_table
 from ..tracking.rundir import differences
-from .compare import LEARNING_RATE, Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of
+from .compare import LEARNING_RATE, Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of, tested
 from .metrics import SEED, find_metric, identity, primary_metric, short_names, short_value
 
 
@@ -150,9 +150,15 @@ def best_heading(rows: Sequence[Row], metric: Evaluator) -> str:
     """`best accuracy (%)`, or `loss at best accuracy`: `best` are the figures of the step that was best in the run's own metric."""
     chosen_by = {m.metric for row in rows for m in row.members} - {"", metric.name}
     # Perplexity is e to the loss: where one is best the other is.
+    of = f"validation {metric.heading}" if tested(rows) else metric.heading
     if not chosen_by or (metric.name in _SAME_STEP and chosen_by <= _SAME_STEP):
-        return f"best {metric.heading}"
-    return f"{metric.heading} at best {chosen_by.pop() if len(chosen_by) == 1 else 'step'}"
+        return f"best {of}"
+    return f"{of} at best {chosen_by.pop() if len(chosen_by) == 1 else 'step'}"
+
+
+def final_heading(rows: Sequence[Row], metric: Evaluator) -> str:
+    """`final accuracy (%)`; where there are test rows, the figure is said to be of the others."""
+    return f"final {'validation ' if tested(rows) else ''}{metric.heading}"
 
 
 _SAME_STEP = {"loss", "perplexity"}
@@ -191,10 +197,12 @@ def _table(
         table.add_column(Text(heading), justify="right" if numeric else "left")
     if has_seeds:
         table.add_column("seeds", justify="right")
-    for heading in ("parameters", f"final {metric.heading}", best_heading(rows, metric)):
+    for heading in ("parameters", final_heading(rows, metric), best_heading(rows, metric)):
         table.add_column(Text(heading), justify="right", no_wrap=heading == "parameters")
     if has_steps:
         table.add_column("at step", justify="right")
+    if tested(rows):
+        table.add_column(Text(f"test {metric.heading}"), justify="right")
     if has_difference:
         table.add_column(Text(difference_heading(reference)), justify="right")
     for row in rows:
@@ -203,6 +211,7 @@ def _table(
         cells += [str(len(row.members))] if has_seeds else []
         cells += [f"{row.parameters:,}", _final(row, metric), "" if row.final.count == 0 else estimate_text(row.best, metric)]
         cells += [best_step_text(row)] if has_steps else []
+        cells += [estimate_text(row.test, metric) if row.test.count else ""] if tested(rows) else []
         cells += [difference_text(row, metric)] if has_difference else []
         table.add_row(*(Text(c) if isinstance(c, str) else c for c in cells), style="bold green" if row.is_best else None)
     return table
@@ -213,3 +222,49 @@ def _final(row: Row, metric: Evaluator) -> Text:
     if row.unfinished:
         return Text.assemble((row.unfinished, "dim" if row.was_stopped else "red"), f" {figure}" if figure else "")
     return Text(figure + (" *" if row.is_best else "  "))
+
+
+def write_summary_csv(path: Path | str, results: Sequence[MemberResult], reference: Mapping[str, Any] | None = None) -> Path:
+    """Writes a row for each setting of everything but the seed, in the order of `results`.
+
+    Its columns: every swept key; `parameters`; `seeds`, of which so many `finished`; for each final metric `M` its mean over them,
+    `M_low` and `M_high` (the ends of the mean's 95 % interval by Student's t), `M_difference` to the reference (paired by seed, with
+    `M_difference_low` and `M_difference_high`) and `difference_seeds`, how many could be paired; `best`, `reference`, and
+    `best_learning_rate`: whether it is the best of all, what others are compared with, and the best of those that differ from it in the
+    learning rate alone. What is not known is an empty cell: so are the intervals of a single seed.
+
+    With test rows there are columns `test_M`, `test_M_low` and `test_M_high`, too, and the differences are `test_M_difference`.
+
+    Args:
+        path: The file.
+        results: The members of one run.
+        reference: As in `mark_best`; the best setting by default.
+    """
+    metric = primary_metric(results)
+    rows = mark_best(rows_of(results, metric), metric, reference)
+    tuned = {id(row.members) for row in best_rates(rows, metric)}
+    names = union(r.final for r in results)
+    if not reference:  # all metrics are compared with one row: the best in the primary one
+        reference = next((row.settings for row in rows if row.is_best), None)
+    metrics = {name: find_metric(name, results) for name in names}
+    each = {name: mark_best(rows_of(results, m), m, reference) for name, m in metrics.items()}
+    keys, with_test = union(row.settings for row in rows), tested(rows)
+    table: list[dict[str, Any]] = []
+    for i, row in enumerate(rows):
+        out: dict[str, Any] = {key: row.settings.get(key) for key in keys}
+        out |= {"parameters": row.parameters, "seeds": len(row.members), "finished": sum(m.status == "finished" for m in row.members)}
+        for name in names:
+            own = each[name][i]
+            out |= _ends(name, own.final) | (_ends(f"test_{name}", own.test) if with_test else {})
+            out |= _ends(f"{'test_' if with_test else ''}{name}_difference", own.difference)
+        out["difference_seeds"] = row.difference.count if row.difference else None
+        out |= {"best": row.is_best, "reference": row.is_reference, "best_learning_rate": id(row.members) in tuned}
+        table.append({key: cell(value) for key, value in out.items()})
+    return write_table(path, table, empty="parameters")
+
+
+def _ends(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    mean = None if estimate is None or math.isnan(estimate.mean) else estimate.mean
+    half = None if estimate is None else estimate.half_width
+    ends = {f"{name}_{end}": None if mean is None or half is None else mean + sign * half for end, sign in (("low", -1), ("high", 1))}
+    return {name: mean, **ends}

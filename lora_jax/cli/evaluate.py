@@ -16,7 +16,7 @@ def evaluate(
     member: Annotated[
         str | None, typer.Option("--member", metavar="NAME", help="A member of a sweep. Default: all.", show_default=False)
     ] = None,
-    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="The rows to use: eval (held out) or train.")] = "eval",
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="The rows to use: eval (held out), test or train.")] = "eval",
 ) -> None:
     """Evaluate the saved adapters of a run.
 

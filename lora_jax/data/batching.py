@@ -113,6 +113,7 @@ class BatchPlan:
         row_multiple: rows are rounded up to a multiple of it, so that devices can share them.
         steps: optimizer steps; or `epochs`, from which they follow.
         extra_steps: beyond those.
+        test: more examples to evaluate on.
 
     Attributes:
         order: number of the order that the examples are in (`DATA_ORDER`, `ACCUMULATED_ORDER`).
@@ -138,11 +139,12 @@ class BatchPlan:
         steps: int | None = None,
         epochs: float | None = None,
         extra_steps: int = 0,
+        test: Examples | None = None,
     ):
         if batch_size > len(train.tokens):
             raise InputError(f"training.batch_size: {batch_size}, but there are only {len(train.tokens)} training examples.")
         self._train, self._held_out, self._seed, self._per_example = train, held_out, seed, per_example
-        self._row_multiple = row_multiple
+        self._row_multiple, self._evaluated = row_multiple, (held_out, *(() if test is None else (test,)))
         self._micro, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
         self.order = DATA_ORDER if accumulate == 1 else ACCUMULATED_ORDER
         self.steps_per_epoch = len(train.tokens) // batch_size
@@ -224,9 +226,9 @@ class BatchPlan:
         groups = np.concatenate([np.stack(self._epoch(e)) for e in range(self._distinct)])
         self._tokens_per_step = float(lengths[groups].sum()) / (self._distinct * self.steps_per_epoch)
         most = int(targets[groups].sum(axis=1).max())
-        most = max(most, int(self._held_out.target_counts.max()))
+        most = max(most, *(int(examples.target_counts.max()) for examples in self._evaluated))
         count = self._micro if self._per_example else -(-most // 8) * 8
-        longest = -(-int(max(lengths.max(), self._held_out.lengths.max())) // 8) * 8
+        longest = -(-int(max(lengths.max(), *(examples.lengths.max() for examples in self._evaluated))) // 8) * 8
         if not self._packed:
             return self._rounded(self._micro), longest, count
         group_lengths = lengths[groups]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .files import KINDS, Columns, as_text, kind_of, read_columns
 # What a split is called in file names and on the hub; the first that is there is taken.
 TRAINING = ("train", "training")
 HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
+TEST = ("test",)  # no other: those are there to choose by
 # Column added to all rows: the 1-based number a row had before any was dropped, for messages.
 ROW = "#row"
 
@@ -101,19 +103,29 @@ def load_rows(
     return Table(table | {ROW: [i + 1 for i in chosen]}, dropped, present, read, note)
 
 
-def check_tables(tables: Sequence[Table], drop: dict[str, list[str]]) -> None:
-    """`InputError` where a value of `task.drop` is in none of the tables, or the two were read from the same file."""
+def check_tables(tables: Mapping[str, Table], drop: dict[str, list[str]]) -> None:
+    """`InputError` where a value of `task.drop` is in none of the tables, or two were read from the same file.
+
+    Args:
+        tables: config key of each source -> its rows.
+        drop: `task.drop`.
+    """
     for column, values in drop.items():
-        present = set().union(*(table.values[column] for table in tables))
+        present = set().union(*(table.values[column] for table in tables.values()))
         for value in values:
             if value not in present:
                 near = hint(value, present) or f"Values: {', '.join(sorted(present)[:10])}."
                 raise InputError(f"task.drop: no row has '{value}' in the column '{column}'. {near}")
-    both = set.intersection(*(set(table.files) for table in tables)) if len(tables) > 1 else set()
-    if both:
+    for first, second in itertools.combinations(tables, 2):
+        both = set(tables[first].files) & set(tables[second].files)
+        if not both:
+            continue
+        if first == "task.eval_source":
+            raise InputError(f"{second}: {min(both)} is also in {first}, by which rates and steps are chosen, so it cannot test them.")
+        size = second.replace("source", "size")
         raise InputError(
-            f"task.eval_source: {min(both)} is also in task.source, which is trained on, so it cannot be held out. Without "
-            "task.eval_source, task.eval_size of its rows are held out."
+            f"{second}: {min(both)} is also in {first}, which is trained on, so it cannot be held out. Without {second}, {size} of its "
+            "rows are held out."
         )
 
 
@@ -122,7 +134,7 @@ class Taken:
     """What became of the rows of a source.
 
     Attributes:
-        part: `training` or `held-out`.
+        part: `training`, `held-out` or `test`.
         source: where they were read.
         rows: how many there are, but for those of `task.drop`.
         used: how many were taken.
@@ -132,7 +144,7 @@ class Taken:
         cut: examples cut to `max_length`, of those that were kept.
         ends_cut: those of them that lost something to be predicted: the end.
         turns_left_out: turns of an assistant that the chat template does not show.
-        others: held-out rows that are among the training rows too.
+        others: held-out rows that are among the training rows too; test rows that are among the training or held-out rows.
         sampled: whether they were drawn of more.
     """
 
@@ -162,7 +174,7 @@ class Taken:
         if self.turns_left_out:
             said.append(f"{self.turns_left_out:,} turns of the assistant left out (the chat template does not show them)")
         if self.others:
-            said.append(f"{self.others:,} are among the training rows too")
+            said.append(f"{self.others:,} are among the training{' or held-out' if self.part == 'test' else ''} rows too")
         return ["; ".join([head, *said])]
 
 
@@ -243,16 +255,20 @@ def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[
     return names, values, split
 
 
-def split_rows(texts: Sequence[str], *, held_out: int, train: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training and of the held-out rows, each in a seeded order.
+def split_rows(
+    texts: Sequence[str], *, held_out: int, train: int | None, seed: int, test: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of the training, the held-out and the test rows, each in a seeded order.
 
-    Rows with equal text go to one side: equal rows in training and evaluation would flatter the figures.
+    Rows with equal text go to one part: equal rows in training and evaluation would flatter the figures. The held-out rows are the same
+    whether there are test rows or not.
 
     Args:
         texts: what makes a row; (n,).
         held_out: how many rows are held out.
         train: at most so many rows are trained on; all others by default.
         seed: of the choice.
+        test: how many are test rows.
 
     Raises:
         InputError: too few rows.
@@ -260,19 +276,35 @@ def split_rows(texts: Sequence[str], *, held_out: int, train: int | None, seed: 
     count = len(texts)
     if held_out >= count:
         raise InputError(f"task.eval_size: {held_out} of {count} rows leaves no row to train on.")
+    if held_out + test >= count:
+        beside = f", of which {held_out} are held out," if held_out else ""
+        raise InputError(f"task.test_size: {test} of {count} rows{beside} leaves no row to train on.")
     order = np.random.default_rng(np.random.SeedSequence([seed, 0x5911])).permutation(count)
     copies: dict[str, list[int]] = {}
     for i in order:
         copies.setdefault(texts[int(i)], []).append(int(i))
-    groups = list(copies.values())
-    taken: list[int] = []
-    rest: list[int] = []
-    for group in groups:
-        # Held out from the front of the shuffled texts until there are enough; a text with too many copies stays in training.
-        (taken if len(taken) + len(group) <= held_out else rest).extend(group)
-    if len(taken) < held_out:
+    # Held out from the front of the shuffled texts until there are enough; a text with too many copies stays in training.
+    taken, rest = _filled(list(copies.values()), held_out)
+    if sum(map(len, taken)) < held_out:
         raise InputError(f"task.eval_size: the texts repeat so often that {held_out} rows cannot be held out without their copies.")
-    return np.array(rest[:train], np.int64), np.array(taken, np.int64)
+    # Test rows from the back: then the training rows that `train` leaves are the same, too.
+    tested, rest = _filled(rest[::-1], test)
+    if sum(map(len, tested)) < test:
+        raise InputError(f"task.test_size: the texts repeat so often that {test} rows cannot be kept for the test without their copies.")
+    training, held, kept = (np.array(list(itertools.chain.from_iterable(part)), np.int64) for part in (rest[::-1], taken, tested))
+    return training[:train], held, kept
+
+
+def _filled(groups: Sequence[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The first groups that have at most `size` rows together, and the other groups; both in order."""
+    taken: list[list[int]] = []
+    rest: list[list[int]] = []
+    count = 0
+    for group in groups:
+        fits = count + len(group) <= size
+        (taken if fits else rest).append(group)
+        count += len(group) if fits else 0
+    return taken, rest
 
 
 def sample_rows(count: int, *, size: int | None, seed: int) -> np.ndarray:

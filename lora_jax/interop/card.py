@@ -51,8 +51,11 @@ def model_card(restored: Restored, *, library: str, relation: str, summary: str,
     lines += [f"| {name} | {value} |" for name, value in _facts(config, result, base, classes, adapted=adapted).items()]
     is_best = restored.folder.name == "best"
     metrics, step = (result.best, result.best_step) if is_best else (result.final, result.steps)
-    lines += ["", "## Metrics", "", f"On the held-out examples, at step {step}:", "", "| metric | value |", "| --- | --- |"]
-    lines += [f"| {name} | {'n/a' if math.isnan(value) else f'{value:.4f}'} |" for name, value in metrics.items()]
+    lines += ["", "## Metrics"]
+    parts = [("held-out", metrics), *([("test", result.test)] if result.tested == restored.folder.name else [])]
+    for part, values in parts:
+        lines += ["", f"On the {part} examples, at step {step}:", "", "| metric | value |", "| --- | --- |"]
+        lines += [f"| {name} | {'n/a' if math.isnan(value) else f'{value:.4f}'} |" for name, value in values.items()]
     lines += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in packages.items()) or "unknown"]
     return "\n".join(lines) + "\n"
 

@@ -161,7 +161,7 @@ class PackShapes:
 
     @functools.cached_property
     def evaluation_flops(self) -> tuple[int, int]:
-        """Of one evaluation: (one member's, what is computed once for all)."""
+        """Of one evaluation on the held-out rows: (one member's, what is computed once for all)."""
         batches = len(self._setup.plan.eval_batches())
         shared = 0 if self._trunk is None else count_flops(self._trunk)
         return count_flops(self._evaluation) * batches, shared * batches

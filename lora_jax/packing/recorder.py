@@ -12,6 +12,7 @@ from ..parallel.processes import is_writer
 from ..tasks.evaluators import EVALUATORS
 from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory, write_atomic
 from ..training.adapter_files import adapter_identity, save_adapter
+from ..training.evaluation import Tested
 from ..training.loop import Outcome
 from ..training.setup import Setup
 from .pack import Member, Pack
@@ -21,6 +22,12 @@ def _mean(losses: np.ndarray) -> float:
     """The mean over members that have a loss; NaN where none has."""
     finite = losses[np.isfinite(losses)]
     return float(finite.mean()) if finite.size else float("nan")
+
+
+def _of_member(test: Tested, index: int) -> dict[str, list[float]]:
+    """A member's sums over each batch of test rows."""
+    targets, losses, right = test.batches
+    return {"targets": targets.tolist(), "loss": losses[:, index].tolist(), "right": right[:, index].tolist()}
 
 
 class Recorder:
@@ -108,6 +115,8 @@ class Recorder:
                     if is_writer():
                         identity = adapter_identity(fingerprint, self.setup.spec(member.config))
                         save_adapter(folder / kind, own, identity, self.setup.data.classes)
+            if (test := outcome.test) is not None:
+                self.writers[i].scalars(outcome.steps, {f"test/{n}": float(v[i]) for n, v in test.metrics.items()})
             self.writers[i].close(status)
             result = MemberResult(
                 name=member.name,
@@ -124,6 +133,9 @@ class Recorder:
                 padding_share=float(facts["padding_share"]),
                 metric=self.setup.metrics.reported,
                 rung=rung if status == "stopped" else None,
+                test={} if test is None else {n: float(v[i]) for n, v in test.metrics.items()},
+                tested="" if test is None else "best" if test.of_best[i] else "final",
+                test_batches=None if test is None else _of_member(test, i),
             )
             if is_writer():
                 result.write(folder)

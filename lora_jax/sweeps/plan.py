@@ -379,6 +379,8 @@ def _pack(setup: Setup, pack: PackPlan, rate: float, compiled: SingleSlotCache) 
     own, shared = shapes.evaluation_flops
     step = count * shapes.member_flops + shapes.shared_flops
     flops = steps * step + evaluations * (count * own + shared)
+    if (test := setup.data.test) is not None:
+        flops += (count * own + shared) * len(setup.plan.eval_groups(test)) // len(setup.plan.eval_groups())
     weights = Weights.of(setup, configs)
     padding = 0.0 if weights is None else weights.padding(range(count))
     began = time.perf_counter()

@@ -25,7 +25,7 @@ from ..tracking import Progress, member_folder, read_state
 from ..tracking.results import check_run
 from ..tracking.state import STATE, check_identity
 from ..training.adapter_files import adapter_identity, load_adapter, saved_classes
-from ..training.loop import evaluate_pack
+from ..training.evaluation import evaluate_pack
 from ..training.setup import Preparer, Setup
 from ..weights.provenance import fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
@@ -170,7 +170,7 @@ def _fingerprint_as_trained(base: nnx.Module, config: Config, head: str | None) 
     return fingerprint(loaded.base if isinstance(loaded, Classifier) else loaded)
 
 
-SPLITS = ("eval", "train")
+SPLITS = {"eval": "held_out", "test": "test", "train": "train"}  # name -> part of the run's identity
 
 
 def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progress) -> dict[str, dict[str, float]]:
@@ -179,7 +179,7 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
     Args:
         run: a run directory.
         member: one member's name; all by default.
-        split: `eval` (held-out rows) or `train`.
+        split: `eval` (held-out rows), `test` or `train`.
         progress: the console.
 
     Returns:
@@ -198,8 +198,11 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
         for number, one in enumerate(chosen, 1):
             folder = adapter_folder_of(run, one)
             setup = prepare(one.config)
-            unused = "train" if split == "eval" else "held_out"
-            _confirm(run, one, {part: digest for part, digest in setup.identity.items() if part != unused}, progress.print)
+            examples = {"eval": setup.data.held_out, "test": setup.data.test, "train": setup.data.train}[split]
+            if examples is None:
+                raise InputError(f"--split: {run} has no test rows (neither task.test_source nor task.test_size).")
+            unused = set(SPLITS.values()) - {SPLITS[split]}
+            _confirm(run, one, {part: digest for part, digest in setup.identity.items() if part not in unused}, progress.print)
             # In shapes that hold all members of its form: one program evaluates them, whatever their ranks and targets.
             alike = [m.config for m in chosen if static_key(m.config) == static_key(one.config)]
             pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh, layout=setup.layout(alike), drawn=False)
@@ -208,7 +211,6 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
             own = pack.state.trainable | pack.kept
             arrays = pack.with_member_arrays(setup.model, 0, load_adapter(folder, pack.member_arrays(setup.model, 0, own), identity))
             pack.keep({name: arrays.pop(name) for name in pack.kept})
-            examples = setup.data.held_out if split == "eval" else setup.data.train
             metrics = evaluate_pack(pack, setup, arrays, examples)
             results[one.name] = {name: float(values[0]) for name, values in metrics.items()}
             track.update(number)

@@ -297,9 +297,11 @@ def _describe(run: RunDirectory, config: Config, setup: Setup, progress: Progres
 
 def describe_setup(config: Config, setup: Setup) -> str:
     """What was loaded, in a line or two: examples, batch shape, padding."""
-    facts = setup.plan.summary
+    facts, data = setup.plan.summary, setup.data
+    test = "" if data.test is None else f" and {len(data.test.tokens):,} test"
     return (
-        f"{config.model.source}: {len(setup.data.train.tokens):,} training and {len(setup.data.held_out.tokens):,} held-out examples, "
+        f"{config.model.source}: {len(data.train.tokens):,} training{',' if test else ' and'} {len(data.held_out.tokens):,} held-out{test} "
+        "examples, "
         f"{setup.steps} steps of {config.training.batch_size}; batches of {facts['rows']} x {facts['length']} tokens, "
         f"{100 * facts['padding_share']:.1f} % padding (one example per row: {100 * facts['dynamic_padding_share']:.0f} %)"
     )

@@ -1,10 +1,10 @@
-"""What a task is (one file each beside this one), and what all tasks share of their data: loading, splitting, tokenising."""
+"""What a task is (one file each beside this one), and what it says of its data."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,14 +14,11 @@ from pydantic import Field
 
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
-from ..data.batching import NO_TARGET, Example, Examples, Scorer
-from ..data.files import as_text
-from ..data.sources import HELD_OUT, ROW, TRAINING, Table, Taken, check_tables, load_rows, sample_rows, split_rows
-from ..errors import InputError
+from ..data.batching import Example, Examples, Scorer
+from ..data.sources import Taken
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.heads import add_head
-from ..weights.tokenizer import check_text
 from .objectives import OBJECTIVES, Objective
 
 Base = Encoder | Decoder
@@ -131,11 +128,12 @@ class TaskData:
 
     Attributes:
         train, held_out: the examples.
+        test: those that nothing is chosen by; None where the section has no test rows.
         metrics: what is computed of a member, and what members are compared by.
         classes: class names in order (of texts or tokens), else None.
         class_token_ids: (classes,) int32, the token of each class's word where classes are words of the vocabulary, else None.
         per_example: whether each example has exactly one target.
-        taken: what became of the training rows, and of the held-out ones.
+        taken: what became of the training rows, of the held-out ones, and of the test rows.
         notes: what else of the data is to be known.
     """
 
@@ -147,6 +145,12 @@ class TaskData:
     per_example: bool = False
     taken: tuple[Taken, ...] = ()
     notes: tuple[str, ...] = ()
+    test: Examples | None = None
+
+    @property
+    def parts(self) -> tuple[Examples, ...]:
+        """All examples: training, held-out, and test where there are some."""
+        return (self.train, self.held_out, *(() if self.test is None else (self.test,)))
 
     @property
     def dropped(self) -> int:
@@ -207,7 +211,7 @@ class Task(ABC):
         return None
 
     def check_held_out(self, section: Any, rows: Rows, classes: tuple[str, ...] | None) -> None:
-        """`InputError` where the rows of `task.eval_source` do not fit the classes."""
+        """`InputError` where the rows of `task.eval_source` or `task.test_source` do not fit the classes."""
         return
 
     def class_tokens(self, section: Any, classes: tuple[str, ...] | None, tokenizer: Any, *, decoder: bool) -> np.ndarray | None:
@@ -290,101 +294,3 @@ def task_section(**values: Any) -> Any:
         pydantic.ValidationError: a key or value will not do.
     """
     return TASKS.get(values.get("kind"), "task.kind").section.model_validate(values)
-
-
-def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[str, ...] = ()) -> TaskData:
-    """Loads, splits and tokenises a task's data.
-
-    Args:
-        section: the config section.
-        tokenizer: a transformers fast tokenizer.
-        decoder: whether the base is a decoder.
-        known: the classes of a head that was loaded, in order; none of a new one.
-
-    Raises:
-        InputError: the source, a column, a label or the tokenizer will not do; the message says which row.
-    """
-    task = task_of(section)
-    columns = task.columns(section)
-    rows, table = _load(task, section, columns, section.source, "task.source", TRAINING)
-    texts = _inputs(columns, rows)
-    if section.eval_source is None:
-        assert section.eval_size != "all"
-        train_at, held_at = split_rows(texts, held_out=section.eval_size, train=section.train_size, seed=section.split_seed)
-        held_rows, held_key, held_table, others = rows, "task.source", table, 0
-        check_tables([table], section.drop)
-    else:
-        held_key, size = "task.eval_source", None if section.eval_size == "all" else section.eval_size
-        held_rows, held_table = _load(task, section, columns, section.eval_source, held_key, HELD_OUT)
-        check_tables([table, held_table], section.drop)
-        train_at = sample_rows(len(rows), size=section.train_size, seed=section.split_seed)
-        held_at = sample_rows(len(held_rows), size=size, seed=section.split_seed)
-        trained = {texts[i] for i in train_at}
-        others = sum(text in trained for text in _inputs(columns, held_rows.take(held_at)))
-    classes = task.classes(section, rows, known)
-    if section.eval_source is not None:
-        task.check_held_out(section, held_rows, classes)
-    class_token_ids = task.class_tokens(section, classes, tokenizer, decoder=decoder)
-
-    def examples(part: str, source: Rows, at: np.ndarray, key: str, dropped: dict[tuple[str, str], int]) -> tuple[Examples, Taken]:
-        encoded = task.encode(section, source.take(at), tokenizer, decoder=decoder, classes=classes)
-        kept = [e for e in encoded.examples if (e.targets != NO_TARGET).any()]
-        if not kept:
-            raise InputError(f"{key}: no example has anything to predict within task.max_length = {section.max_length} tokens.")
-        taken = Taken(
-            part,
-            source.source,
-            len(source),
-            len(at),
-            section.max_length,
-            dropped,
-            left_out=len(encoded.examples) - len(kept),
-            cut=sum(e.cut for e in kept),
-            ends_cut=sum(e.end_cut for e in kept),
-            turns_left_out=encoded.turns_left_out,
-            others=others if part == "held-out" else 0,
-            sampled=len(at) < (len(source) if part == "held-out" or held_table is not table else len(source) - len(held_at)),
-        )
-        return Examples.of(kept, encoded.scorer and encoded.scorer(kept)), taken
-
-    train, of_train = examples("training", rows, train_at, "task.source", dict(table.dropped))
-    own = {} if held_table is table else dict(held_table.dropped)
-    held_out, of_held = examples("held-out", held_rows, held_at, held_key, own)
-    notes = [n for n in dict.fromkeys([table.note, held_table.note, *task.notes(section, tokenizer)]) if n]
-    metrics = task.metrics(section, classes)
-    return TaskData(train, held_out, metrics, classes, class_token_ids, task.targets == 1, (of_train, of_held), tuple(notes))
-
-
-def _load(task: Task, section: TaskConfig, columns: Columns, source: str, key: str, splits: tuple[str, ...]) -> tuple[Rows, Table]:
-    """Reads the task's columns, as text but for structured values; `InputError` for a row where one is missing or not text."""
-    table = load_rows(source, key=key, columns=list(columns.names), drop=section.drop, splits=splits)
-    numbers = np.array(table[ROW])
-
-    def read(name: str, number: int, value: Any) -> Any:
-        if isinstance(value, list | dict) and name in columns.structured:
-            for text in _texts_in(value):
-                check_text(text, f"{key}: row {number} of {source}: '{name}'")
-            return value
-        text = as_text(value)
-        if value is None or (name in columns.nonempty and text == ""):
-            raise InputError(f"{key}: row {number} of {source} has no '{name}'.")
-        if text is None:
-            what = "bytes that are not UTF-8" if isinstance(value, bytes) else f"a {type(value).__name__}"
-            raise InputError(f"{key}: row {number} of {source}: '{name}' is {what}, not a text.")
-        return check_text(text, f"{key}: row {number} of {source}: '{name}'")
-
-    found = {name: [read(name, int(n), value) for n, value in zip(numbers, table[name], strict=True)] for name in columns.names}
-    return task.read(section, Rows(source, found, numbers), key), table
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _texts_in(inner)
-
-
-def _inputs(columns: Columns, rows: Rows) -> list[str]:
-    """What makes two rows copies of one another: all columns that are no targets."""
-    inputs = [v for n, v in rows.columns.items() if n not in columns.targets]
-    return ["\x1f".join(map(str, values)) for values in zip(*inputs, strict=True)]

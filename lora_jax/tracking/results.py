@@ -38,6 +38,10 @@ class MemberResult:
         error: Why it failed; empty where it did not.
         metric: What its task is compared by, a key of `final`; empty in runs of older versions.
         rung: Which rung of halving stopped it, from 1; None where none did, and in runs of older versions.
+        test: Metric -> value on the test rows, scored once, when the member ended; empty where there are none, or halving stopped it.
+        tested: Which of its adapters that was, `best` or `final`; empty where `test` is.
+        test_batches: `targets`, and the sums of `loss` and of `right` predictions, of each batch of test rows: members with the same
+            test rows have the same batches, so their differences can be paired by them.
     """
 
     name: str
@@ -56,14 +60,18 @@ class MemberResult:
     error: str = ""
     metric: str = ""
     rung: int | None = None
+    test: dict[str, float] = field(default_factory=dict)
+    tested: str = ""
+    test_batches: dict[str, list[float]] | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {self.status!r}")
 
     def write(self, folder: Path | str) -> Path:
-        """Writes `results.json` into the member's `folder`, atomically; NaN becomes null."""
-        return write_json(Path(folder) / "results.json", asdict(self))
+        """Writes `results.json` into the member's `folder`, atomically; NaN becomes null. Without a test it has no keys of one."""
+        facts = {name: value for name, value in asdict(self).items() if name not in _OF_TEST or self.tested}
+        return write_json(Path(folder) / "results.json", facts)
 
     @classmethod
     def read(cls, path: Path | str) -> MemberResult:
@@ -85,7 +93,7 @@ class MemberResult:
                 raise InputError(f"{path}: damaged, '{key}' is {value[key]!r}")
         if value["status"] not in STATUSES:
             raise InputError(f"{path}: damaged, 'status' is {value['status']!r} (one of: {', '.join(STATUSES)})")
-        for key in ("final", "best"):
+        for key in ("final", "best", *(("test",) if "test" in value else ())):
             metrics = value.get(key, {})
             if any(v is not None and (isinstance(v, bool) or not isinstance(v, (int, float))) for v in metrics.values()):
                 raise InputError(f"{path}: damaged, '{key}' holds a metric that is not a number")
@@ -95,6 +103,7 @@ class MemberResult:
         return cls(**value)
 
 
+_OF_TEST = {"test", "tested", "test_batches"}
 _FLOATS = {"seconds", "tokens_per_second", "padding_share"}
 _REQUIRED = {"name", "settings", "parameters", "status", "final"}
 _KINDS: dict[str, Any] = {
@@ -111,6 +120,9 @@ _KINDS: dict[str, Any] = {
     "error": str,
     "metric": str,
     "rung": (int, type(None)),
+    "test": dict,
+    "tested": str,
+    "test_batches": (dict, type(None)),
     **dict.fromkeys(sorted(_FLOATS), (int, float, type(None))),
 }
 
@@ -127,16 +139,19 @@ def union(names: Iterable[Iterable[str]]) -> list[str]:
 def write_results_csv(path: Path | str, results: Sequence[MemberResult]) -> Path:
     """Writes a row a member: name, every swept key (dotted), parameters, status, `final_*` and `best_*` metrics, steps and tokens.
 
+    With test rows also `test_*` metrics, and `tested`: which adapter they are of, `best` or `final`.
+
     Nothing that differs between equal runs: times are in `results.json`.
 
     What a member lacks, and every NaN, is an empty cell; lists are written as JSON.
     """
     keys = union(r.settings for r in results)
-    finals, bests = union(r.final for r in results), union(r.best for r in results)
+    finals, bests, tests = (union(getattr(r, part) for r in results) for part in ("final", "best", "test"))
     rows: list[dict[str, Any]] = []
     for r in results:
         row: dict[str, Any] = {"name": r.name} | {k: r.settings.get(k) for k in keys} | {"parameters": r.parameters, "status": r.status}
         row |= {f"final_{m}": r.final.get(m) for m in finals} | {f"best_{m}": r.best.get(m) for m in bests}
+        row |= {f"test_{m}": r.test.get(m) for m in tests} | ({"tested": r.tested} if tests else {})
         row |= {k: getattr(r, k) for k in ("best_step", "steps", "tokens", "padding_share")}
         rows.append({k: cell(v) for k, v in row.items()})
     return write_table(path, rows, empty="name")

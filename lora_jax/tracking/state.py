@@ -83,6 +83,7 @@ IDENTITY = {
     "tokenizer": "the tokenizer or its chat template",
     "train": "task data: other training rows",
     "held_out": "task data: other held-out rows",
+    "test": "task data: other test rows",
     "shared": "the model that the task computes with (other weights)",
     "code": "the version of lora-jax",
 }

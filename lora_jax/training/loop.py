@@ -1,4 +1,4 @@
-"""The training loop: batches through the compiled step, evaluation, and the outcome of each member.
+"""The training loop: batches through the compiled step, evaluations in between, and the outcome of each member.
 
 Also traces a few steps for TensorBoard's profiler.
 """
@@ -15,38 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..adapters.partition import Arrays, Partition
-from ..config.schema import Config
-from ..data.batching import Examples
-from ..errors import RunError, Stopped
+from ..adapters.partition import Arrays
+from ..errors import Stopped
 from ..parallel.mesh import to_host
 from ..tasks.evaluators import EVALUATORS, Evaluator
 from .checkpoint import PackCheckpoints, Saved
+from .evaluation import Pack, Tested, evaluate_pack, test_pack
 from .setup import Setup
-from .step import MemberFixed, MemberState, Metrics
+from .step import Metrics
 from .trunk import Trunk
-
-
-class Pack(Protocol):
-    """What the loop needs of a pack (`packing/pack.py`): members stacked on a leading axis, and the compiled programs that run them."""
-
-    configs: Sequence[Config]
-    part: Partition
-    state: MemberState
-    fixed: MemberFixed
-    programs: Any
-
-    @property
-    def kept(self) -> Arrays:
-        """The members' own arrays that do not train."""
-        ...
-
-    def keep(self, kept: Arrays) -> None:
-        """Puts others in their place."""
-
-    def eval_params(self, state: MemberState) -> Arrays:
-        """What the members are evaluated and saved with."""
-        ...
 
 
 class Listener(Protocol):
@@ -75,6 +52,7 @@ class Outcome:
         steps: number of steps done.
         alive: (members,) bool; False where a loss was not finite.
         final_arrays, best_arrays: trainable arrays, stacked, as they are evaluated.
+        test: what the members scored on the test rows; None where there are none, or training is to go on.
         tokens: number of tokens that one member trained on, without padding.
         tokens_per_second: of one member, without the first step (which compiles) and evaluations; 0 if there was only one step.
         total_seconds: including compilation and evaluation.
@@ -90,6 +68,7 @@ class Outcome:
     tokens: int
     tokens_per_second: float
     total_seconds: float
+    test: Tested | None = None
 
 
 def train_pack(
@@ -204,6 +183,10 @@ def train_pack(
     if checkpoints is not None:
         checkpoints.wait()
     assert best.arrays is not None
+    tested = None
+    if setup.data.test is not None and last >= setup.steps:
+        tested = test_pack(pack, setup, setup.data.test, pack.eval_params(state), best.arrays, trunk)
+        pack.programs.check()
     return Outcome(
         final,
         best.metrics,
@@ -215,59 +198,8 @@ def train_pack(
         clock.total_tokens,
         clock.mean_rate,
         time.perf_counter() - began,
+        tested,
     )
-
-
-def evaluate_pack(
-    pack: Pack,
-    setup: Setup,
-    trainable: Arrays,
-    examples: Examples | None = None,
-    *,
-    trunk: Trunk | None = None,
-) -> dict[str, np.ndarray]:
-    """Every member's metrics (`TaskMetrics.held_out`) on the held-out examples, or on `examples`: name -> (members,) array."""
-    examples = setup.data.held_out if examples is None else examples
-    evaluators = [EVALUATORS.get(name, "task.kind") for name in setup.metrics.held_out]
-    of_answers = [e for e in evaluators if e.from_answers is not None]
-    sums: list[Any] = []
-    answers: list[np.ndarray] = []
-    weight = 0.0
-    for batch in setup.plan.eval_batches(examples):
-        inputs = setup.held_out_inputs(batch, trunk)
-        *scalars, answered = pack.programs.evaluate(trainable, pack.fixed.settings, pack.part.frozen, inputs)
-        sums.append(scalars)
-        if examples.score is not None or of_answers:
-            answers.append(to_host(answered))
-        weight += float(batch["target_weights"].sum())
-    loss, right = (np.sum([np.asarray(s[i]) for s in sums], axis=0) / weight for i in range(2))
-    scores = _scores(setup.plan.eval_groups(examples), examples, answers, of_answers) if answers else {}
-    metrics: dict[str, np.ndarray] = {}
-    for evaluator in evaluators:
-        if evaluator.name in scores:
-            metrics[evaluator.name] = scores[evaluator.name]
-        elif evaluator.from_means is not None:
-            metrics[evaluator.name] = evaluator.from_means(loss, right)
-        else:
-            raise RunError(f"neither an evaluator nor the task's scorer computes the metric '{evaluator.name}'.")
-    return metrics
-
-
-def _scores(
-    groups: Sequence[np.ndarray], examples: Examples, answers: Sequence[np.ndarray], evaluators: Sequence[Evaluator]
-) -> dict[str, np.ndarray]:
-    """The metrics computed from answers, each (members,); `answers` has one array (members, targets, ...) per batch."""
-    wanted = [examples.wanted(i) for i in range(len(examples.tokens))] if evaluators else []
-    scores = []
-    for member in range(len(answers[0])):
-        own: dict[int, np.ndarray] = {}
-        for group, batch in zip(groups, answers, strict=True):
-            ends = np.cumsum(examples.target_counts[group])
-            own |= dict(zip(group.tolist(), np.split(batch[member], ends)[:-1], strict=True))
-        given = [own[i] for i in range(len(own))]
-        found = {e.name: e.from_answers(given, wanted) for e in evaluators if e.from_answers is not None}
-        scores.append(found | ({} if examples.score is None else examples.score(given)))
-    return {name: np.array([s[name] for s in scores], np.float32) for name in scores[0]}
 
 
 def _on_host(metrics: Sequence[Metrics]) -> list[dict[str, np.ndarray]]:

@@ -27,7 +27,8 @@ from ..models.load import BaseFiles
 from ..parallel.constraints import place_batch, row_sharding, targets_by_rows
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from ..parallel.program import Program, compiler_options, release_freed_memory
-from ..tasks.base import Shared, TaskData, TaskMetrics, objective_of, prepare, task_of
+from ..tasks.base import Shared, TaskData, TaskMetrics, objective_of, task_of
+from ..tasks.prepare import prepare
 from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
 from .optimizers.base import optimizer_of
@@ -206,8 +207,8 @@ class Setup:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Part (`tracking.state.IDENTITY`) -> digest of what members of this setup are trained and evaluated on."""
-        train, held_out = (arrays_digest([e.tokens, e.targets, e.types, e.values]) for e in (self.data.train, self.data.held_out))
-        known = {"base": self.fingerprint, "tokenizer": self.tokenizer, "train": train, "held_out": held_out}
+        digests = [arrays_digest([e.tokens, e.targets, e.types, e.values]) for e in self.data.parts]
+        known = {"base": self.fingerprint, "tokenizer": self.tokenizer, **dict(zip(("train", "held_out", "test"), digests, strict=False))}
         known |= {} if self.shared is None else {"shared": fingerprint(self.shared.model)}
         return known | {"code": f"lora-jax {importlib.metadata.version('lora-jax')}"}
 
@@ -302,20 +303,19 @@ def check_data(base: Encoder | Decoder, data: TaskData, known: Sequence[str] = (
     Raises:
         InputError: an example has more tokens than the model has positions, or a token, token type or class is not one of the model's.
     """
-    both = (data.train, data.held_out)
     most = base.config.longest if isinstance(base, Encoder) else base.config.positions
-    longest = int(max(examples.lengths.max() for examples in both))
+    longest = int(max(examples.lengths.max() for examples in data.parts))
     if most is not None and longest > most:
         raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")
     own = () if data.class_token_ids is None else (int(data.class_token_ids.max()),)
-    token = max(*own, *(int(tokens.max()) for examples in both for tokens in examples.tokens))
+    token = max(*own, *(int(tokens.max()) for examples in data.parts for tokens in examples.tokens))
     if token >= base.config.vocab:
         raise InputError(
             f"model.source: the tokenizer gives the token {token}, but the model's embedding has only {base.config.vocab} rows. Is this "
             "the tokenizer of another model, or were tokens added to it?"
         )
     types = base.config.token_types if isinstance(base, Encoder) else 0
-    kind = max((int(t.max()) for examples in both for t in examples.types or ()), default=0)
+    kind = max((int(t.max()) for examples in data.parts for t in examples.types or ()), default=0)
     if types and kind >= types:
         raise InputError(f"model.source: the tokenizer gives token types 0 to {kind}, but the model has only {types}.")
     if known and data.classes is not None and len(known) != len(data.classes):
@@ -336,6 +336,7 @@ def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan:
         steps=training.steps,
         epochs=training.epochs,
         extra_steps=training.extend_steps,
+        test=data.test,
     )
 
 

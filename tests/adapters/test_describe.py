@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import pytest
 from flax import nnx
 from rich.console import Console
 
-from lora_jax.adapters.describe import describe, rank_for
+from lora_jax.adapters.describe import describe, method_table, rank_for, update_methods
 from lora_jax.adapters.inject import inject
+from lora_jax.config.doors import METHODS
 from lora_jax.config.schema import AdapterConfig
+from lora_jax.errors import InputError
 from tests import tiny
 
 
@@ -81,3 +85,29 @@ def test_ranks_of_equal_size():
     # Of a method that does not take every rank, the nearest that it takes: blocks of 4 have 6 numbers, 8 in each of two projections.
     oft = tiny.adapter(method="oft", targets=["q_proj", "v_proj"], rank=5, layers=0)
     assert rank_for(model, oft, 2 * 8 * 6) == 4 and rank_for(model, oft, 10**6) == 32
+
+
+def test_the_table_of_methods_in_the_readme_is_the_registry():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"`make methods` -->\n{method_table()}\n<!-- end of methods -->" in readme, "out of date: make methods"
+
+
+def test_the_table_of_methods_says_what_a_method_counts():
+    rows = {
+        cells[1].strip(" `"): [c.strip() for c in cells[2:-1]] for line in method_table().splitlines()[2:] if (cells := line.split("|"))
+    }
+    assert rows.keys() >= {"lora", "dora", "full", "head"} and rows.keys() <= METHODS.all().keys()
+    assert rows["lora"] == ["[LoRA](https://arxiv.org/abs/2106.09685)", "r (in + out)", "12,288", "2.1 %", "low-rank", "LORA"]
+    assert rows["dora"][1] == "r (in + out) + out" and rows["dora"][-1] == "LORA `use_dora`"
+    assert rows["oft"][1] == "(r in - in) / 2" and rows["loha"][1] == "2 r (in + out)" and rows["full"][1:4] == ["–"] * 3
+
+
+def test_a_file_gets_the_table_between_its_marks(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- methods: made by `make methods` -->\nold\n<!-- end of methods -->\nz\n")
+    assert update_methods(page) and not update_methods(page)
+    text = page.read_text()
+    assert text.startswith("a\n<!--") and text.endswith("-->\nz\n") and method_table() in text and "old" not in text
+    page.write_text("nothing")
+    with pytest.raises(InputError, match="does not have the lines"):
+        update_methods(page)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lora_jax.data.batching import DISTINCT_EPOCHS, NO_TARGET, BatchPlan, Examples
 from lora_jax.errors import InputError
-from lora_jax.tasks.base import prepare, task_section
+from lora_jax.tasks.base import task_section
+from lora_jax.tasks.prepare import prepare
 from lora_jax.weights.tokenizer import load_tokenizer
 
 

@@ -71,6 +71,8 @@ SET_UP = {
     "task.split_seed": (1, {}),
     "task.max_length": (6, {}),
     "task.drop": ({"kind": ["plot"]}, {}),
+    "task.test_source": ("OTHER", {}),
+    "task.test_size": (24, {}),
     "task.text": ("kind", {"task.source": "OTHER", "task.eval_size": 1, "training.batch_size": 2}),
     "task.label": ("kind", {}),
     "task.labels": (["pos", "neg"], {}),
@@ -101,9 +103,9 @@ OTHERS = {
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
     "task.messages", "task.date",
     "model.transforms",  # tests/models/transforms
+    "adapter.init_batches",  # tests/training/test_statistics.py
     "optimizer.kind", "optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.delta", "optimizer.momentum", "optimizer.nesterov",
     "optimizer.parameter_scale", "optimizer.rms",
-    "adapter.init_batches",  # tests/training/test_statistics.py
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip
 
@@ -156,6 +158,7 @@ def fingerprint(config):
     )
     words = None if setup.data.class_token_ids is None else setup.data.class_token_ids.tolist()
     held_out = [digest(b) for b in plan.eval_batches()]
+    test = None if setup.data.test is None else [digest(b) for b in plan.eval_batches(setup.data.test)]
     return (
         tuple(setup.mesh.shape.values()),
         plan.rows,
@@ -164,6 +167,7 @@ def fingerprint(config):
         setup.steps,
         digest(plan.batch(0)),
         held_out,
+        test,
         setup.data.classes,
         words,
         kinds,

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from lora_jax.errors import InputError
 from lora_jax.models.load import load_model
 from lora_jax.sweeps.run import run_sweep
-from lora_jax.tasks.base import prepare
 from lora_jax.tasks.objectives import summed_squared_error
+from lora_jax.tasks.prepare import prepare
 from lora_jax.training.setup import set_up
 from lora_jax.weights.tokenizer import load_tokenizer
 from tests import tiny

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_jax.data.batching import NO_TARGET
 from lora_jax.errors import InputError, InputWarning
-from lora_jax.tasks.base import TaskData, prepare, task_section
+from lora_jax.tasks.base import TaskData, task_section
+from lora_jax.tasks.prepare import prepare
 from lora_jax.weights.tokenizer import load_tokenizer
 
 WORDS = ["<unk>", "[CLS]", "[SEP]", "<s>", "</s>", "good", "bad", "fine", "a", "b", "c", "d", "Review", "Answer", ":", *map(str, range(30))]
@@ -46,10 +47,14 @@ def rows_at(path: Path, rows: list[dict]) -> str:
 def task(tmp_path):
     """`task(rows, tokenizer, decoder=..., **config)`: the data of a task with those rows, two of them held out."""
 
-    def made(rows: list[dict], tok=GPT, *, decoder: bool = True, held: list[dict] | None = None, **config) -> TaskData:
+    def made(
+        rows: list[dict], tok=GPT, *, decoder: bool = True, held: list[dict] | None = None, test: list[dict] | None = None, **config
+    ) -> TaskData:
         config = {"eval_size": 2, "source": rows_at(tmp_path / "rows.jsonl", rows)} | config
         if held is not None:
             config["eval_source"] = rows_at(tmp_path / "held.jsonl", held)
+        if test is not None:
+            config["test_source"] = rows_at(tmp_path / "test.jsonl", test)
         return prepare(task_section(**config), tok, decoder=decoder)
 
     return made
@@ -316,3 +321,44 @@ def test_the_date_of_a_template_is_the_config_s(task):
         assert any("task.date" in line for line in data.lines())
     with pytest.raises(ValueError, match="must be a day such as"):
         task(rows, tok, **chats, date="today")
+
+
+def texts_of(examples) -> set[tuple[int, ...]]:
+    return {tuple(t.tolist()) for t in examples.tokens}
+
+
+def test_test_rows_of_the_same_source(task):
+    rows = [{"text": f"a {i} b", "label": "good" if i % 2 else "bad"} for i in range(12)]
+    plain = task(rows, BERT, decoder=False, **CLASSES)
+    data = task(rows, BERT, decoder=False, test_size=3, **CLASSES)
+    assert plain.test is None and len(plain.parts) == len(plain.taken) == 2
+    assert [len(p.tokens) for p in data.parts] == [7, 2, 3] and len(set.union(*map(texts_of, data.parts))) == 12
+    assert texts_of(data.held_out) == texts_of(plain.held_out) and texts_of(data.train) < texts_of(plain.train)
+    assert [line.split(" of ")[0] for line in data.lines()] == ["training: 7", "held-out: 2", "test: 3"]
+    assert data.lines()[0].endswith("rows.jsonl") and data.lines()[2].endswith(", sampled")
+    with pytest.raises(InputError, match="task.test_size: 10 of 12 rows, of which 2 are held out, leaves no row"):
+        task(rows, BERT, decoder=False, test_size=10, **CLASSES)
+
+
+def test_test_rows_of_a_file_of_their_own(task):
+    rows = [{"text": f"a {i} b", "label": "good" if i % 2 else "bad"} for i in range(12)]
+    held, test = ([{"text": f"{word} {i}", "label": "good"} for i in range(4)] for word in "bc")
+    data = task(rows, BERT, decoder=False, held=held, eval_size="all", test=[*test, rows[0], held[1]], **CLASSES)
+    assert [len(p.tokens) for p in data.parts] == [12, 4, 6]
+    assert data.lines()[2].endswith("test.jsonl; 2 are among the training or held-out rows too")
+    assert [len(p.tokens) for p in task(rows, BERT, decoder=False, test=test, test_size=3, **CLASSES).parts] == [10, 2, 3]
+    # Held-out rows of their file, test rows of the source.
+    both = task(rows, BERT, decoder=False, held=held, eval_size=3, test_size=5, **CLASSES)
+    assert [len(p.tokens) for p in both.parts] == [7, 3, 5] and len(texts_of(both.train) | texts_of(both.test)) == 12
+    with pytest.raises(InputError, match="task.labels: row 1 of .*test.jsonl has the label 'fine'"):
+        task(rows, BERT, decoder=False, test=[{"text": "a", "label": "fine"}], **CLASSES)
+
+
+def test_a_test_source_that_was_chosen_or_trained_by_is_refused(task, tmp_path):
+    rows = [{"text": f"a {i} b", "label": "good" if i % 2 else "bad"} for i in range(12)]
+    with pytest.raises(InputError, match="task.test_source: .*rows.jsonl is also in task.source, which is trained on"):
+        task(rows, BERT, decoder=False, test_source=str(tmp_path / "rows.jsonl"), **CLASSES)
+    with pytest.raises(InputError, match="task.test_source: .*held.jsonl is also in task.eval_source, by which rates and steps are chosen"):
+        task(rows, BERT, decoder=False, held=rows[:4], test_source=str(tmp_path / "held.jsonl"), **CLASSES)
+    with pytest.raises(ValueError, match="'test_size: all' needs 'test_source'"):
+        task(rows, BERT, decoder=False, test_size="all", **CLASSES)

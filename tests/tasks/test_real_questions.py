@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_jax.tasks.base import prepare, task_section
+from lora_jax.tasks.base import task_section
+from lora_jax.tasks.prepare import prepare
 from lora_jax.weights.tokenizer import load_tokenizer
 
 SQUAD = Path(__file__).parents[3] / "shared" / "data" / "squad"

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from lora_jax.errors import InputError
 from lora_jax.models.heads import QuestionAnswerer, TokenClassifier
 from lora_jax.packing.pack import Pack
-from lora_jax.training.loop import evaluate_pack, train_pack
+from lora_jax.training.evaluation import evaluate_pack
+from lora_jax.training.loop import train_pack
 from lora_jax.training.setup import set_up
 from tests.tiny_hub import WIDTH
 

@@ -11,7 +11,8 @@ import pytest
 from lora_jax.data.batching import Examples
 from lora_jax.tasks.base import TaskMetrics
 from lora_jax.tasks.evaluators import LOSS, perplexity
-from lora_jax.training.loop import _Best, _Clock, evaluate_pack, train_pack
+from lora_jax.training.evaluation import evaluate_pack
+from lora_jax.training.loop import _Best, _Clock, train_pack
 from lora_jax.training.step import MemberState, Metrics
 
 DATA = types.SimpleNamespace(held_out=Examples([], []))
