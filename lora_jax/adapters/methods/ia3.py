@@ -15,7 +15,7 @@ from ...errors import InputError
 from ...models.layers import Rows
 from ..parameters import Parameter
 from ..sites import PRESETS, Site, matches
-from .base import AdaptedSite, Method, refuse_alpha, register_method
+from .base import AdaptedSite, Method, register_method
 from .peft_form import PeftForm, Reader, Weight, one_of_each_site, outright
 
 
@@ -106,9 +106,6 @@ class Ia3(Method):
 
     def variant(self, config: Ia3Section) -> Method:
         return Ia3(config.feedforward if isinstance(config.feedforward, str) else tuple(config.feedforward))
-
-    def check(self, config: Ia3Section, site: Site, rank: int) -> None:
-        refuse_alpha(config)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         size, along = (site.inputs, "in") if _scales_input(self.feedforward, site) else (site.outputs, "out")

@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...models.layers import Rows
 from ..parameters import Parameter
 from ..sites import Site
-from .base import AdaptedSite, Method, refuse_alpha, register_method
+from .base import AdaptedSite, Method, register_method
 from .lora import widened
 from .peft_form import PeftForm, Reader, Weight
 
@@ -67,7 +67,6 @@ class Miss(Method):
     peft = MissForm()
 
     def check(self, config: MissSection, site: Site, rank: int) -> None:
-        refuse_alpha(config)
         if rank > site.inputs:
             raise InputError(f"adapter.rank: {site.name} has {site.inputs} inputs, which cannot be summed to {rank}.")
 
