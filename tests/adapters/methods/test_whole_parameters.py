@@ -12,6 +12,7 @@ from flax import nnx
 from lora_jax.adapters.inject import inject
 from lora_jax.adapters.merge import merge, merged_base
 from lora_jax.adapters.partition import partition
+from lora_jax.adapters.sites import named_variables
 from lora_jax.errors import InputError
 from lora_jax.packing.pack import Pack
 from tests import tiny
@@ -32,7 +33,7 @@ def test_ln_tuning_trains_the_norms_alone() -> None:
 
 def test_bitfit_trains_the_biases_alone_and_wants_some() -> None:
     model = tiny.encoder(2)
-    biases = {name.replace("segments.0.", "") for name in tiny.base_arrays(model) if name.endswith("bias")}
+    biases = {name for name, _ in named_variables(model) if name.endswith("bias")}
     assert trained(model, "bitfit") == biases and len(biases) > 8
     with pytest.raises(InputError, match="'bitfit' trains the biases of the base, and this one has none"):
         inject(tiny.decoder(1), tiny.adapter(method="bitfit"), rngs=nnx.Rngs(0))
@@ -65,4 +66,5 @@ def test_a_pack_equals_its_solo_run_and_is_exported_as_it_is(method: str) -> Non
     tokens = np.arange(1, 13, dtype=np.int32).reshape(2, 6)
     outputs = tiny.outputs(filled.base, tokens)
     assert tiny.relative(outputs, tiny.outputs(model.base, tokens)) > 1e-4
-    assert all(tiny.arrays_equal(tiny.outputs(made(filled).base, tokens), outputs) for made in (merge, merged_base))
+    others: list[Any] = [merge(filled), merged_base(filled)]
+    assert all(tiny.arrays_equal(tiny.outputs(made.base, tokens), outputs) for made in others)
