@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import math
 import types
 from typing import Any
@@ -18,6 +19,9 @@ from lora_jax.config.doors import OPTIMIZERS
 from lora_jax.config.load import with_values
 from lora_jax.errors import InputError
 from lora_jax.packing.pack import Pack, repack, static_key
+from lora_jax.sweeps.restore import evaluate_run
+from lora_jax.sweeps.run import run_sweep
+from lora_jax.tracking import Progress
 from lora_jax.training.checkpoint import PackCheckpoints, Saved
 from lora_jax.training.optimizer import eval_params, hyper_of, learning_rate, make_optimizer
 from lora_jax.training.optimizers.base import optimizer_of
@@ -306,3 +310,24 @@ def test_the_kinds_in_a_config() -> None:
         with_values(one, {"optimizer.nesterov": True})
     with pytest.raises(InputError, match=r"optimizer.kind.*adamw"):
         with_values(one, {"optimizer.kind": "adamax"})
+
+
+@pytest.mark.slow
+def test_a_sweep_over_kinds_and_methods_saves_what_it_evaluated(hub: Any, tmp_path: Any) -> None:
+    members = [
+        {"optimizer.kind": "schedule_free", "optimizer.schedule": "constant"},
+        {"optimizer.kind": "muon", "optimizer.momentum": 0.9},
+        {"optimizer.kind": "adafactor", "adapter.method": "ln_tuning"},
+        {"optimizer.kind": "sgd", "adapter.method": "bitfit"},
+        {"optimizer.kind": "riemannian", "adapter.rank": 4},
+    ]
+    done = run_sweep(hub.config(tmp_path, {"sweep": {"members": members}, "training.eval_every": 0}))
+    rows = list(csv.DictReader((done.path / "results.csv").open()))
+    assert len(rows) == 5 and {row["status"] for row in rows} == {"finished"}
+    again = evaluate_run(done.path, member=None, split="eval", progress=Progress(enabled=False))
+    assert len(again) == 5
+    for row in rows:
+        assert again[row["name"]]["loss"] == pytest.approx(float(row["final_loss"]), rel=1e-4)
+    refused = {"sweep": {"grid": {"adapter.method": ["lora", "ia3"]}}, "optimizer.kind": "riemannian"}
+    with pytest.raises(InputError, match=r"optimizer.kind: 'riemannian'.*'ia3'"):
+        run_sweep(hub.config(tmp_path, refused, name="refused"))

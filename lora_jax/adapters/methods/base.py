@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,9 +27,9 @@ from ...errors import InputError
 from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
 from ..contraction import GENERAL, FlatSite, flat_kernel
 from ..inits.base import INIT_BATCHES
-from ..labels import Table, base_labels
+from ..labels import HEAD, Table, base_labels, label_of
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
-from ..sites import Site, SiteModule
+from ..sites import Site, SiteModule, named_variables
 from .peft_form import PeftForm
 
 
@@ -241,6 +242,11 @@ class Method:
 
     def prepare(self, model: nnx.Module) -> None:
         """Changes how an adapted model's layers are run, in place; the model's modules are a copy, its arrays the caller's."""
+
+    def refuse_without(self, model: nnx.Module, pattern: str, what: str) -> None:
+        """`InputError` where a model has no parameter whose name matches a regular expression, for `prepare` of a method without sites."""
+        if not any(re.fullmatch(pattern, name) and label_of(name, HEAD + ((".*", ""),)) == "" for name, _ in named_variables(model)):
+            raise InputError(f"adapter.method: '{self.name}' trains the {what} of the base, and this one has none.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -307,7 +307,7 @@ class PeftExporter(Exporter):
         """Why PEFT has no file for what was trained; None where it has."""
         name = restored.member.config.adapter.method
         if METHODS.get(name, "adapter.method").peft is None:
-            return f"trained '{name}', which PEFT has no type for."
+            return f"trained '{name}', which has no form in PEFT's files here."
         try:
             config_of_model(restored.model)
         except InputError as error:

@@ -30,6 +30,16 @@ ADAPTING = [name for name, method in METHODS.all().items() if method.kinds and t
 # Method -> the sections of four members, in place of the ones below.
 RANKS = (2, 4, 3, 1)
 VALUES: dict[str, Any] = {
+    # Rows of embeddings, all of which the tests' tokens and positions look up.
+    "trainable_tokens": {
+        "section": {"targets": "embedding", "token_indices": [1]},
+        "members": [
+            {"targets": ["embed"], "token_indices": [3, 1, 7]},
+            {"targets": ["embed", "position_embed"], "token_indices": [4, 2, 5]},
+            {"targets": ["position_embed"], "token_indices": [0, 3, 5]},
+            {"targets": "embedding", "token_indices": [9, 8, 3]},
+        ],
+    },
     "gralora": {"ranks": (2, 4, 6, 8), "section": {"hybrid_r": 1}},
     "lokr": {"section": {"decompose_both": True}},  # at these widths a rank of 4 is above half, where w2 is whole, and 2 where w1 is
     "c3a": {"ranks": (8, 16, 4, 32)},
