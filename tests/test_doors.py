@@ -1,4 +1,4 @@
-"""The six doors at once: a package that is not ours, found by its entry points, from a YAML sweep to an export."""
+"""The seven doors at once: a package that is not ours, found by its entry points, from a YAML sweep to an export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-PARTS = {"method": "methods", "init": "inits", "task": "tasks", "family": "families", "transform": "transforms", "exporter": "exporters"}
+PARTS = {
+    "method": "methods",
+    "init": "inits",
+    "optimizer": "optimizers",
+    "task": "tasks",
+    "family": "families",
+    "transform": "transforms",
+    "exporter": "exporters",
+}
 SOURCES = Path(__file__).parent / "outside"
 # Tensors of the tiny BERT -> what the outside family calls them.
 RENAMED = {
@@ -79,7 +87,7 @@ def test_each_is_under_60_lines(part):
 
 
 @pytest.mark.slow
-def test_all_six_work_in_a_yaml_sweep(hub, package, base, tmp_path):
+def test_all_of_them_work_in_a_yaml_sweep(hub, package, base, tmp_path):
     words = ["good", "bad", "film", "plot", "story", "people"]
     rows = [{"text": " ".join(words[(i * k) % 6] for k in range(1, 7)), "stars": i % 5} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -87,6 +95,7 @@ def test_all_six_work_in_a_yaml_sweep(hub, package, base, tmp_path):
         "model": {"source": str(base), "transforms": [{"kind": "outside-round", "step": 0.01}]},
         "task": {"kind": "outside-rating", "source": str(tmp_path / "rows.jsonl"), "text": "text", "value": "stars", "eval_size": 10},
         "adapter": {"method": "outside-gain", "targets": ["q_proj", "up_proj"]},
+        "optimizer": {"kind": "outside-sign", "step": 0.5},
         "sweep": {"grid": {"adapter.targets": [["q_proj"], ["q_proj", "up_proj"]], "optimizer.learning_rate": [1e-2, 1e-3]}},
     }
     config["tracking"]["dir"] = str(tmp_path / "runs")

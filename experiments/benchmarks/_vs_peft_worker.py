@@ -110,6 +110,7 @@ class Peft(Side):
             lora_alpha=adapter["alpha"],
             target_modules=adapter["targets"],
             layers_to_transform=adapter.get("layers"),
+            use_dora=adapter.get("method") == "dora",
         )
         self.model = peft.get_peft_model(base, lora).to(self.device).train()
         trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from flax import nnx
 
 from ..config.patterns import fullmatch
 from ..config.schema import AdapterConfig
-from ..errors import InputError
+from ..errors import InputError, warn
 from .labels import Table
 from .methods.base import Method, method_of
 from .parameters import Parameter, largest, shared_name
@@ -129,6 +129,7 @@ def resolve(model: nnx.Module, config: AdapterConfig, *, any_rank: bool = False)
     """
     method = method_of(config)
     config = method.configured(config)
+    _warn_of_ignored(method, config)
     if not method.kinds:
         return ResolvedAdapter(config, {})
     sites = {s.name: s for s in find_sites(model)}
@@ -155,6 +156,13 @@ def resolve(model: nnx.Module, config: AdapterConfig, *, any_rank: bool = False)
     for key, pattern in sorted(unused):
         raise InputError(f"adapter.{key}: '{pattern}' matches no adapted module; those are {', '.join(list(chosen)[:12])}.")
     return ResolvedAdapter(config, resolved)
+
+
+def _warn_of_ignored(method: Method, config: AdapterConfig) -> None:
+    """A sweep over methods gives all of them the same keys, so what one of them cannot use is said, and not refused."""
+    for key in method.ignores:
+        if getattr(config, key) != AdapterConfig.model_fields[key].get_default(call_default_factory=True):
+            warn(f"adapter.{key}: '{method.name}' has no use for it; it changes nothing.")
 
 
 def _check_kinds(method: Method, config: AdapterConfig, sites: Sequence[Site]) -> None:

@@ -143,11 +143,12 @@ class Setup:
 
     def spec(self, config: Config) -> ResolvedAdapter:
         """The sites of the model that a member adapts; resolved once."""
-        key = config.adapter.model_dump_json()
+        key = config.optimizer.kind + config.adapter.model_dump_json()
         if key not in self.specs:
-            spec = self.specs[key] = resolve(self.model, config.adapter)
+            spec = resolve(self.model, config.adapter)
             spec.method.check_steps(spec.config, self.steps)
-        optimizer_of(config.optimizer).check(self.specs[key])
+            optimizer_of(config.optimizer).check(unite(self.model, [spec]))
+            self.specs[key] = spec
         return self.specs[key]
 
     def layout(self, configs: Sequence[Config]) -> Layout:

@@ -100,7 +100,8 @@ def our_model(zoo: Zoo, base: Base) -> Any:
 
 def our_adapter(model: nnx.Module, name: str, base: Base, **more: Any) -> nnx.Module:
     """An adapter made here, every trained number of it drawn."""
-    values = {"method": name, "rank": 4, "alpha": 6, "targets": list(base.targets)} | OURS.get(name, {}) | more
+    alpha = {"alpha": 6} if "alpha" in FORMS[name].peft.words else {}
+    values = {"method": name, "rank": 4, "targets": list(base.targets)} | alpha | OURS.get(name, {}) | more
     adapted = inject(model, METHODS.get(name, "method").section(**values), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(3)
     for held in site_modules(adapted).values():

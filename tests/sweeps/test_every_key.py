@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from lora_jax.adapters.inject import inject_layout
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
+from lora_jax.config.doors import METHODS
 from lora_jax.config.load import with_values
 from lora_jax.config.messages import valid_keys
 from lora_jax.packing.execution import PackMode, configured_mode
@@ -42,6 +44,7 @@ TRACED = {
     "adapter.rslora": True,
     "adapter.dropout": 0.4,
     "adapter.nested_init": False,
+    "adapter.init": "gaussian",
     "optimizer.learning_rate": 0.02,
     "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 2,
@@ -90,8 +93,8 @@ SET_UP = {
     "mesh.sweep": (2, {}),
 }
 # Each in a test of its own below, or elsewhere: `sweep.reference` in test_space.py, `task.teacher` in test_teacher.py, `task.head` in
-# test_word_tasks.py, the trunk cache's keys in test_trunk_cache.py, `tracking.compile_cache` in
-# test_compile_cache.py.
+# test_word_tasks.py, the keys of single optimizers in training/test_optimizers.py, the trunk cache's keys in test_trunk_cache.py,
+# `tracking.compile_cache` in test_compile_cache.py.
 OTHERS = {
     "name", "tracking.dir", "tracking.log_every", "tracking.tensorboard", "tracking.save", "tracking.checkpoint_every",
     "tracking.keep_checkpoints", "tracking.profile", "tracking.compile_cache",
@@ -102,12 +105,30 @@ OTHERS = {
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
     "task.messages", "task.date",
     "model.transforms",  # tests/models/transforms
+    "adapter.init_batches",  # tests/training/test_statistics.py
+    "optimizer.kind", "optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.delta", "optimizer.momentum", "optimizer.nesterov",
+    "optimizer.parameter_scale", "optimizer.rms",
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip
 
 
+# Keys of one method alone, LoRA's aside: the tests of that method know them.
+OF_METHODS = {
+    f"adapter.{key}"
+    for method in METHODS.all().values()
+    for key in method.section.model_fields.keys() - METHODS.get("lora", "method").section.model_fields.keys()
+}
+
+
 def test_no_key_is_forgotten():
-    assert sorted([*TRACED, *STRUCTURAL, *SET_UP, *OTHERS]) == sorted(valid_keys())
+    assert sorted({*TRACED, *STRUCTURAL, *SET_UP, *OTHERS, *OF_METHODS}) == sorted(valid_keys())
+
+
+@pytest.mark.parametrize("key", sorted(OF_METHODS))
+def test_a_key_of_one_method_is_in_its_tests(key):
+    tests = Path(__file__).parents[1]
+    files = [*(tests / "adapters").rglob("*.py"), *(tests / "interop").glob("*.py")]
+    assert any(key.removeprefix("adapter.") in path.read_text(encoding="utf-8") for path in files)
 
 
 def test_traced_numbers_change_the_losses(hub, tmp_path):

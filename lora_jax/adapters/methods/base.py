@@ -44,6 +44,7 @@ class Method:
         kinds: the kinds of site it adapts (`Site.kind`); none: it has no arrays at sites.
         dropout_kinds: those of them where `adapter.dropout` is allowed.
         setting_names: numbers of each layer, (layers,) float32, 0 where a layer is not adapted; `settings` gives them.
+        ignores: keys of every adapter section that it has no use for: a section that sets one is told so.
         packs: what a further member of a pack adds: `low-rank` work of the size of the rank, `activation` work on the input or output
             alone, `weight-sized` an array of the weight's size.
         self_padding: whether padding keeps its fill value by itself, as LoRA's zeros do: their gradients are 0, and AdamW leaves what
@@ -55,6 +56,7 @@ class Method:
     kinds: tuple[str, ...] = ()
     dropout_kinds: tuple[str, ...] = ()
     setting_names: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
     packs: Literal["low-rank", "activation", "weight-sized"] = "activation"
     self_padding: bool = False
     peft: PeftForm | None = None
@@ -361,17 +363,6 @@ class AdaptedSite(SiteModule):
         """Sets arrays and settings by name, in place; layers in front of each, one where the weight is not stacked."""
         for name, value in arrays.items():
             getattr(self, name).set_value(jnp.asarray(value if self.stacked else value[0]))
-
-
-def refuse_alpha(config: AdapterConfig) -> None:
-    """For a method whose change of the weight has no scale.
-
-    Raises:
-        InputError: the section gives one.
-    """
-    for key in ("alpha", "alpha_pattern"):
-        if getattr(config, key) != AdapterConfig.model_fields[key].get_default(call_default_factory=True):
-            raise InputError(f"adapter.{key}: '{config.method}' has no scale that it could set.")
 
 
 def method_of(config: AdapterConfig) -> Method:

@@ -79,6 +79,7 @@ class C3a(Method):
 
     name, section = "c3a", C3aSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     peft = C3aForm()
     setting_names = ("block",)
     self_padding = True  # a convolution does not read what is beyond its rows

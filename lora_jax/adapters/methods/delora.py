@@ -19,7 +19,7 @@ from ...config.schema import AdapterConfig
 from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
-from .base import AdaptedSite, Method, refuse_alpha, register_method
+from .base import AdaptedSite, Method, register_method
 from .lora import widened
 from .peft_form import PeftForm, Reader, Weight, plain
 
@@ -74,14 +74,12 @@ class Delora(Method):
 
     name, section = "delora", DeloraSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     dropout_kinds = ("linear",)
     setting_names = ("inverse_rank",)
     packs = "low-rank"
     peft = DeloraForm()
     self_padding = True
-
-    def check(self, config: DeloraSection, site: Site, rank: int) -> None:
-        refuse_alpha(config)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         return {

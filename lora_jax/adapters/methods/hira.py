@@ -18,7 +18,7 @@ from ...config.schema import AdapterConfig
 from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
-from .base import AdaptedSite, Method, refuse_alpha, register_method
+from .base import AdaptedSite, Method, register_method
 from .peft_form import PeftForm, Weight
 
 
@@ -61,13 +61,11 @@ class Hira(Method):
 
     name, section = "hira", HiraSection
     kinds = ("linear", "embedding")
+    ignores = ("alpha", "alpha_pattern")
     dropout_kinds = ("linear",)
     packs = "weight-sized"
     peft = HiraForm()
     self_padding = True
-
-    def check(self, config: HiraSection, site: Site, rank: int) -> None:
-        refuse_alpha(config)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         return {"a": Parameter((site.inputs, rank), axes=("in", None)), "b": Parameter((rank, site.outputs), axes=(None, "out"))}

@@ -59,6 +59,7 @@ class Hra(Method):
 
     name, section = "hra", HraSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     peft = HraForm()
 
     def check(self, config: HraSection, site: Site, rank: int) -> None:

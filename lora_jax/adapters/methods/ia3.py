@@ -100,6 +100,7 @@ class Ia3(Method):
 
     name, section = "ia3", Ia3Section
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern", "rank", "rank_pattern", "nested_init")
     packs = "activation"
     peft = Ia3Form()
 

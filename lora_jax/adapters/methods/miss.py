@@ -59,6 +59,7 @@ class Miss(Method):
 
     name, section = "miss", MissSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     dropout_kinds = ("linear",)
     setting_names = ("shards",)  # the rank as a number: members of a pack have different ones
     packs = "low-rank"

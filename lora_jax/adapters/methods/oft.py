@@ -113,6 +113,7 @@ class Oft(Method):
 
     name, section = "oft", OftSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     setting_names = ("block", "eps")
     peft = OftForm()
     self_padding = True  # what is not above a diagonal is not read: its gradient is 0

@@ -76,6 +76,7 @@ class Road(Method):
 
     name, section = "road", RoadSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern", "rank", "rank_pattern", "nested_init")
     peft = RoadForm()
 
     def variant(self, config: RoadSection) -> Road:

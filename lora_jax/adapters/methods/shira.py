@@ -21,7 +21,7 @@ from ...errors import InputError
 from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
-from .base import AdaptedSite, Method, refuse_alpha, register_method
+from .base import AdaptedSite, Method, register_method
 from .peft_form import PeftForm, Weight
 
 _EXACT = 2**24
@@ -58,11 +58,11 @@ class Shira(Method):
 
     name, section = "shira", ShiraSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     packs = "weight-sized"
     peft = ShiraForm()
 
     def check(self, config: ShiraSection, site: Site, rank: int) -> None:
-        refuse_alpha(config)
         inputs, outputs = site.inputs, site.outputs
         if rank * (inputs + outputs) > inputs * outputs:
             most = inputs * outputs // (inputs + outputs)

@@ -44,6 +44,7 @@ class TinyLora(Method):
 
     name, section = "tinylora", TinyLoraSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     dropout_kinds = ("linear",)
     setting_names = ("adapted",)
     packs = "low-rank"

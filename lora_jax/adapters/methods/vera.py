@@ -82,6 +82,7 @@ class Vera(Method):
 
     name, section = "vera", VeraSection
     kinds = ("linear",)
+    ignores = ("alpha", "alpha_pattern")
     dropout_kinds = ("linear",)
     packs = "low-rank"
     peft = VeraForm()

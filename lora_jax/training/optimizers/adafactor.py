@@ -10,6 +10,7 @@ padding of a pack has no part in them.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -63,24 +64,27 @@ def _factored(of: Group) -> optax.GradientTransformation:
         others = {name: jnp.zeros_like(array) for name, array in arrays.items() if name not in matrices}
         return AdafactorState(jnp.zeros([], jnp.int32), rows, columns, others)
 
-    def update(gradients: Any, state: AdafactorState, params: Any) -> tuple[Any, AdafactorState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdafactorState]:
+        gradients, updates = updates, dict(updates)
         count = state.count + 1
         old = 1 - jnp.float32(count) ** -numbers["decay_rate"]
         new = AdafactorState(count, {}, {}, {})
-        updates = dict(gradients)
         for name, gradient in gradients.items():
             if isinstance(gradient, optax.MaskedNode):
                 continue
-            square = gradient**2 + numbers["eps"]
+            square = gradient**2
             if name in state.rows:
                 rows = old * state.rows[name] + (1 - old) * square.sum(-1, keepdims=True)
                 columns = old * state.columns[name] + (1 - old) * square.sum(-2, keepdims=True)
-                share = jnp.maximum(rows / rows.sum(-2, keepdims=True), _TINY)
-                along = gradient * jax.lax.rsqrt(share) * jax.lax.rsqrt(columns)
                 new.rows[name], new.columns[name] = rows, columns
+                # The decay of the first step is 0, so that eps in every square is eps once in every mean.
+                m, n = _sizes(of, name, gradient)[-2:]
+                rows, columns = rows + n * numbers["eps"], jnp.maximum(columns + m * numbers["eps"], _TINY)
+                total = jnp.maximum(rows.sum(-2, keepdims=True) - (rows.shape[-2] - m) * n * numbers["eps"], _TINY)
+                along = gradient * jax.lax.rsqrt(jnp.maximum(rows / total, _TINY)) * jax.lax.rsqrt(columns)
             else:
                 new.squares[name] = old * state.squares[name] + (1 - old) * square
-                along = gradient * jax.lax.rsqrt(new.squares[name])
+                along = gradient * jax.lax.rsqrt(new.squares[name] + numbers["eps"])
             along = along / jnp.maximum(1, _rms(of, name, along) / numbers["clip_threshold"])
             relative = jnp.maximum(_rms(of, name, params[name], _fill(of, name)), _LEAST_SCALE)
             updates[name] = along * jnp.where(numbers["parameter_scale"] > 0, relative, 1)
@@ -93,11 +97,17 @@ def _fill(of: Group, name: str) -> float:
     return of.part.parameters[name].parameter.fill if name in of.part.parameters else 0.0
 
 
+def _sizes(of: Group, name: str, array: jax.Array) -> list[jax.Array]:
+    """Of each layer's own axes, as arrays that broadcast over the layers."""
+    sizes = of.shape(name, array)
+    return [sizes[..., axis].reshape(*sizes.shape[:-1], *[1] * sizes.shape[-1]) for axis in range(sizes.shape[-1])]
+
+
 def _rms(of: Group, name: str, array: jax.Array, fill: float = 0.0) -> jax.Array:
     """Root mean square of each layer's own numbers, broadcast over the layer; `fill` is what the padding holds."""
-    axes = tuple(range(-of.axes(name, array), 0))
-    own = of.shape(name, array).prod(-1).reshape(*array.shape[: array.ndim - len(axes)], *[1] * len(axes))
-    padding = float(np.prod([array.shape[axis] for axis in axes])) - own
+    sizes = _sizes(of, name, array)
+    axes, own = tuple(range(-len(sizes), 0)), math.prod(sizes)
+    padding = math.prod(array.shape[axis] for axis in axes) - own
     return jnp.sqrt(jnp.maximum((array**2).sum(axes, keepdims=True) - fill**2 * padding, 0) / jnp.maximum(own, 1))
 
 

@@ -23,8 +23,8 @@ class AdamW(Optimizer):
     name, section = "adamw", AdamWSection
 
     def group(self, of: Group) -> optax.GradientTransformation:
-        moments = {name: of.numbers[name] for name in ("b1", "b2", "eps")}
-        return optax.adamw(of.learning_rate, **moments, weight_decay=of.weight_decay, mask=of.decayed)
+        b1, b2, eps = (of.numbers[name] for name in ("b1", "b2", "eps"))
+        return optax.adamw(of.learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=of.weight_decay, mask=of.decayed)
 
 
 register_optimizer("adamw", AdamW())

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ...adapters.layout import ResolvedAdapter
+from ...adapters.layout import Layout
 from ...adapters.partition import Arrays, Partition
 from ...config.doors import OPTIMIZERS
 from ...config.schema import OptimizerConfig
@@ -84,8 +84,11 @@ class Optimizer:
         own = type(section).model_fields.keys() - OptimizerConfig.model_fields.keys()
         return {name: np.float32(getattr(section, name)) for name in sorted(own)}
 
-    def check(self, member: ResolvedAdapter) -> None:
+    def check(self, layout: Layout) -> None:
         """Refuses a member that the optimizer cannot train.
+
+        Args:
+            layout: of the member alone.
 
         Raises:
             InputError: names the key, and what would do.

@@ -50,8 +50,8 @@ class Muon(Optimizer):
             optax.add_decayed_weights(of.weight_decay, of.decayed),
             optax.scale_by_learning_rate(of.learning_rate),
         )
-        moments = {name: numbers[name] for name in ("b1", "b2", "eps")}
-        other = optax.adamw(of.learning_rate, **moments, weight_decay=of.weight_decay, mask=of.decayed)
+        b1, b2, eps = (numbers[name] for name in ("b1", "b2", "eps"))
+        other = optax.adamw(of.learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=of.weight_decay, mask=of.decayed)
         return optax.multi_transform({"matrix": matrix, "other": other}, lambda params: _kinds(of, params))
 
 

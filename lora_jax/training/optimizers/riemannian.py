@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from ...adapters.layout import ResolvedAdapter
+from ...adapters.layout import Layout
 from ...adapters.parameters import Parameter
 from ...adapters.partition import Arrays, Partition
 from ...config.types import PositiveFloat
@@ -31,15 +31,13 @@ class RiemannianSection(AdamWSection):
 class Riemannian(AdamW):
     name, section = "riemannian", RiemannianSection
 
-    def check(self, member: ResolvedAdapter) -> None:
-        for of in member.sites.values():
-            if _pair(member.method.parameters(of.site, int(of.ranks.max()))) is None:
-                raise InputError(
-                    f"optimizer.kind: '{self.name}' preconditions a pair of trained factors A and B, and adapter.method: "
-                    f"'{member.method.name}' has none at {of.site.name}."
-                )
-        if not member.sites:
-            raise InputError(f"optimizer.kind: '{self.name}' is for low-rank factors, and adapter.method: '{member.method.name}' has none.")
+    def check(self, layout: Layout) -> None:
+        lacking = [of.site.name for of in layout.sites if _pair(layout.method.padded(of.site, of.extent)) is None]
+        if lacking or not layout.sites:
+            raise InputError(
+                f"optimizer.kind: '{self.name}' preconditions a pair of trained factors A and B, and adapter.method: "
+                f"'{layout.method.name}' has none{f' at {lacking[0]}' if lacking else ''}."
+            )
 
     def preconditioned(self, gradients: Arrays, trainable: Arrays, part: Partition, numbers: Mapping[str, jax.Array]) -> Arrays:
         sites: dict[str, dict[str, Parameter]] = {}

@@ -34,9 +34,9 @@ class Sgd(Optimizer):
 def _momentum(momentum: jax.Array, nesterov: jax.Array) -> optax.GradientTransformation:
     """`optax.trace` with a traced `nesterov`."""
 
-    def update(gradients: Any, state: optax.TraceState, _: Any = None) -> tuple[Any, optax.TraceState]:
-        sums = jax.tree.map(lambda g, m: g + momentum * m, gradients, state.trace)
-        along = jax.tree.map(lambda g, m: jnp.where(nesterov > 0, g + momentum * m, m), gradients, sums)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.TraceState]:
+        sums = jax.tree.map(lambda g, m: g + momentum * m, updates, state.trace)
+        along = jax.tree.map(lambda g, m: jnp.where(nesterov > 0, g + momentum * m, m), updates, sums)
         return along, optax.TraceState(sums)
 
     return optax.GradientTransformation(lambda params: optax.TraceState(jax.tree.map(jnp.zeros_like, params)), update)

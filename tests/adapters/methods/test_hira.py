@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import pytest
 from flax import nnx
 
 from lora_jax.adapters.inject import inject, site_modules
-from lora_jax.errors import InputError
 from tests import tiny
 from tests.adapters.methods import exact
 
@@ -27,11 +23,3 @@ def test_an_embedding_row_by_row():
     weight, a, b = (np.asarray(v[...], np.float64) for v in (site.base.embedding, site.a, site.b))
     tokens = np.array([[3, 8, 3], [0, 1, 2]], np.int32)
     assert tiny.relative(tiny.outputs(model, tokens), (weight + weight * (a @ b))[tokens]) < 1e-5
-
-
-@pytest.mark.parametrize("method", ["hira", "delora", "shira"])
-def test_a_scale_is_refused(method):
-    choices: list[dict[str, Any]] = [{"alpha": 4}, {"alpha_pattern": {"x": 4}}]
-    for values in choices:
-        with pytest.raises(InputError, match=rf"adapter.{next(iter(values))}: '{method}'"):
-            exact.start(method=method, rank=2, **values)

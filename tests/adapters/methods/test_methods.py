@@ -14,8 +14,10 @@ import pytest
 from flax import nnx
 
 from lora_jax.adapters.inject import inject, site_modules
+from lora_jax.adapters.layout import resolve
 from lora_jax.adapters.merge import merge, unmerge
 from lora_jax.config.doors import METHODS
+from lora_jax.errors import InputWarning
 from lora_jax.packing.pack import Pack, repack
 from lora_jax.training.checkpoint import Saved
 from tests import tiny
@@ -45,6 +47,15 @@ VALUES: dict[str, Any] = {
     "oft": {"ranks": (4, 8, 2, 16)},
     "road": {"section": {"group_size": 8}},
 }
+
+
+# One array of all sites, sizes that shrink with the rank, a state and a penalty.
+CORNERS = ("vera", "lokr", "adalora")
+
+
+def marked(mark: Any, names: list[str], *, but: tuple[str, ...]) -> list[Any]:
+    """The names as parameters, with a mark; some without."""
+    return [name if name in but else pytest.param(name, marks=mark) for name in names]
 
 
 def sections(name: str) -> list[dict[str, Any]]:
@@ -83,7 +94,7 @@ def test_it_starts_as_the_base(name: str) -> None:
         assert tiny.relative(found, base) < 1e-6, values
 
 
-@pytest.mark.parametrize("name", ADAPTING)
+@pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=CORNERS))
 def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name: str) -> None:
     model, chosen = tiny.classifier(2), configs(name)
     pack = Pack.build(model, chosen, STEPS)
@@ -112,7 +123,7 @@ def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name
             np.testing.assert_array_equal(np.asarray(values[k])[rest], start[array][k][rest])
 
 
-@pytest.mark.parametrize("name", ADAPTING)
+@pytest.mark.parametrize("name", marked(pytest.mark.long, ADAPTING, but=CORNERS))
 def test_a_member_that_moves_to_another_pack_goes_on_as_it_was(name: str) -> None:
     model, chosen = tiny.classifier(2), configs(name)
     pack = Pack.build(model, chosen, STEPS)
@@ -154,3 +165,12 @@ def moved(adapted: nnx.Module, seed: int) -> nnx.Module:
                 noise = 0.1 * rng.standard_normal(variable.shape)
                 variable.set_value(jnp.asarray(variable[...] + noise, jnp.float32))
     return adapted
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTING if METHODS.all()[name].ignores])
+def test_a_key_that_it_has_no_use_for_is_said(name: str) -> None:
+    values = {"method": name, "rank": 2, "targets": ["q_proj"], "alpha": 4.0} | VALUES.get(name, {}).get("section", {})
+    with pytest.warns(InputWarning) as said:
+        resolve(tiny.encoder(1), tiny.adapter(**values))
+    keys = {str(w.message).split(":")[0].removeprefix("adapter.") for w in said}
+    assert keys == {"alpha", "rank"} & set(METHODS.all()[name].ignores)
