@@ -42,7 +42,8 @@ CENTRE, FACTOR = 4e-3, 4.0
 # Few numbers, or numbers far from what they scale, take larger steps; what multiplies a whole weight takes smaller ones.
 CENTRES = {"ia3": 1.6e-2, "lora_xs": 1.6e-2, "road": 1.6e-2, "tinylora": 1.6e-2, "vera": 1.6e-2, "c3a": 1.6e-2, "oft": 1e-3}
 # Options that a method's size, or what it is, depends on.
-OPTIONS: dict[str, dict[str, Any]] = {"lokr": {"decompose_factor": 4}}
+# LoKr's default factor leaves it small at any rank; AdaLoRA starts at the others' size, and ends at PEFT's two thirds of it.
+OPTIONS: dict[str, dict[str, Any]] = {"lokr": {"decompose_factor": 4}, "adalora": {"target_r": 5}}
 PLACE = {"adapter.targets": "attention", "adapter.layers": "last:2"}
 BASES: dict[str, dict[str, Any]] = {
     "minilm": {},
