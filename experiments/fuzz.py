@@ -143,15 +143,17 @@ class Forced:
 
 def fuzz_kills(forced: Forced, count: int, seed: int) -> Counts:
     """Ends sweeps by SIGKILL at random moments; each is resumed until it is done, and then another begins."""
-    moments, faults, runs, killed = random.Random(seed), [], 0, 0
+    moments, faults, runs, killed, takes = random.Random(seed), [], 0, 0, forced.seconds
     while killed < count:
-        runs += 1
+        runs, before = runs + 1, killed
         run = forced.folder / "runs" / f"killed-{runs}"
         code = None
         while code is None:
-            process = forced.start("runs", run.name)
+            process, began = forced.start("runs", run.name), time.monotonic()
             try:  # the first seconds, in which it imports, are of less interest
-                code = process.wait(moments.uniform(0.2, 1.0) * forced.seconds if killed < count else None)
+                code = process.wait(moments.uniform(0.2, 1.0) * takes if killed < count else None)
+                if killed == before:  # a whole sweep, by programs of the cache and on a machine that may be less busy now
+                    takes = min(takes, time.monotonic() - began)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()

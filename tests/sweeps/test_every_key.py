@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from lora_jax.adapters.inject import inject_layout
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
+from lora_jax.config.doors import METHODS
 from lora_jax.config.load import with_values
 from lora_jax.config.messages import valid_keys
 from lora_jax.packing.execution import PackMode, configured_mode
@@ -110,8 +112,23 @@ OTHERS = {
 }  # fmt: skip
 
 
+# Keys of one method alone, LoRA's aside: the tests of that method know them.
+OF_METHODS = {
+    f"adapter.{key}"
+    for method in METHODS.all().values()
+    for key in method.section.model_fields.keys() - METHODS.get("lora", "method").section.model_fields.keys()
+}
+
+
 def test_no_key_is_forgotten():
-    assert sorted([*TRACED, *STRUCTURAL, *SET_UP, *OTHERS]) == sorted(valid_keys())
+    assert sorted({*TRACED, *STRUCTURAL, *SET_UP, *OTHERS, *OF_METHODS}) == sorted(valid_keys())
+
+
+@pytest.mark.parametrize("key", sorted(OF_METHODS))
+def test_a_key_of_one_method_is_in_its_tests(key):
+    tests = Path(__file__).parents[1]
+    files = [*(tests / "adapters").rglob("*.py"), *(tests / "interop").glob("*.py")]
+    assert any(key.removeprefix("adapter.") in path.read_text(encoding="utf-8") for path in files)
 
 
 def test_traced_numbers_change_the_losses(hub, tmp_path):

@@ -15,7 +15,7 @@ from lora_jax.training.evaluation import evaluate_pack
 from lora_jax.training.loop import _Best, _Clock, train_pack
 from lora_jax.training.step import MemberState, Metrics
 
-DATA = types.SimpleNamespace(held_out=Examples([], []))
+DATA = types.SimpleNamespace(held_out=Examples([], []), test=None)
 OTHERS = Examples([], [])
 
 
@@ -89,6 +89,7 @@ def run(steps, *, eval_every, log_every, metric="accuracy", dies=None):
         part=types.SimpleNamespace(frozen={}),
         configs=[0, 1],
         programs=Programs(dies),
+        eval_params=lambda state: state.trainable,
     )
     setup = setup_of(metric, steps=steps)
     listener = Listener()

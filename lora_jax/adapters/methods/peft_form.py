@@ -50,6 +50,7 @@ class PeftForm:
         integers: names of tensors that hold whole numbers: indices.
         optional: names of tensors that a file may lack.
         repeated: those of `shared` that PEFT writes at every module as well; they are compared when read, and not written.
+        numbered: those of a module's tensors that stand at the root of the file, with the module's number among the adapted ones.
         conv1d: whether PEFT adapts GPT-2's `Conv1D` by it.
     """
 
@@ -65,6 +66,7 @@ class PeftForm:
     integers: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    numbered: tuple[str, ...] = ()
     conv1d: bool = True
 
     # The config

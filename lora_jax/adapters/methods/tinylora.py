@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ..draws import singular_vectors
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
+from .peft_form import PeftForm, Reader, Weight
 
 
 class TinyLoraSection(AdapterConfig):
@@ -33,6 +34,55 @@ class TinyLoraSection(AdapterConfig):
     init_v_bound: NonNegativeFloat = Field(
         default=0.0, description="v starts uniformly between minus this and this; PEFT's 'uniform': 0.02."
     )
+
+
+class TinyLoraForm(PeftForm):
+    """`tinylora_A`, `tinylora_B` and `tinylora_P` of a module; `tinylora_v` at the root, numbered by the module, or one that all share."""
+
+    peft_type, prefix, only = "TINYLORA", "tinylora_", "tinylora_only"
+    defaults: Mapping[str, Any] = {
+        "bias": "none", "fan_in_fan_out": False, "init_v_bound": 0.02, "init_weights": True, "layers_pattern": None,
+        "layers_to_transform": None, "modules_to_save": None, "projection_seed": 42, "r": 2, "save_projection": True,
+        "target_modules": None, "tinylora_dropout": 0.0, "u": 64, "weight_tying": 0.0,
+    }  # fmt: skip
+    words: Mapping[str, str] = {"rank": "r", "dropout": "tinylora_dropout", "u": "u"}
+    own = frozenset({"weight_tying"})
+    # How v started, and how P was drawn: the file holds both.
+    notes = frozenset({"fan_in_fan_out", "init_v_bound", "init_weights", "projection_seed", "save_projection"})
+    numbered = ("tinylora_v",)
+
+    def values(self, read: Reader) -> dict[str, Any]:
+        if (tied := read.number("weight_tying", 0.0, lowest=0.0)) not in (0, 1):
+            raise read.wrong("weight_tying", "0 (no module shares its vector) or 1 (all share one)")
+        return super().values(read) | {"weight_tying": int(tied)}
+
+    def fields(self, section: Any) -> dict[str, Any]:
+        return super().fields(section) | {"weight_tying": float(section.weight_tying), "save_projection": True}
+
+    def rank_at(self, site: Site, rank: int, read: Reader) -> int:
+        return min(rank, site.inputs, site.outputs)
+
+    def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+        found = {"tinylora_A": (rank, site.inputs), "tinylora_B": (site.outputs, rank), "tinylora_P": (section.u, rank, rank)}
+        return found if section.weight_tying else found | {"tinylora_v": (section.u,)}
+
+    def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = {"tinylora_A": arrays["frozen_a"].T, "tinylora_B": arrays["frozen_b"].T, "tinylora_P": arrays["projections"].swapaxes(1, 2)}
+        return found if section.weight_tying else found | {"tinylora_v": arrays["v"]}
+
+    def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
+        found = {"frozen_a": tensors["tinylora_A"].T, "frozen_b": tensors["tinylora_B"].T}
+        found |= {"projections": tensors["tinylora_P"].swapaxes(1, 2)}
+        return found if section.weight_tying else found | {"v": tensors["tinylora_v"]}
+
+    def shared(self, section: Any, sites: Mapping[Site, int]) -> dict[str, tuple[int, ...]]:
+        return {"tinylora_v.0": (section.u,)} if section.weight_tying else {}
+
+    def shared_to_file(self, section: Any, sites: Mapping[Site, int], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"tinylora_v.0": arrays["v"]} if section.weight_tying else {}
+
+    def shared_from_file(self, section: Any, sites: Mapping[Site, int], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"v": tensors["tinylora_v.0"]} if section.weight_tying else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +98,7 @@ class TinyLora(Method):
     dropout_kinds = ("linear",)
     setting_names = ("adapted",)
     packs = "low-rank"
+    peft = TinyLoraForm()
     self_padding = True  # beyond the rank A, B and P are 0; `adapted` is 0 at a layer that is not adapted
 
     def variant(self, config: TinyLoraSection) -> Method:

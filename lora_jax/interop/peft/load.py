@@ -28,7 +28,7 @@ from ...models.decoder import Decoder
 from ...weights.checkpoint import Checkpoint
 from ...weights.safetensors import SafetensorsCheckpoint, read_digests
 from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, adapter_folder, check_digests, read_peft_config
-from .names import PROJECTION, ROOT, SHARED, Module, Parameter, PeftNames, module_of_key
+from .names import PROJECTION, ROOT, SHARED, Module, Parameter, PeftNames, module_of_key, tensor_key
 
 _SHOWN = 6
 _INTEGERS = ("int32", "int64")
@@ -43,13 +43,15 @@ class _Site:
         module: the module.
         rank, settings: as the config says.
         tensors: name -> shape, of its tensors in the file.
-        stem: what comes before a name in the tensor's key, up to the dot.
+        keys: name -> key, of the same.
+        stem: what comes before a name in most keys, up to the dot.
     """
 
     module: Module
     rank: int
     settings: dict[str, float]
     tensors: dict[str, tuple[int, ...]]
+    keys: dict[str, str]
     stem: str
 
 
@@ -85,7 +87,7 @@ class _Plan:
         """Key -> shape of all that must be there."""
         shapes = {key: p.shape for key, p in self.values.items()} | self.shared
         for site in self.sites:
-            shapes |= {f"{site.stem}.{name}": shape for name, shape in site.tensors.items()}
+            shapes |= {site.keys[name]: shape for name, shape in site.tensors.items()}
         return shapes
 
     def ranks(self) -> dict[Site, int]:
@@ -181,11 +183,14 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
         _check_kind(module, config, file)
     section = config.placed({name: m.site for name, m in chosen.items()})
     plan = _Plan(section, [], {}, {}, {}, set(), set(), set())
+    numbers = {name: number for number, name in enumerate(names.in_order(chosen))}
     for name, module in chosen.items():
         rank, settings = config.size(name, module.site)
         _check_size(config, section, module, rank, file)
         tensors = config.form.tensors(section, module.site, rank)
-        plan.sites.append(_Site(module, rank, settings, tensors, module.stem(chosen)))
+        stem = module.stem(chosen)
+        keys = {tensor: tensor_key(config.form, stem, tensor, numbers[name]) for tensor in tensors}
+        plan.sites.append(_Site(module, rank, settings, tensors, keys, stem))
     plan.shared |= {SHARED + name: shape for name, shape in config.form.shared(section, plan.ranks()).items()}
     parameters = [m.name for m in names.modules.values() if m.parameter]
     for wanted in config.parameters:
@@ -328,7 +333,7 @@ def _fill(adapted: nnx.Module, member: ResolvedAdapter, plan: _Plan, config: Pef
                 continue
             # A segment holds its layers up to the top of the stack.
             layer = one.module.layer - (len(one.module.site.names) - layers)
-            tensors = {n: arrays[key] for n in one.tensors if (key := f"{one.stem}.{n}") in arrays}
+            tensors = {n: arrays[key] for n in one.tensors if (key := one.keys[n]) in arrays}
             weight = functools.partial(_weight, module, layer)
             own = form.from_file(plan.section, one.module.site, one.rank, tensors, weight)
             for parameter, value in (one.settings | own).items():

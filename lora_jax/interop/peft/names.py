@@ -7,6 +7,7 @@ head, without `bert.` where it does not. A stacked weight of ours is one of thei
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ...adapters.methods.peft_form import PeftForm
 from ...adapters.parameters import is_base
 from ...adapters.sites import HEADS, Path, Site, find_sites, logical_name, names_of
 from ...models.decoder import Decoder
@@ -127,6 +129,18 @@ def module_of_key(key: str, prefix: str) -> str | None:
     return module if key.startswith(ROOT) and found else None
 
 
+def tensor_key(form: PeftForm, stem: str, name: str, number: int) -> str:
+    """The key of a module's tensor in a file.
+
+    Args:
+        form: the method's.
+        stem: the module's (`Module.stem`).
+        name: of the tensor.
+        number: of the module among the adapted ones (`PeftNames.in_order`).
+    """
+    return f"{SHARED}{name}.{number}" if name in form.numbered else f"{stem}.{name}"
+
+
 class PeftNames:
     """PEFT's names for a model without adapters.
 
@@ -153,6 +167,22 @@ class PeftNames:
                 module = dataclasses.replace(module, name=f"{full}.weight")
             self.modules[module.name] = module
         self.parameters = {p.name: p for p in self._parameters(model)}
+
+    def in_order(self, names: Collection[str]) -> list[str]:
+        """These modules as PyTorch's model has them: layer by layer, and in a layer as the family's table has its weights."""
+        return sorted(names, key=lambda name: self._place(self.modules[name]))
+
+    def _place(self, module: Module) -> tuple[int, ...]:
+        path = (*module.site.path, module.site.weight)
+        base = self._base_of(path)
+        if base is None:  # heads come after the base
+            return (1, 0, 0, list(self.modules).index(module.name))
+        weights, own = list(self._table(base).values()), self._weight(path)
+        if own not in weights:
+            return (0, 0, module.layer, list(self.modules).index(module.name))
+        index = weights.index(own)
+        stacked = ["{i}" in weight.name for weight in weights[: index + 1]]
+        return (0, sum(a != b for a, b in itertools.pairwise(stacked)), module.layer, index)
 
     def _site_names(self, site: Site) -> list[str]:
         kind = "embedding" if site.kind == "embedding" else "kernel"

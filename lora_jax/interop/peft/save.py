@@ -30,7 +30,7 @@ from ..export import Exporter, ExportOptions
 from ..hf import save_pretrained
 from .adapter import AdaptedModule, Adapter
 from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, config_values, new_config, option_digests, said_places, to_json
-from .names import PROJECTION, ROOT, SHARED
+from .names import PROJECTION, ROOT, SHARED, tensor_key
 
 
 def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, card: str | None = None) -> None:
@@ -260,11 +260,12 @@ def _tensors(adapter: Adapter, config: PeftConfig) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     adapted = {s.module.name for s in adapter.sites}
     ranks: dict[Site, int] = {}
+    numbers = {name: number for number, name in enumerate(adapter.names.in_order(adapted))}
     for one in adapter.sites:
         site, rank, stem = one.module.site, config.size(one.module.name, one.module.site)[0], one.module.stem(adapted)
         ranks[site] = max(rank, ranks.get(site, 0))
         for name, array in form.to_file(section, site, rank, one.arrays(rank)).items():
-            found[f"{stem}.{name}"] = _integers(array) if name in form.integers else _float32(array)
+            found[tensor_key(form, stem, name, numbers[one.module.name])] = _integers(array) if name in form.integers else _float32(array)
     shared = form.shared_to_file(section, ranks, adapter.whole(ranks))
     found |= {SHARED + name: _float32(array) for name, array in shared.items()}
     saved = {p.name for p in adapter.saved}

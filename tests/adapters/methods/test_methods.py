@@ -59,6 +59,15 @@ VALUES: dict[str, Any] = {
 }
 
 
+# One array of all sites, sizes that shrink with the rank, a state and a penalty.
+CORNERS = ("vera", "lokr", "adalora")
+
+
+def marked(mark: Any, names: list[str], *, but: tuple[str, ...]) -> list[Any]:
+    """The names as parameters, with a mark; some without."""
+    return [name if name in but else pytest.param(name, marks=mark) for name in names]
+
+
 def sections(name: str) -> list[dict[str, Any]]:
     """Four members of unequal ranks, targets and layers."""
     own = VALUES.get(name, {})
@@ -95,7 +104,7 @@ def test_it_starts_as_the_base(name: str) -> None:
         assert tiny.relative(found, base) < 1e-6, values
 
 
-@pytest.mark.parametrize("name", ADAPTING)
+@pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=CORNERS))
 def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name: str) -> None:
     model, chosen = tiny.classifier(2), configs(name)
     pack = Pack.build(model, chosen, STEPS)
@@ -124,7 +133,7 @@ def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name
             np.testing.assert_array_equal(np.asarray(values[k])[rest], start[array][k][rest])
 
 
-@pytest.mark.parametrize("name", ADAPTING)
+@pytest.mark.parametrize("name", marked(pytest.mark.long, ADAPTING, but=CORNERS))
 def test_a_member_that_moves_to_another_pack_goes_on_as_it_was(name: str) -> None:
     model, chosen = tiny.classifier(2), configs(name)
     pack = Pack.build(model, chosen, STEPS)
