@@ -2,10 +2,12 @@
 
 import pytest
 
+from lora_jax.config.doors import METHODS
 from lora_jax.config.load import load_config
 from lora_jax.config.messages import expected, show
 from lora_jax.errors import InputError
 
+METHOD_NAMES = ", ".join(METHODS.all())
 BASE = """\
 name: a
 model: {source: m.gguf}
@@ -36,8 +38,8 @@ FROM_YAML = [
         "c.yaml, line 5: sweep.grid: must be a mapping of names to lists of values, got {'adapter.rank': 4}.",
     ),
     # what fuzzing came upon: no text, no name and no list where one is looked for
-    ("adapter: {method: [lora]}", "c.yaml, line 5: adapter.method: must be one of full, head, lora, got ['lora']. Did you mean 'lora'?"),
-    ("adapter: {method: {a: 1}}", "c.yaml, line 5: adapter.method: must be one of full, head, lora, got {'a': 1}."),
+    ("adapter: {method: [lora]}", f"c.yaml, line 5: adapter.method: must be one of {METHOD_NAMES}, got ['lora']. Did you mean 'lora'?"),
+    ("adapter: {method: {a: 1}}", f"c.yaml, line 5: adapter.method: must be one of {METHOD_NAMES}, got {{'a': 1}}."),
     ("sweep: {members: 3}", "c.yaml, line 5: sweep.members: must be a list of values, got 3."),
     ('adapter: {targets: "\\ud800"}', "c.yaml, line 5: adapter.targets: '\\ud800' is not text (UTF-8)."),
     ('"a\\udfff": 1', "c.yaml: 'a\\udfff' is not text (UTF-8)."),

@@ -196,8 +196,8 @@ def test_a_hub_data_set_without_a_held_out_split_is_said_to_have_none(monkeypatc
     assert rows.files == (f"hf://org/name, {there}",) and rows["text"] == ["a", "b"]
     assert (rows.note == "task.eval_source: hf://org/name has no validation split; 'train' was taken.") == said and bool(rows.note) == said
     if said:  # what is trained on is no held-out split
-        with pytest.raises(InputError, match="is trained on too"):
-            check_tables([load_rows("hf://org/name", key="task.source", columns=["text"]), rows], {})
+        with pytest.raises(InputError, match="which is trained on"):
+            check_tables({"task.source": load_rows("hf://org/name", key="task.source", columns=["text"]), "task.eval_source": rows}, {})
 
 
 BAD = {
