@@ -224,9 +224,9 @@ BAD = {
     "method 'tie'": ({"method": "tie"}, "Did you mean 'ties'"),
     "no density": ({"method": "ties"}, "'ties' needs a density above 0 and at most 1, got None"),
     "density 0": ({"method": "dare_linear", "density": 0.0}, "got 0.0"),
-    "a density too many": ({"method": "svd", "density": 0.5}, "'svd' takes no density; it is of ties, dare_linear"),
-    "a rank too many": ({"method": "cat", "rank": 4}, "'cat' takes no rank"),
-    "a seed too many": ({"method": "ties", "density": 0.5, "seed": 1}, "'ties' takes no seed; it is of dare_linear, dare_ties"),
+    "a density too many": ({"method": "svd", "density": 0.5}, "'svd' does not take density, which belongs to ties, dare_linear"),
+    "a rank too many": ({"method": "cat", "rank": 4}, "'cat' does not take rank"),
+    "a seed too many": ({"method": "ties", "density": 0.5, "seed": 1}, "'ties' does not take seed, which belongs to dare_linear, dare_ties"),
     "rank 0": ({"method": "svd", "rank": 0}, "rank must be at least 1"),
     "majority": ({"method": "ties", "density": 0.5, "majority": "totl"}, "Did you mean 'total'"),
 }
