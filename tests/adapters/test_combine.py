@@ -226,7 +226,10 @@ BAD = {
     "density 0": ({"method": "dare_linear", "density": 0.0}, "got 0.0"),
     "a density too many": ({"method": "svd", "density": 0.5}, "'svd' does not take density, which belongs to ties, dare_linear"),
     "a rank too many": ({"method": "cat", "rank": 4}, "'cat' does not take rank"),
-    "a seed too many": ({"method": "ties", "density": 0.5, "seed": 1}, "'ties' does not take seed, which belongs to dare_linear, dare_ties"),
+    "a seed too many": (
+        {"method": "ties", "density": 0.5, "seed": 1},
+        "'ties' does not take seed, which belongs to dare_linear",
+    ),
     "rank 0": ({"method": "svd", "rank": 0}, "rank must be at least 1"),
     "majority": ({"method": "ties", "density": 0.5, "majority": "totl"}, "Did you mean 'total'"),
 }

@@ -205,9 +205,9 @@ def test_lengths():
 @pytest.mark.parametrize(
     "prompts, options, message",
     [
-        ([], {}, "there is none"),
-        ([[1], []], {}, "prompt 1: it is empty"),
-        ([[1, tiny.VOCAB]], {}, r"prompt 0: .*outside of 0\.\.63"),
+        ([], {}, "the list is empty"),
+        ([[1], []], {}, "prompt 1: is empty"),
+        ([[1, tiny.VOCAB]], {}, r"prompt 0: .*outside 0\.\.63"),
         (["text"], {}, "needs a tokenizer"),
         ([[{"role": "user", "content": "x"}]], {}, "needs a tokenizer"),
         ([[1.5]], {}, "neither text"),

@@ -28,7 +28,7 @@ def test_kinds_of_prompts(smollm2):
     assert smollm2.decode(ids) == smollm2.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert smollm2.decode(ids).endswith("<|im_start|>assistant\n")
     halves = ("a\ud83d", r"prompt 3: holds '\\ud83d' at character 1, half of a character")
-    for bad, told in (halves, ("", "prompt 3: it is empty"), ([], "empty"), ([{"role": "user"}], "neither"), ([1, "x"], "neither")):
+    for bad, told in (halves, ("", "prompt 3: is empty"), ([], "empty"), ([{"role": "user"}], "neither"), ([1, "x"], "neither")):
         with pytest.raises(InputError, match=told):
             encode_prompt(bad, smollm2, 3)
 

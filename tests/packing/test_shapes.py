@@ -13,6 +13,7 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.heads import LanguageModel
 from lora_jax.packing import cost
 from lora_jax.packing.cost import PackShapes
+from lora_jax.packing.execution import VMAP, configured_mode
 from lora_jax.packing.pack import Pack
 from lora_jax.packing.planner import Planner
 from lora_jax.sweeps.space import members_of
@@ -68,7 +69,7 @@ def test_without_weights_the_programs_are_those_of_the_run(hub, tmp_path, monkey
         changes["task"] = hub.tagging()
     config = hub.config(tmp_path, {"mesh": {"data": 2}} | changes, causal=causal)
     setup = set_up(config)
-    pack = Pack.build(setup.model, [config] * 3, setup.steps, setup.mesh)
+    pack = Pack.build(setup.model, [config] * 3, setup.steps, setup.mesh, configured_mode(config) or VMAP)
     trunk = setup.trunk(pack.part, 0)
     inputs, held_out = setup.step_inputs(0, setup.plan.batch(0), trunk), setup.held_out_inputs(setup.plan.eval_batches()[0], trunk)
     real = [

@@ -43,7 +43,7 @@ def test_more_devices_than_there_are():
 
 def test_every_process_takes_part():
     devices = [types.SimpleNamespace(process_index=i // 2) for i in range(4)]
-    with pytest.raises(InputError, match="data 2 x fsdp 1 takes 2 devices, but the processes have 4"):
+    with pytest.raises(InputError, match="data 2 x fsdp 1 uses 2 devices, but the processes have 4"):
         make_mesh(MeshConfig(data=2), devices)
 
 

@@ -103,7 +103,7 @@ def test_a_stopped_run_ends_with_the_same_bits(hub, whole, tmp_path, monkeypatch
     assert run_sweep(config).compiled_programs == 0
 
 
-@pytest.mark.parametrize("where", ["csv.reader", "transformers.PreTrainedTokenizerFast", "jax.jit"])
+@pytest.mark.parametrize("where", ["csv.reader", "transformers.PreTrainedTokenizerFast.from_pretrained", "jax.jit"])
 def test_a_signal_while_it_loads_or_compiles_is_a_stop(hub, tmp_path, monkeypatch, where):
     """And no wrong input, whatever handles failures of files there; the same command then trains."""
     config = hub.write(tmp_path, {"training.steps": 2, "training.eval_every": 0})
