@@ -76,10 +76,10 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
-def cases() -> list[Any]:
-    """(method, base), without those that PEFT does not adapt."""
+def cases(*, long: tuple[Base, ...] = ()) -> list[Any]:
+    """(method, base), without those that PEFT does not adapt; some bases are for the long tests."""
     fitting = [(name, base) for name, method in FORMS.items() for base in BASES if method.peft.conv1d or not base.conv1d]
-    return [pytest.param(name, base, id=f"{name}-{base.name}") for name, base in fitting]
+    return [pytest.param(n, base, id=f"{n}-{base.name}", marks=[pytest.mark.long] if base in long else []) for n, base in fitting]
 
 
 EVERY = pytest.mark.parametrize(("name", "base"), cases())
@@ -186,7 +186,7 @@ def test_layers_and_presets_that_peft_does_not_know(name: str, zoo: Zoo, tmp_pat
 
 
 @pytest.mark.slow
-@EVERY
+@pytest.mark.parametrize(("name", "base"), cases(long=BASES[1:]))
 def test_twenty_steps_of_adamw_follow_peft(name: str, base: Base, zoo: Zoo, tmp_path: Path) -> None:
     theirs = their_model(zoo, name, base)
     theirs.save_pretrained(tmp_path / "theirs")
