@@ -320,7 +320,8 @@ def written(kind: str) -> bytes:
 
 def fuzz_files(folder: Path, count: int, seed: int) -> Counts:
     """Damaged data files, read and made into examples."""
-    from lora_jax.tasks.base import prepare, task_section
+    from lora_jax.tasks.base import task_section
+    from lora_jax.tasks.prepare import prepare
     from lora_jax.weights.tokenizer import load_tokenizer
     from tests.tiny_hub import write_hub
 
