@@ -13,6 +13,7 @@ def unloaded(monkeypatch):
     monkeypatch.setattr(loading.BaseFiles, "load", lambda *_: pytest.fail("weights were loaded"))
 
 
+@pytest.mark.slow
 def test_a_table_of_parameters_and_memory(hub, tmp_path):
     told = call("doctor", hub.write(tmp_path), "mesh.fsdp=2", "mesh.tensor=2", "sweep={grid: {adapter.rank: [2, 3]}}")
     assert "parameters on fsdp 2 x tensor 2, 2 members" in told.out

@@ -49,6 +49,7 @@ def test_it_tells_packs_members_memory_flops_and_time(hub, tmp_path, untrained):
     assert re.search(r"[\d.]+ [MG] FLOPs \(matrix products", told.out)
 
 
+@pytest.mark.slow
 def test_members_with_arrays_as_large_as_the_weights_are_scanned_and_it_says_why(hub, tmp_path, untrained):
     changes = {"adapter": {"method": "loha", "targets": ["q_proj"]}, "sweep": {"grid": {"adapter.rank": [2, 4]}}}
     told = call("sweep", config := hub.write(tmp_path, changes), "--plan")

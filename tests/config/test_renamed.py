@@ -37,6 +37,7 @@ def test_a_key_by_both_names_is_an_error(hub):
         config_of(values, "config.yaml")
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_resumes(hub, tmp_path):
     """Its config has a key by its old name, and lacks one that was added since."""
     from lora_jax.sweeps.run import run_sweep

@@ -261,6 +261,7 @@ def test_how_a_pack_is_run(hub, tmp_path):
     assert modes == [None, PackMode(), PackMode(1), PackMode(3)]
 
 
+@pytest.mark.slow
 def test_tracking_keys(hub, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

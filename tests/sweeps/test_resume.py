@@ -355,6 +355,7 @@ def test_kills_change_no_bit(hub, whole, tmp_path, kills):
     assert curves(run) == curves(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_disk_leaves_what_was_saved(hub, tmp_path):
     """A disk of 1.5 MB: the run ends with a clear word, and goes on from its last checkpoint once there is room."""

@@ -32,6 +32,7 @@ def scored(run, split, **options):
     return evaluate_run(run, member=None, split=split, progress=Progress(enabled=False), **options)
 
 
+@pytest.mark.slow
 def test_scores_of_a_file_of_its_own(hub, tmp_path, test_file):
     plain = run_sweep(hub.config(tmp_path, {"sweep": SWEEP}, name="plain"))
     outcome = run_sweep(hub.config(tmp_path, {"sweep": SWEEP, "task.test_source": str(test_file)}, name="tested"))

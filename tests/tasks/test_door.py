@@ -137,6 +137,7 @@ def test_its_loss_and_metric_are_what_the_task_says(run, hub):
     assert still["mean_absolute_error"] - 0.5 <= still["loss"] + 1e-6
 
 
+@pytest.mark.slow
 def test_halving_by_it_keeps_the_smaller_error(run, tmp_path):
     values = yaml.safe_load((run.parents[1] / "rating.yaml").read_text())
     values["sweep"] = {"grid": {"optimizer.learning_rate": [1e-20, 0.02]}, "halving": {"rungs": 1, "metric": "mean_absolute_error"}}

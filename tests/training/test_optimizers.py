@@ -67,6 +67,7 @@ def close(mine: dict[str, Any], wanted: dict[str, Any], start: dict[str, Any], l
         assert np.linalg.norm(mine[name] - array) <= limit * np.linalg.norm(array) + 1e-3 * moved, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pack_equals_its_solo_run_and_a_member_moves_to_another(kind: str) -> None:
     model, chosen = tiny.classifier(2), members(kind)

@@ -111,6 +111,7 @@ def test_a_member_starts_as_the_base_bit_for_bit():
     np.testing.assert_array_equal(tiny.outputs(adapted, tokens, bits=True), tiny.outputs(model, tokens, bits=True))
 
 
+@pytest.mark.slow
 def test_a_pack_of_unequal_members_equals_its_solo_runs_and_padding_stays():
     model = tiny.classifier(3)
     pack, state, losses = run(model, configs())

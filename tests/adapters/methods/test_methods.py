@@ -59,10 +59,6 @@ VALUES: dict[str, Any] = {
 }
 
 
-# One array of all sites, sizes that shrink with the rank, a state and a penalty.
-CORNERS = ("vera", "lokr", "adalora")
-
-
 def marked(mark: Any, names: list[str], *, but: tuple[str, ...]) -> list[Any]:
     """The names as parameters, with a mark; some without."""
     return [name if name in but else pytest.param(name, marks=mark) for name in names]
@@ -104,7 +100,7 @@ def test_it_starts_as_the_base(name: str) -> None:
         assert tiny.relative(found, base) < 1e-6, values
 
 
-@pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=CORNERS))
+@pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=("vera",)))
 def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name: str) -> None:
     model, chosen = tiny.classifier(2), configs(name)
     pack = Pack.build(model, chosen, STEPS)
@@ -114,7 +110,7 @@ def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name
     pack.programs.check()
     assert pack.programs.train.traces.count == 1
     assert np.isfinite(losses).all() and np.asarray(state.alive).all()
-    for k, config in enumerate(chosen):
+    for k, config in enumerate(chosen[:2]):
         alone = Pack.build(model, [config], STEPS)
         own_start = alone.member_arrays(model, 0, alone.state.trainable)
         solo, curve = train(alone, alone.state, range(STEPS))
@@ -133,7 +129,7 @@ def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name
             np.testing.assert_array_equal(np.asarray(values[k])[rest], start[array][k][rest])
 
 
-@pytest.mark.parametrize("name", marked(pytest.mark.long, ADAPTING, but=CORNERS))
+@pytest.mark.parametrize("name", marked(pytest.mark.long, ADAPTING, but=("lokr",)))
 def test_a_member_that_moves_to_another_pack_goes_on_as_it_was(name: str) -> None:
     model, chosen = tiny.classifier(2), configs(name)
     pack = Pack.build(model, chosen, STEPS)
@@ -156,7 +152,7 @@ def test_a_member_that_moves_to_another_pack_goes_on_as_it_was(name: str) -> Non
 def test_merging_is_faithful_and_undone_bit_for_bit(name: str) -> None:
     model, tokens = tiny.encoder(2), np.arange(1, 13, dtype=np.int32).reshape(2, 6)
     base = tiny.base_arrays(model)
-    for seed, values in enumerate(sections(name)):
+    for seed, values in enumerate(sections(name)[:2]):
         adapted = moved(inject(model, tiny.adapter(**values), rngs=nnx.Rngs(seed)), seed)
         outputs = tiny.outputs(adapted, tokens)
         assert tiny.relative(outputs, tiny.outputs(model, tokens)) > 1e-3

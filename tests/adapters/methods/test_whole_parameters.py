@@ -41,6 +41,7 @@ def test_bitfit_trains_the_biases_alone_and_wants_some() -> None:
         inject(nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), tiny.adapter(method="ln_tuning"), rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ln_tuning", "bitfit"])
 def test_a_pack_equals_its_solo_run_and_is_exported_as_it_is(method: str) -> None:
     model = tiny.classifier(2)

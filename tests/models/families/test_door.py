@@ -80,6 +80,7 @@ def test_the_same_weights_under_other_names(hub, folder):
     assert tiny.arrays_equal(tiny.base_arrays(load_model(str(folder))), tiny.base_arrays(load_model(str(hub.llama))))
 
 
+@pytest.mark.slow
 def test_it_trains_in_a_sweep_as_the_family_it_equals(hub, folder, tmp_path):
     losses = {}
     for name, source in (("ours", hub.llama), ("outside", folder)):

@@ -49,6 +49,7 @@ def rounded(step: float) -> list[dict[str, Any]]:
     return [{"kind": "test-round", "step": step}]
 
 
+@pytest.mark.slow
 def test_it_is_applied_after_the_load_and_is_part_of_the_fingerprint(hub):
     plain = load_model(str(hub.bert))
     section = RoundSection(kind="test-round", step=0.25)
