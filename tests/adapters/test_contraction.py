@@ -15,7 +15,7 @@ from lora_jax.adapters.merge import merge, merged_base, unmerge
 from lora_jax.adapters.partition import partition
 from lora_jax.adapters.sites import find_sites, passed_over, select
 from lora_jax.errors import InputError
-from lora_jax.training.checkpoint import load_adapter, save_adapter
+from lora_jax.training.adapter_files import load_adapter, save_adapter
 from tests import tiny
 
 # Einsum, kernel, bias, input -> inputs and outputs of the site, shape of the result.

@@ -8,9 +8,9 @@ import signal
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments.fuzz_kills import bits_of_run, differing
 from flax import nnx
 
+from experiments.fuzz import bits_of_run, differing
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.errors import Stopped
 from lora_jax.models.heads import SequenceClassifier
