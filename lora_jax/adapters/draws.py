@@ -7,6 +7,9 @@ from collections import OrderedDict
 
 import numpy as np
 
+from ..errors import InputError
+from .sites import Site
+
 
 def torch_uniform(seed: int, shapes: list[tuple[int, ...]], bounds: list[float]) -> list[np.ndarray]:
     """What `torch.empty(shape).uniform_(-bound, bound, generator=g)` gives, shape after shape, of a CPU generator with this seed.
@@ -53,3 +56,9 @@ def singular_vectors(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
             _KEPT.popitem(last=False)
     _KEPT.move_to_end(key)
     return _KEPT[key]
+
+
+def check_singular_rank(site: Site, rank: int) -> None:
+    """`InputError` where a site's weight has fewer singular vectors than a method wants."""
+    if rank > min(site.inputs, site.outputs):
+        raise InputError(f"adapter.rank: {site.name} has {min(site.inputs, site.outputs)} singular vectors, not {rank}.")

@@ -15,9 +15,8 @@ from pydantic import Field
 
 from ...config.schema import AdapterConfig
 from ...config.types import NonNegativeFloat
-from ...errors import InputError
 from ...models.layers import Rows
-from ..draws import singular_vectors
+from ..draws import check_singular_rank, singular_vectors
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
@@ -41,8 +40,7 @@ class LoraXs(Method):
     self_padding = True  # A and B are 0 beyond the rank, the scale is 0 at a layer that is not adapted
 
     def check(self, config: LoraXsSection, site: Site, rank: int) -> None:
-        if rank > min(site.inputs, site.outputs):
-            raise InputError(f"adapter.rank: {site.name} has {min(site.inputs, site.outputs)} singular vectors, not {rank}.")
+        check_singular_rank(site, rank)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         return {

@@ -16,9 +16,8 @@ from pydantic import Field
 
 from ...config.schema import AdapterConfig
 from ...config.types import NonNegativeFloat, PositiveInt
-from ...errors import InputError
 from ...models.layers import Rows
-from ..draws import singular_vectors
+from ..draws import check_singular_rank, singular_vectors
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
@@ -105,8 +104,7 @@ class TinyLora(Method):
         return TinyLora(config.u, bool(config.weight_tying))
 
     def check(self, config: TinyLoraSection, site: Site, rank: int) -> None:
-        if rank > min(site.inputs, site.outputs):
-            raise InputError(f"adapter.rank: {site.name} has {min(site.inputs, site.outputs)} singular vectors, not {rank}.")
+        check_singular_rank(site, rank)
 
     def parameters(self, site: Site, rank: int) -> dict[str, Parameter]:
         return {
