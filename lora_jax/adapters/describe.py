@@ -113,6 +113,7 @@ def rank_for(model: nnx.Module, config: AdapterConfig, parameters: int) -> int:
         try:
             for site in layers:
                 method.check(member.config, site, rank)
+                method.check_start(member.config, site, rank)
         except InputError as error:
             refused = error
             continue

@@ -147,6 +147,7 @@ def resolve(model: nnx.Module, config: AdapterConfig, *, any_rank: bool = False)
             ranks[i] = config.rank_pattern.get(rank_key, config.rank)
             if not any_rank:
                 method.check(config, sites[name], int(ranks[i]))
+                method.check_start(config, sites[name], int(ranks[i]))
             alpha = config.alpha_pattern.get(alpha_key, config.alpha)
             for setting, value in method.settings(config, int(ranks[i]), alpha).items():
                 if not abs(value) <= float(np.finfo(np.float32).max):

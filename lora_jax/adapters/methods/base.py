@@ -84,6 +84,13 @@ class Method:
             InputError: names the key, and what would do.
         """
 
+    def check_start(self, config: Any, site: Site, rank: int) -> None:
+        """Refuses a layer of this rank that could not start as the base; what was trained elsewhere is read all the same.
+
+        Raises:
+            InputError: names the key, and what would do.
+        """
+
     def check_steps(self, config: Any, steps: int) -> None:
         """`InputError`, naming the key, where the method cannot do in so many optimizer steps what a section asks of it."""
 

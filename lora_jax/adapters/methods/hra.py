@@ -62,7 +62,7 @@ class Hra(Method):
     ignores = ("alpha", "alpha_pattern")
     peft = HraForm()
 
-    def check(self, config: HraSection, site: Site, rank: int) -> None:
+    def check_start(self, config: HraSection, site: Site, rank: int) -> None:
         if rank % 2:
             raise InputError(f"adapter.rank: {rank} reflections do not start as the identity ({site.name}): the rank has to be even.")
 
