@@ -20,6 +20,7 @@ class Full(Method):
     """Every weight of the base trains: no adapters, and nothing is frozen."""
 
     name, section = "full", FullSection
+    ignores = ("rank", "rank_pattern", "alpha", "alpha_pattern", "targets", "exclude", "layers", "dropout", "nested_init", "bias")
     packs = "weight-sized"
 
     def labels(self, sites: Sequence[str], bias: str, modules_to_save: Sequence[str]) -> Table:

@@ -22,6 +22,7 @@ class Head(Method):
     """The task's head trains, and nothing of the base."""
 
     name, section = "head", HeadSection
+    ignores = ("rank", "rank_pattern", "alpha", "alpha_pattern", "targets", "exclude", "layers", "dropout", "nested_init", "bias")
 
     def labels(self, sites: Sequence[str], bias: str, modules_to_save: Sequence[str]) -> Table:
         return (*HEAD, (r".*", FROZEN))
