@@ -134,7 +134,7 @@ def test_configs_that_do_not_fit_the_model_or_the_data(train, changes, told):
     ("changes", "told"),
     [
         ({"model.source": "BERT"}, ["task.kind: causal_lm needs a decoder", "is an encoder"]),
-        ({"adapter.method": "head"}, ["adapter.method: head"]),
+        ({"adapter": {"method": "head"}}, ["adapter.method: head"]),
         ({"task.response": "answer"}, ["no column 'answer'", "response"]),
         ({"task.max_length": 1}, ["task.max_length = 1"]),
     ],
