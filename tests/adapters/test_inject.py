@@ -63,11 +63,11 @@ def _adapt(model, **values):
 
 
 CASES = [
-    (lambda: tiny.encoder(4), TOKENS, {"targets": "all-linear"}),
+    pytest.param(lambda: tiny.encoder(4), TOKENS, {"targets": "all-linear"}, marks=pytest.mark.long),
     pytest.param(lambda: tiny.encoder(4), TOKENS, {"targets": "all-linear", "layers": "last:1"}, marks=pytest.mark.long),
     (lambda: tiny.encoder(4), TOKENS, {"targets": "all-linear", "layers": "last:3", "dropout": 0.1}),
-    (lambda: tiny.encoder(4), TOKENS, {"targets": "embedding"}),
-    (lambda: tiny.encoder(3, dtype=jnp.bfloat16), TOKENS, {"targets": "all-linear", "rslora": True}),
+    pytest.param(lambda: tiny.encoder(4), TOKENS, {"targets": "embedding"}, marks=pytest.mark.long),
+    pytest.param(lambda: tiny.encoder(3, dtype=jnp.bfloat16), TOKENS, {"targets": "all-linear", "rslora": True}, marks=pytest.mark.slow),
     (lambda: tiny.decoder(4), TOKENS, {"targets": "all-linear", "bias": "all"}),
     pytest.param(
         lambda: tiny.decoder(4, tied=False), TOKENS, {"targets": ["lm_head", "down_proj"], "layers": "last:2"}, marks=pytest.mark.long

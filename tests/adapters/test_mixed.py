@@ -100,7 +100,7 @@ def test_bfloat16_rows_too():
         assert tiny.relative(got[i], tiny.outputs(bank.use(name), tokens)[i].astype(np.float32)) < 2e-2
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", pytest.param("mean", marks=pytest.mark.slow)])
 def test_gathered_positions_take_the_adapter_of_their_row(pooling):
     """A classifier's features: several examples a row, the top layer and the pooler at their first tokens alone."""
     bank = _bank("encoder", pooling=pooling)

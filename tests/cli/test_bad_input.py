@@ -299,7 +299,7 @@ def test_evaluate_and_compare_on_what_is_no_run(hub, tmp_path):
     ("arguments", "told"),
     [
         (["train", "tiny.yaml", "adapter.rnk=4"], "Did you mean 'adapter.rank'?"),
-        (["train", "tiny.yaml", "adapter.targets=[q_porj]"], "'q_porj' matches no module"),
+        pytest.param(["train", "tiny.yaml", "adapter.targets=[q_porj]"], "'q_porj' matches no module", marks=pytest.mark.slow),
         (["train", "tiny.yaml", "task.text=txt"], "no column 'txt'"),
     ],
 )

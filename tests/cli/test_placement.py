@@ -27,6 +27,7 @@ def test_a_table_of_parameters_and_memory(hub, tmp_path):
     assert "memory per device, 2 members" in chosen.out and "training.pack: auto" not in chosen.out
 
 
+@pytest.mark.slow
 def test_a_mesh_larger_than_this_machine(hub, tmp_path):
     told = call("doctor", hub.write(tmp_path), "mesh.data=32")
     assert "The mesh needs 32 devices" in told.out

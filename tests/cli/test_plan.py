@@ -96,6 +96,7 @@ def test_halving_trains_less():
     assert halving_fraction(6, 2, [2, 4], 8) == pytest.approx((6 * 2 + 3 * 2 + 2 * 4) / 48)
 
 
+@pytest.mark.slow
 def test_it_finds_the_memory_that_the_plan_finds(hub, tmp_path):
     # Two packs: two small members, and one of larger batches that takes more.
     path = hub.write(tmp_path, {"sweep": {"members": [{"adapter.rank": 1}, {"adapter.rank": 2}, {"training.batch_size": 48}]}})

@@ -28,7 +28,7 @@ def run(arguments, *, shell="", **environment):
 @pytest.mark.parametrize(
     ("shell", "code", "told"),
     [
-        (">&-", 0, "warning: standard output is closed"),
+        pytest.param(">&-", 0, "warning: standard output is closed", marks=pytest.mark.slow),
         ("<&- >&- 2>&-", 0, ""),
         (">/dev/full", 1, "error: cannot write to standard output"),
     ],
@@ -54,6 +54,7 @@ def test_a_log_that_is_read_no_further_ends_nothing():
     assert (done.returncode, done.stdout) == (2, b"")
 
 
+@pytest.mark.slow
 def test_ascii_only_output_gets_escapes(tmp_path):
     for rank, value in ((2, 0.5), (2, 0.6)):
         settings = {"adapter.rank": rank, "training.seed": int(10 * value)}

@@ -54,7 +54,7 @@ def _piecewise(model, tokens, mask, cuts):
 @pytest.mark.parametrize(
     "kinds, cut",
     [
-        ((FAR,), None),
+        pytest.param((FAR,), None, marks=pytest.mark.slow),
         pytest.param((FAR,), 1, marks=pytest.mark.long),
         ((LOCAL, FAR, LOCAL), 2),
         pytest.param((LOCAL,), None, marks=pytest.mark.long),

@@ -40,7 +40,7 @@ def test_every_token_sees_every_other():
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_packed_rows_equal_separate_rows(rows, family):
     model = ENCODERS[family]()
     a, b = _tokens(rows, 5, 1), _tokens(rows, 7, 2)

@@ -77,7 +77,7 @@ def test_splitting_where_a_segment_starts_gives_that_segment():
         stack.split_at(3)
 
 
-@pytest.mark.parametrize("make", [tiny.encoder, tiny.decoder])
+@pytest.mark.parametrize("make", [pytest.param(tiny.encoder, marks=pytest.mark.slow), tiny.decoder])
 def test_remat_policies_agree(make):
     model = make(3)
     x, context = _inputs(model)
@@ -97,7 +97,7 @@ def test_remat_policies_agree(make):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(grads[1]).max()))
 
 
-@pytest.mark.parametrize("make", [tiny.encoder, tiny.decoder])
+@pytest.mark.parametrize("make", [pytest.param(tiny.encoder, marks=pytest.mark.slow), tiny.decoder])
 def test_layers_one_by_one_agree_with_the_loop(make):
     """Values and gradients; two segments, so that layers of the upper one have places of their own."""
     model = make(4)

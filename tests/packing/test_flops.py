@@ -38,6 +38,7 @@ def test_products_convolutions_and_loops():
     assert count_flops(jax.make_jaxpr(conv)(image, kernel)) == 2 * 8 * 8 * 16 * 3 * 3 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder", pytest.param("decoder", marks=pytest.mark.long)])
 def test_a_step_against_xlas_own_count(kind, monkeypatch):
     """XLA counts elementwise operations too, and a loop's body once: unrolled, it must come to about as much as the products."""

@@ -126,6 +126,7 @@ def quick():
         yield
 
 
+@pytest.mark.slow
 def test_packs_are_as_large_as_memory_allows(hub, tmp_path, quick, monkeypatch):
     """What is planned fits, as far as compiled programs say, and one member more would not."""
     grid = {"sweep": {"grid": {"adapter.rank": [2, 3, 4], "training.seed": [0, 1, 2]}}}

@@ -151,6 +151,7 @@ def test_a_member_that_fits_nowhere_fails_alone(hub, tmp_path, undisturbed, monk
     assert (path / NAMES[0] / "results-retried-1.json").exists() and (path / NAMES[1] / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_pack_that_breaks_leaves_the_others_and_goes_on_from_its_checkpoint(hub, tmp_path, undisturbed, monkeypatch):
     """Two packs; the first breaks after its checkpoint. One of its members is tried again, and goes on from there."""
     real, begun = Program.__call__, []

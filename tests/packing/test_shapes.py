@@ -60,7 +60,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if c == "trunk" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_without_weights_the_programs_are_those_of_the_run(hub, tmp_path, monkeypatch, case):
     """The very text that is compiled, so the memory is that of the run, and the cache on disk gives a plan's programs to its run."""
     changes = dict(CASES[case])

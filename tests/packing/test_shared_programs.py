@@ -64,10 +64,10 @@ def test_four_members_in_two_packs_compile_one_pair(hub, tmp_path, separately, c
     "grid",
     [
         {"adapter.rank": [2, 3]},
-        {"adapter.targets": [["q_proj"], ["v_proj"]]},
+        pytest.param({"adapter.targets": [["q_proj"], ["v_proj"]]}, marks=pytest.mark.slow),
         {"adapter.layers": [None, "last:1"]},
-        {"adapter.dropout": [0.0, 0.5]},
-        {"adapter.bias": ["none", "all"]},
+        pytest.param({"adapter.dropout": [0.0, 0.5]}, marks=pytest.mark.slow),
+        pytest.param({"adapter.bias": ["none", "all"]}, marks=pytest.mark.slow),
     ],
     ids=lambda grid: next(iter(grid)),
 )

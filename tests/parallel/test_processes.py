@@ -100,6 +100,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_others_that_do_not_come_are_told_of_in_time(hub, tmp_path, index):
     path = hub.write(tmp_path)

@@ -131,6 +131,7 @@ def test_a_key_of_one_method_is_in_its_tests(key):
     assert any(key.removeprefix("adapter.") in path.read_text(encoding="utf-8") for path in files)
 
 
+@pytest.mark.slow
 def test_traced_numbers_change_the_losses(hub, tmp_path):
     base = hub.config(tmp_path, {"training.steps": 5, "training.eval_every": 0, "adapter.targets": ["q_proj", "v_proj"]})
     configs = [base, base, *(with_values(base, {key: value}) for key, value in TRACED.items())]
@@ -285,6 +286,7 @@ def test_tracking_keys(hub, tmp_path):
     assert run("none", {"tracking.save": "none"})[0] == {"results.json"}
 
 
+@pytest.mark.slow
 def test_checkpoint_keys_and_the_profile(hub, tmp_path):
     def run(folder, changes):
         path = run_sweep(hub.config(tmp_path, changes, name=folder)).path

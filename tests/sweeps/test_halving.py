@@ -116,6 +116,7 @@ def test_a_race_that_was_stopped_again_and_again_ends_the_same(hub, tmp_path, mo
     assert run_sweep(config).compiled_programs == 0
 
 
+@pytest.mark.slow
 def test_no_pack_keeps_its_programs_until_the_rung_ends(hub, tmp_path, monkeypatch):
     space = {"grid": {"adapter.rank": [1, 2]}, "halving": {"rungs": [1]}, "max_pack": 1}
     held, original = [], halving.Halving._scores

@@ -211,6 +211,7 @@ def test_another_setting_outside_the_sweep_is_another_run(hub, tmp_path):
         run_sweep(hub.config(tmp_path, grid(adapter__rank=[2, 4]) | {"adapter.alpha": 3.0}))
 
 
+@pytest.mark.slow
 def test_a_pack_under_way_goes_on_as_it_was_when_the_sweep_grows(hub, tmp_path, monkeypatch):
     small = hub.config(tmp_path, grid(adapter__rank=[2, 3]))
     asked = StopSignals.asked

@@ -155,6 +155,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(hub, whole, t
     assert not differing(bits_of_run(whole), bits_of_run(outcome.path)) and curves(outcome.path) == curves(whole)
 
 
+@pytest.mark.slow
 def test_more_steps_take_a_finished_run_further(hub, tmp_path):
     """As far as a run that was asked for all of them at once, where the schedule does not depend on the end."""
     constant = {"optimizer.schedule": "constant", "training.steps": 4}

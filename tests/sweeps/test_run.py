@@ -50,6 +50,7 @@ def test_packed_members_of_other_targets_and_layers_equal_their_solo_runs(hub, t
     assert_close({r.name: r.best for r in packed.results}, {r.name: r.best for r in solo.results}, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_leaves_the_others_alone(hub, tmp_path, recwarn):
     rates = [0.01, 1e30, 0.02]
     outcome = sweep(hub.config(tmp_path), {"optimizer.learning_rate": rates}, fresh=True)
@@ -82,6 +83,7 @@ def test_baselines_train_what_they_say(hub, tmp_path):
     assert again["method=full"] == pytest.approx(full.best, abs=1e-6) and again["method=head"] == pytest.approx(head.best, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_fit_trains_one_language_model_and_resumes_it(hub, tmp_path):
     path = str(hub.write(tmp_path, {"sweep": {"grid": {"adapter.rank": [2, 4]}}, "training.accumulate": 2}, causal=True))
     first = fit(path, training__steps=20, training__eval_every=0, name="one")

@@ -91,6 +91,7 @@ def test_the_mesh_is_invisible(hub, tmp_path, teachers):
     assert two.results[0].final["loss"] == pytest.approx(one.results[0].final["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_like_the_base_has_nothing_to_teach(hub, tmp_path):
     assert run_sweep(config(hub, tmp_path, hub.bert, {"training.steps": 1, "training.eval_every": 0})).results[0].final["loss"] < 1e-9
 

@@ -35,6 +35,7 @@ def trained(config, steps):
 LEARNING = {"adapter.targets": "all-linear", "adapter.rank": 4, "optimizer.learning_rate": 0.005, "optimizer.head_lr_ratio": 5.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_words_learn_their_classes(hub, tmp_path, causal):
     config = hub.config(
@@ -48,6 +49,7 @@ def test_words_learn_their_classes(hub, tmp_path, causal):
     assert (before["f1"] < 0.3).all() and (outcome.final["f1"] > 0.9).all() and (outcome.final["accuracy"] > 0.9).all()
 
 
+@pytest.mark.slow
 def test_answers_are_found_in_windows(hub, tmp_path):
     config = hub.config(tmp_path, LEARNING | {"task": hub.answering(), "training.steps": 100})
     setup, pack, before, outcome = trained(config, 100)

@@ -45,12 +45,12 @@ def other(tmp_path):
 @pytest.mark.parametrize(
     ("theirs", "ours", "refused"),
     [
-        ("all", None, True),
-        ("all", [3], True),
-        ("0,1", None, True),
+        pytest.param("all", None, True, marks=pytest.mark.slow),
+        pytest.param("all", [3], True, marks=pytest.mark.slow),
+        pytest.param("0,1", None, True, marks=pytest.mark.slow),
         ("0,1", [1, 2], True),
         ("0,1", [2, 3], False),
-        ("0,2", [1, 3], False),
+        pytest.param("0,2", [1, 3], False, marks=pytest.mark.slow),
     ],
 )
 def test_what_excludes_what(other, tmp_path, theirs, ours, refused):

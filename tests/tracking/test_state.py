@@ -37,6 +37,7 @@ def _note(folder, name):
         update_state(folder, lambda state, number=number: state.execution.update({f"{name}{number}": {}}))
 
 
+@pytest.mark.slow
 def test_processes_lose_nothing_of_each_other(tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_note, args=(tmp_path, name)) for name in "ab"]

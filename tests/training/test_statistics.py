@@ -148,6 +148,7 @@ def whole(hub, tmp_path_factory, compile_cache):
     return outcome, calls
 
 
+@pytest.mark.slow
 def test_members_of_several_packs_share_one_pass(whole):
     outcome, calls = whole
     assert {r.status for r in outcome.results} == {"finished"}
@@ -167,6 +168,7 @@ def test_a_saved_adapter_stands_on_its_own(whole, monkeypatch):
     assert np.abs(site.lora_a0[...]).max() > 0 and not np.array_equal(site.lora_a0[...], site.lora_a[...])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_from_the_start_it_had(hub, whole, tmp_path, monkeypatch):
     config = hub.config(tmp_path, SWEEP)
     left = [3]

@@ -161,6 +161,7 @@ def test_merging_and_back():
     assert tiny.arrays_equal(again.trainable, before.trainable) and tiny.arrays_equal(again.frozen, before.frozen)
 
 
+@pytest.mark.slow
 def test_a_member_moves_to_another_pack_with_its_padding():
     model = tiny.classifier(3)
     chosen = configs()

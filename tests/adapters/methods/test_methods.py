@@ -91,7 +91,7 @@ def train(pack: Pack, state: Any, steps: range) -> tuple[Any, np.ndarray]:
     return state, np.stack(losses)
 
 
-@pytest.mark.parametrize("name", ADAPTING)
+@pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=("lora", "dora", "vera", "ia3")))
 def test_it_starts_as_the_base(name: str) -> None:
     model, tokens = tiny.encoder(2), np.arange(1, 13, dtype=np.int32).reshape(2, 6)
     for values in sections(name):
@@ -129,7 +129,7 @@ def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name
             np.testing.assert_array_equal(np.asarray(values[k])[rest], start[array][k][rest])
 
 
-@pytest.mark.parametrize("name", marked(pytest.mark.long, ADAPTING, but=("lokr",)))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "lokr" else pytest.mark.long) for n in ADAPTING])
 def test_a_member_that_moves_to_another_pack_goes_on_as_it_was(name: str) -> None:
     model, chosen = tiny.classifier(2), configs(name)
     pack = Pack.build(model, chosen, STEPS)
@@ -148,7 +148,7 @@ def test_a_member_that_moves_to_another_pack_goes_on_as_it_was(name: str) -> Non
             assert tiny.relative(mine[array], wanted[array]) < 1e-4, array
 
 
-@pytest.mark.parametrize("name", ADAPTING)
+@pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=("lora", "dora", "ia3", "oft")))
 def test_merging_is_faithful_and_undone_bit_for_bit(name: str) -> None:
     model, tokens = tiny.encoder(2), np.arange(1, 13, dtype=np.int32).reshape(2, 6)
     base = tiny.base_arrays(model)
