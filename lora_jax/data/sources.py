@@ -54,7 +54,13 @@ class Table:
 
 
 def load_rows(
-    source: str, *, key: str, columns: list[str], drop: dict[str, list[str]] | None = None, splits: tuple[str, ...] = TRAINING
+    source: str,
+    *,
+    key: str,
+    columns: list[str],
+    drop: dict[str, list[str]] | None = None,
+    splits: tuple[str, ...] = TRAINING,
+    named_by: Mapping[str, str] | None = None,
 ) -> Table:
     """The rows of a source, without those that `drop` names.
 
@@ -65,6 +71,7 @@ def load_rows(
         columns: columns that must be there, and the only ones kept; a .txt file has one, `text`.
         drop: column -> values; rows with one of them are left out. Values compare as the text that the file has.
         splits: names, best first, of the split wanted of a folder or hub data set that has several.
+        named_by: column -> the config key that names it, for messages.
 
     Raises:
         InputError: nothing is there, it cannot be read, it has no rows, or a column is missing.
@@ -86,7 +93,7 @@ def load_rows(
         raise InputError(f"{key}: {source} has no rows.")
     for column in wanted:
         if column not in found:
-            where = "task" if column in columns else "task.drop"
+            where = (named_by or {}).get(column, "task") if column in columns else "task.drop"
             raise InputError(f"{where}: {source} has no column '{column}'. {hint(column, names)} Columns: {', '.join(names)}.")
     kept, dropped = np.ones(count, bool), Counter[tuple[str, str]]()
     texts = {column: [as_text(value) for value in found[column]] for column in drop}

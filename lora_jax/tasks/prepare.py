@@ -125,7 +125,8 @@ def _split(task: Task, section: TaskConfig) -> tuple[list[_Part], dict[str, Tabl
 
 def _load(task: Task, section: TaskConfig, columns: Columns, source: str, key: str, splits: tuple[str, ...]) -> tuple[Rows, Table]:
     """Reads the task's columns, as text but for structured values; `InputError` for a row where one is missing or not text."""
-    table = load_rows(source, key=key, columns=list(columns.names), drop=section.drop, splits=splits)
+    named_by = {value: f"task.{name}" for name, value in section if value in columns.names}
+    table = load_rows(source, key=key, columns=list(columns.names), drop=section.drop, splits=splits, named_by=named_by)
     numbers = np.array(table[ROW])
 
     def read(name: str, number: int, value: Any) -> Any:

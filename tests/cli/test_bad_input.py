@@ -113,8 +113,8 @@ def test_a_command_for_the_other_kind_of_config(train):
         ({"adapter.layers": "top"}, ["adapter.layers: cannot read 'top'"]),
         ({"adapter.modules_to_save": ["poler"]}, ["adapter.modules_to_save: 'poler'", "pooler"]),
         ({"task.labels": ["neg", "positive"]}, ["task.labels: row 1 ", "'pos'", "Did you mean 'positive'?"]),
-        ({"task.text": "txt"}, ["no column 'txt'", "Did you mean 'text'?"]),
-        ({"task.label": "lable"}, ["no column 'lable'", "Did you mean 'label'?"]),
+        ({"task.text": "txt"}, ["task.text: ", "no column 'txt'", "Did you mean 'text'?"]),
+        ({"task.label": "lable"}, ["task.label: ", "no column 'lable'", "Did you mean 'label'?"]),
         ({"task.drop": {"kid": ["plot"]}}, ["task.drop", "no column 'kid'", "Did you mean 'kind'?"]),
         ({"task.drop": {"kind": ["plot", "review"]}}, ["task.drop: drops every row"]),
         ({"task.source": "nowhere.csv"}, ["task.source: no file or folder 'nowhere.csv'"]),
@@ -135,7 +135,7 @@ def test_configs_that_do_not_fit_the_model_or_the_data(train, changes, told):
     [
         ({"model.source": "BERT"}, ["task.kind: causal_lm needs a decoder", "is an encoder"]),
         ({"adapter": {"method": "head"}}, ["adapter.method: head"]),
-        ({"task.response": "answer"}, ["no column 'answer'", "response"]),
+        ({"task.response": "answer"}, ["task.response: ", "no column 'answer'", "response"]),
         ({"task.max_length": 1}, ["task.max_length = 1"]),
     ],
 )

@@ -25,7 +25,7 @@ from flax import nnx
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lora_jax import InputError, inject, load_model, load_peft, merge, save_peft
-from lora_jax.adapters.inject import site_modules
+from lora_jax.adapters.inject import LABEL, site_modules
 from lora_jax.adapters.methods.peft_form import GENERAL
 from lora_jax.adapters.parameters import AdapterParam
 from lora_jax.adapters.partition import partition
@@ -49,15 +49,21 @@ class Base:
         name: in the zoo.
         targets: modules to adapt, by PEFT's names; the last of them stands in the feed-forward part.
         conv1d: whether its linear layers are GPT-2's.
+        norms: its norms, by PEFT's names.
     """
 
     name: str
     targets: tuple[str, ...]
     conv1d: bool = False
+    norms: tuple[str, ...] = ("LayerNorm",)
 
 
-LLAMA = Base("llama-gqa-bias", ("q_proj", "v_proj", "down_proj"))
-BASES = (LLAMA, Base("bert", ("query", "value", "output.dense")), Base("gpt2", ("c_attn", "mlp.c_proj"), conv1d=True))
+LLAMA = Base("llama-gqa-bias", ("q_proj", "v_proj", "down_proj"), norms=("input_layernorm", "post_attention_layernorm", "norm"))
+BASES = (
+    LLAMA,
+    Base("bert", ("query", "value", "output.dense")),
+    Base("gpt2", ("c_attn", "mlp.c_proj"), conv1d=True, norms=("ln_1", "ln_2", "ln_f")),
+)
 
 ROWS = np.unique(TOKENS)[[4, 1, 2]].tolist()
 # Method -> PEFT's options for a base, beside rank, alpha and targets.
@@ -67,6 +73,7 @@ THEIRS: dict[str, Callable[[Base], dict[str, Any]]] = {
     "oft": lambda base: {"oft_block_size": 4},
     "road": lambda base: {"group_size": 8},
     "adalora": lambda base: {"target_r": 2, "total_step": 100},
+    "ln_tuning": lambda base: {"target_modules": list(base.norms)},
 }
 # Method -> the keys of our section, beside rank, alpha and targets.
 OURS: dict[str, dict[str, Any]] = {
@@ -122,6 +129,9 @@ def our_adapter(model: nnx.Module, name: str, base: Base, **more: Any) -> nnx.Mo
                             own[(layer, *held.method.parameters(held.site, rank)[key].own)] = 1
                     noise = noise * own.reshape(variable.shape)
                 variable.set_value(jnp.asarray(variable[...] + noise, jnp.float32))
+    for _, variable in nnx.iter_graph(adapted):
+        if FORMS[name].peft.modules and isinstance(variable, nnx.Variable) and variable.get_metadata().get(LABEL) == "norm":
+            variable.set_value(jnp.asarray(variable[...] + 0.1 * rng.standard_normal(variable.shape), jnp.float32))
     return nnx.view(adapted, deterministic=True, raise_if_not_found=False)
 
 

@@ -52,6 +52,8 @@ class PeftForm:
         repeated: those of `shared` that PEFT writes at every module as well; they are compared when read, and not written.
         numbered: those of a module's tensors that stand at the root of the file, with the module's number among the adapted ones.
         conv1d: whether PEFT adapts GPT-2's `Conv1D` by it.
+        modules: a regular expression for our names of the modules of the base whose own numbers a file holds under `prefix`, where
+            that is what the type trains. Such a type adapts no site, and its method says nothing of tensors.
     """
 
     peft_type: str
@@ -68,6 +70,7 @@ class PeftForm:
     repeated: tuple[str, ...] = ()
     numbered: tuple[str, ...] = ()
     conv1d: bool = True
+    modules: str = ""
 
     # The config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...adapters.inject import LABEL, recall, site_modules
 from ...adapters.merge import plain, strip
 from ...adapters.methods.base import AdaptedSite, Method
 from ...adapters.sites import Site
+from ...config.doors import METHODS
 from ...errors import InputError
 from ...models.decoder import Decoder
 from ..export import kind_of
@@ -76,13 +78,18 @@ class Adapter:
         renaming = Renaming(*self.foreign["renaming"]) if self.foreign else None
         self.names = PeftNames(base, renaming=renaming)
         self.sites = _adapted_modules(model, self.names)
-        if not self.sites:
+        known = None if record is None else json.loads(record.config)
+        if self.sites:
+            self.method: Method = self.sites[0].held.method
+        elif known is None:
             raise InputError("the model has no adapter that PEFT could hold.")
-        self.method: Method = self.sites[0].held.method
+        else:
+            self.method = METHODS.get(known["method"], "adapter.method")
         self.form = form_of(self.method)
+        if not self.sites and not self.form.modules:
+            raise InputError("the model has no adapter that PEFT could hold.")
         if not self.form.conv1d and (odd := next((s.module.name for s in self.sites if s.module.conv1d), None)):
             raise InputError(f"{odd} is a Conv1D, which PEFT's type {self.form.peft_type} does not adapt.")
-        known = None if record is None else json.loads(record.config)
         self.known = known is not None and known["method"] == self.method.name
         self.section: Any = self.method.section.model_validate(known if self.known else {})
         self.trained: dict[str, list[Parameter]] = {}
@@ -102,16 +109,22 @@ class Adapter:
             for name, parameter in self.method.parameters(site, rank).items():
                 if parameter.scope == "adapter":
                     shapes.setdefault(name, []).append(parameter.shape)
-        held = self.sites[0].held
         return {
-            name: np.asarray(getattr(held, name)[...])[tuple(slice(max(sizes)) for sizes in zip(*each, strict=True))]
+            name: np.asarray(getattr(self.sites[0].held, name)[...])[tuple(slice(max(sizes)) for sizes in zip(*each, strict=True))]
             for name, each in shapes.items()
         }
 
     @property
     def saved(self) -> list[Parameter]:
-        """Weights of modules that were trained in full, a new head's among them."""
-        return [p for label in ("head", "saved", "full", "norm") for p in self.trained.get(label, [])]
+        """Weights of modules that were trained in full, a new head's among them; without those that the type is for."""
+        own = {p.name for p in self.replaced}
+        return [p for label in ("head", "saved", "full", "norm") for p in self.trained.get(label, []) if p.name not in own]
+
+    @property
+    def replaced(self) -> list[Parameter]:
+        """Weights of the base that PEFT's type trains as they are; none of a type that adapts sites."""
+        trained = (p for label in ("norm", "saved", "full") for p in self.trained.get(label, []))
+        return [p for p in trained if self.form.modules and re.fullmatch(self.form.modules, p.module)]
 
     @property
     def shares_saved_embedding(self) -> bool:

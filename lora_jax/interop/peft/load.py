@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from ...models.decoder import Decoder
 from ...weights.checkpoint import Checkpoint
 from ...weights.safetensors import SafetensorsCheckpoint, read_digests
 from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, adapter_folder, check_digests, read_peft_config
-from .names import PROJECTION, ROOT, SHARED, Module, Parameter, PeftNames, module_of_key, tensor_key
+from .names import PROJECTION, ROOT, SHARED, Module, Parameter, PeftNames, module_of_key, tensor_key, trained_key
 
 _SHOWN = 6
 _INTEGERS = ("int32", "int64")
@@ -63,9 +64,10 @@ class _Plan:
         section: the adapter section that asks for the same.
         sites: the adapted modules.
         shared: key -> shape, of the tensors that belong to no module.
-        values: key -> weight of the base that it stands for: saved modules and trained biases.
+        values: key -> weight of the base that it stands for: saved modules, trained biases, and what the type trains in their place.
         copies: the same, of weights that a file may hold and need not: PEFT adds the embeddings where one is adapted.
         saved: our names of the modules that are saved.
+        trained: our names of the modules that the type trains, where it adapts no site.
         idle: keys that PEFT writes beside these and that change nothing (`bias: all` copies a saved module's bias).
         spare: further ones, of saved embeddings and projections (`save_embedding_layers`), which are not written again.
     """
@@ -76,6 +78,7 @@ class _Plan:
     values: dict[str, Parameter]
     copies: dict[str, Parameter]
     saved: set[str]
+    trained: set[str]
     idle: set[str]
     spare: set[str]
 
@@ -130,7 +133,7 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
     saved = sorted(plan.saved)
     member = ResolvedAdapter(plan.section.model_copy(update={"modules_to_save": saved}), _resolved(plan.sites))
     adapted = inject_layout(base, unite(base, [member]))
-    _freeze_unsaved(adapted, plan.saved)
+    _freeze_unsaved(adapted, plan.saved, plan.trained)
     _fill(adapted, member, plan, config, arrays)
     copies = sorted(key for key in plan.copies if key in arrays)
     idle = {key: _read(file, key).tolist() for key in sorted(plan.idle & set(file.names())) if ".original_module." in key}
@@ -139,10 +142,12 @@ def load_peft(model: nnx.Module, path: str | Path) -> nnx.Module:
     return adapted
 
 
-def _freeze_unsaved(adapted: nnx.Module, saved: set[str]) -> None:
-    """Of a head, PEFT trains the modules that it saves; the others are as the base has them."""
+def _freeze_unsaved(adapted: nnx.Module, saved: set[str], trained: set[str]) -> None:
+    """Of a head, and of the norms, PEFT trains the modules that are in the file; the others are as the base has them."""
+    kept = {"head": saved, "norm": saved | trained}
     for path, variable in nnx.iter_graph(adapted):
-        if isinstance(variable, nnx.Variable) and variable.get_metadata().get(LABEL) == "head" and logical_name(path[:-1]) not in saved:
+        label = variable.get_metadata().get(LABEL) if isinstance(variable, nnx.Variable) else None
+        if label in kept and logical_name(path[:-1]) not in kept[label]:
             variable.set_metadata(LABEL, FROZEN)
 
 
@@ -182,7 +187,7 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
     for module in chosen.values():
         _check_kind(module, config, file)
     section = config.placed({name: m.site for name, m in chosen.items()})
-    plan = _Plan(section, [], {}, {}, {}, set(), set(), set())
+    plan = _Plan(section, [], {}, {}, {}, set(), set(), set(), set())
     numbers = {name: number for number, name in enumerate(names.in_order(chosen))}
     for name, module in chosen.items():
         rank, settings = config.size(name, module.site)
@@ -199,13 +204,17 @@ def _plan(names: PeftNames, config: PeftConfig, file: Checkpoint) -> _Plan:
                 f"{file.path.parent}: 'target_parameters' names {wanted!r}, and the model has no such parameter of experts or a router. "
                 f"{hint(wanted, sorted({n.rpartition('.')[2] for n in parameters}))}".rstrip()
             )
-    if not plan.sites:
+    replaced = _replaced(names, config, file)
+    plan.trained |= {p.module for p in replaced.values()}
+    if not plan.sites and not replaced:
         raise InputError(f"{file.path.parent}: 'target_modules' matches no module of the model. {_suggest(config, names)}")
     adapted = {s.module.name for s in plan.sites}
     for name, parameter in names.parameters.items():
         module, _, kind = name.rpartition(".")
         inner = f"{ROOT}{module}.base_layer.{kind}" if module in adapted else ROOT + name
-        if config.saves_part_of(module):
+        if name in replaced:
+            plan.values[trained_key(config.form, name)] = parameter
+        elif config.saves_part_of(module):
             plan.values[ROOT + name] = parameter
             plan.saved.add(parameter.module)
             wrapped = {f"{ROOT}{module}.{wrapper}.{kind}" for wrapper in ("modules_to_save", "original_module")}
@@ -231,9 +240,29 @@ def _check_size(config: PeftConfig, section: AdapterConfig, module: Module, rank
         raise InputError(f"{file.path.parent}: {error}") from None
 
 
+def _replaced(names: PeftNames, config: PeftConfig, file: Checkpoint) -> dict[str, Parameter]:
+    """Of a type that trains modules of the base as they are (`PeftForm.modules`): name -> weight, of the modules that the config means.
+
+    Raises:
+        InputError: it means a module of another kind, or one in some layers alone: here its layers train together or not at all.
+    """
+    if not config.form.modules:
+        return {}
+    found = {n: p for n, p in names.parameters.items() if config.adapts(n.rpartition(".")[0], linear=False)}
+    for name, parameter in names.parameters.items():
+        module = name.rpartition(".")[0]
+        if name in found and re.fullmatch(config.form.modules, parameter.module) is None:
+            raise InputError(f"{file.path.parent}: '{config.method.name}' does not train {module}, which 'target_modules' means.")
+        if name not in found and any(p.module == parameter.module for p in found.values()):
+            raise InputError(f"{file.path.parent}: 'target_modules' means layers of {parameter.module} and not {module}; not supported.")
+    return found
+
+
 def _check_kind(module: Module, config: PeftConfig, file: Checkpoint) -> None:
     """`InputError` where the method, or PEFT's type, adapts no such module."""
     method = config.method
+    if config.form.modules:
+        raise InputError(f"{file.path.parent}: '{method.name}' does not train {module.name}, which 'target_modules' means.")
     if module.site.kind not in method.kinds:
         raise InputError(f"{file.path.parent}: '{method.name}' adapts {' and '.join(method.kinds)} sites, and {module.name} is none.")
     if module.conv1d and not config.form.conv1d:

@@ -141,6 +141,12 @@ def tensor_key(form: PeftForm, stem: str, name: str, number: int) -> str:
     return f"{SHARED}{name}.{number}" if name in form.numbered else f"{stem}.{name}"
 
 
+def trained_key(form: PeftForm, name: str) -> str:
+    """The key of a weight of the base that a type trains as it is (`PeftForm.modules`), which PEFT has a copy of."""
+    module, _, kind = name.rpartition(".")
+    return f"{ROOT}{module}.{form.prefix}{kind}"
+
+
 class PeftNames:
     """PEFT's names for a model without adapters.
 

@@ -30,7 +30,7 @@ from ..export import Exporter, ExportOptions
 from ..hf import save_pretrained
 from .adapter import AdaptedModule, Adapter
 from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, config_values, new_config, option_digests, said_places, to_json
-from .names import PROJECTION, ROOT, SHARED, tensor_key
+from .names import PROJECTION, ROOT, SHARED, tensor_key, trained_key
 
 
 def save_peft(model: nnx.Module, path: str | Path, *, base: str | None = None, card: str | None = None) -> None:
@@ -108,6 +108,9 @@ def _says(peft: PeftConfig, adapter: Adapter) -> bool:
             return False
         if site is not None and not _fits(adapter, site, rank, settings):
             return False
+    replaced = {p.name for p in adapter.replaced}
+    if any(adapter.form.modules and peft.adapts(n.rpartition(".")[0], linear=False) != (n in replaced) for n in adapter.names.parameters):
+        return False
     section = peft.placed({name: s.module.site for name, s in sites.items()})
     for name, site in sites.items():
         of = (site.module.site, peft.size(name, site.module.site)[0])
@@ -144,7 +147,8 @@ def _outright(adapter: Adapter) -> dict[str, Any]:
     form = adapter.form
     ranks = _asked_ranks(adapter)
     alphas = {s.module.name: _alpha(adapter, s, ranks[s.module.name]) for s in adapter.sites}
-    rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
+    section = adapter.section
+    rank, alpha = (Counter(v.values()).most_common(1)[0][0] if v else own for v, own in ((ranks, section.rank), (alphas, section.alpha)))
     parameters = [s.module.name for s in adapter.sites if s.module.parameter]
     # PEFT looks for parameters among all of them.
     everything = adapter.names.parameters.keys() | adapter.names.modules.keys()
@@ -156,7 +160,7 @@ def _outright(adapter: Adapter) -> dict[str, Any]:
         "dropout": 0.0 if parameters or not adapter.known else adapter.section.dropout,
     }
     places = {
-        "target_modules": _shortest([n for n in ranks if n not in parameters], adapter.names.modules.keys()),
+        "target_modules": _shortest([n for n in ranks if n not in parameters], adapter.names.modules.keys()) or _replaced(adapter),
         "target_parameters": _shortest(parameters, everything) or None,
         "exclude_modules": None,
         "layers_to_transform": None,
@@ -165,6 +169,12 @@ def _outright(adapter: Adapter) -> dict[str, Any]:
     fields = form.fields(adapter.section.model_copy(update=numbers)) | said_places(form, places)
     fields |= form.places(adapter.section, {s.module.name: s.module.site for s in adapter.sites})
     return new_config(form) | (adapter.foreign.get("peft") or {}) | fields | _facts(adapter)
+
+
+def _replaced(adapter: Adapter) -> list[str]:
+    """The modules of the base that the type trains as they are, by the ends of their names."""
+    wanted, others = ([p.rpartition(".")[0] for p in some] for some in ([p.name for p in adapter.replaced], adapter.names.parameters))
+    return _shortest(wanted, set(others))
 
 
 def _asked_ranks(adapter: Adapter) -> dict[str, int]:
@@ -268,12 +278,14 @@ def _tensors(adapter: Adapter, config: PeftConfig) -> dict[str, Tensor]:
             found[tensor_key(form, stem, name, numbers[one.module.name])] = _integers(array) if name in form.integers else _float32(array)
     shared = form.shared_to_file(section, ranks, adapter.whole(ranks))
     found |= {SHARED + name: _float32(array) for name, array in shared.items()}
-    saved = {p.name for p in adapter.saved}
+    saved, replaced = ({p.name for p in some} for some in (adapter.saved, adapter.replaced))
     for parameter in adapter.names.parameters.values():
         module, _, kind = parameter.name.rpartition(".")
         inner = f"{ROOT}{module}.base_layer.{kind}" if module in adapted else ROOT + parameter.name
         trained_bias = kind == "bias" and config.trains_bias(module in adapted)
-        if parameter.name in saved:
+        if parameter.name in replaced:
+            found[trained_key(form, parameter.name)] = _float32(parameter.read())
+        elif parameter.name in saved:
             found[ROOT + parameter.name] = _float32(parameter.read())
         elif trained_bias or inner in adapter.foreign.get("copies", ()):
             found[inner] = _float32(parameter.read())

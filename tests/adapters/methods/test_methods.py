@@ -18,6 +18,8 @@ from lora_jax.adapters.layout import resolve
 from lora_jax.adapters.merge import merge, unmerge
 from lora_jax.config.doors import METHODS
 from lora_jax.errors import InputWarning
+from lora_jax.models.heads import SequenceClassifier
+from lora_jax.models.load import load_model
 from lora_jax.packing.pack import Pack, repack
 from lora_jax.training.checkpoint import Saved
 from tests import tiny
@@ -102,7 +104,17 @@ def test_it_starts_as_the_base(name: str) -> None:
 
 @pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=("vera",)))
 def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name: str) -> None:
-    model, chosen = tiny.classifier(2), configs(name)
+    check_pack(tiny.classifier(2), configs(name))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ADAPTING)
+def test_a_pack_equals_its_solo_runs_with_a_real_encoder(name: str, minilm_source: str) -> None:
+    base: Any = load_model(minilm_source)
+    check_pack(SequenceClassifier(base, tiny.CLASSES, "cls", rngs=nnx.Rngs(0)), configs(name))
+
+
+def check_pack(model: nnx.Module, chosen: list[Any]) -> None:
     pack = Pack.build(model, chosen, STEPS)
     start = jax.tree.map(np.asarray, pack.state.trainable)
     fixed = jax.tree.map(jnp.copy, pack.state)
