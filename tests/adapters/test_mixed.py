@@ -115,6 +115,7 @@ def test_gathered_positions_take_the_adapter_of_their_row(pooling):
         assert tiny.relative(got[here], tiny.outputs(bank.use(name), batch, method="features")[here]) < 1e-5
 
 
+@pytest.mark.slow
 def test_gathering_as_many_positions_as_rows_mixes_none_up():
     bank = _bank("decoder")
     tokens, rows = _tokens(3), ["late", "wide", "ends"]

@@ -30,6 +30,7 @@ def test_parts_make_the_model_again():
     assert not set(part.trainable) & set(part.frozen) and not set(part.settings) & set(part.frozen)
 
 
+@pytest.mark.slow
 def test_dropout_while_training_alone():
     adapted = _adapt(tiny.encoder(2), dropout=0.5)
     part = partition(adapted)

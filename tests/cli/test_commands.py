@@ -129,6 +129,7 @@ def test_only_what_is_missing_is_trained(copied):
     assert len(list(csv.DictReader((run / "results.csv").open()))) == 4
 
 
+@pytest.mark.slow
 def test_fresh_sets_the_old_run_aside(copied):
     path, run, where = copied
     before = results(run)
@@ -256,6 +257,7 @@ def test_an_adapter_is_taken_away_by_name(copied, tmp_path):
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 4
 
 
+@pytest.mark.slow
 def test_what_cannot_be_taken_away_is_told(copied, tmp_path):
     path, run, _ = copied
     before = set(tmp_path.rglob("*"))

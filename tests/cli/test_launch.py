@@ -126,6 +126,7 @@ def test_a_folder_that_is_no_run_is_left_alone(hub, tmp_path, started):
     assert result.code == 2 and "is not a run directory" in result.err and not started
 
 
+@pytest.mark.slow
 def test_bad_input_in_the_processes_leaves_room_for_the_mended_config(hub, tmp_path):
     path = hub.write(tmp_path, {"model.source": str(tmp_path / "nowhere")})
     result = call("launch", path, "--processes", 1, "--devices-per-process", 1)

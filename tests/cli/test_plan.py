@@ -33,6 +33,7 @@ def untrained(monkeypatch):
     monkeypatch.setattr(Pack, "build", lambda *_, **__: pytest.fail("a pack was built"))
 
 
+@pytest.mark.slow
 def test_it_tells_packs_members_memory_flops_and_time(hub, tmp_path, untrained):
     config = hub.write(tmp_path, SWEEP)
     before = sorted(tmp_path.rglob("*"))

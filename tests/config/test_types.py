@@ -72,6 +72,7 @@ def test_numbers_beyond_what_can_be_held_are_refused(tmp_path, key, value, told)
     assert told in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["a: [" + "1, " * 100_001 + "1]", "a:\n" + "- 1\n" * 2_500_000], ids=["many values", "10 MB"])
 def test_a_huge_yaml_is_refused_before_it_is_built(text):
     began = time.monotonic()

@@ -12,7 +12,7 @@ from experiments.fuzz_inputs import fuzz_configs, fuzz_files, mutated, tally
 from lora_jax.errors import InputError
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("fuzz", "count"), [(fuzz_files, 100), (fuzz_configs, 12)])
 def test_the_first_cases_are_read_or_refused(tmp_path, fuzz, count):
     counts = fuzz(tmp_path, count, 0)

@@ -51,6 +51,7 @@ def _piecewise(model, tokens, mask, cuts):
     return jax.jit(run)(state, tokens, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds, cut",
     [

@@ -131,6 +131,7 @@ def test_rows_that_have_ended(generator, passes):
     assert len(passes) == 2
 
 
+@pytest.mark.slow
 def test_layers_of_several_contexts_and_windows(passes):
     """A pass at each border; and the cache may be a rolling one."""
     other = dataclasses.replace(LONGROPE, context=CONTEXT + 3)

@@ -81,6 +81,7 @@ def test_it_has_few_lines():
     assert len(PLUGIN.strip().splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_it_writes_a_member(run, tmp_path):
     for options, dtype in (((), np.float32), (("--dtype", "float16"), np.float16)):
         out = tmp_path / np.dtype(dtype).name

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from lora_jax.models.block import Context, segment_mask
@@ -40,6 +41,7 @@ def test_attention_is_softmax_of_scaled_scores():
     np.testing.assert_allclose(out[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_models_own_dropout_needs_a_key_and_differs_between_layers_and_places():
     model = tiny.encoder(2)
     tokens = jnp.arange(24).reshape(2, 12) % tiny.VOCAB

@@ -54,6 +54,7 @@ def test_gather_keeps_the_positions_asked_for(depth):
     np.testing.assert_allclose(tiny.outputs(model.layers, x, context, wanted), full, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [(1,), (2, 1, 3)])
 def test_splitting_changes_no_bit_and_shares_the_weights(cuts):
     model = tiny.encoder(4)

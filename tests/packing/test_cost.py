@@ -80,6 +80,7 @@ def test_members_are_spread_over_the_mesh(hub, tmp_path):
     assert spread.activations == pytest.approx(alone.activations / 2, rel=0.2)
 
 
+@pytest.mark.slow
 def test_flops_follow_ranks_and_layers(hub, tmp_path):
     config = hub.config(tmp_path, {"adapter.targets": "all-linear"})
     setup = set_up(config)

@@ -98,6 +98,7 @@ def _split(order, cuts):
     return parts
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_real_step(hub, tmp_path):
     """Of members alone and of a pack, against the traced step."""
     base = hub.config(tmp_path)

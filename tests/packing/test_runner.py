@@ -175,6 +175,7 @@ def test_a_pack_that_breaks_leaves_the_others_and_goes_on_from_its_checkpoint(hu
     assert again.results[1].final == pytest.approx(undisturbed.results[1].final, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_member_that_diverged_is_tried_again_from_the_start(hub, tmp_path):
     rates = {"grid": {"optimizer.learning_rate": [0.01, 1e30]}}
     config = hub.config(tmp_path, CHANGES | {"sweep": rates})

@@ -60,7 +60,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [c if c == "trunk" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", [c if c == "trunk" else pytest.param(c, marks=pytest.mark.long) for c in CASES])
 def test_without_weights_the_programs_are_those_of_the_run(hub, tmp_path, monkeypatch, case):
     """The very text that is compiled, so the memory is that of the run, and the cache on disk gives a plan's programs to its run."""
     changes = dict(CASES[case])
@@ -98,6 +98,7 @@ def test_a_distillation_without_weights(hub, tmp_path, monkeypatch):
     assert memory.base > 30_000 and memory.activations > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "members"), [(None, 1), ("last:1", 4)])
 def test_an_upper_bound_is_above_what_is_compiled(hub, tmp_path, layers, members):
     config = hub.config(tmp_path, {"adapter.layers": layers, "adapter.targets": "all-linear"})

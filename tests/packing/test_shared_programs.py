@@ -83,6 +83,7 @@ def test_a_plan_counts_what_is_compiled_once(hub, tmp_path, uncompiled):
     assert found.seconds == pytest.approx(found.packs[0].compiling + sum(p.training for p in found.packs))
 
 
+@pytest.mark.slow
 def test_a_pack_of_another_mode_compiles_its_own(hub, tmp_path, monkeypatch):
     """As where a resumed run finds another choice recorded for one of its packs."""
     modes = iter([VMAP, SCAN])

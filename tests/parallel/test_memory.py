@@ -38,6 +38,7 @@ print(full - before, resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_large_block_goes_back_to_the_system_when_it_is_freed(at_once: bool) -> None:

@@ -114,6 +114,7 @@ def test_others_that_do_not_come_are_told_of_in_time(hub, tmp_path, index):
     assert time.monotonic() - began < 60 and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_jax_does_not_know_is_an_error(hub, tmp_path):
     path = hub.write(tmp_path)
     words, env = command("train", path)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 
+import pytest
+
 from tests.tiny_hub import call
 
 GRID = {"sweep": {"grid": {"adapter.rank": [2, 3]}}, "training.steps": 2, "training.eval_every": 0}
 
 
+@pytest.mark.slow
 def test_the_last_part_writes_the_whole(hub, tmp_path, compile_cache):
     path, run = hub.write(tmp_path, GRID), tmp_path / "runs" / "tiny"
     first = call("sweep", path, "--part", "1/2")

@@ -242,6 +242,7 @@ def test_changed_inputs_are_refused_by_name(hub, two_ranks, tmp_path, change, wh
     assert not differing(before, bits_of_run(run)) and (run / "rank=2" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_an_identity_gets_todays_and_says_so(hub, two_ranks, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(two_ranks, folder)

@@ -94,6 +94,7 @@ def test_fit_trains_one_language_model_and_resumes_it(hub, tmp_path):
         fit(path, training__steps=5, name="one")
 
 
+@pytest.mark.slow
 def test_all_members_of_a_pack_may_diverge(hub, tmp_path, recwarn):
     outcome = sweep(hub.config(tmp_path), {"optimizer.learning_rate": [1e28, 1e29, 1e30]})
     assert [r.status for r in outcome.results] == ["diverged"] * 3
@@ -101,6 +102,7 @@ def test_all_members_of_a_pack_may_diverge(hub, tmp_path, recwarn):
     assert not [w for w in recwarn if w.category is RuntimeWarning]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_next_pack(hub, tmp_path, monkeypatch):
     from lora_jax.packing import runner as run
 

@@ -60,6 +60,7 @@ def test_scores_of_a_file_of_its_own(hub, tmp_path, test_file):
     assert "validation" not in report_run(plain.path).read_text()
 
 
+@pytest.mark.slow
 def test_rows_of_the_source(hub, tmp_path, capsys):
     config = hub.config(tmp_path, {"task.test_size": 30, "tracking.save": "final", "training.steps": 4})
     outcome = run_sweep(config)
@@ -109,6 +110,7 @@ def test_halving_chooses_without_them(hub, tmp_path, test_file):
     assert [(r.status, r.final) for r in plain.results] == [(r.status, r.final) for r in outcome.results]
 
 
+@pytest.mark.slow
 def test_other_test_rows_are_another_run(hub, tmp_path, test_file):
     outcome = run_sweep(hub.config(tmp_path, {"task.test_source": str(test_file), "training.steps": 4}))
     test_file.write_text(ROWS.replace("people", "it"))

@@ -113,6 +113,7 @@ def run(hub, tmp_path_factory, rating):
     return folder / "runs" / "rating"
 
 
+@pytest.mark.slow
 def test_members_are_compared_by_the_tasks_own_metric(run):
     results = sorted(read_run(run), key=lambda r: -r.settings["optimizer.learning_rate"])
     assert [list(r.final) for r in results] == [["loss", "mean_absolute_error"]] * 2

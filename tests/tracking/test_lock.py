@@ -76,6 +76,7 @@ def test_the_end_of_a_process_gives_its_lock_back(other, tmp_path):
     lock.acquire(tmp_path)
 
 
+@pytest.mark.slow
 def test_turns_wait_for_one_another(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from lora_jax.tracking import files as lock\n"

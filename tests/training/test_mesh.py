@@ -154,6 +154,7 @@ def check_fully_sharded(pack, text):
     return found
 
 
+@pytest.mark.slow
 def test_an_encoders_step_moves_one_layer_at_a_time_and_adds_up_gradients():
     """No unstacked weight is larger than the pooler: the vocabulary's table is never gathered."""
     members = [{"adapter__rank": r, "adapter__targets": ["q_proj", "v_proj"]} for r in (2, 4)]
@@ -172,6 +173,7 @@ def test_a_decoders_step_gathers_its_vocabulary_once():
     assert sum(c.kind == "all-gather" and table in c.shapes for c in found) == 1
 
 
+@pytest.mark.slow
 def test_one_device_is_told_nothing():
     """The program of a mesh of one device says nothing of where arrays lie inside it; that of eight does."""
     model, batch = tiny.classifier(3), tiny.batch(rows=8)

@@ -89,6 +89,7 @@ def test_a_pack_equals_its_solo_run_and_a_member_moves_to_another(kind: str) -> 
     close(evaluated[0], evaluated[1], start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["muon", "schedule_free"])
 def test_a_checkpoint_goes_on_with_the_same_bits(kind: str, tmp_path: Any) -> None:
     model, chosen = tiny.classifier(1), [config(kind, **OWN[kind][0])]
@@ -226,6 +227,7 @@ def test_equals_its_equations_in_float64(function: Any, values: dict[str, Any]) 
         assert tiny.relative(found[name] - start[name], array - start[name]) < 3e-5, name
 
 
+@pytest.mark.slow
 def test_muon_is_for_matrices_and_adamw_for_the_rest() -> None:
     one, (start, _) = config("muon", **COMMON, momentum=0.9, rms=0.3), drawn()
     found, wanted = run(one)[0], reference(one, muon, adamw, ("a", "b"))

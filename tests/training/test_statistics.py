@@ -156,6 +156,7 @@ def test_members_of_several_packs_share_one_pass(whole):
     assert sorted(want for wants in calls for want in wants) == ["gradient", "moment"]
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_stands_on_its_own(whole, monkeypatch):
     outcome, _ = whole
     monkeypatch.setattr(setups, "gather", lambda *a, **k: pytest.fail("no data is needed"))
@@ -188,6 +189,7 @@ def test_a_stopped_run_goes_on_from_the_start_it_had(hub, whole, tmp_path, monke
     assert not differing(bits_of_run(whole[0].path), bits_of_run(outcome.path))
 
 
+@pytest.mark.slow
 def test_what_is_gathered_is_remembered(hub, tmp_path, monkeypatch):
     setup: Setup = set_up(hub.config(tmp_path))
     calls = []

@@ -120,6 +120,7 @@ def test_a_bfloat16_base_trains_float32_factors():
     assert changed == set(pack.part.trainable) and np.isfinite(np.asarray(metrics.loss)).all()
 
 
+@pytest.mark.slow
 def test_dropout_is_by_seed_and_step():
     pack = Pack.build(tiny.classifier(2), [tiny.config(adapter__dropout=0.5)] * 2, 10)
     hyper = pack.fixed.hyper

@@ -56,6 +56,7 @@ def test_nothing_is_common_where_a_lower_layer_trains():
     assert _depth(tiny.language_model(4), {"adapter__targets": r".*(embed|layers\.3\..*q_proj)"}) == 0
 
 
+@pytest.mark.slow
 def test_a_step_from_the_trunk():
     """Same losses and gradients; no layer below is in the step, nor does their cost grow with the pack."""
     model, batch = tiny.classifier(6), tiny.batch(micro=2)

@@ -181,6 +181,7 @@ def test_a_stale_file_is_never_used(hub, tmp_path, monkeypatch):
     assert list(counts.values()) == list(range(2, 2 + len(counts))), counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "bit"])
 def test_a_damaged_file_is_found_out(hub, tmp_path, damage):
     config = one(hub, tmp_path)
@@ -197,6 +198,7 @@ def test_a_damaged_file_is_found_out(hub, tmp_path, damage):
     assert file.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_cache_alone(hub, without, tmp_path):
     """A file may be 20 kB large, which all but the cache's are."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

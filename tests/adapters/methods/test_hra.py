@@ -69,6 +69,7 @@ def test_columns_of_zeros_reflect_nothing_and_stay() -> None:
     np.testing.assert_array_equal(gradient[:, 2:], 0)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_take_their_own_adapters() -> None:
     model, tokens = tiny.encoder(2), np.arange(1, 13, dtype=np.int32).reshape(2, 6)
     bank, outputs = AdapterBank(model), []

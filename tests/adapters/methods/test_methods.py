@@ -61,9 +61,17 @@ VALUES: dict[str, Any] = {
 }
 
 
-def marked(mark: Any, names: list[str], *, but: tuple[str, ...]) -> list[Any]:
-    """The names as parameters, with a mark; some without."""
-    return [name if name in but else pytest.param(name, marks=mark) for name in names]
+# Beside what is in the ordinary tests of all methods, these corners run with the slow ones: a state that changes with the steps, the base's
+# norms, what multiplies, two products, a rotation, a gradient of its own, an embedding. The rest is for the long tests.
+SLOW = ("adalora", "dora", "ia3", "loha", "lora_fa", "oft", "trainable_tokens")
+
+
+def corners(names: list[str], *, ordinary: tuple[str, ...], slow: tuple[str, ...]) -> list[Any]:
+    """The names as parameters: some as they are, some marked slow, the others long."""
+    marks = {name: pytest.mark.slow for name in slow} | dict.fromkeys(ordinary)
+    return [
+        name if marks.get(name, pytest.mark.long) is None else pytest.param(name, marks=marks.get(name, pytest.mark.long)) for name in names
+    ]
 
 
 def sections(name: str) -> list[dict[str, Any]]:
@@ -93,7 +101,7 @@ def train(pack: Pack, state: Any, steps: range) -> tuple[Any, np.ndarray]:
     return state, np.stack(losses)
 
 
-@pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=("lora", "dora", "vera", "ia3")))
+@pytest.mark.parametrize("name", corners(ADAPTING, ordinary=("dora", "vera"), slow=SLOW))
 def test_it_starts_as_the_base(name: str) -> None:
     model, tokens = tiny.encoder(2), np.arange(1, 13, dtype=np.int32).reshape(2, 6)
     for values in sections(name):
@@ -102,7 +110,7 @@ def test_it_starts_as_the_base(name: str) -> None:
         assert tiny.relative(found, base) < 1e-6, values
 
 
-@pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=("vera",)))
+@pytest.mark.parametrize("name", corners(ADAPTING, ordinary=("vera",), slow=SLOW))
 def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name: str) -> None:
     check_pack(tiny.classifier(2), configs(name))
 
@@ -160,7 +168,7 @@ def test_a_member_that_moves_to_another_pack_goes_on_as_it_was(name: str) -> Non
             assert tiny.relative(mine[array], wanted[array]) < 1e-4, array
 
 
-@pytest.mark.parametrize("name", marked(pytest.mark.slow, ADAPTING, but=("lora", "dora", "ia3", "oft")))
+@pytest.mark.parametrize("name", corners(ADAPTING, ordinary=("dora", "ia3"), slow=SLOW))
 def test_merging_is_faithful_and_undone_bit_for_bit(name: str) -> None:
     model, tokens = tiny.encoder(2), np.arange(1, 13, dtype=np.int32).reshape(2, 6)
     base = tiny.base_arrays(model)

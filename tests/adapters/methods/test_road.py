@@ -56,6 +56,7 @@ def test_it_computes_what_the_equation_says(variant: str, count: int) -> None:
     assert turned is not None and tiny.relative(x @ np.asarray(weight) + np.asarray(turned), expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["road_2", "road_4"])
 def test_stacked_layers_have_numbers_of_their_own(variant: str) -> None:
     model, tokens = tiny.encoder(3), np.arange(1, 13, dtype=np.int32).reshape(2, 6)
