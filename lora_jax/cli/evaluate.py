@@ -17,6 +17,7 @@ def evaluate(
         str | None, typer.Option("--member", metavar="NAME", help="A member of a sweep. Default: all.", show_default=False)
     ] = None,
     split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="The rows to use: eval (held out), test or train.")] = "eval",
+    base: Annotated[bool, typer.Option("--base", help="Also evaluate the base alone, without what was trained.")] = False,
 ) -> None:
     """Evaluate the saved adapters of a run.
 
@@ -31,8 +32,8 @@ def evaluate(
     from ..tracking import Progress
     from ..tracking.results import union
 
-    results = evaluate_run(run, member=member, split=split, progress=Progress())
-    best, why = _best_of(run) if len(results) > 1 else (None, None)
+    results = evaluate_run(run, member=member, split=split, progress=Progress(), base=base)
+    best, why = _best_of(run) if len(results) > 1 + base else (None, None)
     metrics = [EVALUATORS.get(name, "metric") for name in union(results.values())]
     caption = Text(why, style="dim") if why else None
     table = Table(title=Text(f"{run} ({split})", style="table.title"), caption=caption, caption_justify="left")

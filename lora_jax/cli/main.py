@@ -24,6 +24,7 @@ from .export import ExportHelp, export
 from .generate import generate
 from .launch import launch
 from .options import guard_streams
+from .predict import predict
 from .schema import schema
 from .sweep import sweep, train
 
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # main(), below, prints failures
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (train, sweep, launch, compare, evaluate, generate, export, doctor, schema):
+for _command in (train, sweep, launch, compare, evaluate, predict, generate, export, doctor, schema):
     app.command(cls=ExportHelp if _command is export else None)(_command)
 
 

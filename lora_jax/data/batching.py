@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
+from .prompts import Prompts
 
 NO_TARGET = -1
 
-# What was answered at each example's targets, in order -> metric -> value.
-Scorer = Callable[[Sequence[np.ndarray]], dict[str, float]]
+# What was answered at each example's targets, in order -> metric -> value: a number, or an array (`TaskMetrics.tables`).
+Scorer = Callable[[Sequence[np.ndarray]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Examples:
         types: a (length,) int32 array for each, 1 in the second text of a pair; None where no example is one.
         score: the task's own metrics; None where evaluators compute all.
         values: a (targets, width) float32 array for each; None where ids are predicted.
+        prompts: what is decoded when a model is evaluated on these; None where nothing is.
     """
 
     tokens: list[np.ndarray]
@@ -60,13 +63,14 @@ class Examples:
     types: list[np.ndarray] | None = None
     score: Scorer | None = None
     values: list[np.ndarray] | None = None
+    prompts: Prompts | None = None
 
     @classmethod
-    def of(cls, examples: Sequence[Example], score: Scorer | None = None) -> Examples:
+    def of(cls, examples: Sequence[Example], score: Scorer | None = None, prompts: Prompts | None = None) -> Examples:
         """Those of a list, all with types (or values) or all without."""
         types = [e.types for e in examples if e.types is not None]
         values = [e.values for e in examples if e.values is not None]
-        return cls([e.tokens for e in examples], [e.targets for e in examples], types or None, score, values or None)
+        return cls([e.tokens for e in examples], [e.targets for e in examples], types or None, score, values or None, prompts)
 
     def wanted(self, index: int) -> np.ndarray:
         """What is to be predicted at an example's targets, in order: (targets,) int32 ids, or (targets, width) float32 values."""
@@ -120,6 +124,7 @@ class BatchPlan:
         rows, length: shape of a micro-batch's tokens.
         targets: size of its target arrays.
         steps, steps_per_epoch: optimizer steps in all, and in one pass over the data.
+        micro_batch: examples of a micro-batch.
 
     Raises:
         InputError: fewer training examples than `batch_size`.
@@ -145,7 +150,7 @@ class BatchPlan:
             raise InputError(f"training.batch_size: {batch_size}, but there are only {len(train.tokens)} training examples.")
         self._train, self._held_out, self._seed, self._per_example = train, held_out, seed, per_example
         self._row_multiple, self._evaluated = row_multiple, (held_out, *(() if test is None else (test,)))
-        self._micro, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
+        self.micro_batch, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
         self.order = DATA_ORDER if accumulate == 1 else ACCUMULATED_ORDER
         self.steps_per_epoch = len(train.tokens) // batch_size
         self.steps = steps if steps is not None else max(1, round((epochs or 0) * self.steps_per_epoch))
@@ -196,21 +201,21 @@ class BatchPlan:
         """Figures for reports: `rows`, `length`, `tokens_per_step` (real ones), `padding_share` (of the positions computed on), and
         `dynamic_padding_share` (had each random batch been padded to its longest example)."""
         lengths = self._train.lengths
-        order = epoch_order(len(lengths), seed=self._seed, epoch=0)[: self.steps_per_epoch * self._accumulate * self._micro]
-        random = lengths[order].reshape(-1, self._micro)
+        order = epoch_order(len(lengths), seed=self._seed, epoch=0)[: self.steps_per_epoch * self._accumulate * self.micro_batch]
+        random = lengths[order].reshape(-1, self.micro_batch)
         return {
             "rows": self.rows,
             "length": self.length,
             "tokens_per_step": self._tokens_per_step,
             "padding_share": 1 - self._tokens_per_step / (self.rows * self.length * self._accumulate),
-            "dynamic_padding_share": float(1 - random.sum() / (random.max(axis=1).sum() * self._micro)),
+            "dynamic_padding_share": float(1 - random.sum() / (random.max(axis=1).sum() * self.micro_batch)),
         }
 
     def _make_epoch(self, epoch: int) -> list[np.ndarray]:
         """The micro-batches of an epoch, as arrays of example indices. Which examples a step has does not depend on their number."""
         like, count = epoch % DISTINCT_EPOCHS, self.steps_per_epoch
         lengths = self._train.lengths
-        order = epoch_order(len(lengths), seed=self._seed, epoch=like)[: count * self._accumulate * self._micro]
+        order = epoch_order(len(lengths), seed=self._seed, epoch=like)[: count * self._accumulate * self.micro_batch]
         steps = balance(order, lengths, count, seed=[self._seed, like])
         if like != epoch:
             again = np.random.default_rng(np.random.SeedSequence([self._seed, epoch])).permutation(count)
@@ -227,10 +232,10 @@ class BatchPlan:
         self._tokens_per_step = float(lengths[groups].sum()) / (self._distinct * self.steps_per_epoch)
         most = int(targets[groups].sum(axis=1).max())
         most = max(most, *(int(examples.target_counts.max()) for examples in self._evaluated))
-        count = self._micro if self._per_example else -(-most // 8) * 8
+        count = self.micro_batch if self._per_example else -(-most // 8) * 8
         longest = -(-int(max(lengths.max(), *(examples.lengths.max() for examples in self._evaluated))) // 8) * 8
         if not self._packed:
-            return self._rounded(self._micro), longest, count
+            return self._rounded(self.micro_batch), longest, count
         group_lengths = lengths[groups]
         # Longer rows pack better and attend more. One row never needs more than a whole batch's tokens.
         whole = max(longest, -(-int(group_lengths.sum(axis=1).max()) // 8) * 8)
@@ -247,7 +252,7 @@ class BatchPlan:
         examples = examples or self._held_out
         lengths, targets = examples.lengths, examples.target_counts
         order = np.arange(len(lengths))
-        count = -(-len(lengths) // self._micro)
+        count = -(-len(lengths) // self.micro_batch)
         while True:
             groups = balance(order, lengths, min(count, len(order)), seed=[0])
             if all(self._fits(lengths[g], targets[g]) for g in groups):
@@ -257,7 +262,7 @@ class BatchPlan:
             count = max(count + 1, round(count * 1.02))
 
     def _fits(self, lengths: np.ndarray, targets: np.ndarray) -> bool:
-        if targets.sum() > self.targets or len(lengths) > self._micro or lengths.max() > self.length:
+        if targets.sum() > self.targets or len(lengths) > self.micro_batch or lengths.max() > self.length:
             return False
         return not self._packed or int(rows_needed(lengths[None], self.length)[0]) <= self.rows
 

@@ -61,6 +61,8 @@ def load_rows(
     drop: dict[str, list[str]] | None = None,
     splits: tuple[str, ...] = TRAINING,
     named_by: Mapping[str, str] | None = None,
+    any_of: Sequence[str] = (),
+    optional: Sequence[str] = (),
 ) -> Table:
     """The rows of a source, without those that `drop` names.
 
@@ -72,6 +74,8 @@ def load_rows(
         drop: column -> values; rows with one of them are left out. Values compare as the text that the file has.
         splits: names, best first, of the split wanted of a folder or hub data set that has several.
         named_by: column -> the config key that names it, for messages.
+        any_of: of these columns one has to be there; those that are not are not in the table.
+        optional: columns of which none has to be there.
 
     Raises:
         InputError: nothing is there, it cannot be read, it has no rows, or a column is missing.
@@ -91,8 +95,12 @@ def load_rows(
     count = len(next(iter(found.values()), []))
     if not count and found:
         raise InputError(f"{key}: {source} has no rows.")
+    if any_of and not any(column in found for column in any_of):
+        some = f"no column '{any_of[0]}'" if len(any_of) == 1 else f"none of the columns {', '.join(map(repr, any_of))}"
+        where = (named_by or {}).get(any_of[0], "task")
+        raise InputError(f"{where}: {source} has {some}. {hint(any_of[0], names)} Columns: {', '.join(names)}.")
     for column in wanted:
-        if column not in found:
+        if column not in found and column not in (*any_of, *optional):
             where = (named_by or {}).get(column, "task") if column in columns else "task.drop"
             raise InputError(f"{where}: {source} has no column '{column}'. {hint(column, names)} Columns: {', '.join(names)}.")
     kept, dropped = np.ones(count, bool), Counter[tuple[str, str]]()
@@ -105,7 +113,7 @@ def load_rows(
     if not kept.any():
         raise InputError(f"task.drop: drops every row of {source}.")
     chosen = np.flatnonzero(kept).tolist()
-    table = {name: [found[name][i] for i in chosen] for name in dict.fromkeys(columns)}
+    table = {name: [found[name][i] for i in chosen] for name in dict.fromkeys(columns) if name in found}
     present = {column: {value for value in values if value is not None} for column, values in texts.items()}
     return Table(table | {ROW: [i + 1 for i in chosen]}, dropped, present, read, note)
 

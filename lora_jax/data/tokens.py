@@ -160,13 +160,14 @@ def _said_once(ids: Sequence[int], tokenizer: Any) -> list[int]:
     return [n for n, token in enumerate(ids) if not (n and token in once and ids[n - 1] == token)]
 
 
-def prompt_ids(prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> list[int]:
+def prompt_ids(prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any, where: str, date: str | None = None) -> list[int]:
     """The tokens that a decoder goes on from, as it was trained on them: what begins a text stands there, once, and nothing ends it.
 
     Args:
         prompt: a text; or a conversation, which the chat template shows up to where the assistant begins.
         tokenizer: of the model.
         where: names the prompt, for messages.
+        date: as in `encode_chat`; None: today's.
 
     Raises:
         InputError: half of a character stands in it; no template, or one that refuses the conversation or takes too long.
@@ -176,7 +177,7 @@ def prompt_ids(prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any, where:
     if isinstance(prompt, str):
         return with_start(plain_ids(tokenizer, [check_text(prompt, where)])[0], start_ids(tokenizer))
     template = template_of(tokenizer, f"{where}: this model's tokenizer has no chat template; give the prompt as text.")
-    shown = _render(template, tokenizer, None, f"{where}: the chat template refuses it: ", [([dict(m) for m in prompt], True)])[0][0]
+    shown = _render(template, tokenizer, date, f"{where}: the chat template refuses it: ", [([dict(m) for m in prompt], True)])[0][0]
     ids = plain_ids(tokenizer, [check_text(shown, where)])[0]
     return [ids[n] for n in _said_once(ids, tokenizer)]
 

@@ -30,6 +30,7 @@ from ..models.cache import Cache, slots_for
 from ..models.decoder import Decoder
 from ..models.layers import OF_ALL_LAYERS, PER_SEGMENT
 from ..models.stack import Segment, Stack
+from ..parallel.mesh import to_host
 from ..parallel.program import TraceCounter
 from .sampling import SamplingParams, choose
 
@@ -362,12 +363,12 @@ class Continuation:
     @property
     def tokens(self) -> np.ndarray:
         """The new tokens so far, (rows, room) int32, with members (members, rows, room); padding beyond."""
-        return np.asarray(self._decoded.tokens)
+        return to_host(self._decoded.tokens)
 
     @property
     def ended(self) -> bool:
         """Whether all rows have ended, of all members."""
-        return bool(np.all(self._decoded.done))
+        return bool(np.all(to_host(self._decoded.done)))
 
     def advance(self, count: int) -> None:
         """Goes on until there are `count` new tokens, or all rows have ended."""

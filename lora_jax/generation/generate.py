@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..data.prompts import Prompts
 from ..data.tokens import prompt_ids
 from ..errors import InputError, warn
 from ..models.decoder import Decoder
@@ -260,6 +261,37 @@ def stop_tokens(model: Decoder, tokenizer: Any = None) -> list[int]:
             warn(f"the tokens that end a text are those of the config and the tokenizer alone: {error}")
     flat = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]
     return sorted({i for i in flat if isinstance(i, int) and not isinstance(i, bool) and i >= 0})
+
+
+def decode_prompts(
+    models: Sequence[nnx.Module], prompts: Prompts, tokenizer: Any, *, batch_size: int, told: Callable[[int], object] = lambda rows: None
+) -> list[list[str]]:
+    """What models generate after prompts, greedily: for each model the texts, one a prompt, without white space around them.
+
+    The prompts are sorted by length and decoded `batch_size` at a time, the last batch filled up with copies: few shapes occur.
+
+    Args:
+        models: that differ only in their adapters; they decode together.
+        batch_size: rows at a time.
+        told: called after each batch with the number of rows that are done.
+
+    Raises:
+        InputError: a model is not a decoder, or a prompt is too long for it.
+    """
+    longest = max(map(len, prompts.tokens))
+    # One shape of the cache for all batches, so that one program goes on from all of them.
+    total = padded_length(longest) + padded_length(prompts.max_new_tokens)
+    generator = Generator(list(models), tokenizer, length=total)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts.tokens[i]), i))
+    texts = [[""] * len(prompts) for _ in models]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [prompts.tokens[i].tolist() for i in (*chosen, *chosen[:1] * (batch_size - len(chosen)))]
+        for own, outputs in zip(texts, generator(rows, max_new_tokens=prompts.max_new_tokens), strict=True):
+            for i, output in zip(chosen, outputs, strict=False):  # without the copies
+                own[i] = str(output.text).strip()
+        told(start + len(chosen))
+    return texts
 
 
 class _Streamer:

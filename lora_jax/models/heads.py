@@ -126,7 +126,7 @@ class Classifier(nnx.Module):
         return self.classifier
 
     def answers(self, features: Array) -> Array | None:
-        """None: each text has one class, and how many are right is known."""
+        """None: the loss and the right predictions suffice."""
         return None
 
     def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
@@ -168,6 +168,10 @@ class SequenceClassifier(Classifier):
     def __init__(self, base: Encoder | Decoder, classes: int, pooling: str = "cls", *, rngs: nnx.Rngs):
         shape = head_shape(base.head_shapes, "classification", decoder=base.is_decoder)
         super().__init__(base, shape if pooling == "cls" else dataclasses.replace(shape, reads="mean"), classes, rngs=rngs)
+
+    def answers(self, features: Array) -> Array:
+        """(n,) int32: the class of each text."""
+        return self.readout()(features).argmax(-1).astype(jnp.int32)
 
 
 class TokenClassifier(Classifier):
@@ -287,6 +291,11 @@ class LabelWordClassifier(LanguageModel):
         """(n, width) -> (n, classes): the logits of the classes' words."""
         whole = self.base.readout()
         return lambda features: whole(features)[..., jnp.array(self.word_ids)]
+
+    def answers(self, features: Array) -> Array:
+        """(n,) int32: the class of each text. One text at a time: the logits of a whole vocabulary are made of each."""
+        readout = self.readout()
+        return jax.lax.map(lambda row: readout(row[None])[0].argmax(-1).astype(jnp.int32), features)
 
 
 def add_head(base: Encoder | Decoder, kind: str, classes: int = 2, *, pooling: str = "cls", rngs: nnx.Rngs) -> Classifier:

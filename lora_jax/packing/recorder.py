@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..parallel.processes import is_writer
 from ..tasks.evaluators import EVALUATORS
 from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory, write_atomic
+from ..tracking.panels import confusion_png, samples_table
 from ..training.adapter_files import adapter_identity, save_adapter
 from ..training.evaluation import Tested
 from ..training.loop import Outcome
@@ -87,7 +89,33 @@ class Recorder:
     def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """Scalars of an evaluation."""
         for i, writer in enumerate(self.writers):
-            writer.scalars(step, {f"eval/{n}": float(v[i]) for n, v in metrics.items()})
+            writer.scalars(step, {f"eval/{n}": v for n, v in self._numbers(metrics, i).items()})
+
+    def on_texts(self, step: int, texts: list[list[str]]) -> None:
+        """A panel of samples."""
+        if (prompts := self.setup.data.held_out.prompts) is not None:
+            for writer, own in zip(self.writers, texts, strict=True):
+                writer.text(step, "eval/samples", samples_table(prompts.inputs, prompts.references, own))
+
+    def _numbers(self, metrics: dict[str, np.ndarray], index: int) -> dict[str, float]:
+        """A member's metrics, without its tables."""
+        return {name: float(values[index]) for name, values in metrics.items() if name not in self.setup.metrics.tables}
+
+    def _details(self, outcome: Outcome, index: int) -> dict[str, Any]:
+        """`MemberResult.details`; a table of classes by classes is drawn too."""
+        data, found = self.setup.data, {}
+        # A best step that an older version found has no tables.
+        tables = {n: outcome.best[n][index] for n in self.setup.metrics.tables if not np.isnan(outcome.best.get(n, np.nan)).all()}
+        if tables:
+            found["classes"] = list(data.classes or ())
+        for name, table in tables.items():
+            found[name] = (table.astype(np.int64) if table.ndim > 1 else table).tolist()
+            if data.classes is not None and table.shape == (len(data.classes),) * 2:
+                self.writers[index].image(int(outcome.best_step[index]), f"eval/{name}", confusion_png(table, data.classes))
+        if (prompts := data.held_out.prompts) is not None:
+            of_texts = [EVALUATORS.get(name, "task.kind") for name in self.setup.metrics.held_out]
+            found["signatures"] = {e.name: e.signature(prompts.references) for e in of_texts if e.signature is not None}
+        return found
 
     def finish(self, pack: Pack, outcome: Outcome, *, stopped: Collection[str] | None = None, rung: int | None = None) -> None:
         """Writes adapters, then results: a member with a result has all its files.
@@ -116,15 +144,16 @@ class Recorder:
                         identity = adapter_identity(fingerprint, self.setup.spec(member.config))
                         save_adapter(folder / kind, own, identity, self.setup.data.classes)
             if (test := outcome.test) is not None:
-                self.writers[i].scalars(outcome.steps, {f"test/{n}": float(v[i]) for n, v in test.metrics.items()})
+                self.writers[i].scalars(outcome.steps, {f"test/{n}": v for n, v in self._numbers(test.metrics, i).items()})
+            details = self._details(outcome, i)
             self.writers[i].close(status)
             result = MemberResult(
                 name=member.name,
                 settings=member.settings,
                 parameters=self.counts[i],
                 status=status,
-                final={n: float(v[i]) for n, v in outcome.final.items()},
-                best={n: float(v[i]) for n, v in outcome.best.items()},
+                final=self._numbers(outcome.final, i),
+                best=self._numbers(outcome.best, i),
                 best_step=int(outcome.best_step[i]),
                 steps=outcome.steps,
                 seconds=outcome.total_seconds,
@@ -133,9 +162,10 @@ class Recorder:
                 padding_share=float(facts["padding_share"]),
                 metric=self.setup.metrics.reported,
                 rung=rung if status == "stopped" else None,
-                test={} if test is None else {n: float(v[i]) for n, v in test.metrics.items()},
+                test={} if test is None else self._numbers(test.metrics, i),
                 tested="" if test is None else "best" if test.of_best[i] else "final",
                 test_batches=None if test is None else _of_member(test, i),
+                details=details,
             )
             if is_writer():
                 result.write(folder)

@@ -127,10 +127,13 @@ class Restored:
     member: Member
 
 
-def restore_member(run: Path, member: Member) -> Restored:
+def restore_member(run: Path, member: Member, *, readout: bool = False) -> Restored:
     """A member's saved adapter on its base.
 
     The base is float32 whatever it was while training: what is made of the two is then rounded once.
+
+    Args:
+        readout: whether a decoder that answers with the words of classes is to read out these alone, as in training.
 
     Raises:
         InputError: the base is not where it was or not what it was, no adapter was saved, or it is damaged or fits another model.
@@ -142,11 +145,12 @@ def restore_member(run: Path, member: Member) -> Restored:
     base = loaded.base if isinstance(loaded, Classifier) else loaded
     if classes is None and task.needs_classes(section, decoder=base.is_decoder):
         raise InputError(f"{folder}: does not record its classes; list them, in order, as task.labels in {run / 'config.yaml'}.")
-    model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes)
+    tokenizer = load_tokenizer(config.model.source)
+    words = task.class_tokens(section, classes, tokenizer, decoder=base.is_decoder) if readout else None
+    model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes, words)
     spec = resolve(model, config.adapter)
-    tokenizer = tokenizer_digest(load_tokenizer(config.model.source))
     known = _fingerprint_as_trained(base, config, task.loaded_head(section))
-    _confirm(run, member, {"base": known, "tokenizer": tokenizer}, warn)
+    _confirm(run, member, {"base": known, "tokenizer": tokenizer_digest(tokenizer)}, warn)
     adapted = inject_layout(model, unite(model, [spec]))
     fill_member(adapted, spec, None)
     part = partition(adapted)
@@ -173,7 +177,11 @@ def _fingerprint_as_trained(base: nnx.Module, config: Config, head: str | None) 
 SPLITS = {"eval": "held_out", "test": "test", "train": "train"}  # name -> part of the run's identity
 
 
-def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progress) -> dict[str, dict[str, float]]:
+# What the base alone is called among the members.
+BASE = "(base)"
+
+
+def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progress, base: bool = False) -> dict[str, dict[str, float]]:
     """Metrics of a run's saved adapters, the best of each member where that was kept.
 
     Args:
@@ -181,9 +189,11 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
         member: one member's name; all by default.
         split: `eval` (held-out rows), `test` or `train`.
         progress: the console.
+        base: whether the base alone is evaluated too, before the members: with the first one's adapter as it starts, which changes
+            nothing. A new head then is as it is drawn.
 
     Returns:
-        member name -> metric -> value.
+        member name -> metric -> value; the base's name is `BASE`.
 
     Raises:
         InputError: not a run directory, no such member or split, no saved adapter, or one that is damaged.
@@ -194,9 +204,10 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
     chosen = members if member is None else [named_member(members, member, "--member")]
     results: dict[str, dict[str, float]] = {}
     prepare = Preparer()
-    with progress.track(len(chosen), "evaluating") as track:
-        for number, one in enumerate(chosen, 1):
-            folder = adapter_folder_of(run, one)
+    jobs = [*((one, True) for one in chosen[: int(base)]), *((one, False) for one in chosen)]
+    with progress.track(len(jobs), "evaluating") as track:
+        for number, (one, at_start) in enumerate(jobs, 1):
+            folder = None if at_start else adapter_folder_of(run, one)
             setup = prepare(one.config)
             examples = {"eval": setup.data.held_out, "test": setup.data.test, "train": setup.data.train}[split]
             if examples is None:
@@ -205,13 +216,18 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
             _confirm(run, one, {part: digest for part, digest in setup.identity.items() if part not in unused}, progress.print)
             # In shapes that hold all members of its form: one program evaluates them, whatever their ranks and targets.
             alike = [m.config for m in chosen if static_key(m.config) == static_key(one.config)]
-            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh, layout=setup.layout(alike), drawn=False)
+            seen = setup.statistics([one.config]) if at_start else None
+            options = {"layout": setup.layout(alike), "drawn": at_start, "statistics": seen}
+            pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh, **options)
             pack.programs = setup.programs.get(pack.program_key, lambda pack=pack: pack.programs)
-            identity = adapter_identity(setup.fingerprint, setup.spec(one.config))
-            own = pack.state.trainable | pack.kept
-            arrays = pack.with_member_arrays(setup.model, 0, load_adapter(folder, pack.member_arrays(setup.model, 0, own), identity))
-            pack.keep({name: arrays.pop(name) for name in pack.kept})
+            arrays = pack.state.trainable
+            if folder is not None:
+                identity = adapter_identity(setup.fingerprint, setup.spec(one.config))
+                own = pack.member_arrays(setup.model, 0, arrays | pack.kept)
+                arrays = pack.with_member_arrays(setup.model, 0, load_adapter(folder, own, identity))
+                pack.keep({name: arrays.pop(name) for name in pack.kept})
             metrics = evaluate_pack(pack, setup, arrays, examples)
-            results[one.name] = {name: float(values[0]) for name, values in metrics.items()}
+            numbers = {name: float(values[0]) for name, values in metrics.items() if name not in setup.metrics.tables}
+            results[BASE if at_start else one.name] = numbers
             track.update(number)
     return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,7 +14,8 @@ from pydantic import Field
 
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
-from ..data.batching import Example, Examples, Scorer
+from ..data.batching import NO_TARGET, Example, Examples, Scorer
+from ..data.prompts import Prompts
 from ..data.sources import Taken
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
@@ -42,12 +43,19 @@ class Columns:
             side of the split.
         structured: those whose values may be lists or mappings; the others are read as text.
         nonempty: those that may not hold an empty text.
+        any_of: those of which a source has at least one, and a row too: what a row lacks is None until `Task.read`.
+        unknown: those that rows to predict for need not have; `targets` by default.
     """
 
     names: tuple[str, ...]
     targets: tuple[str, ...] = ()
     structured: tuple[str, ...] = ()
     nonempty: tuple[str, ...] = ()
+    any_of: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unknown", self.unknown or self.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +96,23 @@ class Encoded:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model says of a row, as JSON values.
+
+    Attributes:
+        input: what it was given.
+        output: what it says; None where nothing of the row could be given to it.
+        reference: what is right; None where that is not known.
+        score: of the output, larger is better; None where nothing scores it.
+    """
+
+    input: Any
+    output: Any
+    reference: Any = None
+    score: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskMetrics:
     """Names of evaluators (`evaluators.py`).
 
@@ -96,12 +121,14 @@ class TaskMetrics:
         selection: what the best step of a member, and the winners of a rung, are chosen by.
         reported: what reports compare members by; `selection` by default.
         training: computed from the loss and the fraction of right predictions of training steps, for the curves.
+        tables: no evaluators, but arrays that the task's scorer gives beside them. They are recorded, and nothing is compared by them.
     """
 
     held_out: tuple[str, ...]
     selection: str
     reported: str = ""
     training: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reported", self.reported or self.selection)
@@ -135,6 +162,7 @@ class TaskData:
         per_example: whether each example has exactly one target.
         taken: what became of the training rows, of the held-out ones, and of the test rows.
         notes: what else of the data is to be known.
+        tokenizer: makes texts of what is decoded.
     """
 
     train: Examples
@@ -146,6 +174,7 @@ class TaskData:
     taken: tuple[Taken, ...] = ()
     notes: tuple[str, ...] = ()
     test: Examples | None = None
+    tokenizer: Any = None
 
     @property
     def parts(self) -> tuple[Examples, ...]:
@@ -231,9 +260,53 @@ class Task(ABC):
             InputError: a row or `task.max_length` will not do.
         """
 
+    def decoded_rows(self, section: Any) -> int:
+        """How many rows of each part are decoded when a model is evaluated; 0 where it is not evaluated by text that it generates."""
+        return 0
+
+    def prompts(self, section: Any, rows: Rows, tokenizer: Any) -> Prompts | None:
+        """What a model goes on from, one prompt a row; None where it generates no text.
+
+        Raises:
+            InputError: a row will not do.
+        """
+        return None
+
     @abstractmethod
     def metrics(self, section: Any, classes: tuple[str, ...] | None) -> TaskMetrics:
         """What is computed of a member, and what members are compared by."""
+
+    def stand_in(self, section: Any, column: str, row: Mapping[str, Any], classes: tuple[str, ...] | None) -> Any:
+        """What stands in a column of `Columns.unknown` that rows to predict for lack; nothing is scored by it.
+
+        Args:
+            row: the row's other columns.
+        """
+        return ""
+
+    def predictions(
+        self, section: Any, rows: Rows, encoded: Encoded, answers: Sequence[np.ndarray | None], classes: tuple[str, ...] | None
+    ) -> list[Prediction]:
+        """What the model says of each row, where it generates no text. By default numbers: one example a row, its target ids and answers.
+
+        Args:
+            rows, encoded: as `encode` took and gave them.
+            answers: for each example what the model answered at its targets, in order; None where it has none.
+            classes: as `classes` gave them.
+        """
+        columns = self.columns(section)
+        given = [rows.columns[name] for name in columns.names if name not in columns.unknown]
+        made = []
+        for i, (example, answer) in enumerate(zip(encoded.examples, answers, strict=True)):
+            asked = given[0][i] if len(given) == 1 else [column[i] for column in given]
+            wanted = example.targets[example.targets != NO_TARGET] if example.values is None else example.values
+            made.append(Prediction(asked, None if answer is None else answer.tolist(), wanted.tolist()))
+        return made
+
+    def judged(self, section: Any, prompts: Prompts, texts: Sequence[str]) -> list[Prediction]:
+        """The same, where it does. By default without scores."""
+        found = zip(prompts.inputs, texts, prompts.references, strict=True)
+        return [Prediction(asked, text, one_or_all(right)) for asked, text, right in found]
 
     def notes(self, section: Any, tokenizer: Any) -> list[str]:
         """What a run says of the tokenizer, or of what it presumes; nothing by default."""
@@ -274,6 +347,11 @@ class Task(ABC):
             load: `load(source, key="task....")` gives another base of the same dtype, on the same mesh.
         """
         return None
+
+
+def one_or_all(texts: Sequence[str]) -> Any:
+    """The only text, all of several as a list, None of none."""
+    return texts[0] if len(texts) == 1 else list(texts) or None
 
 
 def task_of(section: TaskConfig) -> Task:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from flax import nnx
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ..config.doors import TASKS
-from ..config.schema import TaskConfig
-from ..data.batching import NO_TARGET, Example
-from ..data.tokens import DATE, encode_chat, plain_ids, start_ids, template_of, with_start, writes_date
+from ..data.prompts import Prompts
+from ..data.tokens import encode_chat, messages_of, plain_ids, prompt_ids, start_ids, template_of, with_start, writes_date
 from ..errors import InputError
-from ..models.decoder import Decoder
-from ..models.heads import LanguageModel
-from .base import Base, Columns, Encoded, Rows, Task, TaskMetrics
+from .base import Columns, Encoded, Rows, TaskMetrics
+from .next_token import DatedConfig, NextToken, next_token, with_end
+
+# New tokens of an answer, where no key says how many.
+NEW_TOKENS = 128
 
 
-class CausalLMConfig(TaskConfig):
+class CausalLMConfig(DatedConfig):
     kind: Literal["causal_lm"] = Field(default="causal_lm", description="The next token.")
     text: str | None = Field(default=None, description="Text column; the loss is on every token that follows another.")
     prompt: str | None = Field(default=None, description="Prompt column; its tokens carry no loss.")
@@ -28,19 +26,6 @@ class CausalLMConfig(TaskConfig):
     messages: str | None = Field(
         default=None, description="Chat-messages column: [{role, content}], through the chat template, loss on the assistant."
     )
-
-    date: str = Field(
-        default=DATE,
-        description="The day, YYYY-MM-DD, that chat templates which write today's date get in its place: the same on every day.",
-    )
-
-    @field_validator("date")
-    @classmethod
-    def _date(cls, value: str) -> str:
-        try:
-            return datetime.date.fromisoformat(value).isoformat()
-        except ValueError:
-            raise ValueError(f"must be a day such as 2024-07-26, got {value!r}") from None
 
     @model_validator(mode="after")
     def _columns(self) -> CausalLMConfig:
@@ -52,15 +37,16 @@ class CausalLMConfig(TaskConfig):
         return self
 
 
-class CausalLM(Task):
+class CausalLM(NextToken):
     """The next token."""
 
-    name, section, next_token = "causal_lm", CausalLMConfig, True
+    name, section = "causal_lm", CausalLMConfig
 
     def columns(self, section: CausalLMConfig) -> Columns:
         """Texts, prompts and responses, or messages."""
         named = (section.text, section.prompt, section.response, section.messages)
-        return Columns(tuple(n for n in named if n is not None), structured=() if section.messages is None else (section.messages,))
+        messages, response = ((n,) if n is not None else () for n in (section.messages, section.response))
+        return Columns(tuple(n for n in named if n is not None), structured=messages, unknown=response)
 
     def metrics(self, section: CausalLMConfig, classes: tuple[str, ...] | None) -> TaskMetrics:
         """The mean loss of a token; reports show it as perplexity."""
@@ -75,17 +61,24 @@ class CausalLM(Task):
         dated = writes_date(template_of(tokenizer, "task.messages: no chat template."))
         return [f"the chat template writes a date: task.date = {section.date}, not today's."] if dated else []
 
-    def check_base(self, section: CausalLMConfig, base: Base, source: str) -> None:
-        """It needs a decoder."""
-        if not isinstance(base, Decoder):
-            raise InputError(f"task.kind: {self.name} needs a decoder, and {source} is an encoder.")
-
-    def model(
-        self, section: CausalLMConfig, base: Base, classes: tuple[str, ...] | None, class_token_ids: np.ndarray | None = None
-    ) -> nnx.Module:
-        """The decoder with its own readout."""
-        assert isinstance(base, Decoder)
-        return LanguageModel(base)
+    def prompts(self, section: CausalLMConfig, rows: Rows, tokenizer: Any) -> Prompts:
+        """The prompt, for the response; the text, for how it goes on; a chat without the assistant's last turn, for that turn."""
+        if section.messages is None:
+            texts = rows.columns[section.text or str(section.prompt)]
+            tokens = [with_start(ids, start_ids(tokenizer)) for ids in plain_ids(tokenizer, texts)]
+            right = [()] * len(texts) if section.response is None else [(response,) for response in rows.columns[section.response]]
+        else:
+            tokens, texts, right = [], [], []
+            for said, n in zip(rows.columns[section.messages], rows.numbers, strict=True):
+                messages = messages_of(said, where := f"task.messages: row {n}")
+                last = messages.pop() if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
+                tokens.append(prompt_ids(messages, tokenizer, where, section.date))
+                texts.append("\n".join(f"{message['role']}: {message['content']}" for message in messages))
+                right.append(() if last is None else (last["content"],))
+        for ids, n in zip(tokens, rows.numbers, strict=True):
+            if not ids:
+                raise InputError(f"row {n} of {rows.source} is empty: there is nothing to go on from.")
+        return Prompts([np.array(ids, np.int32) for ids in tokens], list(texts), right, NEW_TOKENS)
 
     def encode(self, section: CausalLMConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None) -> Encoded:
         """As target of each token the next one, where that carries a loss."""
@@ -94,7 +87,7 @@ class CausalLM(Task):
             # A blank text teaches nothing, not even where it ends.
             texts = rows.columns[section.text]
             found = zip(texts, plain_ids(tokenizer, texts), strict=True)
-            whole = [with_start(_with_end(ids, text, tokenizer), start) if ids else [] for text, ids in found]
+            whole = [with_start(with_end(ids, text, tokenizer), start) if ids else [] for text, ids in found]
             return Encoded([next_token(ids, [True] * len(ids), section.max_length) for ids in whole])
         if section.messages is not None:
             rows_of = zip(rows.columns[section.messages], rows.numbers, strict=True)
@@ -104,24 +97,9 @@ class CausalLM(Task):
         asked, answers = (rows.columns[str(name)] for name in (section.prompt, section.response))
         made = []
         for prompt, response, text in zip(plain_ids(tokenizer, asked), plain_ids(tokenizer, answers), answers, strict=True):
-            answer, before = _with_end(response, text, tokenizer), with_start(prompt, start)
+            answer, before = with_end(response, text, tokenizer), with_start(prompt, start)
             made.append(next_token([*before, *answer], [False] * len(before) + [True] * len(answer), section.max_length))
         return Encoded(made)
 
 
 TASKS.register("causal_lm", CausalLM())
-
-
-def next_token(ids: Sequence[int], wanted: Sequence[bool], length: int) -> Example:
-    """Tokens cut to `length`, and as target of each the next token where that one is wanted."""
-    tokens = np.array(ids[:length], np.int32)
-    targets = np.full(len(tokens), NO_TARGET, np.int32)
-    targets[:-1] = np.where(np.array(wanted[:length], bool)[1:], tokens[1:], NO_TARGET)
-    return Example(tokens, targets, cut=len(ids) > length, end_cut=any(wanted[length:]))
-
-
-def _with_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
-    """A text's token ids and the token that ends it, which is not put there twice; white space may follow it in the text."""
-    end: Any = tokenizer.eos_token_id
-    ended = end is None or ids[-1:] == [end] or (end in ids[-4:] and text.rstrip().endswith(str(tokenizer.eos_token)))
-    return ids if ended or end is None else [*ids, int(end)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,12 +10,12 @@ from flax import nnx
 from pydantic import Field, model_validator
 
 from ..config.doors import TASKS
-from ..data.batching import NO_TARGET, Example
+from ..data.batching import NO_TARGET, Example, Scorer
 from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
 from ..errors import InputError, hint, warn
 from ..models.decoder import Decoder
 from ..models.heads import LabelWordClassifier, LanguageModel, add_head
-from .base import Base, Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
+from .base import Base, Columns, Encoded, HeadTaskConfig, Prediction, Rows, Task, TaskMetrics
 
 
 class LabelledConfig(HeadTaskConfig):
@@ -113,8 +113,8 @@ class Classification(Labelled):
         return Columns((section.text, section.label), targets=(section.label,), nonempty=(section.label,))
 
     def metrics(self, section: ClassificationConfig, classes: tuple[str, ...] | None) -> TaskMetrics:
-        """Accuracy."""
-        return TaskMetrics(("loss", "accuracy"), "accuracy", training=("accuracy",))
+        """Accuracy; recorded are the mean of the classes' F1, and which classes were taken for which."""
+        return TaskMetrics(("loss", "accuracy", "macro_f1"), "accuracy", training=("accuracy",), tables=("confusion", "class_f1"))
 
     def check_base(self, section: ClassificationConfig, base: Base, source: str) -> None:
         """A decoder has no head to load."""
@@ -162,7 +162,27 @@ class Classification(Labelled):
             if ids:  # an empty text may have no token at all, and is then left out
                 targets[-1 if decoder else 0] = classes.index(label)
             made.append(Example(np.array(ids, np.int32), targets, cut=cut))
-        return Encoded(made)
+        return Encoded(made, lambda kept: confusion_scorer(kept, len(classes)))
+
+    def stand_in(self, section: ClassificationConfig, column: str, row: Mapping[str, Any], classes: tuple[str, ...] | None) -> str:
+        """Any class."""
+        return (classes or ("",))[0]
+
+    def predictions(
+        self,
+        section: ClassificationConfig,
+        rows: Rows,
+        encoded: Encoded,
+        answers: Sequence[np.ndarray | None],
+        classes: tuple[str, ...] | None,
+    ) -> list[Prediction]:
+        """The class of each text; it scores 1 where it is right."""
+        assert classes is not None
+        made = []
+        for text, label, answer in zip(rows.columns[section.text], rows.columns[section.label], answers, strict=True):
+            given = None if answer is None else classes[int(answer[0])]
+            made.append(Prediction(text, given, label, float(given == label)))
+        return made
 
     def class_tokens(
         self, section: ClassificationConfig, classes: tuple[str, ...] | None, tokenizer: Any, *, decoder: bool
@@ -197,3 +217,34 @@ class Classification(Labelled):
 
 
 TASKS.register("classification", Classification())
+
+
+def confusion_scorer(examples: Sequence[Example], classes: int) -> Scorer:
+    """Scores predicted classes: `class_f1` (classes,) and its mean `macro_f1` (over the classes that occur, as scikit-learn has it), and
+    `confusion`, (classes, classes) counts, the right class down, the predicted one across.
+
+    The scorer takes for each example the (1,) class predicted of it.
+    """
+    right = np.array([e.targets[e.targets != NO_TARGET][0] for e in examples])
+
+    def score(answers: Sequence[np.ndarray]) -> dict[str, Any]:
+        counts = np.zeros((classes, classes), np.int64)
+        np.add.at(counts, (right, np.array([answer[0] for answer in answers])), 1)
+        f1 = class_f1(counts)
+        return {"macro_f1": float(np.nanmean(f1)), "confusion": counts, "class_f1": f1}
+
+    return score
+
+
+def class_f1(counts: np.ndarray) -> np.ndarray:
+    """(classes,) F1 of each class: 2 TP / (2 TP + FP + FN); NaN of one that is neither among the rows nor predicted.
+
+    Args:
+        counts: (classes, classes), the right class down.
+
+    >>> class_f1(np.array([[2, 1, 0], [0, 1, 0], [0, 0, 0]])).round(3).tolist()
+    [0.8, 0.667, nan]
+    """
+    ends = counts.sum(0) + counts.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 2 * np.diagonal(counts) / ends

@@ -1,7 +1,8 @@
 """Metrics: how each is computed, how it is written, and whether larger is better. This is the one place that says so.
 
 A metric comes from the mean loss and the fraction of right predictions (`from_means`), from what a model answered at each target
-(`from_answers`), or from the task's own scorer (`data/batching.py`), which knows more of the rows; an evaluator then says the rest.
+(`from_answers`), from the texts that it generated (`from_texts`, `text_metrics.py`), or from the task's own scorer (`data/batching.py`),
+which knows more of the rows; an evaluator then says the rest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..config.doors import Door
+
+# Of each row the texts that are right.
+References = Sequence[Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Evaluator:
         from_means: (mean loss, fraction of right predictions), (members,) float32 each -> (members,).
         from_answers: (answers, wanted) -> value. Both have an array for each example: what `TaskModel.answers` gave at its targets,
             in order, and its target ids or float values.
+        from_texts: (texts, references) -> value. Both have an entry for each row: the text generated, and one or more that are right.
+        signature: references -> how `from_texts` computes, in a line: a library's version and options.
     """
 
     name: str
@@ -35,6 +41,8 @@ class Evaluator:
     decimals: int = 4
     from_means: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     from_answers: Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], float] | None = None
+    from_texts: Callable[[Sequence[str], References], float] | None = None
+    signature: Callable[[References], str] | None = None
 
     def better(self, a: float, b: float) -> bool:
         """Whether `a` beats `b`; NaN beats nothing, and everything beats NaN."""
@@ -88,5 +96,5 @@ LOSS = register(Evaluator("loss", False, from_means=lambda loss, right: loss))
 ACCURACY = register(Evaluator("accuracy", True, percent=True, from_means=lambda loss, right: right))
 TOKEN_ACCURACY = register(Evaluator("token_accuracy", True, from_means=lambda loss, right: right))
 PERPLEXITY = register(Evaluator("perplexity", False, decimals=2, from_means=lambda loss, right: perplexity(loss)))
-for _name in ("f1", "precision", "recall", "exact_match"):
+for _name in ("f1", "macro_f1", "precision", "recall", "exact_match"):
     register(Evaluator(_name, True, percent=True))

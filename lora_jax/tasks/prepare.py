@@ -40,6 +40,8 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
 
     def examples(part: _Part) -> tuple[Examples, Taken]:
         encoded = task.encode(section, part.rows.take(part.at), tokenizer, decoder=decoder, classes=classes)
+        some = part.at[: task.decoded_rows(section)]
+        prompts = task.prompts(section, part.rows.take(some), tokenizer) if len(some) else None
         kept = [e for e in encoded.examples if (e.targets != NO_TARGET).any()]
         if not kept:
             raise InputError(f"{part.key}: no example has anything to predict within task.max_length = {section.max_length} tokens.")
@@ -58,14 +60,38 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
             others=part.others,
             sampled=len(part.at) < len(part.rows) - beside,
         )
-        return Examples.of(kept, encoded.scorer and encoded.scorer(kept)), taken
+        return Examples.of(kept, encoded.scorer and encoded.scorer(kept), prompts), taken
 
     made = [examples(part) for part in parts]
     every, taken = [one[0] for one in made], tuple(one[1] for one in made)
     notes = [n for n in dict.fromkeys([*(table.note for table in tables.values()), *task.notes(section, tokenizer)]) if n]
     metrics = task.metrics(section, classes)
     test = every[2] if len(every) > 2 else None
-    return TaskData(every[0], every[1], metrics, classes, class_token_ids, task.targets == 1, taken, tuple(notes), test)
+    return TaskData(every[0], every[1], metrics, classes, class_token_ids, task.targets == 1, taken, tuple(notes), test, tokenizer)
+
+
+def rows_to_predict(task: Task, section: TaskConfig, source: str, classes: tuple[str, ...] | None) -> tuple[Rows, bool]:
+    """All rows of a source that need not say what is right, and whether they do; `task.drop` drops none of them.
+
+    Args:
+        source: forms as `task.source`.
+        classes: as `Task.classes` gave them.
+
+    Raises:
+        InputError: the source or a row will not do.
+    """
+    columns, key = task.columns(section), "--source"
+    options = {"splits": TEST + HELD_OUT, "optional": columns.unknown, "named_by": _named_by(section, columns)}
+    table = load_rows(source, key=key, columns=list(columns.names), **options)
+    missing = [name for name in columns.unknown if name not in table.columns]
+    labelled = not missing or any(name in table.columns for name in columns.any_of)
+    rows = [dict(zip(table.columns, values, strict=True)) for values in zip(*table.columns.values(), strict=True)]
+    for name in () if labelled else [name for name in missing if name not in columns.any_of]:
+        table.columns[name] = [task.stand_in(section, name, row, classes) for row in rows]
+    found = _read(task, section, columns, source, key, table)
+    if labelled:
+        task.check_held_out(section, found, classes)
+    return found, labelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +121,9 @@ def _split(task: Task, section: TaskConfig) -> tuple[list[_Part], dict[str, Tabl
     for key, (source, splits) in (sources | {"task.test_source": (section.test_source, TEST)}).items():
         if source is not None:
             rows[key], tables[key] = _load(task, section, columns, source, key, splits)
+    for name in columns.any_of:
+        if not any(name in table.columns for table in tables.values()):
+            raise InputError(f"task: no source has a column '{name}', only {', '.join(n for n in columns.any_of if n != name)}.")
     first = rows["task.source"]
     texts = {key: _inputs(columns, some) for key, some in rows.items()}
     cut_off = section.eval_size if section.eval_source is None else 0
@@ -124,9 +153,19 @@ def _split(task: Task, section: TaskConfig) -> tuple[list[_Part], dict[str, Tabl
 
 
 def _load(task: Task, section: TaskConfig, columns: Columns, source: str, key: str, splits: tuple[str, ...]) -> tuple[Rows, Table]:
-    """Reads the task's columns, as text but for structured values; `InputError` for a row where one is missing or not text."""
-    named_by = {value: f"task.{name}" for name, value in section if value in columns.names}
-    table = load_rows(source, key=key, columns=list(columns.names), drop=section.drop, splits=splits, named_by=named_by)
+    options = {"drop": section.drop, "splits": splits, "any_of": columns.any_of, "named_by": _named_by(section, columns)}
+    table = load_rows(source, key=key, columns=list(columns.names), **options)
+    return _read(task, section, columns, source, key, table), table
+
+
+def _named_by(section: TaskConfig, columns: Columns) -> dict[str, str]:
+    """Column -> the key of the section that names it."""
+    named = [(column, name) for name, value in section for column in (value if isinstance(value, list) else [value])]
+    return {column: f"task.{name}" for column, name in named if isinstance(column, str) and column in columns.names}
+
+
+def _read(task: Task, section: TaskConfig, columns: Columns, source: str, key: str, table: Table) -> Rows:
+    """The task's columns, as text but for structured values; `InputError` for a row where one is missing or not text."""
     numbers = np.array(table[ROW])
 
     def read(name: str, number: int, value: Any) -> Any:
@@ -134,6 +173,8 @@ def _load(task: Task, section: TaskConfig, columns: Columns, source: str, key: s
             for text in _texts_in(value):
                 check_text(text, f"{key}: row {number} of {source}: '{name}'")
             return value
+        if value is None and name in columns.any_of:
+            return None
         text = as_text(value)
         if value is None or (name in columns.nonempty and text == ""):
             raise InputError(f"{key}: row {number} of {source} has no '{name}'.")
@@ -142,8 +183,9 @@ def _load(task: Task, section: TaskConfig, columns: Columns, source: str, key: s
             raise InputError(f"{key}: row {number} of {source}: '{name}' is {what}, not a text.")
         return check_text(text, f"{key}: row {number} of {source}: '{name}'")
 
-    found = {name: [read(name, int(n), value) for n, value in zip(numbers, table[name], strict=True)] for name in columns.names}
-    return task.read(section, Rows(source, found, numbers), key), table
+    there = [name for name in columns.names if name in table.columns]
+    found = {name: [read(name, int(n), value) for n, value in zip(numbers, table[name], strict=True)] for name in there}
+    return task.read(section, Rows(source, found, numbers), key)
 
 
 def _texts_in(value: Any) -> Iterator[str]:

@@ -10,10 +10,7 @@ Answers are scored as SQuAD 2.0's script does (arXiv:1806.03822): exact match an
 from __future__ import annotations
 
 import dataclasses
-import re
-import string
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +21,8 @@ from ..config.types import NonNegativeInt, PositiveInt
 from ..data.batching import NO_TARGET, Example, Scorer
 from ..data.files import as_text
 from ..errors import InputError
-from .base import Columns, Encoded, HeadTaskConfig, Rows, Task, TaskMetrics
+from .base import Columns, Encoded, HeadTaskConfig, Prediction, Rows, Task, TaskMetrics
+from .text_metrics import exact_match, f1
 
 
 class QuestionAnsweringConfig(HeadTaskConfig):
@@ -46,7 +44,7 @@ class QuestionAnswering(Task):
     def columns(self, section: QuestionAnsweringConfig) -> Columns:
         """Questions, contexts, answers. Questions about one context stay on one side of the split."""
         names = (section.question, section.context, section.answers)
-        return Columns(names, targets=(section.question, section.answers), structured=(section.answers,))
+        return Columns(names, targets=names[::2], structured=names[2:], unknown=names[2:])
 
     def read(self, section: QuestionAnsweringConfig, rows: Rows, key: str) -> Rows:
         """The column of answers holds a `Question` for each row."""
@@ -65,7 +63,25 @@ class QuestionAnswering(Task):
         """Each row's windows."""
         asked = rows.columns[section.answers]
         made, windows = encode_questions(asked, rows.numbers.tolist(), tokenizer, max_length=section.max_length, stride=section.stride)
-        return Encoded(made, lambda _: answer_scorer(asked, windows, section.max_answer))
+        return EncodedQuestions(made, lambda _: answer_scorer(asked, windows, section.max_answer), windows=windows)
+
+    def stand_in(self, section: QuestionAnsweringConfig, column: str, row: Mapping[str, Any], classes: tuple[str, ...] | None) -> Any:
+        """The whole context: where answers are not known, each question is taken to have one."""
+        return row[section.context]
+
+    def predictions(
+        self,
+        section: QuestionAnsweringConfig,
+        rows: Rows,
+        encoded: EncodedQuestions,
+        answers: Sequence[np.ndarray | None],
+        classes: tuple[str, ...] | None,
+    ) -> list[Prediction]:
+        """The answer to each question; the score is its F1."""
+        asked = rows.columns[section.answers]
+        given = best_answers(asked, encoded.windows, [a for a in answers if a is not None], section.max_answer)
+        said = [{"question": row.question, "context": row.context} for row in asked]
+        return [Prediction(q, text, list(row.answers), f1(text, row.answers)) for q, text, row in zip(said, given, asked, strict=True)]
 
 
 TASKS.register("question_answering", QuestionAnswering())
@@ -97,6 +113,17 @@ class Window:
 
     row: int
     spans: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedQuestions(Encoded):
+    """Rows as examples.
+
+    Attributes:
+        windows: one for each example.
+    """
+
+    windows: list[Window] = dataclasses.field(default_factory=list)
 
 
 def question_of(question: Any, context: Any, answers: Any, where: str) -> Question:
@@ -199,20 +226,28 @@ def answer_scorer(rows: Sequence[Question], windows: Sequence[Window], longest: 
     Args:
         longest: tokens of an answer at the most.
     """
-    may_be_none = any(not row.answers for row in rows)
 
     def score(answers: Sequence[np.ndarray]) -> dict[str, float]:
-        best = [(-np.inf, "")] * len(rows)
-        none = np.full(len(rows), np.inf)
-        for window, logits in zip(windows, answers, strict=True):
-            value, text = best_span(logits[:, : len(window.spans)], window.spans, rows[window.row].context, longest)
-            best[window.row] = max(best[window.row], (value, text), key=lambda b: b[0])
-            none[window.row] = min(none[window.row], float(logits[0, 0] + logits[1, 0]))
-        given = ["" if may_be_none and none[i] > value else text for i, (value, text) in enumerate(best)]
-        pairs = list(zip(given, (row.answers for row in rows), strict=True))
+        pairs = list(zip(best_answers(rows, windows, answers, longest), (row.answers for row in rows), strict=True))
         return {name: float(np.mean([metric(*pair) for pair in pairs])) for name, metric in (("exact_match", exact_match), ("f1", f1))}
 
     return score
+
+
+def best_answers(rows: Sequence[Question], windows: Sequence[Window], answers: Sequence[np.ndarray], longest: int) -> list[str]:
+    """The text that answers each row, as `answer_scorer` finds it; "" for none.
+
+    Args:
+        answers: of each window.
+    """
+    may_be_none = any(not row.answers for row in rows)
+    best = [(-np.inf, "")] * len(rows)
+    none = np.full(len(rows), np.inf)
+    for window, logits in zip(windows, answers, strict=True):
+        value, text = best_span(logits[:, : len(window.spans)], window.spans, rows[window.row].context, longest)
+        best[window.row] = max(best[window.row], (value, text), key=lambda b: b[0])
+        none[window.row] = min(none[window.row], float(logits[0, 0] + logits[1, 0]))
+    return ["" if may_be_none and none[i] > value else text for i, (value, text) in enumerate(best)]
 
 
 def best_span(logits: np.ndarray, spans: np.ndarray, context: str, longest: int) -> tuple[float, str]:
@@ -232,36 +267,3 @@ def best_span(logits: np.ndarray, spans: np.ndarray, context: str, longest: int)
         if sums[at] > best:
             best, where = float(sums[at]), (at, at + more)
     return (best, context[spans[where[0], 0] : spans[where[1], 1]]) if np.isfinite(best) else (best, "")
-
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def cleaned(text: str) -> str:
-    """The text in lower case, without punctuation, articles and more than one space in a row.
-
-    >>> cleaned("The  U.S.A., a land")
-    'usa land'
-    """
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def _with_words(right: Sequence[str]) -> list[str]:
-    """The right answers, cleaned; those of which nothing is left do not count. The empty one where there is no other."""
-    return [r for r in map(cleaned, right) if r] or [""]
-
-
-def exact_match(given: str, right: Sequence[str]) -> float:
-    """1 where an answer equals one of the right ones, else 0. No right one: 1 for the empty answer."""
-    return float(cleaned(given) in _with_words(right))
-
-
-def f1(given: str, right: Sequence[str]) -> float:
-    """The best F1 of an answer's words with a right one's, 0 to 1; where either has no word, whether both have none."""
-    return max(_f1(cleaned(given).split(), r.split()) for r in _with_words(right))
-
-
-def _f1(given: list[str], right: list[str]) -> float:
-    if not given or not right:
-        return float(given == right)
-    return 2 * sum((Counter(given) & Counter(right)).values()) / (len(given) + len(right))

@@ -7,7 +7,7 @@ Where the classes are parts of named entities (`B-person`, `I-person`, `O`) memb
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..config.doors import TASKS
 from ..data.batching import NO_TARGET, Example, Scorer
 from ..data.files import as_text
 from ..errors import InputError
-from .base import Columns, Encoded, Rows, TaskMetrics
+from .base import Columns, Encoded, Prediction, Rows, TaskMetrics
 from .classification import Labelled, LabelledConfig
 
 Words = tuple[list[str], list[str]]
@@ -27,6 +27,17 @@ class TokenClassificationConfig(LabelledConfig):
     kind: Literal["token_classification"] = Field(default="token_classification", description="A class for each word.")
     text: str = Field(description="Column of the words: a list, or a text that is split at white space.")
     label: str = Field(description="Column of the words' labels, in the same form.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedWords(Encoded):
+    """Rows as examples.
+
+    Attributes:
+        labelled: for each example the indices of the words that have a target, in order.
+    """
+
+    labelled: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 class TokenClassification(Labelled):
@@ -57,7 +68,35 @@ class TokenClassification(Labelled):
         """Each word's class at its first token."""
         assert classes is not None
         words = list(zip(rows.columns[section.text], rows.columns[section.label], strict=True))
-        return Encoded(encode_words(words, tokenizer, classes, section.max_length), lambda kept: word_scorer(kept, classes))
+        made, labelled = encode_words(words, tokenizer, classes, section.max_length)
+        return EncodedWords(made, lambda kept: word_scorer(kept, classes), labelled=labelled)
+
+    def stand_in(
+        self, section: TokenClassificationConfig, column: str, row: Mapping[str, Any], classes: tuple[str, ...] | None
+    ) -> list[str]:
+        """Any class for each word."""
+        words = row[section.text]
+        words = words.split() if isinstance(words, str) else words
+        return [(classes or ("",))[0]] * (len(words) if isinstance(words, list) else 1)
+
+    def predictions(
+        self,
+        section: TokenClassificationConfig,
+        rows: Rows,
+        encoded: EncodedWords,
+        answers: Sequence[np.ndarray | None],
+        classes: tuple[str, ...] | None,
+    ) -> list[Prediction]:
+        """A class for each word, None for those without a token within `max_length`; the score is the fraction of words that are right."""
+        assert classes is not None
+        made = []
+        columns = zip(rows.columns[section.text], rows.columns[section.label], encoded.labelled, answers, strict=True)
+        for words, labels, seen, answer in columns:
+            given: list[str | None] = [None] * len(words)
+            for word, found in zip(seen, () if answer is None else answer, strict=answer is not None):
+                given[word] = classes[int(found)]
+            made.append(Prediction(words, given, labels, float(np.mean([a == b for a, b in zip(given, labels, strict=True)]))))
+        return made
 
 
 TASKS.register("token_classification", TokenClassification())
@@ -90,8 +129,8 @@ def words_of(words: Any, labels: Any, where: str) -> Words:
     return found, named
 
 
-def encode_words(rows: Sequence[Words], tokenizer: Any, classes: Sequence[str], max_length: int) -> list[Example]:
-    """Tokens of each row, cut to `max_length`, and each word's class at its first token.
+def encode_words(rows: Sequence[Words], tokenizer: Any, classes: Sequence[str], max_length: int) -> tuple[list[Example], list[list[int]]]:
+    """Tokens of each row, cut to `max_length`, with each word's class at its first token; and which words have one.
 
     A word of which the tokenizer makes no token (or that is cut off) has no label.
 
@@ -103,19 +142,21 @@ def encode_words(rows: Sequence[Words], tokenizer: Any, classes: Sequence[str], 
         raise InputError(f"task.max_length: {max_length} leaves no room for text beside the special tokens.")
     pieces = pieces_of([words for words, _ in rows], tokenizer)
     encoded = tokenizer(pieces, is_split_into_words=True, truncation=True, max_length=max_length, padding=False)
-    made = []
+    made, labelled = [], []
     for i, (_, labels) in enumerate(rows):
         ids = np.array(encoded["input_ids"][i], np.int32)
         targets = np.full(len(ids), NO_TARGET, np.int32)
-        before = None
+        before, seen = None, []
         cut = [word for part in encoded.encodings[i].overflowing for word in part.word_ids if word is not None]
         for place, word in enumerate(encoded.word_ids(i)):
             if word is not None and word != before:
                 targets[place] = classes.index(labels[word])
+                seen.append(word)
             before = word
         kept = max((word for word in encoded.word_ids(i) if word is not None), default=-1)
         made.append(Example(ids, targets, cut=bool(cut), end_cut=max(cut, default=-1) > kept))
-    return made
+        labelled.append(seen)
+    return made, labelled
 
 
 def pieces_of(rows: Sequence[Sequence[str]], tokenizer: Any) -> list[list[str]]:

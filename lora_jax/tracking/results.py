@@ -40,6 +40,9 @@ class MemberResult:
         rung: Which rung of halving stopped it, from 1; None where none did, and in runs of older versions.
         test: Metric -> value on the test rows, scored once, when the member ended; empty where there are none, or halving stopped it.
         tested: Which of its adapters that was, `best` or `final`; empty where `test` is.
+        details: What belongs to the metrics and is no number of its own: the task's tables at `best_step` (`confusion`, with the right
+            class down and the predicted one across, and `class_f1`) with the `classes` in order, and `signatures` (metric -> the library
+            and options that it was computed with). Empty where the task has none of these, and in runs of older versions.
         test_batches: `targets`, and the sums of `loss` and of `right` predictions, of each batch of test rows: members with the same
             test rows have the same batches, so their differences can be paired by them.
     """
@@ -63,6 +66,7 @@ class MemberResult:
     test: dict[str, float] = field(default_factory=dict)
     tested: str = ""
     test_batches: dict[str, list[float]] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -71,6 +75,8 @@ class MemberResult:
     def write(self, folder: Path | str) -> Path:
         """Writes `results.json` into the member's `folder`, atomically; NaN becomes null. Without a test it has no keys of one."""
         facts = {name: value for name, value in asdict(self).items() if name not in _OF_TEST or self.tested}
+        if not self.details:
+            del facts["details"]
         return write_json(Path(folder) / "results.json", facts)
 
     @classmethod
@@ -123,6 +129,7 @@ _KINDS: dict[str, Any] = {
     "test": dict,
     "tested": str,
     "test_batches": (dict, type(None)),
+    "details": dict,
     **dict.fromkeys(sorted(_FLOATS), (int, float, type(None))),
 }
 

@@ -1,4 +1,4 @@
-"""TensorBoard events of one member: its scalars, and its row in the HParams tab, in one event file.
+"""TensorBoard events of one member: its scalars, texts and images, and its row in the HParams tab, in one event file.
 
 `tensorboard --logdir runs/NAME` then shows one curve and one HParams row a member, under the member's folder name.
 tensorboardX's own `add_hparams` is not used: it writes the row into a sub-run of its own, apart from the curves.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter  # the synchronous writer: no threads, nothing lost when killed
-from tensorboardX.proto import api_pb2, event_pb2, plugin_hparams_pb2
+from tensorboardX.proto import api_pb2, event_pb2, plugin_hparams_pb2, plugin_text_pb2
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboardX.proto.tensor_pb2 import TensorProto
 from tensorboardX.proto.tensor_shape_pb2 import TensorShapeProto
@@ -33,7 +33,7 @@ _STATUS = {
 
 
 class MemberWriter:
-    """Writes one member's scalars and HParams entries.
+    """Writes one member's scalars, texts, images and HParams entries.
 
     Args:
         folder: The member's folder; its name is the run's name in TensorBoard.
@@ -78,6 +78,20 @@ class MemberWriter:
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Records a text, shown in the Text tab; Markdown."""
+        content = plugin_text_pb2.TextPluginData(version=0).SerializeToString()
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text", content=content))
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype="DT_STRING", string_val=[markdown.encode()], tensor_shape=shape)
+        self._event(step, summary=Summary(value=[Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor)]))
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        """Records an image, shown in the Images tab."""
+        width, height = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))  # of the first chunk
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._event(step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
+
     def flush(self) -> None:
         """Brings everything recorded so far to the disk."""
         self._flushed = time.monotonic()
@@ -117,6 +131,10 @@ class NullWriter:
     """Stands in for `MemberWriter` where `tracking.tensorboard` is off, or in processes other than the first."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def text(self, step: int, tag: str, markdown: str) -> None: ...
+
+    def image(self, step: int, tag: str, png: bytes) -> None: ...
 
     def flush(self) -> None: ...
 

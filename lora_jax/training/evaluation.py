@@ -9,10 +9,13 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from ..adapters.methods.base import method_of
 from ..adapters.partition import Arrays, Partition
 from ..config.schema import Config
 from ..data.batching import Examples
+from ..data.prompts import Prompts
 from ..errors import RunError
+from ..generation.generate import decode_prompts
 from ..parallel.mesh import to_host
 from ..tasks.evaluators import EVALUATORS, Evaluator
 from .setup import Setup
@@ -50,8 +53,11 @@ def evaluate_pack(
     *,
     trunk: Trunk | None = None,
     sums: list[tuple[float, np.ndarray, np.ndarray]] | None = None,
+    texts: list[list[str]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Every member's metrics (`TaskMetrics.held_out`) on the held-out examples, or on `examples`: name -> (members,) array.
+
+    The task's tables (`TaskMetrics.tables`) come with them, (members, ...) each.
 
     Args:
         pack: the members.
@@ -60,6 +66,7 @@ def evaluate_pack(
         examples: the held-out ones by default.
         trunk: as in `train_pack`.
         sums: gets the targets, summed loss and right predictions, (members,) each, of every batch.
+        texts: gets what each member generated, a text for each of `Examples.prompts`.
     """
     examples = setup.data.held_out if examples is None else examples
     evaluators = [EVALUATORS.get(name, "task.kind") for name in setup.metrics.held_out]
@@ -78,6 +85,11 @@ def evaluate_pack(
             sums.append((float(batch["target_weights"].sum()), np.asarray(scalars[0]), np.asarray(scalars[1])))
     loss, right = (np.sum([np.asarray(s[i]) for s in of_batches], axis=0) / weight for i in range(2))
     scores = _scores(setup.plan.eval_groups(examples), examples, answers, of_answers) if answers else {}
+    if examples.prompts is not None:
+        generated = decode_pack(pack, setup, trainable, examples.prompts)
+        scores |= _scores_of_texts(generated, examples.prompts, evaluators)
+        if texts is not None:
+            texts += generated
     metrics: dict[str, np.ndarray] = {}
     for evaluator in evaluators:
         if evaluator.name in scores:
@@ -86,7 +98,33 @@ def evaluate_pack(
             metrics[evaluator.name] = evaluator.from_means(loss, right)
         else:
             raise RunError(f"neither an evaluator nor the task's scorer computes the metric '{evaluator.name}'.")
-    return metrics
+    return metrics | {name: scores[name] for name in setup.metrics.tables}
+
+
+def decode_pack(pack: Pack, setup: Setup, trainable: Arrays, prompts: Prompts) -> list[list[str]]:
+    """What each member generates after each prompt, greedily. All members decode at once, over one base.
+
+    Those of a method that needs arrays as large as the weights decode one after the other, as they train. The batches have as many rows
+    as a training micro-batch has examples.
+    """
+
+    def model(member: int) -> Any:
+        own, settings = ({name: array[member] for name, array in part.items()} for part in (trainable, pack.fixed.settings))
+        return pack.part.merge(own, settings, pack.part.frozen, training=False)
+
+    members = range(len(pack.configs))
+    apart = method_of(pack.configs[0].adapter).packs == "weight-sized"
+    found: list[list[str]] = []
+    for group in [[member] for member in members] if apart else [members]:
+        size = min(setup.plan.micro_batch, len(prompts))
+        found += decode_prompts([model(member) for member in group], prompts, setup.data.tokenizer, batch_size=size)
+    return found
+
+
+def _scores_of_texts(generated: Sequence[Sequence[str]], prompts: Prompts, evaluators: Sequence[Evaluator]) -> dict[str, np.ndarray]:
+    """The metrics computed from texts, each (members,) float32."""
+    found = {e.name: e.from_texts for e in evaluators if e.from_texts is not None}
+    return {name: np.array([score(texts, prompts.references) for texts in generated], np.float32) for name, score in found.items()}
 
 
 def _scores(
@@ -96,14 +134,23 @@ def _scores(
     wanted = [examples.wanted(i) for i in range(len(examples.tokens))] if evaluators else []
     scores = []
     for member in range(len(answers[0])):
-        own: dict[int, np.ndarray] = {}
-        for group, batch in zip(groups, answers, strict=True):
-            ends = np.cumsum(examples.target_counts[group])
-            own |= dict(zip(group.tolist(), np.split(batch[member], ends)[:-1], strict=True))
-        given = [own[i] for i in range(len(own))]
+        given = by_example(groups, examples, [batch[member] for batch in answers])
         found = {e.name: e.from_answers(given, wanted) for e in evaluators if e.from_answers is not None}
         scores.append(found | ({} if examples.score is None else examples.score(given)))
     return {name: np.array([s[name] for s in scores], np.float32) for name in scores[0]}
+
+
+def by_example(groups: Sequence[np.ndarray], examples: Examples, answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Answers of batches, (targets, ...) each, as those of each example, in the order of the examples.
+
+    Args:
+        groups: which examples each batch holds (`BatchPlan.eval_groups`).
+    """
+    own: dict[int, np.ndarray] = {}
+    for group, batch in zip(groups, answers, strict=True):
+        ends = np.cumsum(examples.target_counts[group])
+        own |= dict(zip(group.tolist(), np.split(batch, ends)[:-1], strict=True))
+    return [own[i] for i in range(len(own))]
 
 
 @dataclasses.dataclass

@@ -27,7 +27,7 @@ from .trunk import Trunk
 
 
 class Listener(Protocol):
-    """Receives a pack's progress. Every array is (members,) float32 on the host."""
+    """Receives a pack's progress. Every array is (members,) float32 on the host; a task's tables are (members, ...)."""
 
     def on_start(self, step: int) -> None:
         """Training starts or resumes after `step` steps."""
@@ -40,6 +40,9 @@ class Listener(Protocol):
 
     def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """`loss` and the task's metrics on the held-out examples, as `evaluate_pack` gives them."""
+
+    def on_texts(self, step: int, texts: list[list[str]]) -> None:
+        """What each member generated in that evaluation, where the task is evaluated by texts: one for each of `Examples.prompts`."""
 
 
 @dataclasses.dataclass
@@ -163,10 +166,13 @@ def train_pack(
             jax.block_until_ready(metrics)  # steps still under way are training, not evaluation
             clock.pause()
             arrays = pack.eval_params(state)
-            final = evaluate_pack(pack, setup, arrays, trunk=trunk)
+            texts: list[list[str]] = []
+            final = evaluate_pack(pack, setup, arrays, trunk=trunk, texts=texts)
             if best.offer(done, final, arrays) and checkpoints is not None and best.arrays is not None:
                 checkpoints.save_best(done, best.arrays)
             listener.on_eval(done, final)
+            if texts:
+                listener.on_texts(done, texts)
             clock.resume()
         if checkpoints is not None:
             stopping = done < last and stop(done)
@@ -243,7 +249,10 @@ class _Best:
         else:
             shaped = {n: jnp.asarray(better).reshape(-1, *([1] * (a.ndim - 1))) for n, a in arrays.items()}
             self.arrays = {n: jnp.where(shaped[n], a, self.arrays[n]) for n, a in arrays.items()}
-            self.metrics = {n: np.where(better, v, self.metrics[n]) for n, v in metrics.items()}
+            for name, values in metrics.items():
+                # Unknown where the best was found by an older version, which did not compute it.
+                before = self.metrics.get(name, np.full_like(values, np.nan))
+                self.metrics[name] = np.where(better.reshape(-1, *([1] * (values.ndim - 1))), values, before)
         self.score = np.where(better, score, self.score)
         changed = better | (self.step == 0)
         self.step = np.where(changed, step, self.step)

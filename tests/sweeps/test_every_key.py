@@ -103,7 +103,8 @@ OTHERS = {
     "sweep.grid", "sweep.zip", "sweep.random.count", "sweep.random.seed", "sweep.random.keys", "sweep.members", "sweep.seeds",
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
-    "task.messages", "task.date",
+    "task.messages", "task.date", "task.target", "task.source_language", "task.target_language", "task.chat", "task.system",
+    "task.max_new_tokens", "task.decoded_rows", "task.metrics",
     "model.transforms",  # tests/models/transforms
     "adapter.init_batches",  # tests/training/test_statistics.py
     "optimizer.kind", "optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.delta", "optimizer.momentum", "optimizer.nesterov",
@@ -222,6 +223,28 @@ def test_the_ways_to_train_a_language_model(hub, tmp_path):
     ]
     prints = [json.dumps(fingerprint(hub.config(tmp_path, way, causal=True))) for way in ways]
     assert len(set(prints)) == len(ways)
+
+
+def test_the_ways_to_generate_texts(hub, tmp_path):
+    task = {"kind": "generation", "source": str(hub.questions), "prompt": "prompt", "response": "response", "eval_size": 20}
+    task |= {"max_length": 32, "max_new_tokens": 8, "decoded_rows": 10}
+    other = {"kind": "summarisation", "text": "prompt", "target": "response"}
+    languages = {"kind": "translation", "text": "prompt", "target": "response", "source_language": "red", "target_language": "blue"}
+    bare = {key: value for key, value in task.items() if key not in ("prompt", "response")}
+    ways = [
+        task, task | {"prompt": "response"}, task | {"response": "prompt"}, task | {"template": "What {text} :"}, task | {"chat": True},
+        task | {"chat": True, "system": "good"}, task | {"max_new_tokens": 28}, task | {"decoded_rows": 11}, task | {"metrics": ["bleu"]},
+        bare | other, bare | other | {"target": "prompt"}, bare | other | {"text": "response"}, bare | languages,
+        bare | languages | {"source_language": "good"}, bare | languages | {"target_language": "good"},
+    ]  # fmt: skip
+
+    def decided(way):
+        config = hub.config(tmp_path, {"task": way}, causal=True)
+        data = set_up(config).data
+        prompts = data.held_out.prompts
+        return [fingerprint(config), data.metrics, [t.tolist() for t in prompts.tokens], prompts.max_new_tokens]
+
+    assert len({repr(decided(way)) for way in ways}) == len(ways)
 
 
 def test_the_ways_to_answer_questions(hub, tmp_path):

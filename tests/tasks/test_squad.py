@@ -8,7 +8,7 @@ import string
 
 import pytest
 
-from lora_jax.tasks.question_answering import cleaned, exact_match, f1
+from lora_jax.tasks.text_metrics import cleaned, exact_match, f1
 
 
 def test_what_is_cleaned():

@@ -17,13 +17,13 @@ N = NO_TARGET
 
 
 def test_a_label_stands_at_a_words_first_token():
-    (example,) = encode_words([(["a", "good:bad", "c"], ["O", "B-X", "I-X"])], BERT, CLASSES, 16)
+    (example,), _ = encode_words([(["a", "good:bad", "c"], ["O", "B-X", "I-X"])], BERT, CLASSES, 16)
     assert example.tokens.tolist() == [CLS, *ids("a good : bad c"), SEP]
     assert example.targets.tolist() == [N, 0, 1, N, N, 2, N]
 
 
 def test_words_beyond_the_length_have_no_label():
-    (example,) = encode_words([(["a", "b:c", "d"], ["O", "B-X", "I-X"])], BERT, CLASSES, 5)
+    (example,), _ = encode_words([(["a", "b:c", "d"], ["O", "B-X", "I-X"])], BERT, CLASSES, 5)
     assert example.tokens.tolist() == [CLS, *ids("a b :"), SEP] and example.targets.tolist() == [N, 0, 1, N, N]
     with pytest.raises(InputError, match=r"task\.max_length: 2 leaves no room"):
         encode_words([(["a"], ["O"])], BERT, CLASSES, 2)
@@ -34,7 +34,7 @@ def test_a_byte_level_tokenizer_sees_spaces_between_words():
     built = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
     built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=built)
-    (example,) = encode_words([(["ab", "c"], ["B-X", "O"])], tokenizer, CLASSES, 16)
+    (example,), _ = encode_words([(["ab", "c"], ["B-X", "O"])], tokenizer, CLASSES, 16)
     assert tokenizer.decode(example.tokens) == "ab c" and example.targets.tolist() == [1, N, 0, N]
     assert pieces_of([["a", "b"]], tokenizer) == [["a", " b"]] and pieces_of([["a", "b"]], BERT) == [["a", "b"]]
 
@@ -60,7 +60,7 @@ def test_words_may_be_a_text_and_labels_numbers():
 
 
 def test_scores():
-    examples = encode_words([(["a", "b:c", "d"], ["O", "B-X", "I-X"]), (["a"], ["O"])], BERT, CLASSES, 16)
+    examples, _ = encode_words([(["a", "b:c", "d"], ["O", "B-X", "I-X"]), (["a"], ["O"])], BERT, CLASSES, 16)
     score = word_scorer(examples, CLASSES)
     assert score([np.array([0, 1, 2]), np.array([0])]) == {"accuracy": 1, "precision": 1, "recall": 1, "f1": 1}
     assert score([np.array([0, 1, 0]), np.array([0])]) == {"accuracy": 0.75, "precision": 0, "recall": 0, "f1": 0}

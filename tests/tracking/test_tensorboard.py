@@ -86,3 +86,23 @@ def test_an_error_ends_the_session_and_a_closed_writer_complains(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match="closed"):
         writer.scalars(1, {"train/loss": 1.0})
+
+
+def test_texts_and_images_come_back(tmp_path):
+    import numpy as np
+
+    from lora_jax.tracking.panels import confusion_png, samples_table
+
+    table = samples_table(["2 | 2"] * 9, [["4", "four"]] * 9, ["five\n<b>"] * 9)
+    assert len(table.splitlines()) == 8 and "| 2 \\| 2 | 4 / four | five<br>&lt;b> |" in table
+    png = confusion_png(np.array([[3, 1], [0, 2]]), ["good", "a $class$ with a name that is much too long"])
+    with MemberWriter(tmp_path, {}) as writer:
+        writer.text(5, "eval/samples", table)
+        writer.image(6, "eval/confusion", png)
+    back = events(tmp_path)
+    (text,) = back.Tensors("eval/samples/text_summary")
+    assert text.step == 5 and text.tensor_proto.string_val[0].decode() == table
+    (image,) = back.Images("eval/confusion")
+    assert image.step == 6 and image.encoded_image_string == png and png.startswith(b"\x89PNG") and image.width > 150 < image.height
+    # With many classes their names are left out, and the image stays of a size that can be looked at.
+    assert len(confusion_png(np.eye(120, dtype=int), [str(i) for i in range(120)])) < 100_000
