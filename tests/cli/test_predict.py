@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import json
-import re
-import string
 
 import pytest
 
 from lora_jax.sweeps.restore import evaluate_run
 from lora_jax.tracking import MemberResult, Progress
 from tests import tiny
+from tests.tasks.test_squad import official
 from tests.tiny_hub import call
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -115,26 +114,6 @@ def test_words(hub, tmp_path):
         right = [a == b for a, b in zip(line["output"], line["reference"], strict=True)]
         assert line["score"] == pytest.approx(sum(right) / len(right))
     unlabelled(lines, tmp_path / "bare", run, hub.tags, "labels")
-
-
-def official(rows, predictions):
-    """(exact match, F1) as SQuAD 1.1's evaluation script (evaluate-v1.1.py) computes them, transcribed."""
-
-    def normalize(text):
-        text = "".join(c for c in text.lower() if c not in set(string.punctuation))
-        return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-    def overlap(given, right):
-        given, right = normalize(given).split(), normalize(right).split()
-        same = sum((collections.Counter(given) & collections.Counter(right)).values())
-        if same == 0:
-            return 0.0
-        precision, recall = same / len(given), same / len(right)
-        return 2 * precision * recall / (precision + recall)
-
-    exact = [max(normalize(given) == normalize(r) for r in row["answers"]["text"]) for row, given in zip(rows, predictions, strict=True)]
-    f1 = [max(overlap(given, r) for r in row["answers"]["text"]) for row, given in zip(rows, predictions, strict=True)]
-    return sum(exact) / len(rows), sum(f1) / len(rows)
 
 
 @pytest.mark.slow

@@ -239,10 +239,10 @@ def test_the_ways_to_generate_texts(hub, tmp_path):
     ]  # fmt: skip
 
     def decided(way):
-        config = hub.config(tmp_path, {"task": way}, causal=True)
-        data = set_up(config).data
+        data = Preparer(weights=False)(hub.config(tmp_path, {"task": way}, causal=True)).data
+        learned = [(t.tolist(), y.tolist()) for t, y in zip(data.train.tokens, data.train.targets, strict=True)]
         prompts = data.held_out.prompts
-        return [fingerprint(config), data.metrics, [t.tolist() for t in prompts.tokens], prompts.max_new_tokens]
+        return [learned, data.metrics, [t.tolist() for t in prompts.tokens], prompts.max_new_tokens]
 
     assert len({repr(decided(way)) for way in ways}) == len(ways)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 
 from lora_jax.tasks.base import task_section
 from lora_jax.tasks.prepare import prepare
+from lora_jax.tasks.text_metrics import exact_match, f1
 from lora_jax.weights.tokenizer import load_tokenizer
+from tests.tasks.test_squad import official
 
 SQUAD = Path(__file__).parents[3] / "shared" / "data" / "squad"
 
@@ -31,3 +35,19 @@ def test_targets_say_what_the_answers_are(minilm_source):
     # A few answers are parts of words, or longer than `max_answer`, or are cut by every window.
     assert scores["exact_match"] > 0.97 and scores["f1"] > 0.98
     assert held_out.score([np.zeros_like(one) for one in logits])["exact_match"] < 0.1
+
+
+def test_the_official_script_gives_the_same_scores_on_all_validation_rows():
+    """10,570 questions; what is given is a right answer, a piece of the context around it, or some other piece."""
+    with gzip.open(SQUAD / "validation.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    rng, given = np.random.default_rng(0), []
+    for row in rows:
+        context, texts, starts = row["context"], row["answers"]["text"], row["answers"]["answer_start"]
+        one = int(rng.integers(len(texts)))
+        wide = context[max(0, starts[one] - int(rng.integers(20))) : starts[one] + len(texts[one]) + int(rng.integers(20))]
+        at = int(rng.integers(len(context)))
+        given.append((texts[one], wide, context[at : at + 25])[int(rng.integers(3))])
+    found = [(exact_match(g, row["answers"]["text"]), f1(g, row["answers"]["text"])) for g, row in zip(given, rows, strict=True)]
+    ours = tuple(float(np.mean(one)) for one in zip(*found, strict=True))
+    assert ours == pytest.approx(official(rows, given), abs=1e-12) and 0.3 < ours[0] < ours[1] < 0.9
