@@ -48,7 +48,8 @@ def predict(
 ) -> None:
     """Predict the rows of a file with a trained member.
 
-    Writes a line of JSON per row: row (its number in the file), input, reference, output, score. Texts are generated greedily.
+    Writes a line of JSON per row: row (its number in the file), input, reference, output, score.
+    Texts are generated as in the run's evaluations.
     """
     from ..analysis.compare import choose_member
     from ..sweeps.predict import predict_member

@@ -124,7 +124,6 @@ class BatchPlan:
         rows, length: shape of a micro-batch's tokens.
         targets: size of its target arrays.
         steps, steps_per_epoch: optimizer steps in all, and in one pass over the data.
-        micro_batch: examples of a micro-batch.
 
     Raises:
         InputError: fewer training examples than `batch_size`.
@@ -150,7 +149,7 @@ class BatchPlan:
             raise InputError(f"training.batch_size: {batch_size}, but there are only {len(train.tokens)} training examples.")
         self._train, self._held_out, self._seed, self._per_example = train, held_out, seed, per_example
         self._row_multiple, self._evaluated = row_multiple, (held_out, *(() if test is None else (test,)))
-        self.micro_batch, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
+        self._micro, self._accumulate, self._packed = batch_size // accumulate, accumulate, batching == "packed"
         self.order = DATA_ORDER if accumulate == 1 else ACCUMULATED_ORDER
         self.steps_per_epoch = len(train.tokens) // batch_size
         self.steps = steps if steps is not None else max(1, round((epochs or 0) * self.steps_per_epoch))
@@ -185,6 +184,11 @@ class BatchPlan:
         """Every held-out example (or those given) exactly once, in the shapes of a micro-batch, without the micro axis."""
         return [self._assemble(examples or self._held_out, g) for g in self.eval_groups(examples)]
 
+    @property
+    def micro_batch(self) -> int:
+        """Examples of a micro-batch."""
+        return self._micro
+
     def seen(self) -> Examples:
         """The training examples that the run's batches hold, each once, in the order of the data."""
         whole, rest = divmod(self.steps, self.steps_per_epoch)
@@ -201,21 +205,21 @@ class BatchPlan:
         """Figures for reports: `rows`, `length`, `tokens_per_step` (real ones), `padding_share` (of the positions computed on), and
         `dynamic_padding_share` (had each random batch been padded to its longest example)."""
         lengths = self._train.lengths
-        order = epoch_order(len(lengths), seed=self._seed, epoch=0)[: self.steps_per_epoch * self._accumulate * self.micro_batch]
-        random = lengths[order].reshape(-1, self.micro_batch)
+        order = epoch_order(len(lengths), seed=self._seed, epoch=0)[: self.steps_per_epoch * self._accumulate * self._micro]
+        random = lengths[order].reshape(-1, self._micro)
         return {
             "rows": self.rows,
             "length": self.length,
             "tokens_per_step": self._tokens_per_step,
             "padding_share": 1 - self._tokens_per_step / (self.rows * self.length * self._accumulate),
-            "dynamic_padding_share": float(1 - random.sum() / (random.max(axis=1).sum() * self.micro_batch)),
+            "dynamic_padding_share": float(1 - random.sum() / (random.max(axis=1).sum() * self._micro)),
         }
 
     def _make_epoch(self, epoch: int) -> list[np.ndarray]:
         """The micro-batches of an epoch, as arrays of example indices. Which examples a step has does not depend on their number."""
         like, count = epoch % DISTINCT_EPOCHS, self.steps_per_epoch
         lengths = self._train.lengths
-        order = epoch_order(len(lengths), seed=self._seed, epoch=like)[: count * self._accumulate * self.micro_batch]
+        order = epoch_order(len(lengths), seed=self._seed, epoch=like)[: count * self._accumulate * self._micro]
         steps = balance(order, lengths, count, seed=[self._seed, like])
         if like != epoch:
             again = np.random.default_rng(np.random.SeedSequence([self._seed, epoch])).permutation(count)
@@ -232,10 +236,10 @@ class BatchPlan:
         self._tokens_per_step = float(lengths[groups].sum()) / (self._distinct * self.steps_per_epoch)
         most = int(targets[groups].sum(axis=1).max())
         most = max(most, *(int(examples.target_counts.max()) for examples in self._evaluated))
-        count = self.micro_batch if self._per_example else -(-most // 8) * 8
+        count = self._micro if self._per_example else -(-most // 8) * 8
         longest = -(-int(max(lengths.max(), *(examples.lengths.max() for examples in self._evaluated))) // 8) * 8
         if not self._packed:
-            return self._rounded(self.micro_batch), longest, count
+            return self._rounded(self._micro), longest, count
         group_lengths = lengths[groups]
         # Longer rows pack better and attend more. One row never needs more than a whole batch's tokens.
         whole = max(longest, -(-int(group_lengths.sum(axis=1).max()) // 8) * 8)
@@ -252,7 +256,7 @@ class BatchPlan:
         examples = examples or self._held_out
         lengths, targets = examples.lengths, examples.target_counts
         order = np.arange(len(lengths))
-        count = -(-len(lengths) // self.micro_batch)
+        count = -(-len(lengths) // self._micro)
         while True:
             groups = balance(order, lengths, min(count, len(order)), seed=[0])
             if all(self._fits(lengths[g], targets[g]) for g in groups):
@@ -262,7 +266,7 @@ class BatchPlan:
             count = max(count + 1, round(count * 1.02))
 
     def _fits(self, lengths: np.ndarray, targets: np.ndarray) -> bool:
-        if targets.sum() > self.targets or len(lengths) > self.micro_batch or lengths.max() > self.length:
+        if targets.sum() > self.targets or len(lengths) > self._micro or lengths.max() > self.length:
             return False
         return not self._packed or int(rows_needed(lengths[None], self.length)[0]) <= self.rows
 

@@ -20,12 +20,17 @@ class Prompts:
         inputs: what each was made of, for a person to read.
         references: for each the texts that are right; none where they are not known.
         max_new_tokens: the largest number of tokens that follow.
+        temperature, top_p: how they are chosen (`generation/sampling.py`); greedily by default.
+        seed: row i samples with seed + i.
     """
 
     tokens: list[np.ndarray]
     inputs: list[str]
     references: list[tuple[str, ...]]
     max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)

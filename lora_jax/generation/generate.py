@@ -266,7 +266,7 @@ def stop_tokens(model: Decoder, tokenizer: Any = None) -> list[int]:
 def decode_prompts(
     models: Sequence[nnx.Module], prompts: Prompts, tokenizer: Any, *, batch_size: int, told: Callable[[int], object] = lambda rows: None
 ) -> list[list[str]]:
-    """What models generate after prompts, greedily: for each model the texts, one a prompt, without white space around them.
+    """What models generate after prompts: for each model the texts, one a prompt, without white space around them.
 
     The prompts are sorted by length and decoded `batch_size` at a time, the last batch filled up with copies: few shapes occur.
 
@@ -286,8 +286,15 @@ def decode_prompts(
     texts = [[""] * len(prompts) for _ in models]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = [prompts.tokens[i].tolist() for i in (*chosen, *chosen[:1] * (batch_size - len(chosen)))]
-        for own, outputs in zip(texts, generator(rows, max_new_tokens=prompts.max_new_tokens), strict=True):
+        filled = [*chosen, *chosen[:1] * (batch_size - len(chosen))]
+        outputs_of = generator(
+            [prompts.tokens[i].tolist() for i in filled],
+            max_new_tokens=prompts.max_new_tokens,
+            temperature=prompts.temperature,
+            top_p=prompts.top_p,
+            seed=[prompts.seed + i for i in filled],
+        )
+        for own, outputs in zip(texts, outputs_of, strict=True):
             for i, output in zip(chosen, outputs, strict=False):  # without the copies
                 own[i] = str(output.text).strip()
         told(start + len(chosen))

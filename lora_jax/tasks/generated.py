@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from ..config.types import PositiveInt, Steps
+from ..config.types import NonNegativeFloat, PositiveInt, Steps
 from ..data.batching import Example
 from ..data.files import as_text
 from ..data.prompts import Prompts, shortened
@@ -49,7 +49,14 @@ class GeneratedConfig(DatedConfig):
     )
     max_new_tokens: PositiveInt = Field(default=64, description="Maximal number of tokens that are generated.")
     decoded_rows: PositiveInt | Literal["all"] = Field(
-        default=100, description="How many of the held-out rows (and of the test rows) are decoded at each evaluation; greedily."
+        default=100, description="How many of the held-out rows (and of the test rows) are decoded at each evaluation."
+    )
+    temperature: NonNegativeFloat = Field(
+        default=0.0, description="Sampling temperature. 0 decodes greedily. Row i's seed is split_seed + i."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="With a temperature: sample from the likeliest tokens of this total probability.",
     )
     metrics: list[str] = Field(description=METRICS)
 
@@ -69,6 +76,8 @@ class GeneratedConfig(DatedConfig):
             raise ValueError("'template' must contain {text}")
         if self.system is not None and not self.chat:
             raise ValueError("'system' needs 'chat: true'")
+        if self.top_p is not None and not self.temperature:
+            raise ValueError("'top_p' needs a 'temperature' above 0")
         if self.max_new_tokens >= self.max_length:
             raise ValueError(f"'max_new_tokens' ({self.max_new_tokens}) must be below 'max_length' ({self.max_length}), which holds both")
         return self
@@ -147,7 +156,8 @@ class Generated(NextToken):
         prompt, texts = self._prompt(section, tokenizer), rows.columns[column]
         kept, _ = shortened(texts, tokenizer, prompt.room)
         tokens = [np.array(ids, np.int32) for ids in prompt.ids(kept, rows.numbers.tolist())]
-        return Prompts(tokens, list(texts), list(rows.columns[targets[0]]), section.max_new_tokens)
+        chosen = {"temperature": section.temperature, "top_p": section.top_p, "seed": section.split_seed}
+        return Prompts(tokens, list(texts), list(rows.columns[targets[0]]), section.max_new_tokens, **chosen)
 
     def scored(self, section: GeneratedConfig, text: str, references: Sequence[str]) -> float:
         """By the first metric, of this row alone."""

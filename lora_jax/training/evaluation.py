@@ -102,7 +102,7 @@ def evaluate_pack(
 
 
 def decode_pack(pack: Pack, setup: Setup, trainable: Arrays, prompts: Prompts) -> list[list[str]]:
-    """What each member generates after each prompt, greedily. All members decode at once, over one base.
+    """What each member generates after each prompt. All members decode at once, over one base.
 
     Those of a method that needs arrays as large as the weights decode one after the other, as they train. The batches have as many rows
     as a training micro-batch has examples.

@@ -19,6 +19,7 @@ from ..adapters.partition import Partition
 from ..config.schema import Config
 from ..data.batching import BatchPlan
 from ..errors import InputError
+from ..generation.generate import context_length
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
 from ..models.heads import Classifier
@@ -307,6 +308,11 @@ def check_data(base: Encoder | Decoder, data: TaskData, known: Sequence[str] = (
     longest = int(max(examples.lengths.max() for examples in data.parts))
     if most is not None and longest > most:
         raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")
+    for prompts in (examples.prompts for examples in data.parts if examples.prompts is not None):
+        asked, new = max(map(len, prompts.tokens)), prompts.max_new_tokens
+        room = context_length(base) if isinstance(base, Decoder) else None
+        if room is not None and asked + new > room:
+            raise InputError(f"task.max_new_tokens: prompts of {asked:,} tokens and {new:,} more exceed the model's context of {room:,}.")
     own = () if data.class_token_ids is None else (int(data.class_token_ids.max()),)
     token = max(*own, *(int(tokens.max()) for examples in data.parts for tokens in examples.tokens))
     if token >= base.config.vocab:

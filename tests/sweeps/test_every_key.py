@@ -104,7 +104,7 @@ OTHERS = {
     "sweep.where", "sweep.reference", "sweep.halving.metric", "sweep.halving.factor", "sweep.halving.rungs",
     "sweep.max_pack", "sweep.max_padding", "sweep.memory_limit", "task.kind", "task.teacher", "task.prompt", "task.response",
     "task.messages", "task.date", "task.target", "task.source_language", "task.target_language", "task.chat", "task.system",
-    "task.max_new_tokens", "task.decoded_rows", "task.metrics",
+    "task.max_new_tokens", "task.decoded_rows", "task.metrics", "task.temperature", "task.top_p",
     "model.transforms",  # tests/models/transforms
     "adapter.init_batches",  # tests/training/test_statistics.py
     "optimizer.kind", "optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.delta", "optimizer.momentum", "optimizer.nesterov",
@@ -234,6 +234,7 @@ def test_the_ways_to_generate_texts(hub, tmp_path):
     ways = [
         task, task | {"prompt": "response"}, task | {"response": "prompt"}, task | {"template": "What {text} :"}, task | {"chat": True},
         task | {"chat": True, "system": "good"}, task | {"max_new_tokens": 28}, task | {"decoded_rows": 11}, task | {"metrics": ["bleu"]},
+        task | {"temperature": 0.7}, task | {"temperature": 0.7, "top_p": 0.9}, task | {"split_seed": 1},
         bare | other, bare | other | {"target": "prompt"}, bare | other | {"text": "response"}, bare | languages,
         bare | languages | {"source_language": "good"}, bare | languages | {"target_language": "good"},
     ]  # fmt: skip
@@ -242,7 +243,8 @@ def test_the_ways_to_generate_texts(hub, tmp_path):
         data = Preparer(weights=False)(hub.config(tmp_path, {"task": way}, causal=True)).data
         learned = [(t.tolist(), y.tolist()) for t, y in zip(data.train.tokens, data.train.targets, strict=True)]
         prompts = data.held_out.prompts
-        return [learned, data.metrics, [t.tolist() for t in prompts.tokens], prompts.max_new_tokens]
+        chosen = (prompts.max_new_tokens, prompts.temperature, prompts.top_p, prompts.seed)
+        return [learned, data.metrics, [t.tolist() for t in prompts.tokens], chosen]
 
     assert len({repr(decided(way)) for way in ways}) == len(ways)
 

@@ -123,6 +123,7 @@ def test_rows_that_will_not_do_are_named(data, changes, message):
         ({"system": "be good"}, "'system' needs 'chat: true'"),
         ({"max_new_tokens": 24}, r"'max_new_tokens' \(24\) must be below 'max_length' \(24\)"),
         ({"date": "today"}, "must be a day"),
+        ({"top_p": 0.9}, "'top_p' needs a 'temperature' above 0"),
     ],
 )
 def test_sections_that_will_not_do_are_refused(data, keys, message):

@@ -113,6 +113,23 @@ def test_decoding_is_compiled_once_and_packed_equals_solo(hub, tmp_path):
 
 
 @pytest.mark.slow
+def test_sampled_texts_follow_from_a_rows_seed_alone(hub, tmp_path):
+    found = {}
+    for name, keys, batch in (("a", {}, 8), ("b", {}, 4), ("c", {"split_seed": 3}, 8)):
+        some = changes(hub, sweep={"grid": {"adapter.rank": [1, 3]}})
+        some["task"] |= {"temperature": 1.5, "top_p": 0.95} | keys
+        configs = [
+            m.config for m in lora_jax.sweeps.space.members_of(hub.config(tmp_path, some | {"training.batch_size": batch}, causal=True))
+        ]
+        setup = set_up(configs[0])
+        pack = Pack.build(setup.model, configs, setup.steps, setup.mesh)
+        prompts = setup.data.held_out.prompts
+        found[name] = (decode_pack(pack, setup, pack.state.trainable, prompts), prompts.inputs)
+    assert found["a"] == found["b"] and found["a"][0][0] == found["a"][0][1]  # the members start alike, and have the same seeds
+    assert found["a"][0] != found["c"][0]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs the devices that tests/conftest.py makes")
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"sweep": 2, "tensor": 2}], ids=["rows", "members"])
 def test_a_mesh_gives_the_same_texts(hub, tmp_path, mesh):
