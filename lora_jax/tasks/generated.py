@@ -51,9 +51,7 @@ class GeneratedConfig(DatedConfig):
     decoded_rows: PositiveInt | Literal["all"] = Field(
         default=100, description="How many of the held-out rows (and of the test rows) are decoded at each evaluation."
     )
-    temperature: NonNegativeFloat = Field(
-        default=0.0, description="Sampling temperature. 0 decodes greedily. Row i's seed is split_seed + i."
-    )
+    temperature: NonNegativeFloat = Field(default=0.0, description="Sampling temperature; 0 decodes greedily. Seeds: split_seed + row.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
         description="With a temperature: sample from the likeliest tokens of this total probability.",
@@ -99,8 +97,15 @@ class Generated(NextToken):
         return template
 
     def columns(self, section: GeneratedConfig) -> Columns:
-        """The text and its references."""
+        """The text and its references.
+
+        Raises:
+            InputError: a column is named twice, or none for the references.
+        """
         text, targets = self._columns(section)
+        if not targets or len({text, *targets}) <= len(targets):
+            said = "names no column of references" if not targets else f"names a column twice: {', '.join((text, *targets))}"
+            raise InputError(f"task: {said}.")
         return Columns((text, *targets), targets=targets, structured=targets, nonempty=(text, *targets), any_of=targets)
 
     def _columns(self, section: GeneratedConfig) -> tuple[str, tuple[str, ...]]:

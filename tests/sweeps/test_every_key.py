@@ -226,16 +226,19 @@ def test_the_ways_to_train_a_language_model(hub, tmp_path):
 
 
 def test_the_ways_to_generate_texts(hub, tmp_path):
-    task = {"kind": "generation", "source": str(hub.questions), "prompt": "prompt", "response": "response", "eval_size": 20}
+    rows = [json.loads(line) for line in hub.questions.read_text().splitlines()]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row | {"other": "good " + row["prompt"]}) + "\n" for row in rows))
+    task = {"kind": "generation", "source": str(source), "prompt": "prompt", "response": "response", "eval_size": 20}
     task |= {"max_length": 32, "max_new_tokens": 8, "decoded_rows": 10}
     other = {"kind": "summarisation", "text": "prompt", "target": "response"}
     languages = {"kind": "translation", "text": "prompt", "target": "response", "source_language": "red", "target_language": "blue"}
     bare = {key: value for key, value in task.items() if key not in ("prompt", "response")}
     ways = [
-        task, task | {"prompt": "response"}, task | {"response": "prompt"}, task | {"template": "What {text} :"}, task | {"chat": True},
+        task, task | {"prompt": "other"}, task | {"response": "other"}, task | {"template": "What {text} :"}, task | {"chat": True},
         task | {"chat": True, "system": "good"}, task | {"max_new_tokens": 28}, task | {"decoded_rows": 11}, task | {"metrics": ["bleu"]},
         task | {"temperature": 0.7}, task | {"temperature": 0.7, "top_p": 0.9}, task | {"split_seed": 1},
-        bare | other, bare | other | {"target": "prompt"}, bare | other | {"text": "response"}, bare | languages,
+        bare | other, bare | other | {"target": "other"}, bare | other | {"text": "other"}, bare | languages,
         bare | languages | {"source_language": "good"}, bare | languages | {"target_language": "good"},
     ]  # fmt: skip
 

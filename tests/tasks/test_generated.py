@@ -148,6 +148,12 @@ def test_the_command_line_names_the_key(hub, tmp_path):
     assert encoder.code == 2 and "summarisation needs a decoder" in encoder.err
 
 
+def test_columns_that_will_not_do_are_refused(data):
+    for target, told in (("story", "names a column twice: story, story"), (["plot", "plot"], "twice"), ([], "names no column")):
+        with pytest.raises(InputError, match=told):
+            data(target=target)
+
+
 def test_translations_name_their_languages(data, tokenizer):
     rows = [{"en": f"the film {i}", "de": f"a film {i}"} for i in range(8)]
     keys = {"kind": "translation", "text": "en", "target": "de", "source_language": "What", "target_language": "red"}

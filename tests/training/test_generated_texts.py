@@ -13,6 +13,7 @@ import lora_jax
 from lora_jax.packing.pack import Pack
 from lora_jax.sweeps.restore import BASE, evaluate_run, restore_member, run_members
 from lora_jax.sweeps.run import run_sweep
+from lora_jax.sweeps.space import members_of
 from lora_jax.tasks.evaluators import EVALUATORS
 from lora_jax.tracking import MemberResult, Progress, read_run
 from lora_jax.training.evaluation import decode_pack, evaluate_pack
@@ -93,7 +94,7 @@ def test_tensorboard_has_samples(run):
 
 def test_decoding_is_compiled_once_and_packed_equals_solo(hub, tmp_path):
     """Between evaluations only arrays change; a member's texts do not depend on the others, whatever their ranks."""
-    configs = [m.config for m in lora_jax.sweeps.space.members_of(hub.config(tmp_path, changes(hub), causal=True))]
+    configs = [m.config for m in members_of(hub.config(tmp_path, changes(hub), causal=True))]
     setup = set_up(configs[0])
     pack = Pack.build(setup.model, configs, setup.steps, setup.mesh)
     rng = np.random.default_rng(0)
@@ -118,9 +119,7 @@ def test_sampled_texts_follow_from_a_rows_seed_alone(hub, tmp_path):
     for name, keys, batch in (("a", {}, 8), ("b", {}, 4), ("c", {"split_seed": 3}, 8)):
         some = changes(hub, sweep={"grid": {"adapter.rank": [1, 3]}})
         some["task"] |= {"temperature": 1.5, "top_p": 0.95} | keys
-        configs = [
-            m.config for m in lora_jax.sweeps.space.members_of(hub.config(tmp_path, some | {"training.batch_size": batch}, causal=True))
-        ]
+        configs = [m.config for m in members_of(hub.config(tmp_path, some | {"training.batch_size": batch}, causal=True))]
         setup = set_up(configs[0])
         pack = Pack.build(setup.model, configs, setup.steps, setup.mesh)
         prompts = setup.data.held_out.prompts
@@ -135,7 +134,7 @@ def test_sampled_texts_follow_from_a_rows_seed_alone(hub, tmp_path):
 def test_a_mesh_gives_the_same_texts(hub, tmp_path, mesh):
     found = []
     for shape in ({}, mesh):
-        configs = [m.config for m in lora_jax.sweeps.space.members_of(hub.config(tmp_path, changes(hub, mesh=shape), causal=True))]
+        configs = [m.config for m in members_of(hub.config(tmp_path, changes(hub, mesh=shape), causal=True))]
         setup = set_up(configs[0])
         pack = Pack.build(setup.model, configs, setup.steps, setup.mesh)
         texts: list[list[str]] = []
