@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lora_jax
+from lora_jax.generation.decoding import programs_for
 from lora_jax.packing.pack import Pack
 from lora_jax.sweeps.restore import BASE, evaluate_run, restore_member, run_members
 from lora_jax.sweeps.run import run_sweep
@@ -30,7 +31,7 @@ SWEEP = {"grid": {"adapter.rank": [1, 3], "optimizer.learning_rate": [0.05, 1e-2
 def changes(hub, **more):
     task = {"kind": "generation", "source": str(hub.questions), "prompt": "prompt", "response": "response", "metrics": METRICS}
     task |= {"max_length": 24, "max_new_tokens": 8, "eval_size": 20, "decoded_rows": 11}
-    return {"task": task, "sweep": SWEEP, "training.steps": 8, "training.eval_every": 4, "adapter.targets": "all-linear"} | more
+    return {"task": task, "sweep": SWEEP, "training.steps": 6, "training.eval_every": 3, "adapter.targets": "all-linear"} | more
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,12 +53,13 @@ def outputs_alone(run, member, prompts):
     return [output.text.strip() for output in found]
 
 
+@pytest.mark.slow
 def test_members_are_scored_by_what_each_generates_alone(run, hub):
     results = {r.name: r for r in read_run(run)}
     prompts = set_up(run_members(run)[0].config).data.held_out.prompts
     assert len(prompts) == 11
     moved = set()
-    for member in run_members(run):
+    for member in run_members(run)[::3]:
         alone, result = outputs_alone(run, member, prompts), results[member.name]
         for name in METRICS:
             value = EVALUATORS.get(name, "test").from_texts(alone, prompts.references)
@@ -69,6 +71,7 @@ def test_members_are_scored_by_what_each_generates_alone(run, hub):
     assert MemberResult.read(run / run_members(run)[0].name) == results[run_members(run)[0].name]
 
 
+@pytest.mark.slow
 def test_evaluating_again_gives_the_same_and_the_base_beside_it(run):
     found = evaluate_run(run, member=None, split="eval", progress=Progress(enabled=False), base=True)
     results = {r.name: r for r in read_run(run)}
@@ -82,14 +85,15 @@ def test_evaluating_again_gives_the_same_and_the_base_beside_it(run):
     assert shown.code == 0 and BASE in shown.out and "bleu" in shown.out
 
 
+@pytest.mark.slow
 def test_tensorboard_has_samples(run):
     member = run_members(run)[0]
     events = EventAccumulator(str(run / member.name)).Reload()
     tag = "eval/samples/text_summary"
-    assert tag in events.Tags()["tensors"] and [e.step for e in events.Tensors(tag)] == [4, 8]
+    assert tag in events.Tags()["tensors"] and [e.step for e in events.Tensors(tag)] == [3, 6]
     text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
     assert text.startswith("| input | reference | output |") and "What is" in text and len(text.splitlines()) == 8
-    assert [e.step for e in events.Scalars("eval/bleu")] == [4, 8]
+    assert [e.step for e in events.Scalars("eval/bleu")] == [3, 6]
 
 
 def test_decoding_is_compiled_once_and_packed_equals_solo(hub, tmp_path):
@@ -97,23 +101,24 @@ def test_decoding_is_compiled_once_and_packed_equals_solo(hub, tmp_path):
     configs = [m.config for m in members_of(hub.config(tmp_path, changes(hub), causal=True))]
     setup = set_up(configs[0])
     pack = Pack.build(setup.model, configs, setup.steps, setup.mesh)
-    rng = np.random.default_rng(0)
-    noise = {n: jax.numpy.asarray(a + 0.3 * rng.standard_normal(a.shape), a.dtype) for n, a in pack.state.trainable.items()}
+    rng, drawn = np.random.default_rng(0), []
+    for index in range(len(configs)):
+        own = pack.member_arrays(setup.model, index, pack.state.trainable)
+        own = {name: a + 0.3 * rng.standard_normal(a.shape).astype(a.dtype) for name, a in own.items()}
+        drawn.append(({n: a[index] for n, a in pack.with_member_arrays(setup.model, index, own).items()}, own))
+    noise = {n: jax.numpy.stack([padded[n] for padded, _ in drawn]) for n in pack.state.trainable}
     texts = decode_pack(pack, setup, noise, setup.data.held_out.prompts)
     assert len({tuple(own) for own in texts}) == len(configs)
-    from lora_jax.generation.decoding import programs_for
-
     before = programs_for.cache_info().misses
     assert decode_pack(pack, setup, noise, setup.data.held_out.prompts) == texts
     assert programs_for.cache_info().misses == before  # the same programs, whose shapes are the same
-    for index, config in enumerate(configs):
+    for index, config in list(enumerate(configs))[:3:2]:
         alone = Pack.build(setup.model, [config], setup.steps, setup.mesh)
-        own = pack.member_arrays(setup.model, index, noise)
-        arrays = alone.with_member_arrays(setup.model, 0, own)
+        arrays = alone.with_member_arrays(setup.model, 0, drawn[index][1])
         assert decode_pack(alone, setup, arrays, setup.data.held_out.prompts) == [texts[index]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sampled_texts_follow_from_a_rows_seed_alone(hub, tmp_path):
     found = {}
     for name, keys, batch in (("a", {}, 8), ("b", {}, 4), ("c", {"split_seed": 3}, 8)):
@@ -128,7 +133,7 @@ def test_sampled_texts_follow_from_a_rows_seed_alone(hub, tmp_path):
     assert found["a"][0] != found["c"][0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs the devices that tests/conftest.py makes")
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"sweep": 2, "tensor": 2}], ids=["rows", "members"])
 def test_a_mesh_gives_the_same_texts(hub, tmp_path, mesh):
@@ -161,7 +166,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_results(hub, run, tmp_path, m
     assert json.loads((resumed / "state.json").read_text())["members"].keys() == {r.name for r in read_run(run)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_fine_tuning_decodes_a_member_at_a_time(hub, tmp_path):
     some = changes(hub, sweep={"grid": {"optimizer.learning_rate": [0.01, 1e-20]}})
     del some["adapter.targets"]
