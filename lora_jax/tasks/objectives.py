@@ -67,14 +67,15 @@ def summed_cross_entropy(
     Returns:
         two float32 scalars: sum of weights * -log p, and sum of weights where the right logit is larger than all others (no gradient).
     """
-    # What `head` closes over and is being differentiated becomes an argument; the rest stays closed over.
-    pure_head, trained = jax.closure_convert(head, features[:1])
     classes = jax.eval_shape(head, features[:1]).shape[-1]
     # On a mesh the features are in groups, each with its own devices: every chunk has a part of each.
     groups = row_groups()
     own = features.shape[0] // groups
     chunks = max(1, -(-own * classes // CHUNK_FLOATS))
     size = -(-own // chunks)
+    # What `head` closes over and is being differentiated becomes an argument; the rest stays closed over. It is traced for the shape
+    # of a chunk: some operations (a gather of columns) have the number of rows in them.
+    pure_head, trained = jax.closure_convert(head, jnp.zeros((groups * size, *features.shape[1:]), features.dtype))
 
     def cut(x: jax.Array) -> jax.Array:
         grouped = by_rows(x.reshape(groups, own, *x.shape[1:]))

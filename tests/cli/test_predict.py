@@ -54,16 +54,17 @@ def unlabelled(lines, path, run, source, *columns):
     assert {(line["reference"], line["score"]) for line in bare} == {(None, None)}
 
 
-@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_classes(hub, tmp_path, causal):
-    rows = tmp_path / "rows.jsonl"
-    cells = [line.split(",") for line in hub.reviews.read_text().splitlines()[1:41]]
-    rows.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label, _ in cells))
-    more = {"model.source": str(hub.llama), "task.label_words": ["bad", "good"]} if causal else {}
-    run = trained(hub, tmp_path, more | {"task.eval_source": str(rows), "task.eval_size": "all", "training.steps": 6})
-    lines = predicted(run, rows, tmp_path / "out.jsonl")
-    assert [line["input"] for line in lines] == [text for text, _, _ in cells]
-    assert [line["reference"] for line in lines] == [label for _, label, _ in cells]
+def reviews(hub, folder):
+    """Some of the reviews as JSON lines, and their cells."""
+    rows = folder / "rows.jsonl"
+    cells = [line.split(",")[:2] for line in hub.reviews.read_text().splitlines()[1:41]]
+    rows.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in cells))
+    return rows, cells
+
+
+def check_classes(run, rows, cells, folder):
+    lines = predicted(run, rows, folder / "out.jsonl")
+    assert [[line["input"], line["reference"]] for line in lines] == cells
     assert all(line["score"] == (line["output"] == line["reference"]) for line in lines)
     # All of these rows were held out: what was recorded is what is written.
     result = MemberResult.read(run / "main")
@@ -73,12 +74,31 @@ def test_classes(hub, tmp_path, causal):
     assert counts == [[pairs[right, given] for given in classes] for right in classes] and classes == ["neg", "pos"]
     f1 = [2 * pairs[c, c] / max(1, sum(n for pair, n in pairs.items() for side in pair if side == c)) for c in classes]
     assert result.details["class_f1"] == pytest.approx(f1, rel=1e-6) and result.best["macro_f1"] == pytest.approx(sum(f1) / 2, rel=1e-6)
-    unlabelled(lines, tmp_path / "bare", run, rows, "label")
+    unlabelled(lines, folder / "bare", run, rows, "label")
 
 
-def test_what_is_refused(hub, tmp_path):
-    run = trained(hub, tmp_path, {})
-    rows = tmp_path / "rows.csv"
+@pytest.fixture(scope="module")
+def classified(hub, tmp_path_factory, compile_cache, quick):
+    """A run of a classification, and what `reviews` gave it to hold out."""
+    folder = tmp_path_factory.mktemp("classified")
+    rows, cells = reviews(hub, folder)
+    return trained(hub, folder, {"task.eval_source": str(rows), "task.eval_size": "all"}), rows, cells
+
+
+def test_classes(classified, tmp_path):
+    check_classes(*classified, tmp_path)
+
+
+@pytest.mark.slow
+def test_words_for_classes(hub, tmp_path):
+    rows, cells = reviews(hub, tmp_path)
+    words = {"model.source": str(hub.llama), "task.label_words": ["bad", "good"]}
+    run = trained(hub, tmp_path, words | {"task.eval_source": str(rows), "task.eval_size": "all"})
+    check_classes(run, rows, cells, tmp_path)
+
+
+def test_what_is_refused(classified, tmp_path):
+    run, rows = classified[0], tmp_path / "rows.csv"
     rows.write_text("text,label\na good film,pos\n,neg\n")
     first = call("predict", run, "--source", rows)
     assert first.code == 0 and f"{run}/main/predictions.jsonl: 2 rows, mean score" in first.out
@@ -87,7 +107,7 @@ def test_what_is_refused(hub, tmp_path):
         (run, "--source", tmp_path / "none.csv", "--output", "x"): "--source: ",
         (run, "--source", rows, "--output", "x", "--member", "man"): "--member: no member 'man'. Did you mean 'main'?",
         (run, "--source", rows, "--output", "x", "--max-new-tokens", 4): "generates no text",
-        (tmp_path / "runs" / "tinny", "--source", rows): "no such run directory",
+        (run.parent / "tinny", "--source", rows): "no such run directory",
     }
     for arguments, told in asks.items():
         refused = call("predict", *arguments)
@@ -131,7 +151,10 @@ def test_answers_score_as_in_the_official_script(hub, tmp_path):
     unlabelled(lines, tmp_path / "bare", run, hub.facts, "answers")
 
 
-@pytest.mark.parametrize("way", ["response", *(pytest.param(way, marks=pytest.mark.slow) for way in ("text", "messages"))])
+WAYS = {"response": pytest.mark.slow, "text": pytest.mark.long, "messages": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=mark) for way, mark in WAYS.items()])
 def test_next_tokens(hub, tmp_path, way):
     task = {"kind": "causal_lm", "source": str(hub.questions), "eval_size": 20, "max_length": 24}
     keys = {"response": {"prompt": "prompt", "response": "response"}, "text": {"text": "prompt"}, "messages": {"messages": "messages"}}

@@ -49,6 +49,21 @@ def test_values():
 
 
 @pytest.mark.parametrize("jit", [False, True])
+def test_a_head_that_reads_out_some_columns(jit):
+    """A gather has the number of rows in it: each row is scored by its own logits, as by a decoder that answers with words of classes."""
+    columns, ids = np.array([2, 7, 9]), IDS % 3
+
+    def loss(x, w):
+        return cross_entropy(lambda h: (h @ w)[..., jnp.array(columns)], x, ids, WEIGHTS)
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (value, correct), (dx, dw) = (jax.jit(grad) if jit else grad)(X, W)
+    loss64, correct64, dx64, dw64 = _naive(X, W[:, columns], ids, WEIGHTS)
+    for got, wanted in ((value, loss64), (correct, correct64), (dx, dx64), (dw[:, columns], dw64)):
+        _close(got, wanted)
+
+
+@pytest.mark.parametrize("jit", [False, True])
 def test_gradients_by_features_and_by_what_the_head_closes_over(jit):
     def loss(x, w, a, b):
         return cross_entropy(lambda h: h @ w + (h @ a) @ b, x, IDS, WEIGHTS)
