@@ -105,7 +105,7 @@ def test_halving_chooses_without_them(hub, tmp_path, test_file):
     changes = {"sweep": sweep, "task.test_source": str(test_file), "training.pack": "scan"}
     outcome = run_sweep(hub.config(tmp_path, changes))
     ended = {r.status: r for r in outcome.results}
-    assert ended["stopped"].test == {} and ended["stopped"].tested == "" and set(ended["finished"].test) == {"loss", "accuracy"}
+    assert ended["stopped"].test == {} and ended["stopped"].tested == "" and set(ended["finished"].test) == {"loss", "accuracy", "macro_f1"}
     plain = run_sweep(hub.config(tmp_path, changes | {"task.test_source": None}, name="plain"))
     assert [(r.status, r.final) for r in plain.results] == [(r.status, r.final) for r in outcome.results]
 
