@@ -218,7 +218,14 @@ def open_checkpoint(
         InputError: nothing usable is there, or a file is broken; the message names the file.
     """
     path = resolve(str(source), key=key, hub_patterns=HUB_FILES)
-    file = weights_file(path, key=key)
+    try:
+        file = weights_file(path, key=key)
+    except InputError as error:
+        if not str(source).startswith("hf://"):
+            raise
+        raise InputError(
+            f"{error} GGUF files of the hub are not fetched: hf download {str(source)[5:]} NAME.gguf, and give its path."
+        ) from None
     # Imported on use: most runs read one of the two formats, and `gguf` takes a while to import.
     if file.suffix == ".gguf":
         from .gguf import GGUFCheckpoint

@@ -215,3 +215,9 @@ def test_pieces_of_a_file_are_to_be_joined_first(tmp_path, name):
     for source in (tmp_path, tmp_path / name):
         with pytest.raises(InputError, match=rf"{name} is one piece of a file .* cat m\.gguf[.-](part|split)\* > m\.gguf"):
             open_checkpoint(source)
+
+
+def test_gguf_files_of_the_hub_are_to_be_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_jax.weights.load.resolve", lambda *_, **__: tmp_path)
+    with pytest.raises(InputError, match=r"no \.gguf file\. GGUF files of the hub are not fetched: hf download org/name NAME\.gguf"):
+        open_checkpoint("hf://org/name")
