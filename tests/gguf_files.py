@@ -104,7 +104,7 @@ def _settings(arch: str, config: Mapping[str, Any], heads: int, kv_heads: int) -
         "context_length": config.get("max_position_embeddings", config.get("n_positions")),
         "embedding_length": width,
         "block_count": config.get("num_hidden_layers", config.get("n_layer")),
-        "feed_forward_length": config.get("intermediate_size") or config.get("n_inner") or 4 * width,
+        "feed_forward_length": config.get("n_inner") or 4 * width if arch == "gpt2" else config["intermediate_size"],
         "attention.head_count": heads,
     }
     if arch in ("gpt2", "gptneox"):

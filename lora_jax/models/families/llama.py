@@ -215,8 +215,13 @@ def _gguf_olmo2(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gguf_phi3(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """The window is the original config's; llama.cpp reads it and sees all tokens."""
-    return config | {"sliding_window": settings.get("attention.sliding_window", int, 0) or None}
+    """The window is the original config's, though llama.cpp sees all tokens. transformers wants the trained length beside the scaling."""
+    context = settings.size("rope.scaling.original_context_length", config["max_position_embeddings"])
+    scaling = config["rope_scaling"]
+    if scaling is not None:
+        scaling = {key: value for key, value in scaling.items() if key != "original_max_position_embeddings"}
+    more = {"rope_scaling": scaling, "original_max_position_embeddings": context}
+    return config | more | {"sliding_window": settings.get("attention.sliding_window", int, 0) or None}
 
 
 _GGUF_FUSED = {
