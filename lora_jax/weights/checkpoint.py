@@ -11,9 +11,9 @@ import dataclasses
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -103,22 +103,48 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class GGUFWeight:
+    """What a module of a GGUF file is in Hugging Face's layout, and which changes of llama.cpp's converter are undone to its tensors.
+
+    Attributes:
+        name: Hugging Face's path of the module, `{i}` standing for the layer.
+        pairs: the config key of a number of heads. Rotary position embedding turns pairs of a head's features: Hugging Face pairs i with
+            i + half a head, some models of llama.cpp 2i with 2i + 1; the converter moved the rows within each head.
+        thirds: the config key of a number of heads, of a module whose rows Hugging Face has head by head (the first head's query, key
+            and value, the second's, ...), and GGUF part by part (all queries, all keys, all values).
+        transposed: whether Hugging Face has the weight as (in, out).
+        added: what the converter added to the weight.
+    """
+
+    name: str
+    pairs: str = ""
+    thirds: str = ""
+    transposed: bool = False
+    added: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class GGUFArchitecture:
     """How GGUF files of one `general.architecture` map to Hugging Face; a family brings its own (`Family.gguf`).
 
     Attributes:
         name: of the architecture in GGUF.
         model_type: Hugging Face's name of it.
-        layer: names inside a layer beside Llama's (`weights/gguf.py`), GGUF's to Hugging Face's.
-        interleaved: whether the converter reordered the rows of q and k for rotary pairs (2i, 2i + 1).
+        weights: GGUF's name of a module (`token_embd`, `blk.{i}.attn_q`) -> what it is.
         biases: config keys that are true when the tensor named beside them is there.
+        layer_norms: whether norms are layer norms; else RMS norms.
+        rotary: which features of a head are turned with the position: `whole` heads, a `part` of each where the file says so, or `none`.
+        config: (`weights.gguf_config.GGUFSettings`, the config in the keys that most families share) -> the family's config; the latter
+            as it is where it is None. What it does not read of the settings is named when the file is opened.
     """
 
     name: str
     model_type: str
-    layer: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    interleaved: bool = False
+    weights: Mapping[str, GGUFWeight]
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layer_norms: bool = False
+    rotary: Literal["whole", "part", "none"] = "whole"
+    config: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
 
 
 # What wrappers of PyTorch modules put before all names; those without a sense of their own also stand inside names.
@@ -172,6 +198,8 @@ def plain_names(path: Path, stored: Iterable[str]) -> dict[str, str]:
     return found
 
 
+# A file that was cut into pieces to be carried, which no program reads before they are joined: model.gguf.part00, model.gguf.part1of2.
+PIECE = re.compile(r"(?P<whole>.+\.(gguf|safetensors))(?P<cut>[._-](part|split))[-_.]?\w{1,8}")
 GGUF_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
 from ..errors import InputError
 from .checkpoint import GGUF_PART, first_part
@@ -68,6 +69,27 @@ class GGUFHeader:
         if value is not default and value <= 0:
             raise InputError(f"{self.path}: '{key}' should be positive, not {value}.")
         return value
+
+
+def stored_rows(tensor: GGUFTensor, rows: int) -> np.ndarray:
+    """The stored bytes, `(rows, bytes of a row)`, mapped rather than read."""
+    return np.memmap(tensor.file, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows))
+
+
+def dequantized(tensor: GGUFTensor, raw: np.ndarray) -> np.ndarray:
+    """float32 values of the leading-axis rows whose bytes are `raw`: `(len(raw), *tensor.shape[1:])`.
+
+    Raises:
+        InputError: the gguf package does not know the quantisation.
+    """
+    rest = tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape
+    lines = np.ascontiguousarray(raw).view(np.ndarray).reshape(len(raw) * math.prod(rest[:-1]), -1)
+    try:
+        values = dequantize(lines, tensor.kind)
+    except NotImplementedError:
+        kind = tensor.kind.name
+        raise InputError(f"{tensor.file}: '{tensor.name}' is stored as {kind}, which the gguf package cannot dequantise.") from None
+    return values.reshape(len(raw), *rest)
 
 
 def read_gguf_header(path: Path) -> GGUFHeader:

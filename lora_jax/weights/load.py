@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config.load import looked_for
 from ..errors import InputError, nearest, warn
-from .checkpoint import Checkpoint, GGUFArchitecture, first_part, read_json
+from .checkpoint import PIECE, Checkpoint, GGUFArchitecture, first_part, read_json
 
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -218,7 +218,14 @@ def open_checkpoint(
         InputError: nothing usable is there, or a file is broken; the message names the file.
     """
     path = resolve(str(source), key=key, hub_patterns=HUB_FILES)
-    file = weights_file(path, key=key)
+    try:
+        file = weights_file(path, key=key)
+    except InputError as error:
+        if not str(source).startswith("hf://"):
+            raise
+        raise InputError(
+            f"{error} GGUF files of the hub are not fetched: hf download {str(source)[5:]} NAME.gguf, and give its path."
+        ) from None
     # Imported on use: most runs read one of the two formats, and `gguf` takes a while to import.
     if file.suffix == ".gguf":
         from .gguf import GGUFCheckpoint
@@ -240,6 +247,8 @@ def weights_file(path: Path, *, key: str) -> Path:
             return path
         if path.suffix in _PICKLES:
             raise InputError(f"{key}: {path}: {_NO_PICKLE}")
+        if PIECE.fullmatch(path.name):
+            raise InputError(f"{key}: {_joining(path)}")
         raise InputError(f"{key}: {path} is neither a .safetensors nor a .gguf file.")
     whole = [path / name for name in ("model.safetensors", "model.safetensors.index.json") if (path / name).is_file()]
     others = sorted(p for p in path.glob("*.gguf"))
@@ -264,4 +273,18 @@ def weights_file(path: Path, *, key: str) -> Path:
         raise InputError(f"{key}: {path} holds only {pickles[0]}: {_NO_PICKLE}")
     if (path / "adapter_model.safetensors").is_file():
         raise InputError(f"{key}: {path} holds an adapter, not a base model; give its base here.")
+    pieces = sorted(p for p in path.iterdir() if PIECE.fullmatch(p.name))
+    if pieces:
+        raise InputError(f"{key}: {_joining(pieces[0])}")
     raise InputError(f"{key}: {path} holds no model.safetensors, no model.safetensors.index.json and no .gguf file.")
+
+
+def _joining(piece: Path) -> str:
+    """What to do with a file that was cut into pieces."""
+    match = PIECE.fullmatch(piece.name)
+    assert match is not None
+    whole = match["whole"]
+    return (
+        f"{piece} is one piece of a file that was cut to be carried. Join the pieces in the order of their numbers, and name the whole:"
+        f" cat {whole}{match['cut']}* > {whole}"
+    )

