@@ -114,7 +114,7 @@ class Peer:
 
         path = resolve(SOURCE, key="model.source")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
     def ids(self, lines: list[str]) -> list[list[int]]:
         """Each line's tokens."""

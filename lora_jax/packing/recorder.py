@@ -110,7 +110,8 @@ class Recorder:
             found["classes"] = list(data.classes or ())
         for name, table in tables.items():
             found[name] = (table.astype(np.int64) if table.ndim > 1 else table).tolist()
-            if data.classes is not None and table.shape == (len(data.classes),) * 2:
+            shown = isinstance(self.writers[index], MemberWriter) and table.shape == (len(data.classes or ()),) * 2
+            if shown and data.classes is not None:
                 self.writers[index].image(int(outcome.best_step[index]), f"eval/{name}", confusion_png(table, data.classes))
         if (prompts := data.held_out.prompts) is not None:
             of_texts = [EVALUATORS.get(name, "task.kind") for name in self.setup.metrics.held_out]

@@ -36,7 +36,7 @@ class GGUFSettings:
 
     def __init__(self, header: GGUFHeader, name: str):
         self.header, self._name = header, name
-        self._read = set(_FOLLOW)
+        self._read: set[str] = set(_FOLLOW)
 
     def key(self, setting: str) -> str:
         """The setting's key in the metadata."""

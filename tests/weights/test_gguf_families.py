@@ -111,14 +111,9 @@ def test_a_gguf_file_is_the_model_that_was_converted(tmp_path, name):
         else:
             np.testing.assert_array_equal(got[path], array, err_msg=path)
     # Its config says the same again, to whoever reads it: an exported checkpoint has it.
-    again = find_family(ours.origin.config, "test").config(ours.origin.config, jnp.dtype("float32"))
-    assert again == ours.config and ours.origin.model_type == open_checkpoint_type(name)
-
-
-def open_checkpoint_type(name: str) -> str:
-    """A Mistral is a Llama in GGUF."""
-    kind = CASES[name]["model_type"]
-    return "llama" if kind == "mistral" else kind
+    origin, kind = ours.origin, CASES[name]["model_type"]
+    assert origin is not None and find_family(origin.config, "test").config(origin.config, jnp.dtype("float32")) == ours.config
+    assert origin.model_type == ("llama" if kind == "mistral" else kind)  # a Mistral is a Llama in GGUF
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "gemma3", "phi3"])
