@@ -119,6 +119,9 @@ SWEEP = {"training.cache_trunk": "on", "tracking.checkpoint_every": 2, "sweep": 
 @pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.long)])
 def test_a_run_stops_and_goes_on(hub, folders, tmp_path, monkeypatch, family):
     changes = {"model.source": str(folders[family]), "adapter.targets": "attention", **SWEEP}
+    if family == "t5":  # evaluated by what the members write, all at once
+        own = {"kind": "generation", "max_new_tokens": 4, "decoded_rows": 6, "template": "answer : {text}", "metrics": ["token_f1"]}
+        changes |= {f"task.{key}": value for key, value in own.items()}
     whole = run_sweep(hub.config(tmp_path, changes, causal=True, name="whole"))
     config = hub.config(tmp_path, changes, causal=True, name="stopped")
     left = [3]
@@ -134,6 +137,9 @@ def test_a_run_stops_and_goes_on(hub, folders, tmp_path, monkeypatch, family):
     with pytest.raises(Stopped):
         run_sweep(config)
     assert not differing(bits_of_run(whole.path), bits_of_run(run_sweep(config).path))
+    output = tmp_path / "predictions.jsonl"
+    predicted = call("predict", whole.path, "--source", hub.questions, "--output", output)
+    assert predicted.code == 0 and len(output.read_text().splitlines()) == 60, predicted
     answers = call("generate", whole.path, "-p", "What is film", "--max-new-tokens", 4, "--num-beams", 2)
     assert answers.code == 0 and answers.out.strip(), answers
     exported = call("export", whole.path, "--out", tmp_path / "hf")
