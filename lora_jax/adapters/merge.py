@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..models.decoder import Decoder
+from ..models.encoder_decoder import Generative
 from .contraction import GENERAL, own_kernel
 from .inject import recall, remember, set_child
 from .methods.base import AdaptedSite
@@ -112,7 +112,7 @@ def merged_base(model: nnx.Module) -> nnx.Module:
     """
     copy = copy_of(model)
     for _, module in nnx.iter_modules(copy):
-        if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, AdaptedSite | Merged):
+        if isinstance(module, Generative) and module.config.tied and isinstance(module.embed, AdaptedSite | Merged):
             module.untie()
     copy = _replace(copy, Merged, lambda module: module.merged)  # `save_pretrained(merge(model))`, as PEFT's users write
     return _replace(copy, AdaptedSite, _folded)

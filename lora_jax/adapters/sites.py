@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ..config.patterns import Patterns, fullmatch, parse_layers
+from ..config.patterns import Patterns, fullmatch, layers_of, parse_layers
 from ..errors import InputError, nearest, warn
 from ..models.experts import ExpertLinear
 from ..models.layers import HEAD_MODULES, Embedding
@@ -378,16 +378,23 @@ def layer_number(name: str) -> int | None:
     return next((int(p) for p in name.split(".") if p.isdigit()), None)
 
 
-def _layer_numbers(sites: list[Site]) -> set[int]:
+def _layer_numbers(sites: Iterable[Site]) -> set[int]:
     return {n for site in sites for names in site.names if (n := layer_number(names[0])) is not None}
 
 
 def _keep_layers(chosen: dict[str, tuple[Site, np.ndarray]], layers: int | str | list[int], sites: list[Site]) -> None:
-    numbers = _layer_numbers([site for site, _ in chosen.values()])
+    """Each stack's own layers: an encoder-decoder has two. What is in no `Stack` counts its layers together."""
+    numbers = _layer_numbers(site for site, _ in chosen.values())
     if not numbers:
         raise InputError("adapter.layers: none of the modules that adapter.targets matches is in a numbered layer.")
-    wanted = parse_layers(layers, max(_layer_numbers(sites)) + 1)
+    stacks = dict.fromkeys(site.stack for site in sites)
+    depths = {s: max(found) + 1 for s in stacks if (found := _layer_numbers(site for site in sites if site.stack == s))}
+    # `encoder` of the path `encoder.layers`; a model's only stack has no name.
+    names = {s: str(s[-2]) if s and len(s) > 1 and len(depths) > 1 else "" for s in depths}
+    known = sorted(name for name in names.values() if name)
     for site, mask in chosen.values():
-        mask &= np.array([layer_number(names[0]) in wanted for names in site.names])
+        name, depth = names.get(site.stack, ""), depths.get(site.stack)
+        wanted = parse_layers(layers_of(layers, name, known), depth, f"the {name or 'model'}") if depth else ()
+        mask &= np.array([layer_number(own[0]) in wanted for own in site.names])
     if not any(mask.any() for _, mask in chosen.values()):
         raise InputError(f"adapter.layers: {layers!r} leaves no module to adapt (layers with targets: {sorted(numbers)}).")

@@ -87,23 +87,40 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling. Prompt i uses seed N + i.")] = 0,
+    num_beams: Annotated[int, typer.Option("--num-beams", metavar="N", help="Beam search with N beams, in place of sampling.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option("--length-penalty", metavar="P", help="With --num-beams: scores are divided by length^P.")
+    ] = 1.0,
+    no_repeat_ngram_size: Annotated[
+        int, typer.Option("--no-repeat-ngram-size", metavar="N", help="With --num-beams: no N tokens in a row come twice. 0: any may.")
+    ] = 0,
+    target_language: Annotated[
+        int | None,
+        typer.Option("--forced-bos-token-id", metavar="ID", help="The answer's first token: a target language's code.", show_default=False),
+    ] = None,
 ) -> None:
     """Generate text from prompts, or hold a conversation.
 
-    Uses a member of a run, or any language model. A single answer is printed as it is generated; several are printed at the end.
+    Uses a member of a run, or any language model; an encoder-decoder reads the prompt as its source. A single answer is printed as it is
+    generated; several, and those of beam search, are printed at the end.
     """
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options |= {"num_beams": num_beams, "length_penalty": length_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
+    options |= {"forced_bos_token_id": target_language}
     generate_command(Asked(source, member, adapter, tuple(prompt or ()), file, chat, system, options))
 
 
 def generate_command(asked: Asked) -> None:
     """Prints the continuation of each prompt; a single one is streamed."""
     prompts = _prompts(asked)
+    from ..generation.beam import Beams
     from ..generation.generate import Generator
     from ..generation.sampling import Sampling
     from ..weights.tokenizer import load_tokenizer
 
-    Sampling(*(asked.options[k] for k in ("temperature", "top_k", "top_p")))  # refused before anything is loaded
+    # Refused before anything is loaded.
+    Sampling(*(asked.options[k] for k in ("temperature", "top_k", "top_p")))
+    beams = Beams(asked.options["num_beams"], asked.options["length_penalty"], False, asked.options["no_repeat_ngram_size"])
     model, source = _model(asked)
     tokenizer = load_tokenizer(source)
     if asked.chat and not tokenizer.chat_template:
@@ -114,12 +131,12 @@ def generate_command(asked: Asked) -> None:
         _converse(generator, asked)
         return
     rows = [_opening(asked) + [{"role": "user", "content": p}] for p in prompts] if asked.chat else prompts
-    if len(rows) == 1:
+    if len(rows) == 1 and beams.count == 1:
         generator(rows, **asked.options, stream=_show)
         print()
         return
     for number, (prompt, output) in enumerate(zip(prompts, generator(rows, **asked.options), strict=True)):
-        print(f"[{number}] {prompt}\n{output.text}\n")
+        print(f"[{number}] {prompt}\n{output.text}\n" if len(rows) > 1 else output.text)
 
 
 def _prompts(asked: Asked) -> list[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import re
 import time
+from collections.abc import Collection
 
 import regex
 
-from ..errors import InputError
+from ..errors import InputError, hint
 
 LONGEST = 10_000  # characters of a pattern
 LARGEST = 200_000  # characters of a pattern with its counted repetitions written out: what compiling one takes memory for
@@ -86,8 +87,46 @@ def fullmatch(pattern: str, text: str, where: str) -> bool:
     return Patterns(where).match(pattern, text) is not None
 
 
-def parse_layers(layers: int | str | list[int], depth: int) -> set[int]:
-    """The layers a config names: an index (negative from the top), a list, `2-5`, `first:2`, `last:4`, or these joined by commas.
+# `encoder:last:2` of a model with several stacks.
+_OF_STACK = re.compile(r"(?!first:|last:)([A-Za-z_][\w.]*):\s*(.+)")
+
+
+def layers_of(layers: int | str | list[int], name: str, known: Collection[str]) -> int | str | list[int]:
+    """The parts of `adapter.layers` that are for one stack: those that name it, and those that name none.
+
+    Args:
+        layers: as the config has it.
+        name: of the stack.
+        known: of all stacks of the model; none where it has one.
+
+    Raises:
+        InputError: it names a stack that is none of the model's.
+
+    >>> layers_of("encoder:last:2, 0", "encoder", ["decoder", "encoder"])
+    'last:2,0'
+    >>> layers_of("encoder:last:2, decoder:0", "decoder", ["decoder", "encoder"])
+    '0'
+    """
+    if not isinstance(layers, str):
+        return layers
+    own = []
+    for part in (p.strip() for p in layers.split(",")):
+        match = _OF_STACK.fullmatch(part)
+        if match is not None and match[1] not in known:
+            shown = f"{hint(match[1], known)} Stacks: {', '.join(known)}." if known else "The model has one stack: write the layers alone."
+            raise InputError(f"adapter.layers: there is no stack '{match[1]}'. {shown}")
+        if match is None or match[1] == name:
+            own.append(part if match is None else match[2])
+    return ",".join(own) if own else []
+
+
+def parse_layers(layers: int | str | list[int], depth: int, of: str = "the model") -> set[int]:
+    """The layers a config names: an index (negative from the top), a list, `2-5`, `first:2`, `last:4`, `all`, or these joined by commas.
+
+    Args:
+        layers: as the config has it, without names of stacks (`layers_of`).
+        depth: how many layers there are.
+        of: what has them, for messages.
 
     >>> sorted(parse_layers("0, last:2", 6))
     [0, 4, 5]
@@ -96,31 +135,34 @@ def parse_layers(layers: int | str | list[int], depth: int) -> set[int]:
         InputError: there is no such layer, or no such form.
     """
     if isinstance(layers, int):
-        return {_layer(layers, depth)}
+        return {_layer(layers, depth, of)}
     if not isinstance(layers, str):
-        return {_layer(layer, depth) for layer in layers}
+        return {_layer(layer, depth, of) for layer in layers}
     found: set[int] = set()
     for part in (p.strip() for p in layers.split(",")):
         if re.search(r"\d{10}", part):  # no number is counted up to before it is known to be a layer
-            raise InputError(f"adapter.layers: '{part[:40]}': the model has layers 0 to {depth - 1}.")
+            raise InputError(f"adapter.layers: '{part[:40]}': {of} has layers 0 to {depth - 1}.")
+        if part == "all":
+            found |= set(range(depth))
+            continue
         if match := re.fullmatch(r"(first|last):(\d+)", part):
             count = int(match[2])
             if not 0 < count <= depth:
-                raise InputError(f"adapter.layers: '{part}' asks for {count} layers, but the model has {depth}.")
+                raise InputError(f"adapter.layers: '{part}' asks for {count} layers, but {of} has {depth}.")
             found |= set(range(count)) if match[1] == "first" else set(range(depth - count, depth))
         elif match := re.fullmatch(r"(\d+)-(\d+)", part):
-            first, last = (_layer(int(end), depth) for end in match.groups())
+            first, last = (_layer(int(end), depth, of) for end in match.groups())
             if first > last:
                 raise InputError(f"adapter.layers: '{part}' goes down; write the lower layer first.")
             found |= set(range(first, last + 1))
         elif re.fullmatch(r"-?\d+", part):
-            found.add(_layer(int(part), depth))
+            found.add(_layer(int(part), depth, of))
         else:
             raise InputError(f"adapter.layers: cannot read '{part[:40]}'. Write an index, 2-5, first:2 or last:4.")
     return found
 
 
-def _layer(layer: int, depth: int) -> int:
+def _layer(layer: int, depth: int, of: str) -> int:
     if not -depth <= layer < depth:
-        raise InputError(f"adapter.layers: there is no layer {layer}; the model has layers 0 to {depth - 1}.")
+        raise InputError(f"adapter.layers: there is no layer {layer}; {of} has layers 0 to {depth - 1}.")
     return layer % depth

@@ -232,7 +232,7 @@ class AdapterConfig(Section):
     )
     exclude: str | list[str] | None = Field(default=None, description="Modules to exclude, in the same forms as targets.")
     layers: int | str | list[int] | None = Field(
-        default=None, description="Layers to adapt: 3, [0, 5], '2-5', 'last:4', 'first:2', or several joined by commas. Default: all."
+        default=None, description="Layers to adapt: 3, [0, 5], '2-5', 'last:4', joined by commas; 'encoder:2-5' of a stack. Default: all."
     )
     rank_pattern: dict[str, Rank] = Field(default_factory=dict, description="Regex -> rank, for modules whose path ends with a match.")
     alpha_pattern: dict[str, PositiveFloat] = Field(

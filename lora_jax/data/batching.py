@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .order import balance, best_fit, epoch_order, rows_needed
 from .prompts import Prompts
 
 NO_TARGET = -1
@@ -28,13 +29,14 @@ class Example:
     """One example.
 
     Attributes:
-        tokens: (length,) int32.
-        targets: (length,) int32, the token, class or place to be predicted at that position, or -1. Where values are to be predicted,
-            any other number marks the positions.
+        tokens: (length,) int32; of an encoder-decoder the source.
+        targets: (length,) int32, of an encoder-decoder as long as `decoder_tokens`: the token, class or place to be predicted at that
+            position, or -1. Where values are to be predicted, any other number marks the positions.
         types: (length,) int32, 1 in the second text of a pair; None where there is one text.
         values: (targets, width) float32, what is to be predicted at each position with a target, in order; None where ids are.
         cut: whether the row had more tokens.
         end_cut: whether something was to be predicted of those.
+        decoder_tokens: (target length,) int32, what an encoder-decoder's decoder is given; None where there is one sequence.
     """
 
     tokens: np.ndarray
@@ -43,6 +45,7 @@ class Example:
     values: np.ndarray | None = None
     cut: bool = False
     end_cut: bool = False
+    decoder_tokens: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Examples:
         score: the task's own metrics; None where evaluators compute all.
         values: a (targets, width) float32 array for each; None where ids are predicted.
         prompts: what is decoded when a model is evaluated on these; None where nothing is.
+        decoder_tokens: a (target length,) int32 array for each, to which the targets belong; None where no encoder-decoder sees them.
     """
 
     tokens: list[np.ndarray]
@@ -64,13 +68,25 @@ class Examples:
     score: Scorer | None = None
     values: list[np.ndarray] | None = None
     prompts: Prompts | None = None
+    decoder_tokens: list[np.ndarray] | None = None
 
     @classmethod
     def of(cls, examples: Sequence[Example], score: Scorer | None = None, prompts: Prompts | None = None) -> Examples:
-        """Those of a list, all with types (or values) or all without."""
+        """Those of a list, all with types (or values, or decoder tokens) or all without."""
         types = [e.types for e in examples if e.types is not None]
         values = [e.values for e in examples if e.values is not None]
-        return cls([e.tokens for e in examples], [e.targets for e in examples], types or None, score, values or None, prompts)
+        fed = [e.decoder_tokens for e in examples if e.decoder_tokens is not None]
+        columns = [e.tokens for e in examples], [e.targets for e in examples]
+        return cls(*columns, types or None, score, values or None, prompts, fed or None)
+
+    def take(self, chosen: Sequence[int]) -> Examples:
+        """The examples at these indices, without what scores them all."""
+
+        def own(column: list[np.ndarray] | None) -> list[np.ndarray] | None:
+            return None if column is None else [column[i] for i in chosen]
+
+        tokens, targets = ([column[i] for i in chosen] for column in (self.tokens, self.targets))
+        return Examples(tokens, targets, own(self.types), values=own(self.values), decoder_tokens=own(self.decoder_tokens))
 
     def wanted(self, index: int) -> np.ndarray:
         """What is to be predicted at an example's targets, in order: (targets,) int32 ids, or (targets, width) float32 values."""
@@ -81,6 +97,12 @@ class Examples:
     def lengths(self) -> np.ndarray:
         """(n,) int64 tokens of each."""
         return np.array([len(t) for t in self.tokens], np.int64)
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(n, kinds) int64: the tokens of each, and the decoder's in a second column where there are any."""
+        columns = [self.tokens, *(() if self.decoder_tokens is None else (self.decoder_tokens,))]
+        return np.array([[len(t) for t in tokens] for tokens in columns], np.int64).T
 
     @functools.cached_property
     def target_counts(self) -> np.ndarray:
@@ -122,6 +144,7 @@ class BatchPlan:
     Attributes:
         order: number of the order that the examples are in (`DATA_ORDER`, `ACCUMULATED_ORDER`).
         rows, length: shape of a micro-batch's tokens.
+        decoder_length: that of a row of decoder tokens; 0 where there are none.
         targets: size of its target arrays.
         steps, steps_per_epoch: optimizer steps in all, and in one pass over the data.
 
@@ -156,7 +179,8 @@ class BatchPlan:
         self.steps += extra_steps
         self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
         self._distinct = min(DISTINCT_EPOCHS, -(-self.steps // self.steps_per_epoch))
-        self.rows, self.length, self.targets = self._choose_shape()
+        self.rows, self._room, self.targets = self._choose_shape()
+        self.length, self.decoder_length = self._room[0], self._room[1] if len(self._room) > 1 else 0
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps `start` to `stop` (exclusive), made ahead in the background."""
@@ -173,7 +197,8 @@ class BatchPlan:
             `target_index` (into the flattened rows * length), `target_ids`: (accumulate, targets) int32; `target_weights`:
             (accumulate, targets) float32, 0 for filler; and `example_ids` (accumulate, rows, length) int32 where each example has
             one target: whose example a token is, `targets` for padding; `token_types` of the same shape where examples are pairs;
-            `target_values` (accumulate, targets, width) float32 where values are predicted.
+            `target_values` (accumulate, targets, width) float32 where values are predicted; for an encoder-decoder `decoder_tokens`,
+            `decoder_segment_ids` and `decoder_positions`, (accumulate, rows, decoder_length) int32, into which targets then index.
         """
         epoch, within = divmod(int(step), self.steps_per_epoch)
         groups = self._epoch(epoch)[within * self._accumulate : (within + 1) * self._accumulate]
@@ -194,31 +219,27 @@ class BatchPlan:
         whole, rest = divmod(self.steps, self.steps_per_epoch)
         groups = [group for epoch in range(min(whole, DISTINCT_EPOCHS)) for group in self._epoch(epoch)]
         groups += self._epoch(whole)[: rest * self._accumulate]
-        chosen = np.unique(np.concatenate(groups)).tolist()
-        types = self._train.types
-        own = None if types is None else [types[i] for i in chosen]
-        values = None if self._train.values is None else [self._train.values[i] for i in chosen]
-        return Examples([self._train.tokens[i] for i in chosen], [self._train.targets[i] for i in chosen], own, values=values)
+        return self._train.take(np.unique(np.concatenate(groups)).tolist())
 
     @functools.cached_property
     def summary(self) -> dict[str, float]:
         """Figures for reports: `rows`, `length`, `tokens_per_step` (real ones), `padding_share` (of the positions computed on), and
         `dynamic_padding_share` (had each random batch been padded to its longest example)."""
-        lengths = self._train.lengths
-        order = epoch_order(len(lengths), seed=self._seed, epoch=0)[: self.steps_per_epoch * self._accumulate * self._micro]
-        random = lengths[order].reshape(-1, self._micro)
+        sizes = self._train.sizes
+        order = epoch_order(len(sizes), seed=self._seed, epoch=0)[: self.steps_per_epoch * self._accumulate * self._micro]
+        random = sizes[order].reshape(-1, self._micro, sizes.shape[1])
         return {
             "rows": self.rows,
             "length": self.length,
             "tokens_per_step": self._tokens_per_step,
-            "padding_share": 1 - self._tokens_per_step / (self.rows * self.length * self._accumulate),
+            "padding_share": 1 - self._tokens_per_step / (self.rows * sum(self._room) * self._accumulate),
             "dynamic_padding_share": float(1 - random.sum() / (random.max(axis=1).sum() * self._micro)),
         }
 
     def _make_epoch(self, epoch: int) -> list[np.ndarray]:
         """The micro-batches of an epoch, as arrays of example indices. Which examples a step has does not depend on their number."""
         like, count = epoch % DISTINCT_EPOCHS, self.steps_per_epoch
-        lengths = self._train.lengths
+        lengths = self._train.sizes.sum(axis=1)
         order = epoch_order(len(lengths), seed=self._seed, epoch=like)[: count * self._accumulate * self._micro]
         steps = balance(order, lengths, count, seed=[self._seed, like])
         if like != epoch:
@@ -229,24 +250,29 @@ class BatchPlan:
         cut = (balance(step, lengths, self._accumulate, seed=[self._seed, like, number]) for number, step in enumerate(steps))
         return [micro for step in cut for micro in step]
 
-    def _choose_shape(self) -> tuple[int, int, int]:
-        """(rows, length, targets) that hold every batch, with the least work."""
-        lengths, targets = self._train.lengths, self._train.target_counts
+    def _choose_shape(self) -> tuple[int, tuple[int, ...], int]:
+        """(rows, tokens of each kind that a row holds, targets) that hold every batch, with the least work."""
+        sizes, targets = self._train.sizes, self._train.target_counts
         groups = np.concatenate([np.stack(self._epoch(e)) for e in range(self._distinct)])
-        self._tokens_per_step = float(lengths[groups].sum()) / (self._distinct * self.steps_per_epoch)
+        self._tokens_per_step = float(sizes[groups].sum()) / (self._distinct * self.steps_per_epoch)
         most = int(targets[groups].sum(axis=1).max())
         most = max(most, *(int(examples.target_counts.max()) for examples in self._evaluated))
-        count = self._micro if self._per_example else -(-most // 8) * 8
-        longest = -(-int(max(lengths.max(), *(examples.lengths.max() for examples in self._evaluated))) // 8) * 8
+        count = self._micro if self._per_example else int(_eights(most))
+        longest = _eights(np.max([sizes.max(axis=0), *(examples.sizes.max(axis=0) for examples in self._evaluated)], axis=0))
         if not self._packed:
-            return self._rounded(self._micro), longest, count
-        group_lengths = lengths[groups]
+            return self._rounded(self._micro), tuple(longest.tolist()), count
+        group_sizes = sizes[groups]
         # Longer rows pack better and attend more. One row never needs more than a whole batch's tokens.
-        whole = max(longest, -(-int(group_lengths.sum(axis=1).max()) // 8) * 8)
-        candidates = {min(n, whole) for n in range(longest, max(2 * longest, 128) + 1, 16)}
-        shapes = [(self._rounded(int(rows_needed(group_lengths, n).max())), n) for n in sorted(candidates)]
-        rows, length = min(shapes, key=lambda s: s[0] * s[1] * (1 + s[1] / _ATTENTION_LENGTH))
-        return rows, length, count
+        whole = np.maximum(longest, _eights(group_sizes.sum(axis=1).max(axis=0)))
+        first, last = int(longest[0]), max(2 * int(longest[0]), 128)
+        # For so many source tokens a row holds its share of target tokens.
+        share = group_sizes.sum(axis=(0, 1)) / group_sizes[..., 0].sum()
+        candidates = {
+            tuple(np.minimum(np.maximum(_eights(np.ceil(n * share)), longest), whole).tolist()) for n in range(first, last + 1, 16)
+        }
+        shapes = [(self._rounded(int(rows_needed(group_sizes, room).max())), room) for room in sorted(candidates)]
+        rows, room = min(shapes, key=lambda s: _work(*s))
+        return rows, room, count
 
     def _rounded(self, rows: int) -> int:
         return -(-rows // self._row_multiple) * self._row_multiple
@@ -254,138 +280,74 @@ class BatchPlan:
     def eval_groups(self, examples: Examples | None = None) -> list[np.ndarray]:
         """Which examples are in each of `eval_batches`, cut so that they fit the shape; their targets stand there in this order."""
         examples = examples or self._held_out
-        lengths, targets = examples.lengths, examples.target_counts
+        sizes, targets = examples.sizes, examples.target_counts
+        lengths = sizes.sum(axis=1)
         order = np.arange(len(lengths))
         count = -(-len(lengths) // self._micro)
         while True:
             groups = balance(order, lengths, min(count, len(order)), seed=[0])
-            if all(self._fits(lengths[g], targets[g]) for g in groups):
+            if all(self._fits(sizes[g], targets[g]) for g in groups):
                 return groups
             if count >= len(order):
                 raise InputError("task: a held-out example is longer than the batches, whose length follows the training examples.")
             count = max(count + 1, round(count * 1.02))
 
-    def _fits(self, lengths: np.ndarray, targets: np.ndarray) -> bool:
-        if targets.sum() > self.targets or len(lengths) > self._micro or lengths.max() > self.length:
+    def _fits(self, sizes: np.ndarray, targets: np.ndarray) -> bool:
+        if targets.sum() > self.targets or len(sizes) > self._micro or (sizes.max(axis=0) > self._room).any():
             return False
-        return not self._packed or int(rows_needed(lengths[None], self.length)[0]) <= self.rows
+        return not self._packed or int(rows_needed(sizes[None], self._room)[0]) <= self.rows
 
     def _assemble(self, examples: Examples, group: Iterable[int]) -> Batch:
         """The arrays of one micro-batch."""
         chosen = [int(i) for i in group]
-        lengths = np.array([len(examples.tokens[i]) for i in chosen])
-        row_of = best_fit(lengths[None], self.length)[0] if self._packed else np.arange(len(chosen))
-        shape = (self.rows, self.length)
-        tokens, segments, positions, types = (np.zeros(shape, np.int32) for _ in range(4))
-        example_ids = np.full(shape, self.targets, np.int32)
-        used, inside = np.zeros(self.rows, int), np.zeros(self.rows, int)
-        index: list[np.ndarray] = []
-        ids: list[np.ndarray] = []
-        for n, (i, row) in enumerate(zip(chosen, row_of, strict=True)):
-            at, size = used[row], len(examples.tokens[i])
-            span = slice(at, at + size)
-            inside[row] += 1
-            tokens[row, span], segments[row, span], positions[row, span] = examples.tokens[i], inside[row], np.arange(size)
-            example_ids[row, span] = n
-            if examples.types is not None:
-                types[row, span] = examples.types[i]
-            wanted = np.flatnonzero(examples.targets[i] != NO_TARGET)
-            index.append(row * self.length + at + wanted)
-            ids.append(examples.targets[i][wanted])
-            used[row] += size
-        flat_index, flat_ids = np.concatenate(index), np.concatenate(ids)
-        filler = self.targets - len(flat_index)
-        batch = {
-            "tokens": tokens,
-            "segment_ids": segments,
-            "positions": positions,
-            "target_index": np.pad(flat_index, (0, filler)).astype(np.int32),
-            "target_ids": np.pad(flat_ids, (0, filler)).astype(np.int32),
-            "target_weights": np.pad(np.ones(len(flat_index), np.float32), (0, filler)),
+        part = examples.take(chosen)
+        row_of = best_fit(part.sizes[None], self._room)[0] if self._packed else np.arange(len(chosen))
+        batch, starts = _laid_out(part.tokens, row_of, (self.rows, self.length))
+        own = np.zeros_like(batch["tokens"]), np.full_like(batch["tokens"], self.targets)  # types, and whose a token is
+        for n, (row, start) in enumerate(zip(row_of, starts, strict=True)):
+            span = slice(start, start + len(part.tokens[n]))
+            own[0][row, span], own[1][row, span] = 0 if part.types is None else part.types[n], n
+        predicted = self.length  # tokens of a row, as targets count them
+        if part.decoder_tokens is not None:
+            predicted = self.decoder_length
+            fed, starts = _laid_out(part.decoder_tokens, row_of, (self.rows, predicted))
+            batch |= {f"decoder_{name}": array for name, array in fed.items()}
+        wanted = [np.flatnonzero(targets != NO_TARGET) for targets in part.targets]
+        index = np.concatenate([row * predicted + start + w for row, start, w in zip(row_of, starts, wanted, strict=True)])
+        ids = np.concatenate([targets[w] for targets, w in zip(part.targets, wanted, strict=True)])
+        filler = self.targets - len(index)
+        batch |= {
+            "target_index": np.pad(index, (0, filler)).astype(np.int32),
+            "target_ids": np.pad(ids, (0, filler)).astype(np.int32),
+            "target_weights": np.pad(np.ones(len(index), np.float32), (0, filler)),
         }
-        if examples.types is not None:
-            batch["token_types"] = types
-        if examples.values is not None:
-            values = np.concatenate([examples.values[i] for i in chosen]).astype(np.float32)
+        if part.types is not None:
+            batch["token_types"] = own[0]
+        if part.values is not None:
+            values = np.concatenate(part.values).astype(np.float32)
             batch["target_values"] = np.pad(values, [(0, filler)] + [(0, 0)] * (values.ndim - 1))
-        return batch | {"example_ids": example_ids} if self._per_example else batch
+        return batch | {"example_ids": own[1]} if self._per_example else batch
 
 
-def rows_needed(group_lengths: np.ndarray, length: int) -> np.ndarray:
-    """How many rows of `length` best-fit-decreasing needs for each of many groups at once.
-
-    Args:
-        group_lengths: (groups, size) int tokens of each group's examples, 0 where a group has fewer.
-        length: tokens a row holds; at least the longest example.
-
-    Returns:
-        (groups,) int64.
-
-    >>> rows_needed(np.array([[5, 4, 3, 2], [8, 0, 0, 0]]), 8)
-    array([2, 1])
-    """
-    return best_fit(group_lengths, length).max(axis=1, initial=-1) + 1
+def _laid_out(texts: Sequence[np.ndarray], row_of: np.ndarray, shape: tuple[int, int]) -> tuple[Batch, list[int]]:
+    """Texts one after the other in their rows: the arrays of `BatchPlan.batch` that say so, and where in its row each starts."""
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    used, inside = np.zeros(shape[0], int), np.zeros(shape[0], int)
+    starts = []
+    for text, row in zip(texts, row_of, strict=True):
+        span = slice(used[row], used[row] + len(text))
+        starts.append(int(used[row]))
+        inside[row] += 1
+        used[row] += len(text)
+        tokens[row, span], segments[row, span], positions[row, span] = text, inside[row], np.arange(len(text))
+    return {"tokens": tokens, "segment_ids": segments, "positions": positions}, starts
 
 
-def best_fit(group_lengths: np.ndarray, length: int) -> np.ndarray:
-    """The row of each example when each group is packed by best-fit-decreasing; (groups, size) int64, -1 where the length is 0.
-
-    Longest first, each example goes to the fullest row that still has room, the first such row where several are equal.
-
-    >>> best_fit(np.array([[5, 4, 3, 2]]), 8)
-    array([[0, 1, 0, 1]])
-    """
-    groups, size = group_lengths.shape
-    every = np.arange(groups)
-    order = np.argsort(-group_lengths, axis=1, kind="stable")
-    free = np.full((groups, size), length, dtype=np.int64)
-    rows = np.full((groups, size), -1, dtype=np.int64)
-    opened = 0  # rows beyond the ones opened anywhere need no look
-    for rank in range(size):
-        example = order[:, rank]
-        need = group_lengths[every, example]
-        room = free[:, : opened + 1]
-        row = np.argmin(np.where(room >= need[:, None], room, length + 1), axis=1)
-        placed = need > 0
-        rows[every[placed], example[placed]] = row[placed]
-        free[every[placed], row[placed]] -= need[placed]
-        opened = min(size - 1, max(opened, int(row[placed].max(initial=-1)) + 1))
-    return rows
+def _work(rows: int, room: tuple[int, ...]) -> float:
+    """What rows with room for so many tokens of each kind cost; a kind attends to itself and to those before."""
+    return sum(rows * n * (1 + sum(room[: kind + 1]) / _ATTENTION_LENGTH) for kind, n in enumerate(room))
 
 
-def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The seeded permutation of `range(count)` for one epoch, (count,) int64; another epoch gives another one.
-
-    >>> sorted(epoch_order(4, seed=0, epoch=0).tolist())
-    [0, 1, 2, 3]
-    """
-    return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(count)
-
-
-def balance(order: np.ndarray, lengths: np.ndarray, batches: int, *, seed: list[int]) -> list[np.ndarray]:
-    """Splits the examples `order` into `batches` groups whose sizes differ by at most one and whose token totals are nearly equal.
-
-    The examples are sorted by length (ties in the order given) and cut into strata of `batches`; each group gets one of each
-    stratum, the longest stratum first, the stratum's longest going to the group with the fewest tokens so far. The groups
-    come back in a seeded order.
-
-    Args:
-        order: (n,) indices of examples, in a seeded order.
-        lengths: tokens of every example, indexed by the values of `order`.
-        batches: how many groups.
-        seed: of the order of the groups and of ties between them.
-
-    >>> [sorted(group.tolist()) for group in balance(np.arange(4), np.array([9, 1, 8, 2]), 2, seed=[0])]
-    [[2, 3], [0, 1]]
-    """
-    rng = np.random.default_rng(seed)
-    by_length = order[np.argsort(-lengths[order], kind="stable")]
-    groups = np.full((batches, -(-len(order) // batches)), -1, dtype=np.int64)
-    totals = np.zeros(batches, dtype=np.int64)
-    for column in range(groups.shape[1]):
-        stratum = by_length[column * batches : (column + 1) * batches]
-        # Fewest tokens first; groups with equal totals are taken in random order. (The last stratum may be short.)
-        takers = np.lexsort((rng.random(batches), totals))[: len(stratum)]
-        groups[takers, column] = stratum
-        totals[takers] += lengths[stratum]
-    return [groups[g][groups[g] >= 0] for g in rng.permutation(batches)]
+def _eights(sizes: Any) -> Any:
+    """Whole numbers, rounded up to multiples of 8."""
+    return -(-np.asarray(sizes).astype(np.int64) // 8) * 8

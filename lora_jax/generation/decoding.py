@@ -9,9 +9,6 @@ Rotary frequencies may change with the length of the rows (`Decoder.borders`: lo
 are then rotated by the wrong frequencies. The step that takes the longest row past a border therefore runs all rows so far again, as if
 they were prompts (a third program, for these models alone). The longest row of the batch decides for all rows, padding not counted, as
 in transformers: rotary positions go by the largest one of a batch.
-
-On a CPU a model is decoded unstacked: each layer is a segment of its own, with weights that are views of the stacked arrays. A scan over
-stacked weights would copy each layer's slice before it multiplies, which doubles the memory traffic.
 """
 
 from __future__ import annotations
@@ -27,81 +24,11 @@ import numpy as np
 from flax import nnx
 
 from ..models.cache import Cache, slots_for
-from ..models.decoder import Decoder
-from ..models.layers import OF_ALL_LAYERS, PER_SEGMENT
-from ..models.stack import Segment, Stack
+from ..models.encoder_decoder import EncoderDecoder, Generative
 from ..parallel.mesh import to_host
 from ..parallel.program import TraceCounter
+from .arrays import SliceCache, arrays_of, on_devices, on_one_cpu, unstacked
 from .sampling import SamplingParams, choose
-
-
-class SliceCache:
-    """Slices of arrays along their first axis; one and the same array gives one and the same slice."""
-
-    def __init__(self) -> None:
-        self._slices: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
-
-    def of(self, array: jax.Array, index: int) -> jax.Array:
-        """`array[index : index + 1]`, sharing its memory where that lies on one CPU device (and each slice is aligned)."""
-        found = self._slices.get((id(array), index))
-        if found is None:
-            # The array is kept beside its slice, so that its id stays its own.
-            found = self._slices[id(array), index] = array, _slice(array, index)
-        return found[1]
-
-
-def unstacked(model: nnx.Module, views: SliceCache) -> Any:
-    """The model with a segment for each layer; `model` is left as it was.
-
-    Args:
-        views: of models that share arrays, the same, so that they share the slices too.
-    """
-    graphdef, state = nnx.split(model, graph=True)
-    model = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
-    for _, stack in nnx.iter_modules(model):
-        if isinstance(stack, Stack):
-            stack.segments = nnx.List([_layer(s, i, views) for s in stack.segments for i in range(s.start, s.stop)])
-    return model
-
-
-def on_devices(model: nnx.Module) -> Any:
-    """The model with arrays that lie in host memory put on the default device; `model` is left as it was."""
-    graphdef, state = nnx.split(model, graph=True)
-    return nnx.merge(graphdef, jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jnp.asarray(a), state))
-
-
-def on_one_cpu(model: nnx.Module) -> bool:
-    """Whether all the model's arrays lie on one CPU device, where layers can be run from views."""
-    arrays = [a for a in jax.tree.leaves(nnx.state(model)) if isinstance(a, jax.Array)]
-    devices = {d for a in arrays for d in a.devices()}
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
-
-
-def _layer(segment: Segment, layer: int, views: SliceCache) -> Segment:
-    graphdef, state = nnx.split(segment.block, graph=True)
-
-    def one(variable: nnx.Variable) -> nnx.Variable:
-        if variable.get_metadata().get(OF_ALL_LAYERS, False):
-            return variable
-        own = variable.get_metadata().get(PER_SEGMENT, False)
-        sliced = variable.replace(views.of(variable.get_value(), layer - segment.start if own else layer))
-        sliced.set_metadata(PER_SEGMENT, True)
-        return sliced
-
-    state = jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    # A block split anew: that its variables are the segment's own is part of its structure.
-    block = nnx.merge(graphdef, state)
-    for _, variable in nnx.iter_graph(block):
-        if isinstance(variable, nnx.Variable) and not variable.get_metadata().get(OF_ALL_LAYERS, False):
-            variable.set_metadata(PER_SEGMENT, True)
-    return Segment(block, layer, layer + 1)
-
-
-def _slice(array: jax.Array, index: int) -> jax.Array:
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return array[index : index + 1]
-    return jax.device_put(np.asarray(array)[index : index + 1], array.sharding, may_alias=True)
-
 
 Array = jax.Array
 
@@ -129,6 +56,27 @@ class DecodingState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Forced:
+    """Tokens that an encoder-decoder does not choose; () int32 each, -1 for none.
+
+    Attributes:
+        start: what its decoder begins with.
+        first, last: what stands at the first place after it (a language's code), and at place `limit`, the last there may be.
+        limit: how many tokens may follow the start.
+    """
+
+    start: Array
+    first: Array
+    last: Array
+    limit: Array
+
+    def at(self, count: Array) -> Array:
+        """() int32: the token after `count` others; -1 where it is free."""
+        return jnp.where((count == 0) & (self.first >= 0), self.first, jnp.where(count == self.limit - 1, self.last, -1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DecodingParams:
     """How tokens are chosen and when a row ends; traced data.
 
@@ -137,29 +85,14 @@ class DecodingParams:
         seeds: (rows,) uint32.
         stop: (n,) int32, tokens that end a row; -1 is none.
         pad: () int32, what follows in a row that has ended.
+        forced: of an encoder-decoder; else None.
     """
 
     sampling: SamplingParams
     seeds: Array
     stop: Array
     pad: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelArrays:
-    """The arrays of models of one structure, as a program takes them.
-
-    Attributes:
-        graphdef: their structure.
-        layers: how many layers each segment of the stack has.
-        own: arrays in which the models differ, (models, ...); nothing where there is one model.
-        shared: all others.
-    """
-
-    graphdef: nnx.GraphDef[Any]
-    layers: tuple[int, ...]
-    own: Any
-    shared: Any
+    forced: Forced | None = None
 
 
 class Programs:
@@ -190,7 +123,7 @@ class Programs:
         rows = tokens.shape[0]
 
         def run(own: Any) -> DecodingState:
-            cache, logits = self._run_rows(own, shared, tokens, mask, total)
+            cache, logits = self._run_rows(own, shared, tokens, mask, total, params.forced)
             blank = jnp.full((rows, room), params.pad, jnp.int32)
             nothing = DecodingState(cache, blank, jnp.zeros(rows, bool), jnp.int32(0))
             return append_token(nothing, cache, logits, params, method)
@@ -219,24 +152,24 @@ class Programs:
             real = jnp.concatenate([mask, jnp.ones_like(decoded.tokens)], axis=1)
             start = tokens.shape[1] + decoded.count - length
             rows, real = (jax.lax.dynamic_slice_in_dim(a, start, length, axis=1) for a in (rows, real))
-            return append_token(decoded, *self._run_rows(own, shared, rows, real, total), params, method)
+            return append_token(decoded, *self._run_rows(own, shared, rows, real, total, None), params, method)
 
         if self._members:
             lanes = _member_axes(decoded.cache.rolling)
             run = jax.vmap(run, in_axes=(0, lanes), out_axes=lanes)
         return run(own, decoded)
 
-    def _run_rows(self, own: Any, shared: Any, tokens: Array, mask: Array, total: int) -> tuple[Cache, Array]:
+    def _run_rows(self, own: Any, shared: Any, tokens: Array, mask: Array, total: int, forced: Forced | None) -> tuple[Cache, Array]:
         """The cache of rows, (rows, length) int32 padded on the left, and the logits after each, (rows, vocab)."""
-        model: Decoder = nnx.merge(self._prefill_def, own, shared)
-        hidden, cache = model.extend(model.empty_cache(tokens.shape[0], total), tokens, mask, first=True)
-        return cache.regrouped(self._layers), model.head(hidden[:, -1])
+        model: Generative = nnx.merge(self._prefill_def, own, shared)
+        hidden, cache = prefilled(model, tokens, mask, total, forced)
+        return cache.regrouped(self._layers), model.head(hidden)
 
     def _decode(self, own: Any, shared: Any, decoded: DecodingState, params: DecodingParams, upto: Array, method: str) -> DecodingState:
         """Goes on until there are `upto` tokens, or all rows have ended. What `decoded` holds is used up."""
 
         def step(own: Any, decoded: DecodingState) -> DecodingState:
-            model: Decoder = nnx.merge(self._decode_def, own, shared)
+            model: Generative = nnx.merge(self._decode_def, own, shared)
             last = jax.lax.dynamic_slice_in_dim(decoded.tokens, decoded.count - 1, 1, axis=1)
             hidden, cache = model.extend(decoded.cache, last)
             return append_token(decoded, cache, model.head(hidden[:, 0]), params, method)
@@ -248,9 +181,24 @@ class Programs:
         return jax.lax.while_loop(lambda d: (d.count < upto) & ~jnp.all(d.done), lambda d: step(own, d), decoded)
 
 
+def prefilled(model: Generative, tokens: Array, mask: Array, total: int, forced: Forced | None) -> tuple[Array, Cache]:
+    """Runs prompts, or reads sources and the token that their targets begin with; arguments as for `Decoding.start`.
+
+    Returns:
+        the last hidden states, (rows, width), and the cache.
+    """
+    if not isinstance(model, EncoderDecoder):
+        return model.prefill(tokens, mask, total)
+    assert forced is not None
+    return model.prefill(tokens, mask, total, jnp.broadcast_to(forced.start, tokens.shape[:1]))
+
+
 def append_token(decoded: DecodingState, cache: Cache, logits: Array, params: DecodingParams, method: str) -> DecodingState:
     """Chooses the next token of each row, from logits (rows, vocab), unless it has ended."""
     chosen = choose(method, logits, params.sampling, params.seeds, decoded.count)
+    if params.forced is not None:
+        forced = params.forced.at(decoded.count)
+        chosen = jnp.where(forced >= 0, forced, chosen)
     chosen = jnp.where(decoded.done, params.pad, chosen)
     tokens = jax.lax.dynamic_update_slice_in_dim(decoded.tokens, chosen[:, None], decoded.count, axis=1)
     return DecodingState(cache, tokens, decoded.done | jnp.isin(chosen, params.stop), decoded.count + 1)
@@ -258,9 +206,14 @@ def append_token(decoded: DecodingState, cache: Cache, logits: Array, params: De
 
 def _member_axes(rolling: bool) -> DecodingState:
     """Which axis of each array of a `DecodingState` counts members."""
-    axes: Any = {"keys": 0, "values": 0, "real": 0, "length": None, "counts": 0}
     lanes: Any = {"tokens": 0, "done": 0, "count": None}
-    return DecodingState(Cache(**axes, rolling=rolling), **lanes)
+    return DecodingState(member_axes(rolling), **lanes)
+
+
+def member_axes(rolling: bool) -> Cache:
+    """Which axis of each array of a cache counts members."""
+    axes: Any = {"keys": 0, "values": 0, "real": 0, "length": None, "counts": 0, "source": 0, "source_real": 0}
+    return Cache(**axes, rolling=rolling)
 
 
 @functools.lru_cache(maxsize=16)
@@ -273,20 +226,21 @@ class Decoding:
     """A model, or several of one structure, with their compiled programs.
 
     Args:
-        models: decoders, with adapters or without. Several share one program: what they have in common (by identity of the
-            arrays) is there once.
+        models: decoders or encoder-decoders, with adapters or without. Several share one program: what they have in common (by
+            identity of the arrays) is there once.
 
     Attributes:
         borders: `Decoder.borders` of the models.
+        layer_types: of the models' configs.
     """
 
-    def __init__(self, models: Sequence[Decoder]):
+    def __init__(self, models: Sequence[Generative]):
         views, self.members = SliceCache(), len(models) if len(models) > 1 else None
         models = [nnx.view(on_devices(m), raise_if_not_found=False, deterministic=True) for m in models]
-        self.prefill_arrays = self.decode_arrays = _arrays_of(models)
-        self.borders = models[0].borders
+        self.prefill_arrays = self.decode_arrays = arrays_of(models)
+        self.borders, self.layer_types = models[0].borders, models[0].config.layer_types
         if all(on_one_cpu(m) for m in models):
-            self.decode_arrays = _arrays_of([unstacked(m, views) for m in models])
+            self.decode_arrays = arrays_of([unstacked(m, views) for m in models])
         self.programs = programs_for(
             self.prefill_arrays.graphdef, self.decode_arrays.graphdef, self.decode_arrays.layers, self.members is not None
         )
@@ -295,10 +249,10 @@ class Decoding:
         """Runs prompts and chooses the first token after each.
 
         Args:
-            tokens, mask: (rows, length) int32, padded on the left.
+            tokens, mask: (rows, length) int32, padded on the left; an encoder-decoder's sources, padded on the right.
             method: of `Sampling`.
             room: how many tokens may follow.
-            total: how long a row may become, prompt and all.
+            total: how long a row may become, prompt and all; of an encoder-decoder how long its target may.
         """
         return self.programs.start(self.prefill_arrays.own, self.prefill_arrays.shared, tokens, mask, params, method, room, total)
 
@@ -324,23 +278,6 @@ def padded_length(length: int) -> int:
     """The smallest of the lengths that shapes have (`LENGTHS`) that is no shorter."""
     last = LENGTHS[-1]
     return next((n for n in LENGTHS if n >= length), -(-length // last) * last)
-
-
-def _arrays_of(models: Sequence[Decoder]) -> ModelArrays:
-    """The models' arrays: those that are not the same array in all of them are stacked, the others are there once."""
-    split = [nnx.split(m, graph=True) for m in models]
-    graphdef, layers = split[0][0], tuple(s.stop - s.start for s in models[0].layers.segments)
-    if any(g != graphdef for g, _ in split[1:]):
-        raise ValueError("models that are decoded together must have one structure, as the members of a pack have")
-    flat = [dict(nnx.to_flat_state(state)) for _, state in split]
-    own, shared = [], []
-    for path, variable in flat[0].items():
-        arrays = [f[path].get_value() for f in flat]
-        if all(a is arrays[0] for a in arrays):
-            shared.append((path, variable))
-        else:
-            own.append((path, variable.replace(jnp.stack(arrays))))
-    return ModelArrays(graphdef, layers, nnx.from_flat_state(own), nnx.from_flat_state(shared))
 
 
 class Continuation:

@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..data.pairs import source_ids
 from ..data.prompts import Prompts
 from ..data.tokens import prompt_ids
-from ..errors import InputError, warn
-from ..models.decoder import Decoder
+from ..errors import InputError
+from ..models.encoder_decoder import EncoderDecoder, Generative
 from ..models.heads import Classifier
-from ..weights.checkpoint import read_json
-from ..weights.load import HUB_FILES, resolve
+from .beam import Beams, beam_search
 from .decoding import Continuation, Decoding, DecodingParams, padded_length
 from .sampling import Sampling, row_seeds
+from .special import forced_tokens, stop_tokens
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any, number: int = 0) -> list[int]:
+def encode_prompt(prompt: Prompt, tokenizer: Any, number: int = 0, *, source: bool = False) -> list[int]:
     """The tokens of a prompt.
 
     Args:
         prompt: text; or messages `{role, content}`, put through the chat template up to where the assistant begins; or token ids.
         tokenizer: of the model; None will do for token ids.
         number: which prompt it is, for messages.
+        source: whether it is an encoder-decoder's source, which ends where the text does.
 
     Raises:
         InputError: it is empty, or of another kind, or there is no tokenizer or chat template for it.
     """
-    if isinstance(prompt, str):
+    if source and isinstance(prompt, str):
+        ids = source_ids(prompt, _needed(tokenizer, number), f"prompt {number}")
+    elif isinstance(prompt, str):
         ids = prompt_ids(prompt, _needed(tokenizer, number), f"prompt {number}")
     elif prompt and all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
         ids = prompt_ids([m for m in prompt if isinstance(m, Mapping)], _needed(tokenizer, number), f"prompt {number}")
@@ -111,13 +115,13 @@ class Generator:
     """A model, or several of one structure, prepared for generation. Compiled programs are shared by all models of that structure.
 
     Args:
-        models: a decoder with or without adapters (from `load_model`, `inject`, `AdapterBank.use` or `mixed`, or a run). Or several
-            that differ only in their adapters, such as the members of a pack: they run as one program over one base.
+        models: a decoder or encoder-decoder with or without adapters (from `load_model`, `inject`, `AdapterBank.use` or `mixed`, or a
+            run). Or several that differ only in their adapters, such as the members of a pack: they run as one program over one base.
         tokenizer: the model's tokenizer; without one, prompts and results are token ids.
         length: minimal number of tokens, prompt and answer, that the KV cache has room for. A conversation sets it, to compile once.
 
     Raises:
-        InputError: a model is not a decoder.
+        InputError: a model is neither.
     """
 
     def __init__(self, models: nnx.Module | Sequence[nnx.Module], tokenizer: Any = None, *, length: int = 0):
@@ -137,41 +141,49 @@ class Generator:
         stop: Sequence[int] | None = None,
         seed: int | Sequence[int] = 0,
         stream: Stream | None = None,
+        decoder_start_token_id: int | None = None,
+        forced_bos_token_id: int | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        no_repeat_ngram_size: int = 0,
     ) -> Any:
         """See `generate`."""
-        sampling = Sampling(temperature, top_k, top_p)
-        rows = [encode_prompt(p, self._tokenizer, i) for i, p in enumerate(prompts)]
+        beams = Beams(num_beams, length_penalty, early_stopping, no_repeat_ngram_size)
+        sampling, crossed = Sampling(temperature, top_k, top_p), isinstance(self._models[0], EncoderDecoder)
+        rows = [encode_prompt(p, self._tokenizer, i, source=crossed) for i, p in enumerate(prompts)]
         if not rows or max_new_tokens < 1:
             raise InputError("prompts: the list is empty." if not rows else f"max_new_tokens: must be at least 1, got {max_new_tokens}.")
         if stream is not None and not self._single:
             raise InputError("stream: one model at a time.")
+        if beams.count > 1 and (stream is not None or sampling != Sampling()):
+            raise InputError("num_beams: beam search neither streams nor samples (temperature, top_k, top_p).")
         model = self._models[0]
         _check(rows, model, max_new_tokens)
+        forced = forced_tokens(model, max_new_tokens, decoder_start_token_id, forced_bos_token_id)
         stops = stop_tokens(model, self._tokenizer) if stop is None else [int(s) for s in stop]
         pad = getattr(self._tokenizer, "pad_token_id", None) or 0
-        tokens, mask = left_padded(rows, pad)
+        tokens, mask = padded(rows, pad, right=crossed)
         params = DecodingParams(
             sampling.params(model.config.vocab),
             row_seeds(seed, len(rows)),
             # Of one shape for the usual few.
             jnp.asarray(stops + [-1] * max(0, 8 - len(stops)), jnp.int32),
             jnp.int32(pad),
+            forced,
         )
         method, room = sampling.method, padded_length(max_new_tokens)
-        total = padded_length(max(tokens.shape[1] + room, self._length))
-        batch = Continuation(self.decoding, tokens, mask, params, method, room, total)
-        if stream is None:
-            batch.advance(max_new_tokens)
+        total = padded_length(1 + room if crossed else max(tokens.shape[1] + room, self._length))
+        if beams.count > 1:
+            out = beam_search(self.decoding, tokens, mask, params, beams, max_new_tokens, room, total)
         else:
-            streamer = _Streamer(stream, len(rows), self._tokenizer, stops)
-            streamer(batch.tokens[:, :1])
-            for count in range(2, max_new_tokens + 1):
-                if batch.ended:
-                    break
-                batch.advance(count)
-                streamer(batch.tokens[:, count - 1 : count])
-            streamer.finish()
-        out = batch.tokens[..., :max_new_tokens]
+            batch = Continuation(self.decoding, tokens, mask, params, method, room, total)
+            if stream is None:
+                batch.advance(max_new_tokens)
+            else:
+                _pass_on(batch, max_new_tokens, _Streamer(stream, len(rows), self._tokenizer, stops))
+            out = batch.tokens
+        out = out[..., :max_new_tokens]
         if self._single:
             return [self._result(row, stops) for row in out]
         return [[self._result(row, stops) for row in member] for member in (out if out.ndim == 3 else out[None])]
@@ -193,6 +205,12 @@ class Options(TypedDict, total=False):
     stop: Sequence[int] | None
     seed: int | Sequence[int]
     stream: Stream | None
+    decoder_start_token_id: int | None
+    forced_bos_token_id: int | None
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    no_repeat_ngram_size: int
 
 
 @overload
@@ -214,9 +232,11 @@ def generate(model: nnx.Module | Sequence[nnx.Module], prompts: Sequence[Prompt]
     for these models does a row depend on the other rows of its batch.
 
     Args:
-        model: a decoder, with or without adapters; for rows with adapters of their own, the model from `AdapterBank.mixed`. Or a list
-            of models that differ only in their adapters, such as the members of a pack, which decode together.
-        prompts: each a text, token ids, or messages `{role, content}` (formatted by the chat template).
+        model: a decoder or encoder-decoder, with or without adapters; for rows with adapters of their own, the model from
+            `AdapterBank.mixed`. Or a list of models that differ only in their adapters, such as the members of a pack, which decode
+            together.
+        prompts: each a text, token ids, or messages `{role, content}` (formatted by the chat template). To an encoder-decoder a prompt
+            is the source.
         tokenizer: from `load_tokenizer`; None if prompts are token ids.
         max_new_tokens: the largest number of new tokens (64).
         temperature: divides the logits before sampling; 0, the default, decodes greedily.
@@ -225,12 +245,15 @@ def generate(model: nnx.Module | Sequence[nnx.Module], prompts: Sequence[Prompt]
         stop: token ids that end a row; by default those of the model and its tokenizer.
         seed: row i samples with seed + i; or one seed per row. A row's samples depend on its own seed alone.
         stream: called as `stream(row, piece)` with each new piece of text, or token ids without a tokenizer.
+        decoder_start_token_id: what an encoder-decoder's target begins with, where the checkpoint doesn't say (mBART: the language).
+        forced_bos_token_id: the first token of its answer (mBART-50: the language); by default what the checkpoint says, if it does.
+        num_beams, length_penalty, early_stopping, no_repeat_ngram_size: beam search, of 2 beams or more (`Beams`).
 
     Returns:
         one `Generated` per prompt; for several models a list of these per model.
 
     Raises:
-        InputError: a model is not a decoder, a prompt is empty or too long, or a number is out of range.
+        InputError: a model is neither a decoder nor an encoder-decoder, a prompt is empty or too long, or a number is out of range.
 
     >>> outputs = generate(model, ["The film was"], tokenizer, max_new_tokens=8)  # doctest: +SKIP
     >>> outputs[0].text  # doctest: +SKIP
@@ -239,28 +262,25 @@ def generate(model: nnx.Module | Sequence[nnx.Module], prompts: Sequence[Prompt]
     return Generator(model, tokenizer)(prompts, **options)
 
 
-def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask, (rows, length) int32 each, with padding on the left up to one of the lengths that shapes have."""
+def padded(rows: Sequence[Sequence[int]], pad: int, *, right: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask, (rows, length) int32 each, with padding on one side up to one of the lengths that shapes have."""
     length = padded_length(max(len(row) for row in rows))
     tokens, mask = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
-        tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
+        own = slice(0, len(row)) if right else slice(length - len(row), length)
+        tokens[i, own], mask[i, own] = row, 1
     return tokens, mask
 
 
-def stop_tokens(model: Decoder, tokenizer: Any = None) -> list[int]:
-    """The tokens that end a text: what the checkpoint's config, its generation config and the tokenizer say."""
-    named: list[Any] = [getattr(tokenizer, "eos_token_id", None)]
-    if model.origin is not None:
-        named.append(model.origin.config.get("eos_token_id"))
-        try:
-            file = resolve(model.origin.source, key="model.source", hub_patterns=HUB_FILES)
-            file = (file if file.is_dir() else file.parent) / "generation_config.json"
-            named.append(read_json(file, "the generation config").get("eos_token_id") if file.is_file() else None)
-        except InputError as error:  # the checkpoint has moved, or the file is damaged
-            warn(f"the tokens that end a text are those of the config and the tokenizer alone: {error}")
-    flat = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]
-    return sorted({i for i in flat if isinstance(i, int) and not isinstance(i, bool) and i >= 0})
+def _pass_on(batch: Continuation, most: int, streamer: _Streamer) -> None:
+    """Decodes token by token, up to `most`, and streams each."""
+    streamer(batch.tokens[:, :1])
+    for count in range(2, most + 1):
+        if batch.ended:
+            break
+        batch.advance(count)
+        streamer(batch.tokens[:, count - 1 : count])
+    streamer.finish()
 
 
 def decode_prompts(
@@ -324,10 +344,10 @@ class _Streamer:
                 self._stream(row, rest)
 
 
-def _decoder_of(model: nnx.Module) -> Decoder:
-    # A language-model task wraps a decoder whose own vocabulary logits are the answer; a classification head replaces them.
-    inner = model if isinstance(model, Decoder) else getattr(model, "base", None)
-    if not isinstance(inner, Decoder) or isinstance(model, Classifier):
+def _decoder_of(model: nnx.Module) -> Generative:
+    # A language-model task wraps a base whose own vocabulary logits are the answer; a classification head replaces them.
+    inner = model if isinstance(model, Generative) else getattr(model, "base", None)
+    if not isinstance(inner, Generative) or isinstance(model, Classifier):
         raise InputError(f"generate needs a decoder; this model is {_article(type(model).__name__)}.")
     return inner
 
@@ -340,22 +360,32 @@ def _article(name: str) -> str:
 _MOST_TOKENS = 1 << 17
 
 
-def context_length(model: Decoder) -> int | None:
+def context_length(model: Generative) -> int | None:
     """How many tokens a model takes: its learned positions, or what its checkpoint says; None where neither is known.
+
+    Of an encoder-decoder source and target may each have so many.
 
     Rotary frequencies of the kind `dynamic` stretch with the text: what the checkpoint says is where that begins.
     """
+    if isinstance(model, EncoderDecoder):
+        return model.config.longest
     if any(layer.rotary is not None and layer.rotary.kind == "dynamic" for layer in model.config.layer_types):
         return model.config.positions
     said = None if model.origin is None else model.origin.config.get("max_position_embeddings")
     return model.config.positions or (said if isinstance(said, int) and said > 0 else None)
 
 
-def _check(rows: Sequence[Sequence[int]], model: Decoder, new: int) -> None:
+def _check(rows: Sequence[Sequence[int]], model: Generative, new: int) -> None:
     vocab, most = model.config.vocab, context_length(model) or _MOST_TOKENS
+    if isinstance(model, EncoderDecoder):
+        vocab = model.config.source_vocab or vocab
+        if new > most:
+            raise InputError(f"max_new_tokens: {new:,} tokens exceed the model's {most:,} positions.")
+        new = 0
     for i, row in enumerate(rows):
         if not all(0 <= t < vocab for t in row):
             raise InputError(f"prompt {i}: has token ids outside 0..{vocab - 1}.")
         if most is not None and len(row) + new > most:
             fits = f"; at most {most - len(row):,} new tokens fit (max_new_tokens)" if len(row) < most else ""
-            raise InputError(f"prompt {i}: {len(row):,} tokens and {new:,} more exceed the model's context of {most:,}{fits}.")
+            more = f" and {new:,} more" if new else ""
+            raise InputError(f"prompt {i}: {len(row):,} tokens{more} exceed the model's context of {most:,}{fits}.")

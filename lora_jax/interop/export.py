@@ -17,8 +17,7 @@ from ..analysis.compare import choose_member
 from ..config.doors import EXPORTERS
 from ..config.doors import register_exporter as register_exporter
 from ..errors import InputError, hint
-from ..models.decoder import Decoder
-from ..models.encoder import Encoder
+from ..models.encoder_decoder import Base, EncoderDecoder
 from ..models.families import find_family
 from ..models.families.base import HEAD_CLASSES, Head
 from ..models.heads import Classifier
@@ -119,6 +118,7 @@ _HEADS = (
 KINDS = {
     "encoder": Kind("AutoModel", "feature-extraction", "FEATURE_EXTRACTION"),
     "decoder": Kind("AutoModelForCausalLM", "text-generation", "CAUSAL_LM"),
+    "encoder_decoder": Kind("AutoModelForSeq2SeqLM", "text2text-generation", "SEQ_2_SEQ_LM"),
 } | {head: Kind(f"AutoModel{HEAD_CLASSES[head]}", *names) for head, names in zip(HEADS, _HEADS, strict=True)}
 
 
@@ -128,7 +128,9 @@ def kind_of(model: nnx.Module) -> Kind | None:
     classifier = next((m for m in modules if isinstance(m, Classifier)), None)
     if classifier is not None:
         return KINDS.get(classifier.kind or "")
-    base = next((m for m in modules if isinstance(m, Encoder | Decoder)), None)
+    base = next((m for m in modules if isinstance(m, Base)), None)
+    if isinstance(base, EncoderDecoder):
+        return KINDS["encoder_decoder"]
     return None if base is None else KINDS["decoder" if base.is_decoder else "encoder"]
 
 

@@ -17,10 +17,11 @@ from ..config.doors import EXPORTERS
 from ..errors import InputError, hint
 from ..models.decoder import Decoder
 from ..models.encoder import Encoder
+from ..models.encoder_decoder import Base, Generative
 from ..models.families import find_family
 from ..models.families.base import Head
 from ..models.heads import Classifier
-from ..models.load import Base, BaseFiles, base_tensors
+from ..models.load import BaseFiles, base_tensors
 from ..sweeps.restore import Restored
 from ..tracking.files import new_folder
 from ..weights.load import HUB_FILES, resolve, weights_file
@@ -138,8 +139,8 @@ def architecture(model_type: str, head: str | None = None) -> str:
 
 
 def _form_of(model: nnx.Module) -> _Form:
-    base = model if isinstance(model, Encoder | Decoder) else getattr(model, "base", None)
-    if not isinstance(base, Encoder | Decoder):
+    base = model if isinstance(model, Base) else getattr(model, "base", None)
+    if not isinstance(base, Base):
         raise InputError(f"a {type(model).__name__} has no counterpart in transformers; only models from load_model do.")
     if base.origin is None:
         raise InputError("the model was not loaded from a checkpoint, so the names of its weights in transformers are unknown.")
@@ -189,6 +190,7 @@ def _config(form: _Form, classes: Sequence[str] | None, tensors: Mapping[str, Te
     for tensor in tensors.values():
         sizes[str(tensor.dtype)] = sizes.get(str(tensor.dtype), 0) + tensor.nbytes
     config["dtype"] = max(sizes, key=lambda name: sizes[name])
+    # Of an encoder-decoder that key says something else, and a projection that differs from the embedding is found by itself.
     if isinstance(form.base, Decoder) and form.classifier is None:
         config["tie_word_embeddings"] = form.base.config.tied
     if form.classifier is not None:
@@ -220,12 +222,12 @@ def _write_tokenizer(folder: Path, source: str) -> None:
 
 
 def _generation_config(form: _Form) -> dict[str, Any] | None:
-    if not isinstance(form.base, Decoder) or form.classifier is not None:
+    if not isinstance(form.base, Generative) or form.classifier is not None:
         return None
     file = _folder_of(form.origin.source) / "generation_config.json"
     if not _is_gguf(form.origin.source) and file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
     return {key: form.origin.config[key] for key in special if form.origin.config.get(key) is not None}
 
 

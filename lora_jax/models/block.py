@@ -30,6 +30,9 @@ class Context:
         rotary: cos and sin, (layer types, rows, length, dims) each, or None.
         dropout_rng: a PRNG key for dropout, or None where nothing is dropped.
         relative: (1, 2 * span, width), the vectors of relative positions, or None.
+        bias: (1, heads, queries, keys) float32, what is added to self-attention's scaled scores, or None.
+        source: (rows, source length, width), an encoder's output; None where there is none, or a cache has its keys and values.
+        source_mask: (rows, 1, queries, source length) bool, which of its tokens each query sees, or None.
         types: for each layer the index of its type; empty where there is one type.
         dropout: share of the values that are dropped; static.
     """
@@ -38,6 +41,9 @@ class Context:
     rotary: tuple[Array, Array] | None
     dropout_rng: Array | None = None
     relative: Array | None = None
+    bias: Array | None = None
+    source: Array | None = None
+    source_mask: Array | None = None
     types: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
@@ -65,13 +71,16 @@ def make_context(
     dropout: float = 0.0,
     cache: Cache | None = None,
     relative: Array | None = None,
+    bias: Array | None = None,
+    source: Array | None = None,
+    source_mask: Array | None = None,
 ) -> Context:
     """The context of a batch.
 
     Args:
         layers: each layer's kind; a single one is that of all.
         segment_ids, positions: (rows, length) int32, as for `segment_mask` and `rotary_angles`.
-        dropout_rng, dropout, relative: as in `Context`.
+        dropout_rng, dropout, relative, bias, source, source_mask: as in `Context`.
         cache: that the keys are read from, these tokens' among them; None: they are the tokens' own alone.
     """
     types = tuple(dict.fromkeys(layers))
@@ -80,7 +89,8 @@ def make_context(
     else:
         mask = jnp.stack([cache.seen(segment_ids.shape[1], one.window) for one in types])
     index = tuple(types.index(one) for one in layers) if len(types) > 1 else ()
-    return Context(mask, rotary_tables(types, positions), dropout_rng, relative, index, dropout)
+    rotary = rotary_tables(types, positions)
+    return Context(mask, rotary, dropout_rng, relative, bias, source, source_mask, index, dropout)
 
 
 def rotary_tables(types: tuple[LayerType, ...], positions: Array) -> tuple[Array, Array] | None:
@@ -114,9 +124,13 @@ def segment_mask(segment_ids: Array, *, causal: bool, window: int | None = None)
 
 
 class Attention(nnx.Module):
-    """Multi-head (or grouped-query) attention."""
+    """Multi-head (or grouped-query) attention.
 
-    def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
+    Args:
+        cross: the keys and values are those of an encoder's output (`Context.source`); positions have no part in it.
+    """
+
+    def __init__(self, cfg: BlockConfig, *, cross: bool = False, rngs: nnx.Rngs):
         inner, kv_inner = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
         shared = {"bias": cfg.qkv_bias, "dtype": cfg.dtype, "rngs": rngs}
         if cfg.qkv == "separate":
@@ -126,7 +140,7 @@ class Attention(nnx.Module):
         else:
             self.qkv_proj = linear(cfg.width, inner + 2 * kv_inner, ("embed", "heads"), **shared)
         self.o_proj = linear(inner, cfg.width, ("heads", "embed"), bias=cfg.out_bias, dtype=cfg.dtype, rngs=rngs)
-        if cfg.relative is not None and not cfg.relative.shared:
+        if cfg.relative is not None and not cfg.relative.shared and not cross:
             if cfg.relative.c2p:
                 self.pos_k_proj = linear(cfg.width, inner, ("embed", "heads"), **shared)
             if cfg.relative.p2c:
@@ -136,28 +150,43 @@ class Attention(nnx.Module):
             self.q_norm = norm_of(cfg, inner if whole else cfg.head_dim, rngs=rngs)
             self.k_norm = norm_of(cfg, kv_inner if whole else cfg.head_dim, rngs=rngs)
         self.config = nnx.static(cfg)
+        self.cross = cross
 
     def __call__(self, x: Array, context: Context, layer: Array | int, rows: Rows | None, memory: Memory | None = None) -> Array:
         """(rows, length, width) -> the same, or (n, width) at the positions `rows`."""
-        mask, rotary = context.of_layer(layer)
-        q, k, v = self.heads(x)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        if memory is not None:
-            k, v = memory.add(k, v)
-        mixed = self.mix(q, k, v, mask, context, layer)
+        if self.cross:
+            assert context.source_mask is not None
+            mixed = self.mix(*self._over_source(x, context, memory), context.source_mask, context, layer)
+        else:
+            mask, rotary = context.of_layer(layer)
+            q, k, v = self.heads(*self._projected(x))
+            if rotary is not None:
+                q, k = rotate(q, rotary), rotate(k, rotary)
+            if memory is not None:
+                k, v = memory.add(k, v)
+            mixed = self.mix(q, k, v, mask, context, layer)
         return project(self.o_proj, take_positions(mixed, None if rows is None else rows.index), rows=rows)
 
-    def heads(self, x: Array) -> tuple[Array, Array, Array]:
-        """Queries (rows, length, heads, head_dim), keys and values (rows, length, kv_heads, head_dim), before rotation."""
+    def heads(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """Projections (rows, length, inner) by heads, before rotation: (rows, length, heads or kv_heads, head_dim)."""
         cfg = self.config
-        rows, length, _ = x.shape
-        q, k, v = self._projected(x)
         if cfg.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (p.reshape(rows, length, -1, cfg.head_dim) for p in (q, k, v))
+        q, k, v = (p.reshape(*p.shape[:2], -1, cfg.head_dim) for p in (q, k, v))
         if cfg.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def _over_source(self, x: Array, context: Context, memory: Memory | None) -> tuple[Array, Array, Array]:
+        """The queries of `x`, the keys and values of the encoder's output: from the cache, once they are there."""
+        q = self.q_proj(x)
+        if memory is not None and not memory.first:
+            k, v = memory.source()
+            return self.heads(q, *(a.reshape(*a.shape[:2], -1) for a in (k, v)))[0], k, v
+        assert context.source is not None
+        q, k, v = self.heads(q, self.k_proj(context.source), self.v_proj(context.source))
+        if memory is not None:
+            memory.keep_source(k, v)
         return q, k, v
 
     def _projected(self, x: Array) -> tuple[Array, Array, Array]:
@@ -199,7 +228,7 @@ class Attention(nnx.Module):
         return sum(found[1:], found[0])
 
     def mix(self, q: Array, k: Array, v: Array, mask: Array, context: Context, layer: Array | int) -> Array:
-        """softmax(scale * (q k^T + relative)) v: the values each query asks for, (rows, queries, heads * head_dim).
+        """softmax(scale * (q k^T + relative) + bias) v: the values each query asks for, (rows, queries, heads * head_dim).
 
         Args:
             q: (rows, queries, heads, head_dim).
@@ -207,21 +236,27 @@ class Attention(nnx.Module):
             mask: (rows, 1, queries, keys) bool.
         """
         cfg = self.config
+        bias, place = (None, 6) if self.cross else (context.bias, 0)
         rows, length, _, head_dim = q.shape
         grouped = q.reshape(rows, length, k.shape[2], -1, head_dim)  # query heads by the key head they share
         scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, k, preferred_element_type=jnp.float32)
-        if context.relative is not None:
+        if context.relative is not None and not self.cross:
             scores = scores + self.relative(q, k, context, layer).reshape(scores.shape)
         scores = scores * cfg.scale
+        if bias is not None:
+            scores = scores + bias.reshape(-1, *scores.shape[1:])
         if cfg.softcap is not None:
             scores = cfg.softcap * jnp.tanh(scores / cfg.softcap)
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-        shares = context.drop(jax.nn.softmax(scores, axis=-1).astype(q.dtype), layer, 0)
+        shares = context.drop(jax.nn.softmax(scores, axis=-1).astype(q.dtype), layer, place)
         return jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each added to the residual stream; where they are normed is `BlockConfig.norm_at`."""
+    """Attention (over an encoder's output too, in its decoder) and MLP, each added to the residual stream.
+
+    Where they are normed is `BlockConfig.norm_at`.
+    """
 
     def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
         self.attn = Attention(cfg, rngs=rngs)
@@ -232,10 +267,13 @@ class Block(nnx.Module):
         if cfg.norm_at in ("output", "both"):
             self.attn_out_norm = norm_of(cfg, cfg.width, rngs=rngs)
             self.mlp_out_norm = norm_of(cfg, cfg.width, rngs=rngs)
+        if cfg.cross:
+            self.cross_attn = Attention(cfg, cross=True, rngs=rngs)
+            self.cross_attn_norm = norm_of(cfg, cfg.width, rngs=rngs)
         self.config = nnx.static(cfg)
 
     def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None = None, memory: Memory | None = None) -> Array:
-        """(rows, length, width) -> the same, or (n, width) at the positions `gather` (see `Stack`)."""
+        """(rows, length, width) -> the same, or (n, width) at the positions `gather` (see `Stack`), where nothing is crossed."""
         cfg = self.config
         rows = None if gather is None else Rows(gather, x.shape[:2])
 
@@ -246,14 +284,20 @@ class Block(nnx.Module):
         def attend(x: Array) -> Array:
             return self.attn(x, context, layer, rows, memory)
 
+        def cross(x: Array) -> Array:
+            return self.cross_attn(x, context, layer, rows, memory)
+
         def transform(x: Array) -> Array:
             return self.mlp(x, rows)
 
         kept = take_positions(x, gather)
         if cfg.norm_at == "residual":
             x = self.attn_norm(add(kept, attend(x), 1))
+            x = self.cross_attn_norm(add(x, cross(x), 7)) if cfg.cross else x
             return self.mlp_norm(add(x, transform(x), 2))
         attended = add(kept, self._branch("attn", attend, x, layer), 1)
+        if cfg.cross:
+            attended = add(attended, self._branch("cross_attn", cross, attended, layer), 7)
         return add(attended, self._branch("mlp", transform, kept if cfg.parallel else attended, layer), 2)
 
     def _branch(self, name: str, run: Callable[[Array], Array], x: Array, layer: Array | int) -> Array:

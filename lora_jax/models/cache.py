@@ -1,5 +1,7 @@
 """What a decoder keeps of the tokens before: their keys and values, layer by layer, in arrays of a fixed size.
 
+An encoder-decoder also keeps the keys and values that its cross-attention makes of the encoder's output, once for all tokens.
+
 A layer writes the keys and values of its new tokens into the cache and then reads all from there, in this order: so that XLA
 writes them into the arrays that are there, in a loop's carry or a donated argument, and copies nothing.
 """
@@ -16,7 +18,8 @@ import jax.numpy as jnp
 from .layers import LayerType
 
 Array = jax.Array
-KeysValues = tuple[Array, Array]
+# Of a layer, or of the layers of a segment: keys and values, and in an encoder-decoder those of the source after them.
+Kept = tuple[Array, ...]
 
 
 @dataclasses.dataclass
@@ -24,28 +27,42 @@ class Memory:
     """One layer's part of a cache, while a pass over new tokens runs.
 
     Attributes:
-        keys, values: (rows, kv_heads, slots, head_dim), or with the layers of a segment in front; the layer puts here what it adds.
+        kept: keys and values, (rows, kv_heads, slots, head_dim) each, or with the layers of a segment in front; of an encoder-decoder
+            those of the source after them, (rows, kv_heads, source length, head_dim). The layer puts here what it adds.
         layer: which of them is its own; None where there is one.
         slots: (length,) int32, where the new tokens go: one after the other, and round the end where the cache is rolling.
         first: whether these are the first tokens, so that nothing need be read.
         rolling: whether old tokens may have to make room.
     """
 
-    keys: Array
-    values: Array
+    kept: Kept
     layer: Array | int | None
     slots: Array
     first: bool
     rolling: bool
 
-    def add(self, k: Array, v: Array) -> KeysValues:
+    def add(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Keeps the new tokens' keys and values; returns those that they may see, (rows, keys, kv_heads, head_dim) each.
 
         Args:
             k, v: (rows, length, kv_heads, head_dim).
         """
-        self.keys, self.values = (self._write(old, new.swapaxes(1, 2)) for old, new in ((self.keys, k), (self.values, v)))
-        return (k, v) if self.first else (self._own(self.keys).swapaxes(1, 2), self._own(self.values).swapaxes(1, 2))
+        keys, values, *source = self.kept
+        keys, values = (self._write(old, new.swapaxes(1, 2)) for old, new in ((keys, k), (values, v)))
+        self.kept = (keys, values, *source)
+        return (k, v) if self.first else (self._own(keys).swapaxes(1, 2), self._own(values).swapaxes(1, 2))
+
+    def source(self) -> tuple[Array, Array]:
+        """The keys and values of the source, (rows, source length, kv_heads, head_dim) each."""
+        keys, values = (self._own(array).swapaxes(1, 2) for array in self.kept[2:])
+        return keys, values
+
+    def keep_source(self, k: Array, v: Array) -> None:
+        """Keeps the keys and values of the source, (rows, source length, kv_heads, head_dim) each."""
+        new = (a.swapaxes(1, 2).astype(old.dtype) for a, old in zip((k, v), self.kept[2:], strict=True))
+        if self.layer is not None:
+            new = (jax.lax.dynamic_update_index_in_dim(old, a, self.layer, 0) for a, old in zip(new, self.kept[2:], strict=True))
+        self.kept = (*self.kept[:2], *new)
 
     def _own(self, array: Array) -> Array:
         return array if self.layer is None else jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
@@ -77,6 +94,8 @@ class Cache:
         real: (rows, slots) bool, where a token is, and not padding or nothing yet.
         length: () int32, tokens of a row so far with its padding: the place of the next one.
         counts: (rows,) int32, tokens of each row so far without it: the position of the next one.
+        source: of an encoder-decoder, for each segment the keys and values of the source, with its length in place of slots.
+        source_real: (rows, source length) bool, where the source has tokens; None without a source.
         rolling: whether old tokens may have to make room; static.
     """
 
@@ -85,20 +104,47 @@ class Cache:
     real: Array
     length: Array
     counts: Array
+    source: tuple[tuple[Array, Array], ...] = ()
+    source_real: Array | None = None
     rolling: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def empty(cls, layers: Sequence[int], shape: tuple[int, int, int, int], dtype: Any, *, rolling: bool = False) -> Cache:
+    def empty(
+        cls,
+        layers: Sequence[int],
+        shape: tuple[int, int, int, int],
+        dtype: Any,
+        *,
+        rolling: bool = False,
+        source_real: Array | None = None,
+    ) -> Cache:
         """A cache of nothing yet.
 
         Args:
             layers: how many each segment has.
             shape: rows, kv_heads, slots, head_dim.
-            rolling: see `Cache`.
+            rolling, source_real: see `Cache`.
         """
-        rows, _, slots, _ = shape
-        keys, values = (tuple(jnp.zeros(shape if n == 1 else (n, *shape), dtype) for n in layers) for _ in range(2))
-        return cls(keys, values, jnp.zeros((rows, slots), bool), jnp.int32(0), jnp.zeros(rows, jnp.int32), rolling)
+        rows, kv_heads, slots, head_dim = shape
+
+        def blank(slots: int) -> tuple[Array, ...]:
+            shape = (rows, kv_heads, slots, head_dim)
+            return tuple(jnp.zeros(shape if n == 1 else (n, *shape), dtype) for n in layers)
+
+        source: Any = () if source_real is None else zip(*(blank(source_real.shape[1]) for _ in range(2)), strict=True)
+        real, counts = jnp.zeros((rows, slots), bool), jnp.zeros(rows, jnp.int32)
+        return cls(blank(slots), blank(slots), real, jnp.int32(0), counts, tuple(source), source_real, rolling)
+
+    @property
+    def kept(self) -> list[Kept]:
+        """What each segment keeps."""
+        source: Sequence[tuple[Array, ...]] = self.source or [()] * len(self.keys)
+        return [(keys, values, *both) for keys, values, both in zip(self.keys, self.values, source, strict=True)]
+
+    def with_kept(self, kept: Sequence[Kept]) -> Cache:
+        """The cache with what each segment keeps now."""
+        keys, values, *source = zip(*kept, strict=True)
+        return dataclasses.replace(self, keys=keys, values=values, source=tuple(zip(*source, strict=True)))
 
     @property
     def slots(self) -> int:
@@ -149,7 +195,7 @@ class Cache:
 
         if [1 if a.ndim == 4 else a.shape[0] for a in self.keys] == list(layers):
             return self
-        return dataclasses.replace(self, keys=regroup(self.keys), values=regroup(self.values))
+        return self.with_kept(list(zip(*map(regroup, zip(*self.kept, strict=True)), strict=True)))
 
 
 def slots_for(kinds: Sequence[LayerType], length: int) -> tuple[int, bool]:

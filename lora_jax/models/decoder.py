@@ -39,6 +39,11 @@ class DecoderConfig:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text there are learned positions for; None where any will do."""
+        return self.positions
+
 
 class Decoder(nnx.Module):
     """Tokens to next-token logits.
@@ -144,6 +149,19 @@ class Decoder(nnx.Module):
         layers = [segment.stop - segment.start for segment in self.layers.segments]
         return Cache.empty(layers, (rows, block.kv_heads, slots, block.head_dim), block.dtype, rolling=rolling)
 
+    def prefill(self, tokens: Array, attention_mask: Array, length: int) -> tuple[Array, Cache]:
+        """Reads prompts, (rows, length) int32 padded on the left.
+
+        Args:
+            tokens, attention_mask: of the prompts.
+            length: how long a row may become, padding included.
+
+        Returns:
+            the last hidden states of the prompts' last tokens, (rows, width), and the cache.
+        """
+        hidden, cache = self.extend(self.empty_cache(tokens.shape[0], length), tokens, attention_mask, first=True)
+        return hidden[:, -1], cache
+
     def extend(self, cache: Cache, tokens: Array, attention_mask: Array | None = None, *, first: bool = False) -> tuple[Array, Cache]:
         """Goes on after the tokens that a cache holds.
 
@@ -168,9 +186,8 @@ class Decoder(nnx.Module):
         mask = jnp.ones_like(tokens) if attention_mask is None else attention_mask.astype(jnp.int32)
         positions, grown = cache.positions(mask), cache.grown(mask)
         context = make_context(self.config.layer_types, mask, positions, causal=True, cache=None if first else grown)
-        x, memories = self.layers.extend(self.embedded(tokens, positions), context, cache, first=first)
-        keys, values = zip(*memories, strict=True)
-        return self.final_norm(x), dataclasses.replace(grown, keys=keys, values=values)
+        x, kept = self.layers.extend(self.embedded(tokens, positions), context, cache, first=first)
+        return self.final_norm(x), grown.with_kept(kept)
 
     def embedded(self, tokens: Array, positions: Array) -> Array:
         """The input of layer 0, (batch, seq, width), of tokens at positions, (batch, seq) int32 each."""

@@ -1,6 +1,6 @@
 """Models that answer a task: a base, and what turns its hidden states into class logits.
 
-All of them, and `Decoder` itself through `LanguageModel`, have one face for the training step:
+All of them, and what predicts tokens by itself through `LanguageModel`, have one face for the training step:
 `features(batch, dropout_rng) -> (n, width)` at the batch's target positions (with the base's dropout if there is a key),
 `readout()`, the function (n, width) -> (n, classes) that makes logits of them, and `answers(features)`, what metrics other than the
 loss are computed from.
@@ -20,6 +20,7 @@ from ..errors import InputError, hint
 from ..parallel.constraints import by_rows, row_groups, take_positions
 from .decoder import Decoder
 from .encoder import Encoder
+from .encoder_decoder import Base, EncoderDecoder, Generative
 from .layers import HEAD_MODULES, HEADS, Array, HeadShape, Rows, activation, dropout, head_shape, linear, norm, project
 
 # Logits of positions that are no part of a text: finite, so that no gradient is NaN.
@@ -46,9 +47,14 @@ class TaskModel(Protocol):
         ...
 
 
-def rows_of(base: Encoder | Decoder, batch: Mapping[str, Array]) -> dict[str, Array]:
+_ROWS = ("tokens", "positions", "segment_ids")
+
+
+def rows_of(base: Base, batch: Mapping[str, Array]) -> dict[str, Array]:
     """The arguments of `base.hidden` that a batch holds."""
-    rows = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
+    rows = {name: batch[name] for name in _ROWS}
+    if isinstance(base, EncoderDecoder):
+        rows |= {f"decoder_{name}": batch[f"decoder_{name}"] for name in _ROWS}
     if "token_types" in batch and isinstance(base, Encoder):
         # Some models have fewer types than their tokenizers tell apart (RoBERTa's has one).
         rows["token_types"] = jnp.minimum(batch["token_types"], max(base.config.token_types - 1, 0))
@@ -227,9 +233,9 @@ def _at(x: Array, index: Array) -> Array:
 
 
 class LanguageModel(nnx.Module):
-    """A decoder that predicts the token after each target position."""
+    """A decoder, or an encoder-decoder's, that predicts the token after each target position."""
 
-    def __init__(self, base: Decoder):
+    def __init__(self, base: Generative):
         self.base = base
 
     def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
@@ -254,7 +260,7 @@ class LanguageModel(nnx.Module):
 class HiddenStates(nnx.Module):
     """A base whose last hidden states are themselves the answer: what a distillation compares with a teacher's."""
 
-    def __init__(self, base: Encoder | Decoder):
+    def __init__(self, base: Base):
         self.base = base
 
     def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
@@ -298,7 +304,7 @@ class LabelWordClassifier(LanguageModel):
         return jax.lax.map(lambda row: readout(row[None])[0].argmax(-1).astype(jnp.int32), features)
 
 
-def add_head(base: Encoder | Decoder, kind: str, classes: int = 2, *, pooling: str = "cls", rngs: nnx.Rngs) -> Classifier:
+def add_head(base: Base, kind: str, classes: int = 2, *, pooling: str = "cls", rngs: nnx.Rngs) -> Classifier:
     """A base with a new head, of the form that transformers gives the base's family.
 
     Args:
@@ -309,9 +315,11 @@ def add_head(base: Encoder | Decoder, kind: str, classes: int = 2, *, pooling: s
         rngs: draws the head.
 
     Raises:
-        InputError: no such kind.
+        InputError: no such kind, or an encoder-decoder.
     """
     check_head(kind)
+    if isinstance(base, EncoderDecoder):
+        raise InputError(f"head: there is none of kind '{kind}' on an encoder-decoder.")
     if kind == "classification":
         return SequenceClassifier(base, classes, pooling, rngs=rngs)
     if kind == "token_classification":

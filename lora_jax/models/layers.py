@@ -104,6 +104,8 @@ class BlockConfig:
         relative: scores that follow from relative positions, beside those of queries and keys; None for none.
         softcap: scores s become softcap * tanh(s / softcap); None for s.
         residual_scale: what attention's and the MLP's outputs are multiplied by before they are added.
+        cross: whether attention over an encoder's output stands between self-attention and the MLP, normed on its input or on the
+            residual sum as these are.
         dtype: of the weights and matmuls; norms and softmax are computed in float32.
     """
 
@@ -134,6 +136,7 @@ class BlockConfig:
     relative: Relative | None = None
     softcap: float | None = None
     residual_scale: float = 1.0
+    cross: bool = False
     dtype: Any = jnp.float32
 
     @property

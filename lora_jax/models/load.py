@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,12 @@ from ..weights.provenance import Origin
 from ..weights.safetensors import Tensor
 from .decoder import Decoder
 from .encoder import Encoder
+from .encoder_decoder import EncoderDecoder, Generative
 from .families import check_config, find_family, gguf_architectures
 from .families.base import HEAD_CLASSES, Family, Head, Weight, size
 from .heads import Classifier, add_head, check_head
 from .layers import AXES, HeadShape
+from .stack import stacks_of
 from .transforms.base import Base, TransformContext, apply_transforms
 
 
@@ -42,8 +44,7 @@ class BaseFiles:
         transforms: sections of what is done to the base once it is loaded (`models/transforms/`), in this order.
 
     Attributes:
-        model: the `Encoder` or `Decoder`, or with a head the `Classifier`, before any transform; its parameters are shapes
-            (`jax.ShapeDtypeStruct`).
+        model: the base, or with a head the `Classifier`, before any transform; its parameters are shapes (`jax.ShapeDtypeStruct`).
 
     Raises:
         InputError: no such source, an unsupported `model_type`, damaged files or missing tensors.
@@ -79,12 +80,20 @@ class BaseFiles:
         prefix = _prefix(family, names)
         if family.kind == "encoder" and prefix + "pooler.dense.weight" not in names:
             config = dataclasses.replace(config, pooler=False)
+        if family.kind == "encoder_decoder":
+            # As transformers has it: a projection of its own is what differs from the embedding, whatever the config says.
+            table, output = family.weights(config)["embed.embedding"].found(names).name, "lm_head.weight"
+            apart = output in names and table in names and not self._same(output, table)
+            stored = config.longest if config.sinusoidal and any(n.endswith("encoder.embed_positions.weight") for n in names) else 0
+            config = dataclasses.replace(
+                config, tied=not apart, logit_bias="final_logits_bias" in names, positions=stored or config.positions
+            )
         if own is not None and family.kind == "decoder":
             config = dataclasses.replace(config, tied=True)  # it projects to no vocabulary, and was saved without what would
         # A decoder that was saved by itself, as its output heads' base, lacks what stands before its names beside them.
         root = family.root if own is None and not any(n.startswith(family.root) for n in names) else ""
         table = {path: w.under(lambda n: prefix + n.removeprefix(root)) for path, w in family.weights(config).items()}
-        make = Encoder if family.kind == "encoder" else Decoder
+        make = {"encoder": Encoder, "decoder": Decoder, "encoder_decoder": EncoderDecoder}[family.kind]
         shapes: tuple[tuple[str, HeadShape], ...] = tuple((kind, h.shape) for kind, h in heads.items())
 
         def build() -> Base | Classifier:
@@ -101,13 +110,15 @@ class BaseFiles:
         self._table = {path: weight.found(names) for path, weight in table.items()}
         self._check_tensors(names, {name.partition(".")[0] for h in heads.values() for name in h.modules.values()})
         base = self.base
-        base.layers.remat, base.layers.scan, base.dropout = remat, scan_layers, dropout
+        for stack in stacks_of(base):
+            stack.remat, stack.scan = remat, scan_layers
+        base.dropout = dropout
         base.site_aliases = nnx.static(aliases(family.weights(config)))
         base.origin = nnx.static(Origin.of(source, hf, prefix))
 
     @property
     def base(self) -> Base:
-        """The `Encoder` or `Decoder` of it."""
+        """The pretrained model in it."""
         return self.model.base if isinstance(self.model, Classifier) else self.model
 
     def stored_dtypes(self) -> dict[str, np.dtype]:
@@ -118,6 +129,8 @@ class BaseFiles:
     def _head(self, heads: dict[str, Head], kind: str, names: set[str]) -> Head:
         """A kind of head as this checkpoint has it; `InputError` where it has none."""
         check_head(kind)
+        if kind not in heads:
+            raise InputError(f"{self._where}: models of this family bear no head here.")
         # Several kinds may go by the same tensor names: what the checkpoint says it is decides.
         saved = [
             k for k, suffix in HEAD_CLASSES.items() if any(a.endswith(suffix) for a in self._checkpoint.config.get("architectures") or [])
@@ -148,7 +161,7 @@ class BaseFiles:
         model = nnx.merge(graphdef, nnx.from_flat_state(filled))
         context = TransformContext(self._source, mesh)
         if isinstance(model, Classifier):
-            model.base = apply_transforms(model.base, self._transforms, context)
+            model.base = cast(Encoder | Decoder, apply_transforms(model.base, self._transforms, context))
             return model
         return apply_transforms(model, self._transforms, context)
 
@@ -172,7 +185,7 @@ class BaseFiles:
             there = f" The file has {', '.join(sorted(names - used)[:3])}." if names - used else ""
             raise InputError(f"{self._where}: {len(missing)} tensors are missing, among them {', '.join(sorted(missing)[:4])}.{there}")
         unused = sorted(names - used - {n for n in names if _NO_PART.search(n) or n.partition(".")[0] in heads})
-        if self.model is not self.base or not isinstance(self.base, Decoder):  # a head in place of the one that predicts tokens
+        if self.model is not self.base or not isinstance(self.base, Generative):  # a head in place of the one that predicts tokens
             unused = [name for name in unused if not _TOKEN_HEAD.match(name)]
         if unused:
             shown = ", ".join(unused[:6]) + (", ..." if len(unused) > 6 else "")
@@ -180,20 +193,23 @@ class BaseFiles:
             warn(f"{self._where}: {count} of the checkpoint that the model does not use as its config has it: {shown}.")
 
     def _check_tied(self) -> None:
-        """A word where the checkpoint holds another projection to the vocabulary than the embedding that the config ties it to."""
-        table, output = self._table.get("embed.embedding"), "lm_head.weight"
-        if not isinstance(self.base, Decoder) or self.model is not self.base or table is None or table.name == output:
+        """A word where the checkpoint holds a copy of the embedding, as the config has it, that is none."""
+        table, output, names = self._table.get("embed.embedding"), "lm_head.weight", self._checkpoint.names()
+        if self.model is not self.base or not isinstance(self.base, Generative) or table is None:
             return
-        if not self.base.config.tied or output not in self._checkpoint.names():
-            return
-        rows, width = self._checkpoint.shape(table.name)
+        copies = {*table.others, *((output,) if self.base.config.tied else ())} - {table.name}
+        for name in sorted(copies & set(names)):
+            if not self._same(name, table.name):
+                why = "tie_word_embeddings is true" if name == output else "they are one table"
+                warn(f"{self._where}: '{name}' differs from '{table.name}', but {why}: the latter is used for both.")
+
+    def _same(self, name: str, other: str) -> bool:
+        """Whether two matrices of the checkpoint are equal."""
+        rows, width = self._checkpoint.shape(other)
         step = max(1, 2**20 // width)
         parts = [(slice(start, start + step),) for start in range(0, rows, step)]
-        same = self._checkpoint.shape(output) == (rows, width) and all(
-            np.array_equal(self._checkpoint.read_slice(table.name, part), self._checkpoint.read_slice(output, part)) for part in parts
-        )
-        if not same:
-            warn(f"{self._where}: '{output}' differs from '{table.name}', but tie_word_embeddings is true: the latter is used for both.")
+        read = self._checkpoint.read_slice
+        return self._checkpoint.shape(name) == (rows, width) and all(np.array_equal(read(name, p), read(other, p)) for p in parts)
 
     def _read(self, weight: Weight, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
         """One parameter. Host memory holds the part of it that lies on this process's devices, and one tensor of it more."""
@@ -231,6 +247,8 @@ _NO_PART = re.compile(
     r"|rotary(_emb|_pos_emb)?\.(inv_freq|cos_cached|sin_cached)"  # follow from the config
     r"|\.(attn|attention)\.(bias|masked_bias)"  # the causal mask (GPT-2, GPT-NeoX)
     r"|(^|\.)pooler\.dense\.(weight|bias)"  # of an encoder whose head asks each token
+    r"|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # of the first T5s, never used
+    r"|^(model\.)?((encoder|decoder)\.embed_tokens|shared)\.weight|^(encoder|decoder)\.version"  # copies of the embedding (`_check_tied`)
     r"|^(lm_head|embed_out)\.weight)$"  # tied to the embedding (`_check_tied`)
 )
 _TOKEN_HEAD = re.compile(
@@ -287,8 +305,8 @@ def load_model(
             without a head gets a new one from `add_head`.
 
     Returns:
-        an `Encoder` or `Decoder`; with `head` a `Classifier`. Host memory stays below the size of the weights on this process's
-        devices plus one stacked parameter.
+        an `Encoder`, a `Decoder` or an `EncoderDecoder`; with `head` a `Classifier`. Host memory stays below the size of the weights
+        on this process's devices plus one stacked parameter.
 
     Raises:
         InputError: the source does not exist, the `model_type` is unsupported, files are damaged, tensors are missing or of wrong
@@ -325,7 +343,11 @@ def _prefix(family: Family, names: set[str]) -> str:
 
 def aliases(table: dict[str, Weight]) -> tuple[tuple[str, str], ...]:
     """Module path -> Hugging Face module path, from the parameters' names."""
-    pairs = {path.rpartition(".")[0]: w.parameter.removesuffix(".weight") for path, w in table.items() if not path.endswith(".bias")}
+    pairs = {}
+    for path, weight in table.items():
+        module, _, name = path.rpartition(".")
+        if name in ("kernel", "embedding", "scale"):  # a table that is no module's (of relative positions) is no module's name
+            pairs[module] = weight.parameter.removesuffix(".weight")
     return tuple(sorted(pairs.items()))
 
 

@@ -4,6 +4,8 @@ Rotary embedding (arXiv:2104.09864) rotates queries and keys by their position. 
 implementation in transformers (`modeling_rope_utils.py`). Disentangled attention (DeBERTa, arXiv:2006.03654) adds scores for the
 distance of two tokens: queries meet the keys of relative positions (`c2p`, content to position) and keys their queries (`p2c`), both
 projections of one table of vectors that all layers share. A row of it is a distance, or, from `buckets / 2` on, a range of distances.
+T5 (arXiv:1910.10683) adds a number to the scores of each head instead, by buckets of distances. The first transformer
+(arXiv:1706.03762) adds sines and cosines to the embeddings.
 """
 
 from __future__ import annotations
@@ -192,3 +194,40 @@ def of_pairs(scores: Array, *, keys_first: bool = False) -> Array:
     flat = scores.reshape(*lead, -1)[..., length - 1 : length - 1 + length * (distances - 1)]
     pairs = flat.reshape(*lead, length, distances - 1)[..., :length] if length > 1 else scores
     return jnp.swapaxes(pairs, -1, -2) if keys_first else pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """T5's buckets of distances (arXiv:1910.10683, section 2.1): half of them a distance each, the others wider and wider ranges.
+
+    Attributes:
+        count: how many; where keys after the query are seen, half of them are theirs.
+        longest: the distance from which on all share the last one.
+        causal: whether no key after the query is seen.
+    """
+
+    count: int
+    longest: int
+    causal: bool
+
+    def of(self, distance: np.ndarray) -> np.ndarray:
+        """The bucket of each distance, query's place less key's; int64.
+
+        >>> Buckets(8, 20, causal=False).of(np.arange(-5, 6)).tolist()
+        [6, 6, 6, 6, 5, 0, 1, 2, 2, 2, 2]
+        """
+        count = self.count if self.causal else self.count // 2
+        first = 0 if self.causal else np.where(distance < 0, count, 0)
+        far = np.maximum(distance, 0) if self.causal else np.abs(distance)
+        exact = count // 2
+        # In float32, as the reference has it: at a bucket's edge the rounding decides.
+        share = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(self.longest / exact))
+        wide = np.minimum(exact + (share * np.float32(count - exact)).astype(np.int64), count - 1)
+        return first + np.where(far < exact, far, wide)
+
+
+def sinusoids(positions: int, width: int) -> np.ndarray:
+    """(positions, width) float32: sines in the first half of the features, cosines in the second (arXiv:1706.03762, section 3.5)."""
+    pair = np.arange(width) // 2
+    angles = np.arange(positions)[:, None] / np.power(10000, 2 * pair / width)
+    return np.concatenate([np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])], axis=1).astype(np.float32)

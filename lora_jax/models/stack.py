@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 
 from ..parallel.constraints import by_rows, gathered, take_positions, weights_cut
-from .cache import Cache, KeysValues, Memory
+from .cache import Cache, Kept, Memory
 from .layers import AXES, OF_ALL_LAYERS, PER_SEGMENT
 
 _SLICING = frozenset({"dynamic_slice", "slice", "squeeze", "gather", "convert_element_type", "transpose", "reshape", "sharding_constraint"})
@@ -129,7 +129,7 @@ class Stack(nnx.Module):
             raise ValueError("the model has no cut: all its layers are one segment")
         return self._run(self.segments[0], x, context, 0, self.segments[0].stop, None, after_first)
 
-    def extend(self, x: jax.Array, context: Any, cache: Cache, *, first: bool) -> tuple[jax.Array, list[KeysValues]]:
+    def extend(self, x: jax.Array, context: Any, cache: Cache, *, first: bool) -> tuple[jax.Array, list[Kept]]:
         """Runs all layers on further tokens.
 
         Args:
@@ -138,18 +138,18 @@ class Stack(nnx.Module):
             first: that there are none.
 
         Returns:
-            (rows, length, width), and each segment's keys and values as the cache has them, with those of the new tokens.
+            (rows, length, width), and what each segment keeps (`Cache.kept`), with the keys and values of the new tokens.
         """
-        kept, places = [], cache.places(x.shape[1])
-        for segment, keys, values in zip(self.segments, cache.keys, cache.values, strict=True):
+        found, places = [], cache.places(x.shape[1])
+        for segment, before in zip(self.segments, cache.kept, strict=True):
 
-            def remember(both: KeysValues, layer: Any, of: Segment = segment) -> Memory:
+            def remember(kept: Kept, layer: Any, of: Segment = segment) -> Memory:
                 own = None if of.stop - of.start == 1 else layer - of.start
-                return Memory(*both, own, places, first, cache.rolling)
+                return Memory(kept, own, places, first, cache.rolling)
 
-            x, both = self._layers(segment, x, context, segment.start, segment.stop, None, (keys, values), remember)
-            kept.append(both)
-        return x, kept
+            x, after = self._layers(segment, x, context, segment.start, segment.stop, None, before, remember)
+            found.append(after)
+        return x, found
 
     def _run(
         self,
@@ -175,9 +175,9 @@ class Stack(nnx.Module):
         start: int,
         stop: int,
         gather: jax.Array | None,
-        kept: KeysValues | None = None,
-        remember: Callable[[KeysValues, Any], Memory] | None = None,
-    ) -> tuple[jax.Array, KeysValues | None]:
+        kept: Kept | None = None,
+        remember: Callable[[Kept, Any], Memory] | None = None,
+    ) -> tuple[jax.Array, Kept | None]:
         """A segment's layers `start` to `stop`.
 
         Args:
@@ -188,13 +188,13 @@ class Stack(nnx.Module):
         if (start, stop) != (segment.start, segment.stop):
             own = jax.tree.map(lambda a: a[start - segment.start : stop - segment.start], own)
 
-        def body(carry: tuple[jax.Array, KeysValues | None], step: tuple[Any, Any]) -> tuple[tuple[jax.Array, KeysValues | None], None]:
+        def body(carry: tuple[jax.Array, Kept | None], step: tuple[Any, Any]) -> tuple[tuple[jax.Array, Kept | None], None]:
             (x, kept), (index, own) = carry, step
             layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), shared)
             block = nnx.merge(graphdef, _at_hand(own), common, _at_hand(layer))
             memory = None if kept is None or remember is None else remember(kept, index)
             x = by_rows(block(by_rows(x), context, index, gather, *(() if memory is None else (memory,))))
-            return (x, None if memory is None else (memory.keys, memory.values)), None
+            return (x, None if memory is None else memory.kept), None
 
         one_by_one = not (self.scan or weights_cut())
         # A loop keeps XLA from finding what is recomputed equal to what was computed first; layers one by one need to be told.
@@ -207,9 +207,20 @@ class Stack(nnx.Module):
         return jax.lax.scan(body, (x, kept), (jax.numpy.arange(start, stop), own))[0]
 
 
+def stacks_of(model: nnx.Module) -> list[Stack]:
+    """All stacks of a model."""
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, Stack)]
+
+
 def cut_of(model: nnx.Module) -> int:
-    """How many layers are below the lowest cut of the model's stack; 0 where none is cut, or more than one stack is."""
-    cuts = [m.segments[0].stop for _, m in nnx.iter_modules(model) if isinstance(m, Stack) and len(m.segments) > 1]
+    """How many layers `trunk` runs: those below the lowest cut of the model's stack; 0 where none is cut, or more than one stack is.
+
+    A model with several stacks may say it itself, as `trunk_depth`.
+    """
+    own = next((depth for _, m in nnx.iter_modules(model) if (depth := getattr(m, "trunk_depth", None)) is not None), None)
+    if own is not None:
+        return own
+    cuts = [stack.segments[0].stop for stack in stacks_of(model) if len(stack.segments) > 1]
     return cuts[0] if len(cuts) == 1 else 0
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from ..data.batching import NO_TARGET, BatchPlan, Example, Examples
 from ..errors import InputError
 from ..generation.generate import decode_prompts
+from ..models.encoder_decoder import EncoderDecoder
 from ..packing.pack import Member
 from ..tasks.base import Prediction, task_of
 from ..tasks.prepare import rows_to_predict
@@ -63,8 +64,8 @@ def predict_member(
     restored = restore_member(run, member, readout=True)
     tokenizer, model, classes = load_tokenizer(member.config.model.source), restored.model, restored.classes
     rows, labelled = rows_to_predict(task, section, source, classes)
-    decoder = model.base.is_decoder  # pyright: ignore[reportAttributeAccessIssue]
-    prompts = task.prompts(section, rows, tokenizer)
+    base: Any = getattr(model, "base", None)
+    prompts = (task.source_prompts if isinstance(base, EncoderDecoder) else task.prompts)(section, rows, tokenizer)
     if prompts is not None and max_new_tokens is not None:
         prompts = dataclasses.replace(prompts, max_new_tokens=max_new_tokens)
     elif max_new_tokens is not None:
@@ -75,7 +76,7 @@ def predict_member(
             (texts,) = decode_prompts([model], prompts, tokenizer, batch_size=min(batch_size, len(prompts)), told=track.update)
             made = task.judged(section, prompts, texts)
         else:
-            encoded = task.encode(section, rows, tokenizer, decoder=decoder, classes=classes)
+            encoded = task.encode(section, rows, tokenizer, decoder=base.is_decoder, classes=classes)
             answers = _answers(model, encoded.examples, batch_size, per_example=task.targets == 1)
             if answers is None:
                 raise InputError(f"{run}: the task '{task.name}' predicts nothing that could be written.")

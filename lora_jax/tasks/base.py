@@ -15,14 +15,13 @@ from pydantic import Field
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
 from ..data.batching import NO_TARGET, Example, Examples, Scorer
+from ..data.pairs import Shift
 from ..data.prompts import Prompts
 from ..data.sources import Taken
-from ..models.decoder import Decoder
-from ..models.encoder import Encoder
+from ..errors import InputError
+from ..models.encoder_decoder import Base
 from ..models.heads import add_head
 from .objectives import OBJECTIVES, Objective
-
-Base = Encoder | Decoder
 
 
 class HeadTaskConfig(TaskConfig):
@@ -260,6 +259,18 @@ class Task(ABC):
             InputError: a row or `task.max_length` will not do.
         """
 
+    def encode_pairs(self, section: Any, rows: Rows, tokenizer: Any, *, shift: Shift) -> Encoded:
+        """Rows as examples of an encoder-decoder (`data/pairs.py`): what it reads, and what it is to write.
+
+        Args:
+            tokenizer: a transformers fast tokenizer.
+            shift: how its decoder is given a target.
+
+        Raises:
+            InputError: the task has no such form, or a row or `task.max_length` will not do.
+        """
+        raise InputError(f"task.kind: '{self.name}' does not train encoder-decoders, and the model is one.")
+
     def decoded_rows(self, section: Any) -> int:
         """How many rows of each part are decoded when a model is evaluated; 0 where it is not evaluated by text that it generates."""
         return 0
@@ -270,6 +281,10 @@ class Task(ABC):
         Raises:
             InputError: a row will not do.
         """
+        return None
+
+    def source_prompts(self, section: Any, rows: Rows, tokenizer: Any) -> Prompts | None:
+        """The same of an encoder-decoder: what it reads."""
         return None
 
     @abstractmethod

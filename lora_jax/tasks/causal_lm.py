@@ -8,10 +8,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ..config.doors import TASKS
+from ..data.pairs import Shift, source_target, target_ids
 from ..data.prompts import Prompts
-from ..data.tokens import encode_chat, messages_of, plain_ids, prompt_ids, start_ids, template_of, with_start, writes_date
+from ..data.tokens import encode_chat, encoder_texts, messages_of, plain_ids, prompt_ids, start_ids, template_of, with_start, writes_date
 from ..errors import InputError
-from .base import Columns, Encoded, Rows, TaskMetrics
+from ..models.encoder_decoder import EncoderDecoder
+from .base import Base, Columns, Encoded, Rows, TaskMetrics
 from .next_token import DatedConfig, NextToken, next_token, with_end
 
 # New tokens of an answer, where no key says how many.
@@ -61,6 +63,12 @@ class CausalLM(NextToken):
         dated = writes_date(template_of(tokenizer, "task.messages: no chat template."))
         return [f"the chat template writes a date: task.date = {section.date}, not today's."] if dated else []
 
+    def check_base(self, section: CausalLMConfig, base: Base, source: str) -> None:
+        """It needs a decoder, or for prompts and responses an encoder-decoder."""
+        super().check_base(section, base, source)
+        if isinstance(base, EncoderDecoder) and section.prompt is None:
+            raise InputError(f"task.prompt: {source} is an encoder-decoder, and learns responses to prompts alone.")
+
     def prompts(self, section: CausalLMConfig, rows: Rows, tokenizer: Any) -> Prompts:
         """The prompt, for the response; the text, for how it goes on; a chat without the assistant's last turn, for that turn."""
         if section.messages is None:
@@ -100,6 +108,20 @@ class CausalLM(NextToken):
             answer, before = with_end(response, text, tokenizer), with_start(prompt, start)
             made.append(next_token([*before, *answer], [False] * len(before) + [True] * len(answer), section.max_length))
         return Encoded(made)
+
+    def encode_pairs(self, section: CausalLMConfig, rows: Rows, tokenizer: Any, *, shift: Shift) -> Encoded:
+        """The prompt is read, and each token of the response is a target."""
+        length = section.max_length
+        read = encoder_texts(tokenizer, rows.columns[str(section.prompt)], length)
+        told = target_ids(tokenizer, rows.columns[str(section.response)])
+        made = [source_target(ids, target, shift, length, cut=cut) for (ids, cut), target in zip(read, told, strict=True)]
+        return Encoded(made)
+
+    def source_prompts(self, section: CausalLMConfig, rows: Rows, tokenizer: Any) -> Prompts:
+        """The prompt, for the response."""
+        asked, answers = (rows.columns[str(name)] for name in (section.prompt, section.response))
+        tokens = [np.array(ids, np.int32) for ids, _ in encoder_texts(tokenizer, asked, section.max_length)]
+        return Prompts(tokens, list(asked), [(answer,) for answer in answers], NEW_TOKENS)
 
 
 TASKS.register("causal_lm", CausalLM())

@@ -20,6 +20,7 @@ from ..config.schema import SOURCE, TaskConfig
 from ..data.batching import Example
 from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
 from ..errors import InputError
+from ..models.encoder_decoder import EncoderDecoder
 from ..models.heads import HiddenStates, TaskModel
 from .base import Base, Columns, Encoded, Rows, Shared, Task, TaskMetrics
 from .objectives import OBJECTIVES, summed_squared_error
@@ -94,6 +95,8 @@ TASKS.register("distillation", Distillation())
 
 
 def _check_teacher(teacher: Base, student: Base, source: str) -> None:
+    if isinstance(teacher, EncoderDecoder):
+        raise InputError(f"task.teacher: {source} is an encoder-decoder, which has no hidden states of a text alone.")
     for what, of in (
         ("a vocabulary of {} tokens", lambda m: m.config.vocab),
         ("hidden states of {} numbers", lambda m: m.config.block.width),

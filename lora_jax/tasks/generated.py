@@ -5,7 +5,7 @@ all of them. Where a source has only some of the columns (one summary a row to t
 those that it has. A text is cut so that template and text leave `max_new_tokens` of `max_length` tokens free: the prompts that are
 decoded are those that were learned.
 
-How an encoder-decoder is given a text differs in the template alone: that of T5 is a prefix.
+An encoder-decoder reads the text by itself, unless the config names a template (T5's prefix, `summarize: {text}`), and writes the target.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pydantic import Field, field_validator, model_validator
 from ..config.types import NonNegativeFloat, PositiveInt, Steps
 from ..data.batching import Example
 from ..data.files import as_text
+from ..data.pairs import Shift, source_target, target_ids
 from ..data.prompts import Prompts, shortened
-from ..data.tokens import encode_chat, plain_ids, prompt_ids, start_ids, template_of, with_start, writes_date
+from ..data.tokens import encode_chat, encoder_texts, plain_ids, prompt_ids, start_ids, template_of, with_start, writes_date
 from ..errors import InputError, hint
 from .base import Columns, Encoded, Rows, TaskMetrics
 from .evaluators import EVALUATORS
@@ -161,8 +162,35 @@ class Generated(NextToken):
         prompt, texts = self._prompt(section, tokenizer), rows.columns[column]
         kept, _ = shortened(texts, tokenizer, prompt.room)
         tokens = [np.array(ids, np.int32) for ids in prompt.ids(kept, rows.numbers.tolist())]
-        chosen = {"temperature": section.temperature, "top_p": section.top_p, "seed": section.split_seed}
-        return Prompts(tokens, list(texts), list(rows.columns[targets[0]]), section.max_new_tokens, **chosen)
+        return Prompts(tokens, list(texts), list(rows.columns[targets[0]]), section.max_new_tokens, **_chosen(section))
+
+    def encode_pairs(self, section: GeneratedConfig, rows: Rows, tokenizer: Any, *, shift: Shift) -> Encoded:
+        """An example for each reference, which the decoder is to write."""
+        column, targets = self._columns(section)
+        read = self._sources(section, rows.columns[column], tokenizer)
+        pairs = [(i, reference) for i, references in enumerate(rows.columns[targets[0]]) for reference in references]
+        told = target_ids(tokenizer, [reference for _, reference in pairs])
+        found = ((*read[i], target) for (i, _), target in zip(pairs, told, strict=True))
+        return Encoded([source_target(ids, target, shift, section.max_length, cut=cut) for ids, cut, target in found])
+
+    def source_prompts(self, section: GeneratedConfig, rows: Rows, tokenizer: Any) -> Prompts:
+        """Each row's text."""
+        column, targets = self._columns(section)
+        texts = rows.columns[column]
+        tokens = [np.array(ids, np.int32) for ids, _ in self._sources(section, texts, tokenizer)]
+        return Prompts(tokens, list(texts), list(rows.columns[targets[0]]), section.max_new_tokens, **_chosen(section))
+
+    def _sources(self, section: GeneratedConfig, texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], bool]]:
+        """What an encoder-decoder reads of each text, and whether that was cut."""
+        if section.chat:
+            raise InputError("task.chat: an encoder-decoder has no chats.")
+        template = self.filled(section, section.template or "{text}")
+        around = len(encoder_texts(tokenizer, [template.replace("{text}", "")], 2**31 - 1)[0][0])
+        if around >= section.max_length:
+            raise InputError(f"task.max_length: {section.max_length} leaves no room for text beside the template's {around} tokens.")
+        kept, cut = shortened(texts, tokenizer, section.max_length - around)
+        encoded = encoder_texts(tokenizer, [template.replace("{text}", text) for text in kept], section.max_length)
+        return [(ids, short or own) for (ids, short), own in zip(encoded, cut, strict=True)]
 
     def scored(self, section: GeneratedConfig, text: str, references: Sequence[str]) -> float:
         """By the first metric, of this row alone."""
@@ -175,6 +203,11 @@ class Generated(NextToken):
 
 
 _NO_TEMPLATE = "task.chat: this model's tokenizer has no chat template."
+
+
+def _chosen(section: GeneratedConfig) -> dict[str, Any]:
+    """How tokens are chosen, as `Prompts` has it."""
+    return {"temperature": section.temperature, "top_p": section.top_p, "seed": section.split_seed}
 
 
 def references_of(values: Mapping[str, Any], where: str) -> tuple[str, ...]:

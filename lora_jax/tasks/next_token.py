@@ -15,7 +15,7 @@ from ..data.batching import NO_TARGET, Example
 from ..data.prompts import Prompts
 from ..data.tokens import DATE
 from ..errors import InputError
-from ..models.decoder import Decoder
+from ..models.encoder_decoder import Generative
 from ..models.heads import LanguageModel
 from .base import Base, Prediction, Task, one_or_all
 from .text_metrics import token_f1
@@ -44,13 +44,13 @@ class NextToken(Task):
     next_token = True
 
     def check_base(self, section: Any, base: Base, source: str) -> None:
-        """It needs a decoder."""
-        if not isinstance(base, Decoder):
+        """It needs a decoder, or an encoder-decoder (`encode_pairs`)."""
+        if not isinstance(base, Generative):
             raise InputError(f"task.kind: {self.name} needs a decoder, and {source} is an encoder.")
 
     def model(self, section: Any, base: Base, classes: tuple[str, ...] | None, class_token_ids: np.ndarray | None = None) -> nnx.Module:
-        """The decoder with its own readout."""
-        assert isinstance(base, Decoder)
+        """The base with its own readout."""
+        assert isinstance(base, Generative)
         return LanguageModel(base)
 
     def scored(self, section: Any, text: str, references: Sequence[str]) -> float:

@@ -11,13 +11,14 @@ import numpy as np
 from ..config.schema import TaskConfig
 from ..data.batching import NO_TARGET, Examples
 from ..data.files import as_text
+from ..data.pairs import Shift
 from ..data.sources import HELD_OUT, ROW, TEST, TRAINING, Table, Taken, check_tables, load_rows, sample_rows, split_rows
 from ..errors import InputError
 from ..weights.tokenizer import check_text
 from .base import Columns, Rows, Task, TaskData, task_of
 
 
-def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[str, ...] = ()) -> TaskData:
+def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[str, ...] = (), shift: Shift | None = None) -> TaskData:
     """Loads, splits and tokenises a task's data.
 
     Args:
@@ -25,6 +26,7 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
         tokenizer: a transformers fast tokenizer.
         decoder: whether the base is a decoder.
         known: the classes of a head that was loaded, in order; none of a new one.
+        shift: how an encoder-decoder is given its targets; None where the base is none.
 
     Raises:
         InputError: the source, a column, a label or the tokenizer will not do; the message says which row.
@@ -39,9 +41,13 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
     class_token_ids = task.class_tokens(section, classes, tokenizer, decoder=decoder)
 
     def examples(part: _Part) -> tuple[Examples, Taken]:
-        encoded = task.encode(section, part.rows.take(part.at), tokenizer, decoder=decoder, classes=classes)
-        some = part.at[: task.decoded_rows(section)]
-        prompts = task.prompts(section, part.rows.take(some), tokenizer) if len(some) else None
+        rows, some = part.rows.take(part.at), part.rows.take(part.at[: task.decoded_rows(section)])
+        if shift is not None:
+            encoded = task.encode_pairs(section, rows, tokenizer, shift=shift)
+        else:
+            encoded = task.encode(section, rows, tokenizer, decoder=decoder, classes=classes)
+        asked = task.prompts if shift is None else task.source_prompts
+        prompts = asked(section, some, tokenizer) if len(some) else None
         kept = [e for e in encoded.examples if (e.targets != NO_TARGET).any()]
         if not kept:
             raise InputError(f"{part.key}: no example has anything to predict within task.max_length = {section.max_length} tokens.")

@@ -153,7 +153,7 @@ def train_pack(
         done = step + 1
         if trace is not None:
             trace.after_step(metrics)
-        clock.count(int((batch["segment_ids"] > 0).sum()))
+        clock.count(sum(int((batch[name] > 0).sum()) for name in ("segment_ids", "decoder_segment_ids") if name in batch))
         if done == first + 1:
             jax.block_until_ready(metrics)  # the first step compiles; its time is no measure of the rest
             clock.restart()

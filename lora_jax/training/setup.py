@@ -18,10 +18,11 @@ from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
 from ..adapters.partition import Partition
 from ..config.schema import Config
 from ..data.batching import BatchPlan
+from ..data.pairs import Shift
 from ..errors import InputError
 from ..generation.generate import context_length
-from ..models.decoder import Decoder
 from ..models.encoder import Encoder
+from ..models.encoder_decoder import Base, EncoderDecoder, Generative
 from ..models.heads import Classifier
 from ..models.layers import AXES
 from ..models.load import BaseFiles
@@ -124,7 +125,7 @@ class Setup:
     """
 
     model: nnx.Module
-    base: Encoder | Decoder
+    base: Base
     data: TaskData
     plan: BatchPlan
     steps: int
@@ -208,7 +209,8 @@ class Setup:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Part (`tracking.state.IDENTITY`) -> digest of what members of this setup are trained and evaluated on."""
-        digests = [arrays_digest([e.tokens, e.targets, e.types, e.values]) for e in self.data.parts]
+        fed = [() if e.decoder_tokens is None else (e.decoder_tokens,) for e in self.data.parts]
+        digests = [arrays_digest([e.tokens, e.targets, e.types, e.values, *f]) for e, f in zip(self.data.parts, fed, strict=True)]
         known = {"base": self.fingerprint, "tokenizer": self.tokenizer, **dict(zip(("train", "held_out", "test"), digests, strict=False))}
         known |= {} if self.shared is None else {"shared": fingerprint(self.shared.model)}
         return known | {"code": f"lora-jax {importlib.metadata.version('lora-jax')}"}
@@ -259,7 +261,8 @@ class Preparer:
         # The examples.
         def examples() -> tuple[TaskData, str]:
             tokenizer = load_tokenizer(config.model.source)
-            return prepare(section, tokenizer, decoder=base.is_decoder, known=known), tokenizer_digest(tokenizer)
+            shift = Shift(base.config.start) if isinstance(base, EncoderDecoder) else None
+            return prepare(section, tokenizer, decoder=base.is_decoder, known=known, shift=shift), tokenizer_digest(tokenizer)
 
         data, tokenizer = self._data.get(data_key, examples)
         check_data(base, data, known)
@@ -283,7 +286,7 @@ class Preparer:
         release_freed_memory()
         return Setup(model, base, data, plan, plan.steps, mesh, shared, tokenizer)
 
-    def _load(self, config: Config, mesh: Mesh, head: str | None) -> Encoder | Decoder | Classifier:
+    def _load(self, config: Config, mesh: Mesh, head: str | None) -> Base | Classifier:
         model = config.model
         options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
         files = BaseFiles(model.source, **options, head=head, transforms=model.transforms)
@@ -293,7 +296,7 @@ class Preparer:
         return self._weights or bool(config.model.transforms)  # a transform's shapes may depend on the weights
 
 
-def check_data(base: Encoder | Decoder, data: TaskData, known: Sequence[str] = ()) -> None:
+def check_data(base: Base, data: TaskData, known: Sequence[str] = ()) -> None:
     """Checks that model and data fit together, before anything is compiled.
 
     Args:
@@ -304,22 +307,26 @@ def check_data(base: Encoder | Decoder, data: TaskData, known: Sequence[str] = (
     Raises:
         InputError: an example has more tokens than the model has positions, or a token, token type or class is not one of the model's.
     """
-    most = base.config.longest if isinstance(base, Encoder) else base.config.positions
-    longest = int(max(examples.lengths.max() for examples in data.parts))
+    most = base.config.longest
+    longest = int(max(examples.sizes.max() for examples in data.parts))
     if most is not None and longest > most:
         raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")
     for prompts in (examples.prompts for examples in data.parts if examples.prompts is not None):
         asked, new = max(map(len, prompts.tokens)), prompts.max_new_tokens
-        room = context_length(base) if isinstance(base, Decoder) else None
-        if room is not None and asked + new > room:
+        room = context_length(base) if isinstance(base, Generative) else None
+        together = max(asked, new) if isinstance(base, EncoderDecoder) else asked + new
+        if room is not None and together > room:
             raise InputError(f"task.max_new_tokens: prompts of {asked:,} tokens and {new:,} more exceed the model's context of {room:,}.")
     own = () if data.class_token_ids is None else (int(data.class_token_ids.max()),)
     token = max(*own, *(int(tokens.max()) for examples in data.parts for tokens in examples.tokens))
-    if token >= base.config.vocab:
-        raise InputError(
-            f"model.source: the tokenizer gives the token {token}, but the model's embedding has only {base.config.vocab} rows. Is this "
-            "the tokenizer of another model, or were tokens added to it?"
-        )
+    fed = max((int(tokens.max()) for examples in data.parts for tokens in examples.decoder_tokens or ()), default=0)
+    source_vocab = (base.config.source_vocab if isinstance(base, EncoderDecoder) else None) or base.config.vocab
+    for given, rows in ((token, source_vocab), (fed, base.config.vocab)):
+        if given >= rows:
+            raise InputError(
+                f"model.source: the tokenizer gives the token {given}, but the model's embedding has only {rows} rows. Is this the "
+                "tokenizer of another model, or were tokens added to it?"
+            )
     types = base.config.token_types if isinstance(base, Encoder) else 0
     kind = max((int(t.max()) for examples in data.parts for t in examples.types or ()), default=0)
     if types and kind >= types:

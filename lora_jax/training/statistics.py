@@ -30,6 +30,7 @@ from ..adapters.methods.base import AdaptedSite, Method
 from ..adapters.parameters import Parameter, Statistics, shared_name
 from ..adapters.partition import Arrays, partition
 from ..adapters.sites import Site
+from ..models.encoder_decoder import EncoderDecoder, sees_targets
 from ..models.heads import TaskModel
 from ..models.layers import Rows
 from ..parallel.constraints import targets_by_rows
@@ -46,10 +47,12 @@ class Watch(Method):
     """A method that changes nothing, and whose arrays have the statistics as their gradients.
 
     Attributes:
-        wants: `moment`, `gradient` or both.
+        watched: `moment`, `gradient` or both.
+        crossed: whether there is a decoder that is given tokens of its own.
     """
 
     watched: frozenset[str]
+    crossed: bool = False
 
     name, kinds = "watch", ("linear",)
 
@@ -59,12 +62,14 @@ class Watch(Method):
             "gradient": Parameter((site.inputs, site.outputs), axes=("in", "out")),
         }
         # Of each position of the batch, and of each target, whether it is none of padding; of any shape.
-        masks = {name: Parameter((1,), trained=False, scope="adapter") for name in ("real", "targets")}
+        names = ("real", "targets", *(("decoder_real",) if self.crossed else ()))
+        masks = {name: Parameter((1,), trained=False, scope="adapter") for name in names}
         return {name: p for name, p in found.items() if name in self.watched} | {"count": Parameter(())} | masks
 
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         (x,), y = inputs, module.base(*inputs)
-        real = (module.real if rows is None else module.targets)[...].reshape(-1)
+        own = module.decoder_real if self.crossed and sees_targets(module.site.path) else module.real
+        real = (own if rows is None else module.targets)[...].reshape(-1)
         if math.prod(x.shape[:-1]) != real.size:
             real = jnp.zeros(math.prod(x.shape[:-1]))
         arrays = {name: getattr(module, name)[...] for name in ("count", *sorted(self.watched))}
@@ -118,7 +123,7 @@ def gather(
         seed: of a new head.
         mesh: of the base.
     """
-    watch = Watch(wants)
+    watch = Watch(wants, any(isinstance(m, EncoderDecoder) for _, m in nnx.iter_modules(model)))
     own = tuple(dataclasses.replace(s, extent=(1,)) for s in sites if s.site.kind in watch.kinds)
     adapted = inject_layout(model, Layout(own, False, watch, "none", ()))
     draw_head(adapted, seed)
@@ -130,8 +135,9 @@ def gather(
         zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in part.trainable.items() if name in part.parameters}
 
         def loss_of(arrays: Arrays, micro: Batch) -> jax.Array:
-            real, targets = ((micro[name] > 0).astype(jnp.float32) for name in ("segment_ids", "target_weights"))
-            settings = part.settings | {shared_name("real"): real, shared_name("targets"): targets}
+            masks = {"real": "segment_ids", "targets": "target_weights", "decoder_real": "decoder_segment_ids"}
+            real = {shared_name(n): (micro[of] > 0).astype(jnp.float32) for n, of in masks.items() if of in micro}
+            settings = part.settings | real
             grown = cast(TaskModel, part.merge(rest | arrays, settings, frozen, training=False))
             return objective(grown, grown.features(micro), micro)[0] / total
 

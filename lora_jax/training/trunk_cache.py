@@ -23,6 +23,7 @@ import numpy as np
 import lora_jax.models
 
 from ..config.schema import TrainingConfig
+from ..models.stack import stacks_of
 from ..parallel.constraints import place_batch
 from ..parallel.mesh import to_host
 from .setup import Setup
@@ -144,7 +145,7 @@ def _key(trunk: Trunk, setup: Setup, stores: Sequence[TrunkStore], batch: dict[s
     facts = {
         "base": [setup.fingerprint, type(setup.base).__name__, repr(setup.base.config)],
         "depth": trunk.depth,
-        "scanned": setup.base.layers.scan,
+        "scanned": [stack.scan for stack in stacks_of(setup.base)],
         "examples": tokens.hexdigest(),
         "batch": [batch["tokens"].shape, str(stores[0].dtype)],
         "mesh": list(setup.mesh.shape.items()),

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.data.batching import DATA_ORDER, balance, epoch_order
+from lora_jax.data.batching import DATA_ORDER
+from lora_jax.data.order import balance, epoch_order
 
 
 @settings(deadline=None)

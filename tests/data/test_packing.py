@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.data.batching import best_fit, rows_needed
+from lora_jax.data.order import best_fit, rows_needed
 
 
 def plainly(lengths: list[int], length: int) -> int:

@@ -13,7 +13,7 @@ from flax import nnx
 import lora_jax
 from lora_jax.adapters.bank import AdapterBank
 from lora_jax.generation.decoding import Decoding, DecodingParams
-from lora_jax.generation.generate import Generator, left_padded
+from lora_jax.generation.generate import Generator, padded
 from lora_jax.generation.sampling import Sampling, choose, row_seeds
 from lora_jax.models.layers import LayerType
 from lora_jax.models.positions import Rotary
@@ -179,7 +179,7 @@ def test_dynamic_keeps_what_is_in_the_cache(passes):
 
 
 def test_a_pass_writes_into_the_old_cache(generator):
-    decoding, (tokens, mask) = generator.decoding, left_padded(_prompts(CONTEXT, 4), 0)
+    decoding, (tokens, mask) = generator.decoding, padded(_prompts(CONTEXT, 4), 0, right=False)
     params = DecodingParams(GREEDY.params(tiny.VOCAB), row_seeds(0, 2), jnp.full(8, -1, jnp.int32), jnp.int32(0))
     decoded = decoding.start(tokens, mask, params, "greedy", 16, 32)
     arguments = decoding.prefill_arrays.own, decoding.prefill_arrays.shared, decoded, tokens, mask, params, "greedy", CONTEXT + 1, 32

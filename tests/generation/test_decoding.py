@@ -17,7 +17,7 @@ from lora_jax.adapters.bank import AdapterBank
 from lora_jax.errors import InputError
 from lora_jax.generation import decoding
 from lora_jax.generation.decoding import LENGTHS, DecodingParams, padded_length
-from lora_jax.generation.generate import Generator, context_length, left_padded
+from lora_jax.generation.generate import Generator, context_length, padded
 from lora_jax.generation.generate import _check as check
 from lora_jax.generation.sampling import Sampling, row_seeds
 from lora_jax.models.heads import Classifier
@@ -162,7 +162,7 @@ def test_a_step_copies_neither_weights_nor_cache():
     """The whole loop of decoding has less scratch than one layer's weights, and gives the cache back in the arrays it came in."""
     big = tiny.decoder(4, width=128, vocab=512)
     big_decoding = Generator(big).decoding
-    tokens, mask = left_padded(_prompts(5, 2), 0)
+    tokens, mask = padded(_prompts(5, 2), 0, right=False)
     params = DecodingParams(Sampling().params(512), row_seeds(0, 2), jnp.full(8, -1, jnp.int32), jnp.int32(0))
     decoded = big_decoding.start(tokens, mask, params, "greedy", 16, 4096)
     arranged = big_decoding.decode_arrays

@@ -16,7 +16,7 @@ from tests.interop.zoo import ZOO, Zoo
 
 pytestmark = pytest.mark.interop
 
-WHOLE = [name for name, entry in ZOO.items() if entry.head in ("AutoModel", "AutoModelForCausalLM")]
+WHOLE = [name for name, entry in ZOO.items() if entry.head in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")]
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -39,6 +39,13 @@ def _encoder(family: str, *, head: str = "AutoModel", **options: Any) -> Entry:
     return Entry(family, {**_COMMON, **_SHAPE, "max_position_embeddings": 64, **options}, head)
 
 
+def _seq2seq(family: str, **options: Any) -> Entry:
+    halves = {f"{half}_{key}": n for half in ("encoder", "decoder") for key, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}
+    t5 = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    shape = {"d_model": 32, **(t5 if family in ("t5", "mt5") else {**halves, "max_position_embeddings": 64})}
+    return Entry(family, {**_COMMON, **shape, **options}, "AutoModelForSeq2SeqLM")
+
+
 def _rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
 
@@ -241,6 +248,32 @@ ZOO: dict[str, Entry] = {
     "deberta-c2p": _encoder("deberta-v2", relative_attention=True, pos_att_type=["c2p"], max_relative_positions=5),
     "deberta-p2c": _encoder("deberta-v2", relative_attention=True, pos_att_type=["p2c"], share_att_key=True, hidden_act="relu"),
     "deberta-absolute": _encoder("deberta-v2", pos_att_type=["c2p"], type_vocab_size=3),
+    # Encoder-decoders. T5: tied and scaled; 1.1, gated, with a projection of its own, stacks of unequal depth, few buckets.
+    "t5": _seq2seq("t5"),
+    "t5-gated": _seq2seq(
+        "t5",
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        num_layers=3,
+        num_decoder_layers=2,
+        d_kv=12,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        layer_norm_epsilon=1e-4,
+    ),
+    "mt5": _seq2seq("mt5", feed_forward_proj="gated-silu", num_layers=3, num_decoder_layers=1),
+    "bart": _seq2seq("bart", pad_token_id=1, bos_token_id=0, decoder_layers=3, encoder_ffn_dim=40),
+    "bart-scaled": _seq2seq("bart", scale_embedding=True, activation_function="gelu_new", forced_bos_token_id=5, decoder_attention_heads=2),
+    "mbart": _seq2seq("mbart", decoder_start_token_id=7, activation_function="relu"),
+    "mbart-scaled": _seq2seq("mbart", decoder_start_token_id=2, forced_bos_token_id=9, scale_embedding=True, encoder_layers=3),
+    "marian": _seq2seq("marian", decoder_start_token_id=0, forced_eos_token_id=2, scale_embedding=True, activation_function="swish"),
+    "marian-two-vocabularies": _seq2seq(
+        "marian", decoder_start_token_id=0, forced_eos_token_id=2, share_encoder_decoder_embeddings=False, decoder_vocab_size=96
+    ),
+    "pegasus": _seq2seq("pegasus", decoder_start_token_id=0, forced_eos_token_id=2),
+    "pegasus-relu": _seq2seq(
+        "pegasus", decoder_start_token_id=0, activation_function="relu", forced_eos_token_id=None, decoder_layers=1, scale_embedding=True
+    ),
     # The same with heads.
     "bert-classes": _encoder("bert", head="AutoModelForSequenceClassification", num_labels=3),
     "bert-tags": _encoder("bert", head="AutoModelForTokenClassification", num_labels=5),
@@ -304,13 +337,21 @@ class Zoo:
         model = getattr(transformers, entry.head).from_config(config, attn_implementation="eager", dtype=torch.float32)
         with torch.no_grad():
             for path, parameter in model.named_parameters():
+                if not parameter.requires_grad:  # sines and cosines
+                    continue
                 parameter.normal_()
                 if "norm" in path.lower() or path.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
                     parameter.mul_(0.2).add_(0.0 if path.endswith("bias") else 1.0)
                 elif parameter.ndim == 1:
                     parameter.mul_(0.3)
-                elif "embed" not in path.lower():  # Conv1D's are square or (in, out): near enough
+                elif not any(word in path.lower() for word in ("embed", "shared")):  # Conv1D's are square or (in, out): near enough
                     parameter.mul_(parameter.shape[-1] ** -0.5)
+            for path, buffer in model.named_buffers():
+                if path == "final_logits_bias":
+                    buffer.normal_().mul_(0.3)
+            if entry.options.get("tie_word_embeddings") is False and hasattr(model, "shared"):
+                # transformers ties a T5's projection unless its file holds another.
+                model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
         model.save_pretrained(folder)
         return folder
 

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field
 
 from ...config.schema import AdapterConfig
 from ...errors import InputError
-from ...models.decoder import Decoder
+from ...models.encoder_decoder import Generative
 from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
@@ -89,7 +89,7 @@ class TrainableTokens(Method):
 
     def prepare(self, model: nnx.Module) -> None:
         for _, module in nnx.iter_modules(model):
-            if isinstance(module, Decoder) and module.config.tied and isinstance(module.embed, AdaptedSite):
+            if isinstance(module, Generative) and module.config.tied and isinstance(module.embed, AdaptedSite):
                 raise InputError(
                     f"adapter.method: '{self.name}' replaces rows of the embedding alone, and the model's vocabulary projection has the "
                     "same weights: such models are not supported (modules_to_save trains the whole embedding)."

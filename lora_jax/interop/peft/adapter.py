@@ -17,7 +17,7 @@ from ...adapters.methods.base import AdaptedSite, Method
 from ...adapters.sites import Site
 from ...config.doors import METHODS
 from ...errors import InputError
-from ...models.decoder import Decoder
+from ...models.encoder_decoder import Generative
 from ..export import kind_of
 from .config import form_of
 from .names import Module, Parameter, PeftNames, Renaming
@@ -66,7 +66,7 @@ class Adapter:
         names: PEFT's names.
         sites: the modules with adapters.
         trained: label -> weights of the base.
-        decoder: in the model, if there is one.
+        decoder: what predicts tokens in the model, if there is anything.
     """
 
     def __init__(self, model: nnx.Module):
@@ -96,7 +96,7 @@ class Adapter:
         for parameter in self.names.parameters.values():
             label = parameter.variable.get_metadata().get(LABEL, "frozen")
             self.trained.setdefault(label, []).append(parameter)
-        self.decoder = next((m for _, m in nnx.iter_modules(base) if isinstance(m, Decoder)), None)
+        self.decoder = next((m for _, m in nnx.iter_modules(base) if isinstance(m, Generative)), None)
 
     def whole(self, ranks: Mapping[Site, int]) -> dict[str, np.ndarray]:
         """The method's arrays of scope `adapter`, without padding.
@@ -137,6 +137,8 @@ def _adapted_modules(model: nnx.Module, names: PeftNames) -> list[AdaptedModule]
     by_place = {(m.site.name, m.layer): m for m in names.modules.values()}
     found = []
     for name, held in site_modules(model).items():
+        if (name, 0) not in by_place:
+            raise InputError(f"{name}: PEFT adapts no embedding that the stacks of an encoder-decoder share.")
         first = len(by_place[name, 0].site.names) - len(held.ranks)
         settings = {n: np.atleast_1d(np.asarray(getattr(held, n)[...])) for n in held.method.setting_names}
         for i, rank in enumerate(held.ranks):

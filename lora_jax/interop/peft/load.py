@@ -25,7 +25,7 @@ from ...adapters.methods.peft_form import PeftForm
 from ...adapters.sites import Site, logical_name
 from ...config.schema import AdapterConfig
 from ...errors import InputError, hint, nearest
-from ...models.decoder import Decoder
+from ...models.encoder_decoder import Generative
 from ...weights.checkpoint import Checkpoint
 from ...weights.safetensors import SafetensorsCheckpoint, read_digests
 from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, adapter_folder, check_digests, read_peft_config
@@ -171,7 +171,7 @@ def _names(base: nnx.Module, config: PeftConfig, file: Checkpoint) -> PeftNames:
     """PEFT's names of a base. A vocabulary projection that shares the embedding's weights gets its own where the adapter parts them."""
     stems = [m for key in file.names() if (m := module_of_key(key, config.form.prefix)) is not None]
     names = PeftNames(base, stems)
-    decoder = next((m for _, m in nnx.iter_modules(base) if isinstance(m, Decoder)), None)
+    decoder = next((m for _, m in nnx.iter_modules(base) if isinstance(m, Generative)), None)
     if decoder is None or not decoder.config.tied:
         return names
     embed = next(p.name for p in names.parameters.values() if p.variable is decoder.embed.embedding)

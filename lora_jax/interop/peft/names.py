@@ -18,8 +18,8 @@ from flax import nnx
 from ...adapters.methods.peft_form import PeftForm
 from ...adapters.parameters import is_base
 from ...adapters.sites import HEADS, Path, Site, find_sites, logical_name, names_of
-from ...models.decoder import Decoder
 from ...models.encoder import Encoder
+from ...models.encoder_decoder import Base
 from ...models.families import find_family
 from ...models.families.base import Weight, oriented
 from ...models.heads import Classifier
@@ -29,6 +29,10 @@ from ..export import head_of
 ROOT = "base_model.model."  # what PEFT puts before every name
 SHARED = "base_model."  # what stands before a tensor that belongs to no module
 PROJECTION = "lm_head"  # what transformers' modules call a decoder's projection to its vocabulary; GPT-NeoX's files say `embed_out`
+
+# The embedding that an encoder-decoder's two stacks have in common. In transformers each has a module of its own with this one's weight,
+# and no module of PEFT's in this one's place is ever called.
+SHARED_TABLE = "shared"
 
 # The parameters of a mixture's module, in its order.
 _EXPERTS = ("gate_up_proj", "down_proj")
@@ -167,6 +171,8 @@ class PeftNames:
         self.renaming = renaming or _renaming(model, list(own), list(found))
         self.modules: dict[str, Module] = {}
         for name, (site, layer) in own.items():
+            if site.kind == "embedding" and name.rpartition(".")[2] == SHARED_TABLE:
+                continue
             full = self._root(name, site.path)
             module = Module(full, site, layer, site.kind == "linear" and not self._weight((*site.path, "kernel")).transpose)
             if module.parameter and site.kind == "linear":
@@ -200,7 +206,7 @@ class PeftNames:
         return self.renaming(name) if self._base_of(path) is not None else name
 
     def _base_of(self, path: Path) -> Path | None:
-        return next((path[:i] for i in range(len(path)) if isinstance(self._modules.get(path[:i]), Encoder | Decoder)), None)
+        return next((path[:i] for i in range(len(path)) if isinstance(self._modules.get(path[:i]), Base)), None)
 
     def _table(self, path: Path) -> dict[str, Weight]:
         """The family's table for the base or the head at a path; empty where the base was not loaded from a checkpoint."""
@@ -227,7 +233,7 @@ class PeftNames:
     def _weight(self, path: Path) -> Weight:
         """The family's table, or else our own name with PyTorch's words for the parameter."""
         for cut in (path[:i] for i in range(len(path))):
-            if isinstance(self._modules.get(cut), Encoder | Decoder | Classifier):
+            if isinstance(self._modules.get(cut), Base | Classifier):
                 weight = self._table(cut).get(logical_name(path[len(cut) :]))
                 if weight is not None:
                     return weight

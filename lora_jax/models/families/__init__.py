@@ -37,9 +37,12 @@ def gguf_architectures() -> dict[str, GGUFArchitecture]:
 
 
 # Keys of configs by what their values must be, so that no value is taken for another or leads to arrays that no file can fill.
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _AXES = ("hidden_size", "vocab_size", "num_attention_heads", "n_embd", "n_head", "dim", "n_heads", "num_labels")
+_AXES += ("d_model", "d_kv", "d_ff", "num_heads", "decoder_vocab_size", "encoder_ffn_dim", "decoder_ffn_dim")
+_AXES += ("encoder_attention_heads", "decoder_attention_heads", "relative_attention_num_buckets")
 _FLAGS = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias", "tie_word_embeddings", "use_parallel_residual")
+_FLAGS += ("scale_embedding", "share_encoder_decoder_embeddings", "scale_decoder_outputs")
 _FLAGS += ("scale_attn_weights", "use_sliding_window", "norm_topk_prob", "relative_attention", "share_att_key", "position_biased_input")
 _POSITIVE = ("rope_theta", "rope_local_base_freq", "global_rope_theta", "local_rope_theta", "rotary_emb_base", "factor", "logits_scaling")
 _POSITIVE += ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "short_factor", "long_factor")
@@ -48,7 +51,16 @@ _NUMBERS = ("attention_multiplier", "residual_multiplier", "embedding_multiplier
 _NEVER_NULL = ("logits_scaling", *_NUMBERS[:3])
 _LISTS = ("layer_types", "no_rope_layers", "short_factor", "long_factor", "mlp_only_layers")
 _OBJECTS = ("rope_scaling", "rope_parameters", "id2label")
-_NAMES = ("rope_type", "type", "hidden_act", "hidden_activation", "activation", "activation_function", "classifier_pooling")
+_NAMES = (
+    "rope_type",
+    "type",
+    "hidden_act",
+    "hidden_activation",
+    "activation",
+    "activation_function",
+    "classifier_pooling",
+    "feed_forward_proj",
+)
 _FRACTIONS = ("partial_rotary_factor", "rotary_pct")
 _EPSILONS = ("_eps", "_epsilon")
 _LARGEST = 3e38  # of float32

@@ -31,6 +31,7 @@ class Weight:
         called: what transformers' module calls the parameter, where its files say otherwise. A file may use this name as well; it then
             holds one tensor of what `{e}` and `joined` take apart.
         first: the first layer that has it. Ours below hold ones: a norm that is not used there (`BlockConfig.first_norm`).
+        others: names that a file may have it under in place of `name`: of several that are one tensor, files keep any.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Weight:
     joined: tuple[str, ...] = ()
     called: str = ""
     first: int = 0
+    others: tuple[str, ...] = ()
 
     @property
     def parameter(self) -> str:
@@ -70,13 +72,16 @@ class Weight:
 
     def found(self, names: Collection[str]) -> Weight:
         """The same under the name by which a file of these tensors has it."""
-        other = dataclasses.replace(self, name=self.called, joined=())
-        return other if self.called and self.called.replace("{i}", "0") in names else self
+        if self.called and self.called.replace("{i}", "0") in names:
+            return dataclasses.replace(self, name=self.called, joined=())
+        other = next((name for name in self.others if name in names), None) if self.name not in names else None
+        return self if other is None else dataclasses.replace(self, name=other)
 
     def under(self, rename: Callable[[str], str]) -> Weight:
         """The same with its names as `rename` makes them."""
         called = rename(self.called) if self.called else ""
-        return dataclasses.replace(self, name=rename(self.name), joined=tuple(map(rename, self.joined)), called=called)
+        joined, others = (tuple(map(rename, found)) for found in (self.joined, self.others))
+        return dataclasses.replace(self, name=rename(self.name), joined=joined, called=called, others=others)
 
     def oriented(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         """What is said of each axis (sizes, slices) in the file's layout in ours, or the other way round."""
@@ -148,11 +153,12 @@ class Family:
     """How the configs and checkpoints of one Hugging Face `model_type` translate; registered under it in `FAMILIES`.
 
     Attributes:
-        kind: `encoder` or `decoder`.
-        config: Hugging Face config and dtype -> `EncoderConfig` or `DecoderConfig`.
+        kind: `encoder`, `decoder` or `encoder_decoder`.
+        config: Hugging Face config and dtype -> `EncoderConfig`, `DecoderConfig` or `EncoderDecoderConfig`.
         weights: our config -> {parameter path: Weight}. In a path `layers.` stands for the stack.
         architecture: what the names of transformers' classes begin with (`XLMRoberta` of `XLMRobertaForTokenClassification`).
-        language_model: transformers' class with a projection to the vocabulary, where it is not `{architecture}ForCausalLM`.
+        language_model: transformers' class with a projection to the vocabulary, where it is not `{architecture}ForCausalLM`, or of an
+            encoder-decoder `{architecture}ForConditionalGeneration`.
         prefixes: what may stand before the names in a checkpoint (`bert.` where it was saved with a head).
         root: what all names but those of output heads start with, unless a checkpoint was saved without any head (`model.`).
         heads: Hugging Face config -> {kind of head: Head}.
@@ -179,7 +185,7 @@ class Family:
             return self.architecture + HEAD_CLASSES[head]
         if self.kind == "encoder":
             return self.architecture + "Model"
-        return self.language_model or self.architecture + "ForCausalLM"
+        return self.language_model or self.architecture + ("ForCausalLM" if self.kind == "decoder" else "ForConditionalGeneration")
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:

@@ -11,10 +11,7 @@ from jax.sharding import Mesh
 
 from ...config.doors import TRANSFORMS
 from ...config.schema import TransformConfig
-from ..decoder import Decoder
-from ..encoder import Encoder
-
-Base = Encoder | Decoder
+from ..encoder_decoder import Base
 
 
 @dataclasses.dataclass(frozen=True)
