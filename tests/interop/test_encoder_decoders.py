@@ -143,7 +143,7 @@ def check_beams(zoo: Zoo, name: str, rows: list[list[int]], options: dict, *, cr
         expected = reference.generate(torch.tensor(tokens), **given, **asked)[:, 1 if crossed else length :].tolist()
     expected = [row[: row.index(end) + 1] if end in row else row[:16] for row in expected]
     assert [o.tokens for o in lora_jax.generate(model, rows, stop=[end], **asked)] == expected
-    assert len({len(row) for row in expected}) > 1 or options
+    assert len({len(row) for row in expected}) > 1 or name != "bart" or options  # some end before they have to
 
 
 def cases(names: list[str], quick: dict[str, int]) -> list[Any]:
