@@ -45,8 +45,8 @@ def forced_tokens(model: Generative, limit: int, start: int | None = None, first
             "decoder_start_token_id: the checkpoint doesn't say what targets begin with; give the code of the target language."
         )
     last = next((i for ids in _said(model, "forced_eos_token_id") for i in _ids(ids)), None)
-    start, first, last = (jnp.int32(-1 if token is None else token) for token in (*given.values(), last))
-    return Forced(start, first, last, jnp.int32(limit))
+    begin, language, end = (jnp.int32(-1 if token is None else token) for token in (*given.values(), last))
+    return Forced(begin, language, end, jnp.int32(limit))
 
 
 def _said(model: Generative, key: str) -> list[Any]:

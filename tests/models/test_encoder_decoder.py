@@ -18,7 +18,7 @@ from lora_jax.models.stack import cut_of
 from tests import tiny, tiny_pairs
 
 # One of them among the ordinary tests.
-FAMILIES = ("t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bart", "pegasus")))
+FAMILIES = ("t5", pytest.param("bart", marks=pytest.mark.slow), pytest.param("pegasus", marks=pytest.mark.long))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,7 +72,7 @@ def test_one_token_after_the_other_is_all_at_once(family):
     np.testing.assert_allclose(run(state, *map(jnp.asarray, (sources, mask, targets))), whole, atol=2e-5)
 
 
-@pytest.mark.parametrize("cut", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("cut", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_features_from_the_trunk_are_the_features(cut):
     """The trunk is the encoder's: what is below its lowest cut, or all of it where it is whole."""
     base = tiny_pairs.base("bart")

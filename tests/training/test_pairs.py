@@ -11,6 +11,7 @@ import pytest
 
 from experiments.fuzz import bits_of_run, differing
 from lora_jax import load_tokenizer
+from lora_jax.adapters.layout import resolve, unite
 from lora_jax.config.schema import MeshConfig
 from lora_jax.errors import InputError, Stopped
 from lora_jax.packing.execution import SCAN, VMAP
@@ -20,8 +21,10 @@ from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tasks.base import task_section
+from lora_jax.tasks.objectives import cross_entropy
 from lora_jax.tasks.prepare import prepare
 from lora_jax.training.setup import place_model
+from lora_jax.training.statistics import gather
 from lora_jax.training.trunk import trunk_depth
 from tests import tiny, tiny_pairs
 from tests.tiny_hub import call
@@ -103,6 +106,20 @@ def test_how_much_is_common_follows_from_what_trains():
     ):
         config = tiny.config(adapter__targets=targets, adapter__layers=layers)
         assert trunk_depth(Pack.build(tiny_pairs.model(), [config], STEPS).part, micro) == depth, (layers, targets)
+
+
+@pytest.mark.slow
+def test_statistics_count_what_a_site_is_given():
+    """The encoder's tokens, the decoder's, and at the projections of the source the encoder's again; padding is none."""
+    model, mesh, micro = tiny_pairs.model(), make_mesh(tiny.config().mesh), tiny_pairs.plan().batch(0)
+    layout = unite(model, [resolve(model, tiny.adapter(targets=["q_proj", "cross_attn.k_proj"], layers="last:1"))])
+    found = gather(model, layout.sites, frozenset({"moment"}), [place_batch(mesh, micro, row_axis=1)], cross_entropy, seed=0, mesh=mesh)
+    read, told = (int((micro[name] > 0).sum()) for name in ("segment_ids", "decoder_segment_ids"))
+    assert read != told
+    wanted = {"encoder.layers.attn.q_proj": read, "decoder.layers.attn.q_proj": told, "decoder.layers.cross_attn.k_proj": read}
+    assert {name.removeprefix("base."): seen.tokens for (name, _), seen in found.items()} == wanted | {
+        "decoder.layers.cross_attn.q_proj": told
+    }
 
 
 @pytest.fixture(scope="module")
