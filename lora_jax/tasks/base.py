@@ -87,11 +87,13 @@ class Encoded:
         examples: any number for each row.
         scorer: makes the task's own metrics from the examples that are kept; None where evaluators compute them.
         turns_left_out: turns of an assistant that are in no example.
+        notes: what else became of the rows, for a person to read.
     """
 
     examples: list[Example]
     scorer: Callable[[list[Example]], Scorer] | None = None
     turns_left_out: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +137,20 @@ class TaskMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What is computed once a batch for all members of a pack.
+    """What is computed once for all members of a pack.
 
     Attributes:
         name: of the array in the batch, which the objective reads. It is no name that batches have already.
         model: what it is computed with; its weights lie on the mesh, and nothing of it trains.
         function: (model, micro-batch) -> (targets, ...), pure; compiled.
+        once: computed once an example, before the first step, by the base that is being adapted; else once a batch. The array is then
+            (targets,) float32, and its name begins with `target_`.
     """
 
     name: str
     model: nnx.Module
     function: Callable[[Any, dict[str, jax.Array]], jax.Array]
+    once: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +202,11 @@ class Task(ABC):
         name: as `task.kind` says it.
         section: its config section.
         head: the kind of head its models bear (`models/layers.py`); None where they bear none.
-        objective: the name of its loss (`objectives.py`).
+        objective: the name of its loss (`objectives.py`), where that follows from the task alone.
         targets: how many targets each example has; None where that differs.
         shared_keys: keys of the section that `shared` depends on, and examples do not.
-        next_token: whether a target is the token that follows.
+        loss_keys: keys that neither depends on, but the loss.
+        next_token: whether a target is the token that follows, where that follows from the task alone.
     """
 
     name: str
@@ -209,6 +215,7 @@ class Task(ABC):
     objective: str = "cross_entropy"
     targets: int | None = None
     shared_keys: frozenset[str] = frozenset()
+    loss_keys: frozenset[str] = frozenset()
     next_token: bool = False
 
     @abstractmethod
@@ -323,6 +330,14 @@ class Task(ABC):
         found = zip(prompts.inputs, texts, prompts.references, strict=True)
         return [Prediction(asked, text, one_or_all(right)) for asked, text, right in found]
 
+    def loss(self, section: Any) -> Objective:
+        """The objective; by default the one that `objective` names."""
+        return OBJECTIVES.get(self.objective, "task.kind")
+
+    def predicts_next(self, section: Any) -> bool:
+        """Whether a target is the token that follows."""
+        return self.next_token
+
     def notes(self, section: Any, tokenizer: Any) -> list[str]:
         """What a run says of the tokenizer, or of what it presumes; nothing by default."""
         return []
@@ -355,7 +370,7 @@ class Task(ABC):
         return add_head(base, self.head, len(classes or ()), rngs=nnx.Rngs(0))
 
     def shared(self, section: Any, base: Base, load: Callable[..., Any]) -> Shared | None:
-        """What is computed once a batch for all members; None where nothing is.
+        """What is computed once for all members; None where nothing is.
 
         Args:
             base: the model that the members adapt.
@@ -376,7 +391,7 @@ def task_of(section: TaskConfig) -> Task:
 
 def objective_of(section: TaskConfig) -> Objective:
     """The loss of a config section's task."""
-    return OBJECTIVES.get(task_of(section).objective, "task.kind")
+    return task_of(section).loss(section)
 
 
 def task_section(**values: Any) -> Any:
