@@ -94,8 +94,8 @@ class Examples:
             return None if column is None else [column[i] for i in chosen]
 
         tokens, targets = ([column[i] for i in chosen] for column in (self.tokens, self.targets))
-        others = {name: own(getattr(self, name)) for name in ("types", "values", "decoder_tokens", "parts")}
-        return Examples(tokens, targets, **others)
+        values, fed, parts = own(self.values), own(self.decoder_tokens), own(self.parts)
+        return Examples(tokens, targets, own(self.types), values=values, decoder_tokens=fed, parts=parts)
 
     def texts(self, index: int) -> list[slice]:
         """Where in an example's tokens each of its texts stands."""

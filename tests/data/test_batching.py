@@ -138,7 +138,7 @@ def test_examples_of_several_texts(batching, accumulate):
         assert not micro["target_examples"][~real].any() and not micro["target_roles"][~real].any()
         seen += [number for number, _ in owners.values()] if source is train else []
     assert sorted(seen) == list(range(24))
-    assert train.longest_text < train.lengths.max() and plan.seen().parts is not None
+    assert train.longest_text < train.sizes.max() and plan.seen().parts is not None
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
