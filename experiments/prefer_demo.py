@@ -9,6 +9,11 @@ Before: the base prefers nothing, since all rewards are 0 where the adapter is o
 how often the base itself finds the chosen answer likelier, by the sum of its tokens' log-probabilities and by their mean.
 After: how often the chosen answer has the larger reward, beta (log pi - log pi_ref), as mean over seeds, with a 95 % interval over seeds
 and test pairs.
+
+Expected, on 300 rows of general chat (58 training and 53 test pairs have room in 128 tokens): 68.6 % +- 12.3 after, by seed 71.7, 66.0 and
+67.9 %; before, 50 % by construction, and the base finds the chosen answer likelier in 39.6 % by either measure. Two epochs over 58 pairs are
+learned by heart (training loss 0.11, test loss 0.61): the rate was doubled twice after training losses alone showed that 5e-4 did not move
+in 30 steps, and nothing else was tried. Figures are in results/prefer_demo.json and figures/prefer_demo.png. Time: 16 minutes of one core.
 """
 
 from __future__ import annotations
