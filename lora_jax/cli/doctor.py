@@ -116,7 +116,7 @@ def examples_command(path: Path, overrides: list[str], count: int) -> None:
     for number in range(min(count, len(train.tokens))):
         ids, targets = train.tokens[number], train.targets[number]
         learned = targets != NO_TARGET
-        if task.next_token:
+        if task.predicts_next(config.task):
             learned = np.concatenate([[False], learned[:-1]])
         console.print(f"example {number + 1} of {len(train.tokens):,}: {len(ids)} tokens, {learned.sum()} with loss", style="bold")
         shown = Text()
@@ -124,7 +124,7 @@ def examples_command(path: Path, overrides: list[str], count: int) -> None:
             text = text.replace("\n", "\\n")
             shown.append(text if wanted or console.is_terminal else "{{" + text + "}}", style="" if wanted else "dim")
         console.print(shown)
-        if not task.next_token and data.classes is not None:
+        if not task.predicts_next(config.task) and data.classes is not None:
             places = np.flatnonzero(learned).tolist()
             named = [f"{str(tokenizer.decode([int(ids[p])])).strip()} -> {data.classes[int(targets[p])]}" for p in places]
             console.print("  to predict: " + ", ".join(named), markup=False)

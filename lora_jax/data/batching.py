@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ class Example:
             position, or -1. Where values are to be predicted, any other number marks the positions.
         types: (length,) int32, 1 in the second text of a pair; None where there is one text.
         values: (targets, width) float32, what is to be predicted at each position with a target, in order; None where ids are.
+        parts: (parts, 2) int32, where each text of an example of several begins, and its role among them (0, 1, ...; its task says what
+            each is). None of the texts sees another. None where an example is one text. Examples of several weigh 1 each in the loss,
+            however many targets they have; of others each target does.
         cut: whether the row had more tokens.
         end_cut: whether something was to be predicted of those.
         decoder_tokens: (target length,) int32, what an encoder-decoder's decoder is given; None where there is one sequence.
@@ -43,6 +47,7 @@ class Example:
     targets: np.ndarray
     types: np.ndarray | None = None
     values: np.ndarray | None = None
+    parts: np.ndarray | None = None
     cut: bool = False
     end_cut: bool = False
     decoder_tokens: np.ndarray | None = None
@@ -60,6 +65,7 @@ class Examples:
         values: a (targets, width) float32 array for each; None where ids are predicted.
         prompts: what is decoded when a model is evaluated on these; None where nothing is.
         decoder_tokens: a (target length,) int32 array for each, to which the targets belong; None where no encoder-decoder sees them.
+        parts: a (parts, 2) int32 array for each, as in `Example`; None where each is one text.
     """
 
     tokens: list[np.ndarray]
@@ -69,15 +75,17 @@ class Examples:
     values: list[np.ndarray] | None = None
     prompts: Prompts | None = None
     decoder_tokens: list[np.ndarray] | None = None
+    parts: list[np.ndarray] | None = None
 
     @classmethod
     def of(cls, examples: Sequence[Example], score: Scorer | None = None, prompts: Prompts | None = None) -> Examples:
-        """Those of a list, all with types (or values, or decoder tokens) or all without."""
+        """Those of a list, all with types (or values, decoder tokens, parts) or all without."""
         types = [e.types for e in examples if e.types is not None]
         values = [e.values for e in examples if e.values is not None]
         fed = [e.decoder_tokens for e in examples if e.decoder_tokens is not None]
+        parts = [e.parts for e in examples if e.parts is not None]
         columns = [e.tokens for e in examples], [e.targets for e in examples]
-        return cls(*columns, types or None, score, values or None, prompts, fed or None)
+        return cls(*columns, types or None, score, values or None, prompts, fed or None, parts or None)
 
     def take(self, chosen: Sequence[int]) -> Examples:
         """The examples at these indices, without what scores them all."""
@@ -86,7 +94,20 @@ class Examples:
             return None if column is None else [column[i] for i in chosen]
 
         tokens, targets = ([column[i] for i in chosen] for column in (self.tokens, self.targets))
-        return Examples(tokens, targets, own(self.types), values=own(self.values), decoder_tokens=own(self.decoder_tokens))
+        values, fed, parts = own(self.values), own(self.decoder_tokens), own(self.parts)
+        return Examples(tokens, targets, own(self.types), values=values, decoder_tokens=fed, parts=parts)
+
+    def texts(self, index: int) -> list[slice]:
+        """Where in an example's tokens each of its texts stands."""
+        starts = [0] if self.parts is None else self.parts[index][:, 0].tolist()
+        return [slice(start, stop) for start, stop in itertools.pairwise([*starts, len(self.tokens[index])])]
+
+    @functools.cached_property
+    def longest_text(self) -> int:
+        """Tokens of the longest text: positions count from the start of a text."""
+        if self.parts is None:
+            return int(self.sizes.max())
+        return max(text.stop - text.start for i in range(len(self.tokens)) for text in self.texts(i))
 
     def wanted(self, index: int) -> np.ndarray:
         """What is to be predicted at an example's targets, in order: (targets,) int32 ids, or (targets, width) float32 values."""
@@ -199,6 +220,8 @@ class BatchPlan:
             one target: whose example a token is, `targets` for padding; `token_types` of the same shape where examples are pairs;
             `target_values` (accumulate, targets, width) float32 where values are predicted; for an encoder-decoder `decoder_tokens`,
             `decoder_segment_ids` and `decoder_positions`, (accumulate, rows, decoder_length) int32, into which targets then index.
+            Where examples are several texts, each of which is a segment: `target_examples` and `target_roles`, (accumulate, targets)
+            int32, whose target it is, and of which of its texts; and `example_weights`, (accumulate, examples) float32, 0 for filler.
         """
         epoch, within = divmod(int(step), self.steps_per_epoch)
         groups = self._epoch(epoch)[within * self._accumulate : (within + 1) * self._accumulate]
@@ -302,7 +325,7 @@ class BatchPlan:
         chosen = [int(i) for i in group]
         part = examples.take(chosen)
         row_of = best_fit(part.sizes[None], self._room)[0] if self._packed else np.arange(len(chosen))
-        batch, starts = _laid_out(part.tokens, row_of, (self.rows, self.length))
+        batch, starts = _laid_out(part.tokens, row_of, (self.rows, self.length), part.texts)
         own = np.zeros_like(batch["tokens"]), np.full_like(batch["tokens"], self.targets)  # types, and whose a token is
         for n, (row, start) in enumerate(zip(row_of, starts, strict=True)):
             span = slice(start, start + len(part.tokens[n]))
@@ -326,20 +349,33 @@ class BatchPlan:
         if part.values is not None:
             values = np.concatenate(part.values).astype(np.float32)
             batch["target_values"] = np.pad(values, [(0, filler)] + [(0, 0)] * (values.ndim - 1))
+        if part.parts is not None:
+            owner = np.repeat(np.arange(len(chosen)), [len(w) for w in wanted])
+            roles = [p[np.searchsorted(p[:, 0], w, side="right") - 1, 1] for p, w in zip(part.parts, wanted, strict=True)]
+            batch["target_examples"] = np.pad(owner, (0, filler)).astype(np.int32)
+            batch["target_roles"] = np.pad(np.concatenate(roles), (0, filler)).astype(np.int32)
+            batch["example_weights"] = np.pad(np.ones(len(chosen), np.float32), (0, self._micro - len(chosen)))
         return batch | {"example_ids": own[1]} if self._per_example else batch
 
 
-def _laid_out(texts: Sequence[np.ndarray], row_of: np.ndarray, shape: tuple[int, int]) -> tuple[Batch, list[int]]:
-    """Texts one after the other in their rows: the arrays of `BatchPlan.batch` that say so, and where in its row each starts."""
+def _laid_out(
+    examples: Sequence[np.ndarray], row_of: np.ndarray, shape: tuple[int, int], texts: Callable[[int], list[slice]] | None = None
+) -> tuple[Batch, list[int]]:
+    """Tokens of examples one after the other in their rows: the arrays of `BatchPlan.batch` that say so, and where in its row each starts.
+
+    Args:
+        texts: where in an example's tokens each of its texts stands; by default each is one.
+    """
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     used, inside = np.zeros(shape[0], int), np.zeros(shape[0], int)
     starts = []
-    for text, row in zip(texts, row_of, strict=True):
-        span = slice(used[row], used[row] + len(text))
+    for n, (example, row) in enumerate(zip(examples, row_of, strict=True)):
         starts.append(int(used[row]))
-        inside[row] += 1
-        used[row] += len(text)
-        tokens[row, span], segments[row, span], positions[row, span] = text, inside[row], np.arange(len(text))
+        for text in [slice(0, len(example))] if texts is None else texts(n):
+            inside[row] += 1
+            span = slice(starts[-1] + text.start, starts[-1] + text.stop)
+            tokens[row, span], segments[row, span], positions[row, span] = example[text], inside[row], np.arange(text.stop - text.start)
+        used[row] += len(example)
     return {"tokens": tokens, "segment_ids": segments, "positions": positions}, starts
 
 

@@ -120,7 +120,7 @@ def _content(message: Mapping[str, Any], where: str, number: int) -> str:
     return "".join(texts)
 
 
-def encode_chat(messages: Any, tokenizer: Any, row: int, date: str = DATE) -> Chat:
+def encode_chat(messages: Any, tokenizer: Any, row: int, date: str = DATE, *, key: str = "task.messages", after: int = 0) -> Chat:
     """Tokens of a conversation as the template shows the whole of it, and which of them the assistant wrote.
 
     The template's own marks (`{% generation %}`) say so where it has them. Else a turn is what the template adds to the conversation up
@@ -132,17 +132,21 @@ def encode_chat(messages: Any, tokenizer: Any, row: int, date: str = DATE) -> Ch
         tokenizer: with a chat template.
         row: the row's number in its file, for messages.
         date: what `strftime_now` in a template gives, YYYY-MM-DD: no day but this, so that the tokens are the same on every day.
+        key: the config key of the column, for messages.
+        after: how many messages, from the first, are not asked about: what the assistant says in those counts as written by others.
 
     Raises:
         InputError: no template, one that refuses the row or takes too long, or the row is not a list of messages.
     """
-    template = template_of(tokenizer, "task.messages: this model's tokenizer has no chat template; use 'prompt' and 'response'.")
-    said = messages_of(messages, f"task.messages: row {row}")
-    render = functools.partial(_render, template, tokenizer, date, f"task.messages: the chat template refuses row {row}: ")
-    turns = [i for i, m in enumerate(said) if m["role"] == "assistant"]
+    template = template_of(tokenizer, f"{key}: this model's tokenizer has no chat template; give texts, such as 'prompt' and 'response'.")
+    said = messages_of(messages, f"{key}: row {row}")
+    render = functools.partial(_render, template, tokenizer, date, f"{key}: the chat template refuses row {row}: ")
+    turns = [i for i, m in enumerate(said) if m["role"] == "assistant" and i >= after]
     if has_marks(template):
         whole, spans = render([(said, False)], marks=True)[0]
         spans = [(start, end) for start, end in spans if whole[start:end].strip()]
+        # What a template leaves out, or takes apart, it does of earlier turns.
+        spans = spans if not after else spans[max(0, len(spans) - len(turns)) :]
         left_out = max(0, len(turns) - len(spans))
     else:
         whole, spans = _find_turns(said, turns, tokenizer, render)

@@ -180,6 +180,17 @@ class SequenceClassifier(Classifier):
         return self.readout()(features).argmax(-1).astype(jnp.int32)
 
 
+class RewardModel(SequenceClassifier):
+    """A base with a head that scores a text by one number. Its kind is that of a classifier with one class, as in transformers."""
+
+    def __init__(self, base: Encoder | Decoder, *, rngs: nnx.Rngs):
+        super().__init__(base, 1, rngs=rngs)
+
+    def answers(self, features: Array) -> Array:
+        """(n,) float32: the scores."""
+        return self.readout()(features)[:, 0]
+
+
 class TokenClassifier(Classifier):
     """A base with a head for a class of each token."""
 

@@ -222,8 +222,7 @@ class PackShapes:
             shape = (*batch["tokens"].shape[:row_axis], *entering.shape)
             placed["trunk"] = jax.ShapeDtypeStruct(shape, entering.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
         if (shared := self._setup.shared) is not None:
-            wanted = shared.shape({name: placed[name] for name in batch}, micro=row_axis == 1)
-            placed[shared.name] = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
+            placed[shared.name] = shared.shape({name: placed[name] for name in batch}, micro=row_axis == 1)
         return placed
 
 

@@ -148,12 +148,12 @@ def targets_by_rows(batch: Batch) -> Batch:
     is filler: weight 0, at the group's first position.
 
     Args:
-        batch: one micro-batch. A position has at most one target.
+        batch: one micro-batch. A position has at most one target. Arrays named `target_...` have an entry for each target.
 
     Returns:
-        `target_index`, `target_ids`, `target_weights` (and `target_values`, where there are any) of shape (groups * room, ...), the
-        first `room` of them of the first group, and so on; `example_ids`, where there are any, renumbered to match; and
-        `target_source`, which target each place holds, with their number for filler.
+        `target_index`, `target_ids`, `target_weights` and all others of the targets, of shape (groups * room, ...), the first `room` of
+        them of the first group, and so on; `example_ids`, where there are any, renumbered to match; and `target_source`, which target
+        each place holds, with their number for filler.
     """
     groups = row_groups()
     if groups == 1:
@@ -164,13 +164,8 @@ def targets_by_rows(batch: Batch) -> Batch:
     # (groups, room): which target each place gets; `count`, which is none, for filler.
     source = jax.vmap(lambda g: jnp.nonzero(group == g, size=room, fill_value=count)[0])(jnp.arange(groups)).reshape(-1)
     first = jnp.repeat(jnp.arange(groups, dtype=jnp.int32) * positions, room)
-    moved = {
-        "target_index": jnp.where(source < count, batch["target_index"].at[source].get(mode="fill", fill_value=0), first),
-        "target_ids": batch["target_ids"].at[source].get(mode="fill", fill_value=0),
-        "target_weights": batch["target_weights"].at[source].get(mode="fill", fill_value=0),
-    }
-    if "target_values" in batch:
-        moved["target_values"] = batch["target_values"].at[source].get(mode="fill", fill_value=0)
+    moved = {n: a.at[source].get(mode="fill", fill_value=0) for n, a in batch.items() if n.startswith("target_")}
+    moved["target_index"] = jnp.where(source < count, moved["target_index"], first)
     out = batch | {name: by_rows(a) for name, a in moved.items()} | {"target_source": source}
     if "example_ids" in batch:
         places = jnp.full(count + 1, groups * room, jnp.int32).at[source].set(jnp.arange(groups * room, dtype=jnp.int32))

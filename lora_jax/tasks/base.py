@@ -1,27 +1,31 @@
-"""What a task is (one file each beside this one), and what it says of its data."""
+"""What a task is (one file each beside this one)."""
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from flax import nnx
 from pydantic import Field
 
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig
-from ..data.batching import NO_TARGET, Example, Examples, Scorer
+from ..data.batching import NO_TARGET
 from ..data.pairs import Shift
 from ..data.prompts import Prompts
-from ..data.sources import Taken
 from ..errors import InputError
 from ..models.encoder_decoder import Base
 from ..models.heads import add_head
+from .data import Columns, Encoded, Prediction, Rows, Shared, TaskData, TaskMetrics
 from .objectives import OBJECTIVES, Objective
+
+# What other files take from here, too.
+__all__ = [
+    "Base", "Columns", "Encoded", "HeadTaskConfig", "Prediction", "Rows", "Shared", "Task", "TaskData", "TaskMetrics",
+    "objective_of", "one_or_all", "task_of", "task_section",
+]  # fmt: skip
 
 
 class HeadTaskConfig(TaskConfig):
@@ -32,164 +36,6 @@ class HeadTaskConfig(TaskConfig):
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """The columns a task reads.
-
-    Attributes:
-        names: all of them, in order.
-        targets: those that say what is to be predicted. Rows that are equal in all others are copies of one another, and stay on one
-            side of the split.
-        structured: those whose values may be lists or mappings; the others are read as text.
-        nonempty: those that may not hold an empty text.
-        any_of: those of which a source has at least one, and a row too: what a row lacks is None until `Task.read`.
-        unknown: those that rows to predict for need not have; `targets` by default.
-    """
-
-    names: tuple[str, ...]
-    targets: tuple[str, ...] = ()
-    structured: tuple[str, ...] = ()
-    nonempty: tuple[str, ...] = ()
-    any_of: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "unknown", self.unknown or self.targets)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The columns of a source as lists, checked.
-
-    Attributes:
-        source: where they were read, for messages.
-        columns: name -> a value for each row.
-        numbers: (rows,) int, the number each row has in its file.
-    """
-
-    source: str
-    columns: Mapping[str, list[Any]]
-    numbers: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def take(self, chosen: np.ndarray) -> Rows:
-        """The rows at these indices."""
-        return Rows(self.source, {name: [values[i] for i in chosen] for name, values in self.columns.items()}, self.numbers[chosen])
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """Rows as examples.
-
-    Attributes:
-        examples: any number for each row.
-        scorer: makes the task's own metrics from the examples that are kept; None where evaluators compute them.
-        turns_left_out: turns of an assistant that are in no example.
-    """
-
-    examples: list[Example]
-    scorer: Callable[[list[Example]], Scorer] | None = None
-    turns_left_out: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What a model says of a row, as JSON values.
-
-    Attributes:
-        input: what it was given.
-        output: what it says; None where nothing of the row could be given to it.
-        reference: what is right; None where that is not known.
-        score: of the output, larger is better; None where nothing scores it.
-    """
-
-    input: Any
-    output: Any
-    reference: Any = None
-    score: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskMetrics:
-    """Names of evaluators (`evaluators.py`).
-
-    Attributes:
-        held_out: computed at each evaluation, in this order. `loss` is the mean of the objective.
-        selection: what the best step of a member, and the winners of a rung, are chosen by.
-        reported: what reports compare members by; `selection` by default.
-        training: computed from the loss and the fraction of right predictions of training steps, for the curves.
-        tables: no evaluators, but arrays that the task's scorer gives beside them. They are recorded, and nothing is compared by them.
-    """
-
-    held_out: tuple[str, ...]
-    selection: str
-    reported: str = ""
-    training: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "reported", self.reported or self.selection)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """What is computed once a batch for all members of a pack.
-
-    Attributes:
-        name: of the array in the batch, which the objective reads. It is no name that batches have already.
-        model: what it is computed with; its weights lie on the mesh, and nothing of it trains.
-        function: (model, micro-batch) -> (targets, ...), pure; compiled.
-    """
-
-    name: str
-    model: nnx.Module
-    function: Callable[[Any, dict[str, jax.Array]], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskData:
-    """A task's data.
-
-    Attributes:
-        train, held_out: the examples.
-        test: those that nothing is chosen by; None where the section has no test rows.
-        metrics: what is computed of a member, and what members are compared by.
-        classes: class names in order (of texts or tokens), else None.
-        class_token_ids: (classes,) int32, the token of each class's word where classes are words of the vocabulary, else None.
-        per_example: whether each example has exactly one target.
-        taken: what became of the training rows, of the held-out ones, and of the test rows.
-        notes: what else of the data is to be known.
-        tokenizer: makes texts of what is decoded.
-    """
-
-    train: Examples
-    held_out: Examples
-    metrics: TaskMetrics
-    classes: tuple[str, ...] | None = None
-    class_token_ids: np.ndarray | None = None
-    per_example: bool = False
-    taken: tuple[Taken, ...] = ()
-    notes: tuple[str, ...] = ()
-    test: Examples | None = None
-    tokenizer: Any = None
-
-    @property
-    def parts(self) -> tuple[Examples, ...]:
-        """All examples: training, held-out, and test where there are some."""
-        return (self.train, self.held_out, *(() if self.test is None else (self.test,)))
-
-    @property
-    def dropped(self) -> int:
-        """Rows left out because nothing is to be predicted within `max_length` tokens of them."""
-        return sum(part.left_out for part in self.taken)
-
-    def lines(self) -> list[str]:
-        """Which rows are used, and all that was left out, cut or taken in place of something else, for a person to read."""
-        return [*(line for part in self.taken for line in part.lines()), *self.notes]
-
-
 class Task(ABC):
     """What is learned of rows of data.
 
@@ -197,10 +43,11 @@ class Task(ABC):
         name: as `task.kind` says it.
         section: its config section.
         head: the kind of head its models bear (`models/layers.py`); None where they bear none.
-        objective: the name of its loss (`objectives.py`).
+        objective: the name of its loss (`objectives.py`), where that follows from the task alone.
         targets: how many targets each example has; None where that differs.
         shared_keys: keys of the section that `shared` depends on, and examples do not.
-        next_token: whether a target is the token that follows.
+        loss_keys: keys that neither depends on, but the loss.
+        next_token: whether a target is the token that follows, where that follows from the task alone.
     """
 
     name: str
@@ -209,6 +56,7 @@ class Task(ABC):
     objective: str = "cross_entropy"
     targets: int | None = None
     shared_keys: frozenset[str] = frozenset()
+    loss_keys: frozenset[str] = frozenset()
     next_token: bool = False
 
     @abstractmethod
@@ -323,6 +171,14 @@ class Task(ABC):
         found = zip(prompts.inputs, texts, prompts.references, strict=True)
         return [Prediction(asked, text, one_or_all(right)) for asked, text, right in found]
 
+    def loss(self, section: Any) -> Objective:
+        """The objective; by default the one that `objective` names."""
+        return OBJECTIVES.get(self.objective, "task.kind")
+
+    def predicts_next(self, section: Any) -> bool:
+        """Whether a target is the token that follows."""
+        return self.next_token
+
     def notes(self, section: Any, tokenizer: Any) -> list[str]:
         """What a run says of the tokenizer, or of what it presumes; nothing by default."""
         return []
@@ -355,7 +211,7 @@ class Task(ABC):
         return add_head(base, self.head, len(classes or ()), rngs=nnx.Rngs(0))
 
     def shared(self, section: Any, base: Base, load: Callable[..., Any]) -> Shared | None:
-        """What is computed once a batch for all members; None where nothing is.
+        """What is computed once for all members; None where nothing is.
 
         Args:
             base: the model that the members adapt.
@@ -376,7 +232,7 @@ def task_of(section: TaskConfig) -> Task:
 
 def objective_of(section: TaskConfig) -> Objective:
     """The loss of a config section's task."""
-    return OBJECTIVES.get(task_of(section).objective, "task.kind")
+    return task_of(section).loss(section)
 
 
 def task_section(**values: Any) -> Any:

@@ -10,14 +10,11 @@ from pydantic import Field, model_validator
 from ..config.doors import TASKS
 from ..data.pairs import Shift, source_target, target_ids
 from ..data.prompts import Prompts
-from ..data.tokens import encode_chat, encoder_texts, messages_of, plain_ids, prompt_ids, start_ids, template_of, with_start, writes_date
+from ..data.tokens import encode_chat, encoder_texts, messages_of, plain_ids, prompt_ids, start_ids, with_start
 from ..errors import InputError
 from ..models.encoder_decoder import EncoderDecoder
 from .base import Base, Columns, Encoded, Rows, TaskMetrics
-from .next_token import DatedConfig, NextToken, next_token, with_end
-
-# New tokens of an answer, where no key says how many.
-NEW_TOKENS = 128
+from .next_token import NEW_TOKENS, DatedConfig, NextToken, next_token, notes_on, with_end
 
 
 class CausalLMConfig(DatedConfig):
@@ -57,11 +54,7 @@ class CausalLM(NextToken):
 
     def notes(self, section: CausalLMConfig, tokenizer: Any) -> list[str]:
         """A tokenizer without an end; the date that a chat template writes."""
-        if section.messages is None:
-            ends = tokenizer.eos_token_id is not None
-            return [] if ends else ["the tokenizer has no EOS token: the model does not learn where a text ends."]
-        dated = writes_date(template_of(tokenizer, "task.messages: no chat template."))
-        return [f"the chat template writes a date: task.date = {section.date}, not today's."] if dated else []
+        return notes_on(tokenizer, section.date, "task.messages" if section.messages is not None else None)
 
     def check_base(self, section: CausalLMConfig, base: Base, source: str) -> None:
         """It needs a decoder, or for prompts and responses an encoder-decoder."""

@@ -96,5 +96,6 @@ LOSS = register(Evaluator("loss", False, from_means=lambda loss, right: loss))
 ACCURACY = register(Evaluator("accuracy", True, percent=True, from_means=lambda loss, right: right))
 TOKEN_ACCURACY = register(Evaluator("token_accuracy", True, from_means=lambda loss, right: right))
 PERPLEXITY = register(Evaluator("perplexity", False, decimals=2, from_means=lambda loss, right: perplexity(loss)))
+KL = register(Evaluator("kl", False))  # from the objective: the divergence from the base
 for _name in ("f1", "macro_f1", "precision", "recall", "exact_match"):
     register(Evaluator(_name, True, percent=True))

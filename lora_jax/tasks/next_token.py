@@ -13,12 +13,15 @@ from pydantic import Field, field_validator
 from ..config.schema import TaskConfig
 from ..data.batching import NO_TARGET, Example
 from ..data.prompts import Prompts
-from ..data.tokens import DATE
+from ..data.tokens import DATE, template_of, writes_date
 from ..errors import InputError
 from ..models.encoder_decoder import Generative
 from ..models.heads import LanguageModel
 from .base import Base, Prediction, Task, one_or_all
 from .text_metrics import token_f1
+
+# New tokens of an answer, where no key says how many.
+NEW_TOKENS = 128
 
 
 class DatedConfig(TaskConfig):
@@ -63,6 +66,20 @@ class NextToken(Task):
         for asked, text, right in zip(prompts.inputs, texts, prompts.references, strict=True):
             made.append(Prediction(asked, text, one_or_all(right), self.scored(section, text, right) if right else None))
         return made
+
+
+def notes_on(tokenizer: Any, date: str, chats: str | None) -> list[str]:
+    """What a run says of a language model's tokenizer: that it has no end, or that its chat template writes a date.
+
+    Args:
+        date: the section's.
+        chats: the config key of the conversations; None where there are texts.
+    """
+    if chats is None:
+        ends = tokenizer.eos_token_id is not None
+        return [] if ends else ["the tokenizer has no EOS token: the model does not learn where a text ends."]
+    dated = writes_date(template_of(tokenizer, f"{chats}: no chat template."))
+    return [f"the chat template writes a date: task.date = {date}, not today's."] if dated else []
 
 
 def next_token(ids: Sequence[int], wanted: Sequence[bool], length: int) -> Example:

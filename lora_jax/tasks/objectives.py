@@ -1,14 +1,16 @@
-"""Losses by name. A task names one (`Task.objective`), and the training step is handed it.
+"""Losses by name. A task names one (`Task.objective`), or makes one of its section (`Task.loss`), and the training step is handed it.
 
 An objective is a pure function (model, features, batch) -> (summed loss, summed right predictions), float32 scalars of one micro-batch:
 `features` are what the model's `features(batch)` gave, (targets, width), and `batch` holds the targets. Both sums weigh each target by
-`batch["target_weights"]`; the step divides by the weights' total. Where nothing is right or wrong the second is 0.
+`batch["target_weights"]`, or each example by `batch["example_weights"]` where examples are several texts; the step divides by the
+weights' total (`total_weight`). Where nothing is right or wrong the second is 0. What else is to be known of the batch may come third:
+name -> (sum, weight), float32 scalars without a gradient, whose quotient over the batches is logged and is a metric of this name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,20 @@ from ..parallel.constraints import by_rows, row_groups
 # Logits of one chunk on one device at the most, in floats (16 MiB): few enough to stay in a CPU's cache between the passes over them.
 CHUNK_FLOATS = 4 * 1024 * 1024
 
-Objective = Callable[[TaskModel, jax.Array, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+Means = dict[str, tuple[jax.Array, jax.Array]]
+Objective = Callable[[TaskModel, jax.Array, dict[str, jax.Array]], tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, Means]]
 OBJECTIVES: Door[Objective] = Door("objective", "lora_jax.tasks", "lora_jax.objectives")
+
+
+def sums_of(objective: Objective, model: TaskModel, features: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Means]:
+    """An objective's loss, right predictions, and what else it says: nothing of most."""
+    loss, right, *more = objective(model, features, batch)
+    return loss, right, more[0] if more else {}
+
+
+def total_weight(batch: dict[str, Any]) -> Any:
+    """What the mean of a loss is over: the number of a batch's examples where those are counted, else of its targets. NumPy or JAX."""
+    return batch.get("example_weights", batch["target_weights"]).sum()
 
 
 def cross_entropy(model: TaskModel, features: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -67,25 +81,11 @@ def summed_cross_entropy(
     Returns:
         two float32 scalars: sum of weights * -log p, and sum of weights where the right logit is larger than all others (no gradient).
     """
-    classes = jax.eval_shape(head, features[:1]).shape[-1]
-    # On a mesh the features are in groups, each with its own devices: every chunk has a part of each.
-    groups = row_groups()
-    own = features.shape[0] // groups
-    chunks = max(1, -(-own * classes // CHUNK_FLOATS))
-    size = -(-own // chunks)
-    # What `head` closes over and is being differentiated becomes an argument; the rest stays closed over. It is traced for the shape
-    # of a chunk: some operations (a gather of columns) have the number of rows in them.
-    pure_head, trained = jax.closure_convert(head, jnp.zeros((groups * size, *features.shape[1:]), features.dtype))
-
-    def cut(x: jax.Array) -> jax.Array:
-        grouped = by_rows(x.reshape(groups, own, *x.shape[1:]))
-        padded = jnp.pad(grouped, [(0, 0), (0, chunks * size - own)] + [(0, 0)] * (x.ndim - 1))
-        return jnp.moveaxis(padded.reshape(groups, chunks, size, *x.shape[1:]), 0, 1).reshape(chunks, groups * size, *x.shape[1:])
+    chunked = _Chunked.of(head, features)
 
     def chunk_loss(trained: list[Any], features: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = by_rows(pure_head(by_rows(features), *trained)).astype(jnp.float32)
-        right = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-        loss = jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - right))
+        logits, right, loss = chunked.losses(trained, features, ids)
+        loss = jnp.sum(weights * loss)
         # Right where no other logit is as large: a tie says nothing. Counted, as an argmax over a vocabulary costs as much as its softmax.
         as_large = jnp.sum(jax.lax.stop_gradient(logits) >= jax.lax.stop_gradient(right)[:, None], axis=-1, dtype=jnp.int32)
         return loss, jnp.sum(weights * (as_large == 1))
@@ -109,4 +109,104 @@ def summed_cross_entropy(
         return grads, dx, None, None
 
     total.defvjp(forward, backward)
-    return total(trained, cut(features), cut(ids), cut(weights))
+    return total(chunked.trained, chunked.cut(features), chunked.cut(ids), chunked.cut(weights))
+
+
+def target_log_probs(head: Callable[[jax.Array], jax.Array], features: jax.Array, ids: jax.Array) -> jax.Array:
+    """The logarithm of the probability of each target, for losses that are no sum over targets.
+
+    The gradient of each by its own features is taken while the logits are at hand and waits for what it is to be multiplied by: logits
+    are neither kept nor computed twice. What `head` itself trains gets a sum over targets, each times what is known in the backward
+    pass alone: the logits are computed again then, a chunk at a time.
+
+    Args:
+        head, features, ids: as for `summed_cross_entropy`.
+
+    Returns:
+        (n,) float32.
+    """
+    chunked = _Chunked.of(head, features)
+
+    def chunk_losses(trained: list[Any], features: jax.Array, ids: jax.Array) -> jax.Array:
+        return chunked.losses(trained, features, ids)[2]
+
+    @jax.custom_vjp
+    def every(trained: list[Any], features: jax.Array, ids: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda c: chunk_losses(trained, *c), (features, ids))
+
+    def forward(trained: list[Any], features: jax.Array, ids: jax.Array) -> Any:
+        if trained:
+            return every(trained, features, ids), (trained, features, ids)
+
+        def one(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, i = chunk
+            losses, pull = jax.vjp(lambda x: chunk_losses(trained, x, i), x)
+            return losses, pull(jnp.ones_like(losses))[0]
+
+        return jax.lax.map(one, (features, ids))
+
+    def backward(kept: Any, cotangents: jax.Array) -> Any:
+        if not isinstance(kept, tuple):
+            return [], (kept * cotangents[..., None]).astype(kept.dtype), None
+        trained, features, ids = kept
+
+        def one(grads: list[Any], chunk: tuple[jax.Array, ...]) -> Any:
+            x, i, g = chunk
+            more, dx = jax.vjp(lambda t, x: chunk_losses(t, x, i), trained, x)[1](g)
+            return jax.tree.map(jnp.add, grads, more), dx
+
+        grads, dx = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, trained), (features, ids, cotangents))
+        return grads, dx, None
+
+    every.defvjp(forward, backward)
+    return -chunked.joined(every(chunked.trained, chunked.cut(features), chunked.cut(ids)))
+
+
+class _Chunked(NamedTuple):
+    """A readout, and targets cut into chunks whose logits fit `CHUNK_FLOATS`.
+
+    Attributes:
+        head: (m, width) features and `trained` -> (m, classes) logits.
+        trained: what the readout closes over and is being differentiated.
+        groups: of rows, on a mesh: each has its own devices, and every chunk has a part of each.
+        own: targets of a group.
+        chunks, size: how many there are, and how many targets of each group are in one.
+    """
+
+    head: Callable[..., jax.Array]
+    trained: list[Any]
+    groups: int
+    own: int
+    chunks: int
+    size: int
+
+    @classmethod
+    def of(cls, head: Callable[[jax.Array], jax.Array], features: jax.Array) -> _Chunked:
+        """For features (n, width)."""
+        classes = jax.eval_shape(head, features[:1]).shape[-1]
+        groups = row_groups()
+        own = features.shape[0] // groups
+        chunks = max(1, -(-own * classes // CHUNK_FLOATS))
+        size = -(-own // chunks)
+        # What `head` closes over and is being differentiated becomes an argument; the rest stays closed over. It is traced for the
+        # shape of a chunk: some operations (a gather of columns) have the number of rows in them.
+        pure_head, trained = jax.closure_convert(head, jnp.zeros((groups * size, *features.shape[1:]), features.dtype))
+        return cls(pure_head, trained, groups, own, chunks, size)
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """(n, ...) -> (chunks, targets of a chunk, ...); what the last one lacks is 0."""
+        grouped = by_rows(x.reshape(self.groups, self.own, *x.shape[1:]))
+        padded = jnp.pad(grouped, [(0, 0), (0, self.chunks * self.size - self.own)] + [(0, 0)] * (x.ndim - 1))
+        cut = jnp.moveaxis(padded.reshape(self.groups, self.chunks, self.size, *x.shape[1:]), 0, 1)
+        return cut.reshape(self.chunks, self.groups * self.size, *x.shape[1:])
+
+    def joined(self, x: jax.Array) -> jax.Array:
+        """The inverse of `cut`, for numbers: (chunks, targets of a chunk) -> (n,)."""
+        grouped = jnp.moveaxis(x.reshape(self.chunks, self.groups, self.size), 1, 0).reshape(self.groups, -1)
+        return by_rows(by_rows(grouped)[:, : self.own].reshape(-1))
+
+    def losses(self, trained: list[Any], features: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of one chunk: float32 logits (m, classes), those of the right classes (m,), and each target's -log p (m,)."""
+        logits = by_rows(self.head(by_rows(features), *trained)).astype(jnp.float32)
+        right = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+        return logits, right, jax.nn.logsumexp(logits, axis=-1) - right

@@ -40,6 +40,8 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
             task.check_held_out(section, part.rows, classes)
     class_token_ids = task.class_tokens(section, classes, tokenizer, decoder=decoder)
 
+    said: list[str] = []
+
     def examples(part: _Part) -> tuple[Examples, Taken]:
         rows, some = part.rows.take(part.at), part.rows.take(part.at[: task.decoded_rows(section)])
         if shift is not None:
@@ -48,6 +50,7 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
             encoded = task.encode(section, rows, tokenizer, decoder=decoder, classes=classes)
         asked = task.prompts if shift is None else task.source_prompts
         prompts = asked(section, some, tokenizer) if len(some) else None
+        said.extend(f"{part.name}: {note}" for note in encoded.notes)
         kept = [e for e in encoded.examples if (e.targets != NO_TARGET).any()]
         if not kept:
             raise InputError(f"{part.key}: no example has anything to predict within task.max_length = {section.max_length} tokens.")
@@ -70,7 +73,7 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
 
     made = [examples(part) for part in parts]
     every, taken = [one[0] for one in made], tuple(one[1] for one in made)
-    notes = [n for n in dict.fromkeys([*(table.note for table in tables.values()), *task.notes(section, tokenizer)]) if n]
+    notes = [n for n in dict.fromkeys([*(table.note for table in tables.values()), *said, *task.notes(section, tokenizer)]) if n]
     metrics = task.metrics(section, classes)
     test = every[2] if len(every) > 2 else None
     return TaskData(every[0], every[1], metrics, classes, class_token_ids, task.targets == 1, taken, tuple(notes), test, tokenizer)

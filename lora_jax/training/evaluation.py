@@ -18,6 +18,7 @@ from ..errors import RunError
 from ..generation.generate import decode_prompts
 from ..parallel.mesh import to_host
 from ..tasks.evaluators import EVALUATORS, Evaluator
+from ..tasks.objectives import Means, total_weight
 from .setup import Setup
 from .step import MemberFixed, MemberState
 from .trunk import Trunk
@@ -65,7 +66,7 @@ def evaluate_pack(
         trainable: their arrays.
         examples: the held-out ones by default.
         trunk: as in `train_pack`.
-        sums: gets the targets, summed loss and right predictions, (members,) each, of every batch.
+        sums: gets the targets (or examples, where those are counted), summed loss and right predictions, (members,) each, of every batch.
         texts: gets what each member generated, a text for each of `Examples.prompts`.
     """
     examples = setup.data.held_out if examples is None else examples
@@ -80,10 +81,11 @@ def evaluate_pack(
         of_batches.append(scalars)
         if examples.score is not None or of_answers:
             answers.append(to_host(answered))
-        weight += float(batch["target_weights"].sum())
+        weight += float(total_weight(batch))
         if sums is not None:
-            sums.append((float(batch["target_weights"].sum()), np.asarray(scalars[0]), np.asarray(scalars[1])))
+            sums.append((float(total_weight(batch)), np.asarray(scalars[0]), np.asarray(scalars[1])))
     loss, right = (np.sum([np.asarray(s[i]) for s in of_batches], axis=0) / weight for i in range(2))
+    means = _means([s[2] for s in of_batches])
     scores = _scores(setup.plan.eval_groups(examples), examples, answers, of_answers) if answers else {}
     if examples.prompts is not None:
         generated = decode_pack(pack, setup, trainable, examples.prompts)
@@ -94,10 +96,12 @@ def evaluate_pack(
     for evaluator in evaluators:
         if evaluator.name in scores:
             metrics[evaluator.name] = scores[evaluator.name]
+        elif evaluator.name in means:
+            metrics[evaluator.name] = means[evaluator.name]
         elif evaluator.from_means is not None:
             metrics[evaluator.name] = evaluator.from_means(loss, right)
         else:
-            raise RunError(f"neither an evaluator nor the task's scorer computes the metric '{evaluator.name}'.")
+            raise RunError(f"neither an evaluator nor the task's scorer or objective computes the metric '{evaluator.name}'.")
     return metrics | {name: scores[name] for name in setup.metrics.tables}
 
 
@@ -125,6 +129,14 @@ def _scores_of_texts(generated: Sequence[Sequence[str]], prompts: Prompts, evalu
     """The metrics computed from texts, each (members,) float32."""
     found = {e.name: e.from_texts for e in evaluators if e.from_texts is not None}
     return {name: np.array([score(texts, prompts.references) for texts in generated], np.float32) for name, score in found.items()}
+
+
+def _means(of_batches: Sequence[Means]) -> dict[str, np.ndarray]:
+    """What else the objective says: name -> (members,), over all batches; NaN where they have nothing of it."""
+    names = of_batches[0] if of_batches else {}
+    totals = {name: [np.sum([np.asarray(batch[name][i]) for batch in of_batches], axis=0) for i in range(2)] for name in names}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {name: value / weight for name, (value, weight) in totals.items()}
 
 
 def _scores(
@@ -160,7 +172,8 @@ class Tested:
     Attributes:
         metrics: as `evaluate_pack` gives them.
         of_best: (members,) bool, whether a member's best arrays were scored; else its final ones. It is what the member saves.
-        batches: the test rows come in batches, the same for all members: targets (batches,), and the sums of losses and of right
+        batches: the test rows come in batches, the same for all members: targets, or examples where those are counted, (batches,), and
+            the sums of losses and of right
             predictions over them, (batches, members). Differences between members can be paired by them.
     """
 

@@ -36,7 +36,8 @@ class Listener(Protocol):
         """A checkpoint at `step` is about to be written. A resumed run will not repeat the calls before it."""
 
     def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
-        """Means of `loss` and `accuracy` since the last call, and `grad_norm` and `learning_rate`, after `step` steps."""
+        """Means of `loss`, `accuracy` and what else the objective says since the last call, and `grad_norm` and `learning_rate`, after
+        `step` steps."""
 
     def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """`loss` and the task's metrics on the held-out examples, as `evaluate_pack` gives them."""
@@ -209,13 +210,22 @@ def train_pack(
 
 
 def _on_host(metrics: Sequence[Metrics]) -> list[dict[str, np.ndarray]]:
-    return [{name: np.asarray(value) for name, value in m._asdict().items()} for m in metrics]
+    named = [{**{name: value for name, value in m._asdict().items() if name != "means"}, **m.means} for m in metrics]
+    return [{name: np.asarray(value) for name, value in one.items()} for one in named]
 
 
 def _window_means(window: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    stacked = {name: np.stack([row[name] for row in window]) for name in Metrics._fields}
-    # These two are states, not samples: the newest value counts.
-    return {name: a[-1] if name in ("grad_norm", "learning_rate") else a.mean(0) for name, a in stacked.items()}
+    stacked = {name: np.stack([row[name] for row in window]) for name in window[0]}
+    # These two are states, not samples: the newest value counts. What else the objective says, a step may have nothing of.
+    state, own = ("grad_norm", "learning_rate"), Metrics._fields
+    return {n: a[-1] if n in state else a.mean(0) if n in own else _mean_of_known(a) for n, a in stacked.items()}
+
+
+def _mean_of_known(rows: np.ndarray) -> np.ndarray:
+    """(members,): the mean over the rows that are not NaN; NaN where all are."""
+    known = ~np.isnan(rows)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, rows, 0).sum(0) / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
 class _Best:

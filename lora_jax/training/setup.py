@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,16 +26,16 @@ from ..models.encoder_decoder import Base, EncoderDecoder, Generative
 from ..models.heads import Classifier
 from ..models.layers import AXES
 from ..models.load import BaseFiles
-from ..parallel.constraints import place_batch, row_sharding, targets_by_rows
+from ..parallel.constraints import place_batch
 from ..parallel.mesh import make_mesh, parameter_sharding, place
-from ..parallel.program import Program, compiler_options, release_freed_memory
-from ..tasks.base import Shared, TaskData, TaskMetrics, objective_of, task_of
+from ..parallel.program import release_freed_memory
+from ..tasks.base import TaskData, TaskMetrics, objective_of, task_of
 from ..tasks.prepare import prepare
 from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
 from .optimizers.base import optimizer_of
+from .shared import SharedProgram
 from .statistics import Seen, gather, joined, lacks
-from .step import Batch
 from .trunk import Trunk, trunk_depth
 
 
@@ -65,45 +65,6 @@ class SingleSlotCache:
         return self.value
 
 
-class SharedProgram:
-    """What a task computes once per batch for all members (`Task.shared`), compiled.
-
-    Args:
-        shared: what is computed.
-        mesh: where the batches are placed.
-
-    Attributes:
-        name: of the result in the batch.
-        model: the model that computes it.
-    """
-
-    def __init__(self, shared: Shared, mesh: Mesh):
-        self.name = shared.name
-        self.model = shared.model
-        graphdef, self._state = nnx.split(shared.model, graph=True)
-
-        def of_micro(state: nnx.State, micro: Batch) -> jax.Array:
-            return shared.function(nnx.merge(graphdef, state), targets_by_rows(micro))
-
-        def of_step(state: nnx.State, batch: Batch) -> jax.Array:
-            return jax.lax.map(lambda micro: of_micro(state, micro), batch)
-
-        self._step = Program(of_step, self.name, mesh=mesh, results=row_sharding(mesh, 1), options=compiler_options())
-        self._held_out = Program(of_micro, f"held-out {self.name}", mesh=mesh, results=row_sharding(mesh, 0), options=compiler_options())
-
-    def of_step(self, batch: Batch) -> jax.Array:
-        """(micro-batches, targets, ...) of a training batch, in the order of the training step's targets (`targets_by_rows`)."""
-        return self._step(self._state, batch)
-
-    def of_held_out(self, batch: Batch) -> jax.Array:
-        """(targets, ...): the same for a batch without a micro axis."""
-        return self._held_out(self._state, batch)
-
-    def shape(self, batch: Batch, *, micro: bool) -> jax.ShapeDtypeStruct:
-        """The shape of what `of_step` (if `micro`) or `of_held_out` returns; nothing is computed."""
-        return (self._step if micro else self._held_out).lower(self._state, batch).out_info
-
-
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What all members of a run with the same model, task and batches have in common.
@@ -115,7 +76,7 @@ class Setup:
         plan: the training batches.
         steps: optimizer steps.
         mesh: the devices; the model's weights are already placed on it.
-        shared: what the task computes once per batch for all members, if anything.
+        shared: what the task computes once for all members, if anything.
         tokenizer: digest of the tokenizer and its chat template.
         trunks: the newest trunk; successive packs of one depth share it.
         programs: the newest compiled programs, by program key: packs with equal keys share them.
@@ -193,13 +154,19 @@ class Setup:
         """A training batch on the mesh, as a pack's step takes it, with everything that is computed once for all members."""
         placed = place_batch(self.mesh, batch, row_axis=1)
         common = {} if trunk is None else {"trunk": trunk.of_step(step, placed, batch)}
-        return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_step(placed)})
+        if (shared := self.shared) is not None:
+            common[shared.name] = shared.of_step(placed, batch, self._pass_over())
+        return placed | common
 
     def held_out_inputs(self, batch: dict[str, np.ndarray], trunk: Trunk | None) -> dict[str, jax.Array]:
         """The same for an evaluation batch, which has no micro axis."""
         placed = place_batch(self.mesh, batch, row_axis=0)
         common = {} if trunk is None else {"trunk": trunk.of_held_out(placed, batch)}
-        return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_held_out(placed)})
+        return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_held_out(placed, batch)})
+
+    def _pass_over(self) -> Iterator[dict[str, np.ndarray]]:
+        """Every training example of the run once, in batches that depend on nothing but the plan."""
+        yield from self.plan.eval_batches(self.plan.seen())
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -209,10 +176,12 @@ class Setup:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Part (`tracking.state.IDENTITY`) -> digest of what members of this setup are trained and evaluated on."""
-        fed = [() if e.decoder_tokens is None else (e.decoder_tokens,) for e in self.data.parts]
-        digests = [arrays_digest([e.tokens, e.targets, e.types, e.values, *f]) for e, f in zip(self.data.parts, fed, strict=True)]
+        # Examples that are one text each are digested as they were before there were others.
+        more = [[column for column in (e.decoder_tokens, e.parts) if column is not None] for e in self.data.parts]
+        digests = [arrays_digest([e.tokens, e.targets, e.types, e.values, *m]) for e, m in zip(self.data.parts, more, strict=True)]
         known = {"base": self.fingerprint, "tokenizer": self.tokenizer, **dict(zip(("train", "held_out", "test"), digests, strict=False))}
-        known |= {} if self.shared is None else {"shared": fingerprint(self.shared.model)}
+        if self.shared is not None and not self.shared.once:  # what is computed once an example is the base's own
+            known["shared"] = fingerprint(self.shared.model)
         return known | {"code": f"lora-jax {importlib.metadata.version('lora-jax')}"}
 
 
@@ -251,7 +220,8 @@ class Preparer:
         section, task, mesh = config.task, task_of(config.task), make_mesh(config.mesh)
         base_key = (config.model.model_dump_json(), config.mesh.model_dump_json(), task.loaded_head(section))
         data_key = (config.model.source, section.model_dump_json(exclude=set(task.shared_keys)))
-        shared_key = (section.kind, section.model_dump_json(include=set(task.shared_keys)), base_key)
+        # What is shared is compiled for one shape of batches, and may be kept of their examples; the loss has no part in it.
+        shared_key = (section.model_dump_json(exclude=set(task.loss_keys)), base_key, setup_key(config)[2:])
 
         # The base, with the head that it was saved with where the task wants that one.
         loaded = self._base.get(base_key, lambda: self._load(config, mesh, task.loaded_head(section)))
@@ -308,7 +278,7 @@ def check_data(base: Base, data: TaskData, known: Sequence[str] = ()) -> None:
         InputError: an example has more tokens than the model has positions, or a token, token type or class is not one of the model's.
     """
     most = base.config.longest
-    longest = int(max(examples.sizes.max() for examples in data.parts))
+    longest = max(examples.longest_text for examples in data.parts)
     if most is not None and longest > most:
         raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")
     for prompts in (examples.prompts for examples in data.parts if examples.prompts is not None):

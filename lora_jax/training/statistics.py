@@ -36,7 +36,7 @@ from ..models.layers import Rows
 from ..parallel.constraints import targets_by_rows
 from ..parallel.mesh import to_host
 from ..parallel.program import Program, compiler_options, release_freed_memory
-from ..tasks.objectives import Objective
+from ..tasks.objectives import Objective, total_weight
 from .step import Batch
 
 Seen = dict[tuple[str, int], Statistics]
@@ -118,7 +118,7 @@ def gather(
         sites: of a layout.
         wants: `moment`, `gradient` or both.
         batches: training batches on the mesh, as a step takes them; at least one. The gradient is the mean over these, each of the mean
-            loss over its targets; moments and tokens are their sum.
+            loss over its targets or examples; moments and tokens are their sum.
         objective: the loss.
         seed: of a new head.
         mesh: of the base.
@@ -131,7 +131,7 @@ def gather(
     rest = {name: array for name, array in part.trainable.items() if name not in part.parameters}
 
     def of_step(rest: Arrays, frozen: Arrays, batch: Batch) -> Arrays:
-        total = jnp.maximum(batch["target_weights"].sum(), 1.0)
+        total = jnp.maximum(total_weight(batch), 1.0)
         zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in part.trainable.items() if name in part.parameters}
 
         def loss_of(arrays: Arrays, micro: Batch) -> jax.Array:

@@ -11,7 +11,7 @@ import optax
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..models.heads import TaskModel
 from ..parallel.constraints import in_order, targets_by_rows
-from ..tasks.objectives import Objective
+from ..tasks.objectives import Means, Objective, sums_of, total_weight
 from .optimizer import Hyper, learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]
@@ -35,12 +35,20 @@ class MemberFixed(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Float32 scalars of one step: mean loss and accuracy over the targets, gradient norm, and the learning rate (of A, with LoRA+)."""
+    """Float32 scalars of one step.
+
+    Attributes:
+        loss, accuracy: means over the targets, or over the examples where those are counted.
+        grad_norm: of the gradient.
+        learning_rate: of A, with LoRA+.
+        means: what else the objective says, by name; NaN where the step has nothing of it.
+    """
 
     loss: jax.Array
     accuracy: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
+    means: dict[str, jax.Array] = {}  # noqa: RUF012 - never changed in place
 
 
 def init_member(part: Partition, trainable: Arrays, fixed: MemberFixed) -> MemberState:
@@ -61,8 +69,8 @@ def train_step(
 ) -> tuple[MemberState, Metrics]:
     """One optimizer step of one member.
 
-    The loss is the mean over all targets of the step; its gradient is summed over the micro-batches. A member whose loss or gradient is
-    not finite keeps its last state and stops for good. Under `vmap`, other members are not affected.
+    The loss is the mean over all targets (or examples) of the step; its gradient is summed over the micro-batches. A member whose loss
+    or gradient is not finite keeps its last state and stops for good. Under `vmap`, other members are not affected.
 
     Args:
         part: makes a model of the arrays; static.
@@ -76,25 +84,25 @@ def train_step(
         dropout_rng: PRNG key for the base's own dropout in this step; the same for all members, so that shared layers stay equal.
     """
     key = jax.random.fold_in(jax.random.key(fixed.hyper.seed), step)
-    total = jnp.maximum(batch["target_weights"].sum(), 1.0)
+    total = jnp.maximum(total_weight(batch), 1.0)
 
-    def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Means]]:
         settings = with_dropout_keys(part, fixed.settings, jax.random.fold_in(key, index))
         model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
         features = model.features(micro, jax.random.fold_in(dropout_rng, index))
-        loss, correct = objective(model, features, micro)
-        return loss / total, correct / total
+        loss, correct, more = sums_of(objective, model, features, micro)
+        return loss / total, (correct / total, more)
 
     def penalty_of(trainable: Arrays) -> jax.Array | None:
         return None if part.method is None else part.method.penalty(part.sites(trainable, fixed.settings))
 
-    def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+    def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, Means]:
         index, rows = micro
-        (loss, correct), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, targets_by_rows(rows), index)
-        return jax.tree.map(jnp.add, carry, (loss, correct, grads)), None
+        (loss, (correct, more)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, targets_by_rows(rows), index)
+        return jax.tree.map(jnp.add, carry, (loss, correct, grads)), more
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
-    (loss, correct, grads), _ = jax.lax.scan(micro_step, zero, (jnp.arange(batch["tokens"].shape[0]), batch))
+    (loss, correct, grads), more = jax.lax.scan(micro_step, zero, (jnp.arange(batch["tokens"].shape[0]), batch))
 
     if jax.eval_shape(penalty_of, state.trainable) is not None:  # once a step, and not for each micro-batch
         more, of_penalty = jax.value_and_grad(cast(Any, penalty_of))(state.trainable)
@@ -111,22 +119,25 @@ def train_step(
     new = MemberState(trainable, optimizer_state, state.alive, kept_by_method)
     alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(norm)
     kept = jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, state)
-    return kept._replace(alive=alive), Metrics(loss, correct, norm, learning_rate(fixed.hyper, step))
+    means = {name: value.sum() / weight.sum() for name, (value, weight) in more.items()}
+    return kept._replace(alive=alive), Metrics(loss, correct, norm, learning_rate(fixed.hyper, step), means)
 
 
 def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
     return tree if mask is None else {name: a * mask[name] if name in mask else a for name, a in tree.items()}
 
 
-# Summed loss, summed correct predictions, and `TaskModel.answers` in the batch's order, from which the task's metrics are computed.
-Evaluated = tuple[jax.Array, jax.Array, jax.Array | None]
+# Summed loss, summed correct predictions, what else the objective says, and `TaskModel.answers` in the batch's order, from which the
+# task's metrics are computed.
+Evaluated = tuple[jax.Array, jax.Array, Means, jax.Array | None]
 
 
 def eval_step(part: Partition, objective: Objective, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
-    """One member's summed loss and correct predictions on one batch (without a micro axis), and its answers; no dropout."""
+    """One member's summed loss and correct predictions on one batch (without a micro axis), what else its objective says, and its
+    answers; no dropout."""
     count = batch["target_index"].shape[0]
     model, batch = cast(TaskModel, part.merge(trainable, settings, frozen, training=False)), targets_by_rows(batch)
     features = model.features(batch)
     answers = model.answers(features)
     answers = None if answers is None else in_order(batch, answers, count)
-    return *objective(model, features, batch), answers
+    return *sums_of(objective, model, features, batch), answers

@@ -35,7 +35,7 @@ from .step import Batch
 
 
 def spans(batch: Mapping[str, np.ndarray]) -> Iterator[tuple[int, int, bytes]]:
-    """The examples of a batch: where each starts and stops in the flattened tokens, and its tokens (and their types) as bytes.
+    """The texts of a batch: where each starts and stops in the flattened tokens, and its tokens (and their types) as bytes.
 
     >>> batch = {"tokens": np.array([[7, 8, 9, 0]], np.int32), "segment_ids": np.array([[1, 1, 2, 0]], np.int32)}
     >>> [(start, stop) for start, stop, _ in spans(batch)]
@@ -76,11 +76,12 @@ class TrunkStore:
         self._where: dict[bytes, int] = {}
         self.tokens = 0
         self.pairs = examples.types is not None
-        for tokens, types in zip(examples.tokens, examples.types or itertools.repeat(None)):
-            name = _name(tokens, types)
-            if name not in self._where:
-                self._where[name] = self.tokens
-                self.tokens += len(tokens)
+        for i, (tokens, types) in enumerate(zip(examples.tokens, examples.types or itertools.repeat(None))):
+            for text in examples.texts(i):
+                name = _name(tokens[text], None if types is None else types[text])
+                if name not in self._where:
+                    self._where[name] = self.tokens
+                    self.tokens += text.stop - text.start
         self.width, self.dtype = width, np.dtype(dtype)
         self.nbytes = self.tokens * width * self.dtype.itemsize
         self.hits = self.misses = 0

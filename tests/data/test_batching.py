@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.data.batching import DISTINCT_EPOCHS, NO_TARGET, BatchPlan, Examples
+from lora_jax.data.batching import DISTINCT_EPOCHS, NO_TARGET, BatchPlan, Example, Examples
 from lora_jax.errors import InputError
 from lora_jax.tasks.base import task_section
 from lora_jax.tasks.prepare import prepare
@@ -99,6 +99,46 @@ def test_three_epochs_read_back(count, accumulate, batching, per_example, row_mu
                 seen += inside
         assert len(seen) == len(set(seen)) == count // 8 * 8
     assert len(shapes) == 1
+
+
+def of_parts(count: int, *, seed: int = 0) -> Examples:
+    """Examples of one to three texts; text k of example i starts with the token 1000 + 10 i + k and has the role 2 - k."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        texts = [np.array([1000 + 10 * i + k, *rng.integers(1, 99, rng.integers(1, 12))], np.int32) for k in range(1 + i % 3)]
+        starts = np.cumsum([0, *map(len, texts[:-1])])
+        targets = np.concatenate([np.where(np.arange(len(t)) > 0, t, NO_TARGET) for t in texts]).astype(np.int32)
+        parts = np.array([(start, 2 - k) for k, start in enumerate(starts)], np.int32)
+        made.append(Example(np.concatenate(texts), targets, parts=parts))
+    return Examples.of(made)
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_examples_of_several_texts(batching, accumulate):
+    """Each text is a segment with positions of its own, all of an example are in one row, and a target knows its example and role."""
+    train, held = of_parts(24), of_parts(7, seed=1)
+    plan = plan_of(train, held, per_example=False, batching=batching, accumulate=accumulate)
+    seen = []
+    batches = [m for step in range(3) for m in micros(plan.batch(step))]
+    for micro, source in [(m, train) for m in batches] + [(m, held) for m in plan.eval_batches()]:
+        real = micro["target_weights"] > 0
+        assert micro["example_weights"].shape == (8 // accumulate,) and set(micro["example_weights"]) <= {0.0, 1.0}
+        tokens, segments, positions = (micro[n].reshape(-1) for n in ("tokens", "segment_ids", "positions"))
+        owners = {}
+        for at, example, role in zip(micro["target_index"][real], micro["target_examples"][real], micro["target_roles"][real], strict=True):
+            first = at - positions[at]
+            number, k = divmod(int(tokens[first]) - 1000, 10)
+            assert role == 2 - k and owners.setdefault(int(example), (number, at // plan.length)) == (number, at // plan.length)
+            text = tokens[first : first + len(source.tokens[number][source.texts(number)[k]])]
+            assert text.tolist() == source.tokens[number][source.texts(number)[k]].tolist()
+            assert len(set(segments[first : first + len(text)])) == 1
+        assert len(owners) == micro["example_weights"].sum()
+        assert not micro["target_examples"][~real].any() and not micro["target_roles"][~real].any()
+        seen += [number for number, _ in owners.values()] if source is train else []
+    assert sorted(seen) == list(range(24))
+    assert train.longest_text < train.sizes.max() and plan.seen().parts is not None
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])

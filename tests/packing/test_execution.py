@@ -51,10 +51,10 @@ def train(mode, mesh=None, count=5):
         losses.append(np.asarray(metrics.loss))
     held = {n: a[0] for n, a in tiny.batch(0, micro=2).items()}
     held = held if mesh is None else place_batch(mesh, held, row_axis=0)
-    *sums, _ = pack.programs.evaluate(state.trainable, pack.fixed.settings, pack.part.frozen, held)
+    loss, right, *_ = pack.programs.evaluate(state.trainable, pack.fixed.settings, pack.part.frozen, held)
     pack.programs.check()
     assert pack.programs.train.traces.count == pack.programs.evaluate.traces.count == 1
-    return jax.tree.map(to_host, state), np.stack(losses), np.stack(sums), pack
+    return jax.tree.map(to_host, state), np.stack(losses), np.stack([loss, right]), pack
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,7 @@ class TestOneStructure:
 
     def test_evaluation_takes_part_in_nothing(self, pack, batches):
         micro = {n: a[0] for n, a in batches[0].items()}
-        loss, correct, _ = pack.programs.evaluate(pack.state.trainable, pack.fixed.settings, pack.part.frozen, micro)
+        loss, correct, *_ = pack.programs.evaluate(pack.state.trainable, pack.fixed.settings, pack.part.frozen, micro)
         _, losses = self._train(pack, batches, steps=1)
         np.testing.assert_allclose(np.asarray(loss) / micro["target_weights"].sum(), losses[0], rtol=1e-5)
         assert (np.asarray(correct) <= micro["target_weights"].sum()).all()

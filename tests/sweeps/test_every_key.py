@@ -109,6 +109,9 @@ OTHERS = {
     "adapter.init_batches",  # tests/training/test_statistics.py
     "optimizer.kind", "optimizer.clip_threshold", "optimizer.decay_rate", "optimizer.delta", "optimizer.momentum", "optimizer.nesterov",
     "optimizer.parameter_scale", "optimizer.rms",
+    # tests/tasks/test_preference.py
+    "task.chosen", "task.rejected", "task.loss", "task.beta", "task.label_smoothing", "task.per_token", "task.simpo_gamma",
+    "task.orpo_lambda", "task.desirable_weight", "task.undesirable_weight",
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ def test_bad_rows_and_templates(smol):
     for messages in ("hi", [], [{"role": "user"}], ["hi"]):
         with pytest.raises(InputError, match="task.messages: row 7 is not a list of messages"):
             encode_chat(messages, smol, 7)
-    with pytest.raises(InputError, match="task.messages: .*no chat template; use 'prompt' and 'response'"):
+    with pytest.raises(InputError, match="task.messages: .*no chat template; give texts"):
         encode_chat(said("hi", "hello"), changed(smol, None), 7)
     with pytest.raises(InputError, match="the chat template refuses row 7: users only"):
         encode_chat(said("hi", "hello"), changed(smol, "{{ raise_exception('users only') }}"), 7)

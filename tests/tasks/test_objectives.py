@@ -139,6 +139,40 @@ def test_bfloat16_logits_are_summed_in_float32():
     assert float(loss) == pytest.approx(_naive(np.asarray(x, np.float32), np.asarray(w, np.float32), IDS, WEIGHTS)[0], rel=1e-2)
 
 
+@pytest.mark.parametrize("trained", ["nothing", "a factor", "all"])
+def test_log_probs_of_targets_in_a_loss_that_is_no_sum(trained):
+    """Of features alone, with a trained factor over a frozen matrix, and with all of it trained: a loss of the sums of two groups."""
+    group = np.arange(N) % 2
+
+    def loss(x, w, a):
+        logp = objective.target_log_probs(lambda h: h @ w + (h @ a) @ B, x, IDS)
+        sums = [jnp.sum(jnp.where(group == k, WEIGHTS * logp, 0)) for k in range(2)]
+        return jnp.tanh(0.1 * (sums[0] - sums[1])), logp
+
+    argnums = {"nothing": (0,), "a factor": (0, 2), "all": (0, 1, 2)}[trained]
+    (value, logp), grads = jax.jit(jax.value_and_grad(loss, argnums=argnums, has_aux=True))(X, W, A)
+    whole = W + A @ B
+    each = np.array([-_naive(X[i : i + 1], whole, IDS[i : i + 1], np.ones(1))[0] for i in range(N)])
+    _close(logp, each)
+    side = np.where(group == 0, 0.1, -0.1) * WEIGHTS
+    wanted = np.tanh((side * each).sum())
+    _close(value, wanted)
+    _, _, dx, dw = _naive(X, whole, IDS, -side * (1 - wanted**2))
+    every = {0: dx, 1: dw, 2: dw @ B.T.astype(np.float64)}
+    for argument, got in zip(argnums, grads, strict=True):
+        _close(got, every[argument])
+
+
+def test_log_probs_under_vmap_and_without_a_gradient():
+    many = np.stack([B, 2 * B, -B])
+    found = jax.jit(jax.vmap(lambda b: objective.target_log_probs(lambda h: h @ W + (h @ A) @ b, X, IDS)))(many)
+    weighed = jax.jit(jax.vmap(jax.grad(lambda b: objective.target_log_probs(lambda h: h @ W + (h @ A) @ b, X, IDS) @ WEIGHTS)))(many)
+    for k in range(3):
+        loss, _, _, dw = _naive(X, W + A @ many[k], IDS, WEIGHTS)
+        _close(found[k] @ WEIGHTS, -loss)
+        _close(weighed[k], -A.T.astype(np.float64) @ dw)
+
+
 def test_a_frozen_matrix_gets_no_gradient():
     """The compiled program does two products with the frozen matrix, forward and back by the features, and keeps no third."""
     n, width, classes = 64, 32, 2048

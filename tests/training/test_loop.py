@@ -37,7 +37,7 @@ class Programs:
         # The first member is best at step 4, the second at the first evaluation.
         w = trainable["w"][:, 0]
         count = batch["target_weights"].sum()
-        return count * w, count * jnp.stack([-jnp.abs(w[0] - 4), -w[1]]), None
+        return count * w, count * jnp.stack([-jnp.abs(w[0] - 4), -w[1]]), {"lead": (2 * count * w, count)}, None
 
     def check(self):
         self.checked = True
