@@ -114,12 +114,12 @@ OVER_RANKS = "sweep={grid: {adapter.rank: [2, 4]}}"
             [["runs/a"], "loss", {"adapter.rank": 1}],
             {},
         ),
-        (["evaluate", "runs/a"], "sweeps.restore.evaluate_run", ["runs/a"], {"member": None, "split": "eval"}),
+        (["evaluate", "runs/a"], "sweeps.restore.evaluate_run", ["runs/a"], {"member": None, "split": "eval", "base": False}),
         (
             ["evaluate", "runs/a", "--member", "r4", "--split", "train"],
             "sweeps.restore.evaluate_run",
             ["runs/a"],
-            {"member": "r4", "split": "train"},
+            {"member": "r4", "split": "train", "base": False},
         ),
         (["export", "runs/a"], "interop.export.export_run", ["runs/a"], EXPORTED),
         (

@@ -2,12 +2,13 @@
 
 import pytest
 
-from lora_jax.config.doors import METHODS
+from lora_jax.config.doors import METHODS, TASKS
 from lora_jax.config.load import load_config
 from lora_jax.config.messages import expected, show
 from lora_jax.errors import InputError
 
 METHOD_NAMES = ", ".join(METHODS.all())
+KINDS = ", ".join(TASKS.all())
 BASE = """\
 name: a
 model: {source: m.gguf}
@@ -88,8 +89,7 @@ FROM_OVERRIDE = [
     ("task.labels=[1, 2]", "task.labels: must be a list of texts or nothing (null), got [1, 2]. Put text"),
     (
         "task.kind=causal-lm",
-        "task.kind: must be one of causal_lm, classification, distillation, question_answering, token_classification, "
-        "got 'causal-lm'. Did you mean 'causal_lm'?",
+        f"task.kind: must be one of {KINDS}, got 'causal-lm'. Did you mean 'causal_lm'?",
     ),
     ("training.epochs=3", "c.yaml, line 4, with override 'training.epochs=3': training: give exactly one of 'steps' and 'epochs'."),
     ("task.text=null", "override 'task.text=null': task.text: must be text, got nothing."),
@@ -131,9 +131,7 @@ def test_what_is_missing_is_explained(tmp_path, monkeypatch):
     got = message(tmp_path, monkeypatch, BASE.replace("source: m.gguf", ""))
     assert got.startswith("c.yaml, line 2: model.source: missing. A Hugging Face folder, a .gguf")
     got = message(tmp_path, monkeypatch, BASE.replace("kind: classification,", ""))
-    assert "line 3: task.kind: missing. causal_lm: The next token." in got and got.endswith(
-        "Must be one of causal_lm, classification, distillation, question_answering, token_classification."
-    )
+    assert "line 3: task.kind: missing. causal_lm: The next token." in got and got.endswith(f"Must be one of {KINDS}.")
     got = message(tmp_path, monkeypatch, "name: a\n")
     assert got.splitlines() == ["c.yaml: 3 problems"] + [
         f"  {s}: missing; a config needs this section." for s in ("model", "task", "training")
