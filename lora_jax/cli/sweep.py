@@ -153,7 +153,7 @@ def _report(config: Config, outcome: SweepOutcome, part: Part | None, progress: 
         return
     reference = config.sweep.reference if config.sweep else None
     write_summary_csv(outcome.path / "summary.csv", outcome.results, reference)
-    subtitle = f"{config.task.kind} on {config.task.source.rsplit('/', 1)[-1]}, base {config.model.source.rsplit('://', 1)[-1]}"
+    subtitle = f"{config.task.kind} on {config.task.title}, base {config.model.source.rsplit('://', 1)[-1]}"
     heatmap = write_heatmap(outcome.path / "heatmap.png", outcome.results, title=config.name, subtitle=subtitle)
     report = report_run(outcome.path)
     lines = [f"compiled programs: {outcome.compiled_programs}", f"report:      {report}"]

@@ -23,6 +23,7 @@ from .types import (
     Section,
     Seed,
     Steps,
+    TaskSection,
 )
 
 
@@ -190,10 +191,9 @@ class ModelConfig(Section):
         return value
 
 
-class TaskConfig(Section):
-    """What the sections of all tasks have in common; each task's own adds its keys (`tasks/`)."""
+class TaskConfig(TaskSection):
+    """What the sections of all tasks that read rows have in common; each task's own adds its keys (`tasks/`)."""
 
-    kind: str = Field(description="The kind of task. Each kind has its own keys.")
     source: str = Field(
         description="A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision], or package://import_name/path.",
         json_schema_extra=SOURCE,
@@ -384,7 +384,7 @@ class Config(Section):
 
     name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")]
     model: ModelConfig
-    task: Annotated[TaskConfig, OneOf(TASKS, "kind")]
+    task: Annotated[TaskSection, OneOf(TASKS, "kind")]
     adapter: Annotated[AdapterConfig, OneOf(METHODS, "method", "lora")] = Field(default_factory=dict, validate_default=True)
     optimizer: Annotated[OptimizerConfig, OneOf(OPTIMIZERS, "kind", "adamw")] = Field(default_factory=dict, validate_default=True)
     training: TrainingConfig

@@ -70,3 +70,14 @@ class Section(BaseModel):
     """A part of the config: unknown keys are errors and values are immutable once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class TaskSection(Section):
+    """What the sections of all tasks have in common, whether they read rows (`schema.TaskConfig`) or not."""
+
+    kind: str = Field(description="The kind of task. Each kind has its own keys.")
+
+    @property
+    def title(self) -> str:
+        """What is learned of, in short, for titles: where the rows are, without its folder."""
+        return getattr(self, "source", "").rsplit("/", 1)[-1]

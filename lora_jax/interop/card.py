@@ -107,7 +107,7 @@ def _facts(config: Config, result: MemberResult, base: str, classes: Sequence[st
     facts |= {
         "trained parameters": f"{result.parameters:,}",
         "task": task.kind.replace("_", " "),
-        "data": code(public_name(task.source)),
+        "data": code(public_name(getattr(task, "source", task.title))),
         **({"classes": plain_text(", ".join(classes))} if classes else {}),
         "steps": f"{result.steps:,} of {training.batch_size} examples, {result.tokens:,} tokens in all",
         "learning rate": f"{optimizer.learning_rate:g}, {optimizer.schedule}, {optimizer.warmup_steps} steps of warm-up",

@@ -26,6 +26,7 @@ from .families import check_config, find_family, gguf_architectures
 from .families.base import HEAD_CLASSES, Family, Head, Weight, size
 from .heads import Classifier, add_head, check_head
 from .layers import AXES, HeadShape
+from .policy import Policy
 from .stack import stacks_of
 from .transforms.base import Base, TransformContext, apply_transforms
 
@@ -93,7 +94,7 @@ class BaseFiles:
         # A decoder that was saved by itself, as its output heads' base, lacks what stands before its names beside them.
         root = family.root if own is None and not any(n.startswith(family.root) for n in names) else ""
         table = {path: w.under(lambda n: prefix + n.removeprefix(root)) for path, w in family.weights(config).items()}
-        make = {"encoder": Encoder, "decoder": Decoder, "encoder_decoder": EncoderDecoder}[family.kind]
+        make: Any = {"encoder": Encoder, "decoder": Decoder, "encoder_decoder": EncoderDecoder, "policy": Policy}[family.kind]
         shapes: tuple[tuple[str, HeadShape], ...] = tuple((kind, h.shape) for kind, h in heads.items())
 
         def build() -> Base | Classifier:
@@ -110,6 +111,8 @@ class BaseFiles:
         self._table = {path: weight.found(names) for path, weight in table.items()}
         self._check_tensors(names, {name.partition(".")[0] for h in heads.values() for name in h.modules.values()})
         base = self.base
+        if isinstance(base, Policy) and dropout:
+            raise InputError(f"model.dropout: {dropout:g}, but the policy {source} has none.")
         for stack in stacks_of(base):
             stack.remat, stack.scan = remat, scan_layers
         base.dropout = dropout

@@ -147,7 +147,7 @@ class PackShapes:
 
     @functools.cached_property
     def _member(self) -> MemberState:
-        return jax.eval_shape(lambda t, f: init_member(self.part, t, f), self.part.trainable, self._fixed)
+        return jax.eval_shape(lambda t, f: init_member(self.part, t, f, self._objective), self.part.trainable, self._fixed)
 
     @functools.cached_property
     def member_flops(self) -> int:
@@ -200,7 +200,7 @@ class PackShapes:
         """Compiles the training and the evaluation of so many members, and asks what they take; nothing is run or placed."""
         setup, part = self._setup, self.part
         stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((members, *np.shape(a)), a.dtype), (part.trainable, self._fixed))
-        state = jax.eval_shape(jax.vmap(lambda t, f: init_member(part, t, f)), *stacked)
+        state = jax.eval_shape(jax.vmap(lambda t, f: init_member(part, t, f, self._objective)), *stacked)
         state, fixed = self._placed((state, stacked[1]))
         programs = PackPrograms(part, self._config.training.data_seed, setup.mesh, self._mode, objective=self._objective)
         batch, held_out = self._batch(setup.plan.batch(0), 1), self._batch(setup.plan.eval_batches()[0], 0)

@@ -23,6 +23,7 @@ from ..config.schema import Config
 from ..errors import InputError
 from ..parallel.program import Program, compiler_options
 from ..tasks.objectives import Objective, cross_entropy
+from ..tasks.on_policy import OnPolicy
 from ..training.step import Batch, Evaluated, MemberFixed, MemberState, Metrics, eval_step, train_step
 
 
@@ -113,7 +114,7 @@ class PackPrograms:
         mesh: of the arrays; None for a single device.
         mode: how the programs run the members.
         limit: bytes that each program may take on a device.
-        objective: the loss.
+        objective: the loss, or how members make batches and learn of them.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class PackPrograms:
         mesh: Mesh | None = None,
         mode: PackMode = VMAP,
         limit: int | None = None,
-        objective: Objective = cross_entropy,
+        objective: Objective | OnPolicy = cross_entropy,
     ):
         self.mode = mode
         self.in_mode = lambda other: PackPrograms(part, data_seed, mesh, other, limit, objective)

@@ -112,10 +112,11 @@ class Pack:
             hyper = hyper_of(config, steps, lambda spec=spec: own_shapes(part, spec, structure))
             members.append((filled.trainable, MemberFixed(hyper, filled.settings, update_mask(part, spec, structure))))
         trainable, fixed = (stack_members(part, mesh, column) for column in zip(*members, strict=True))
-        init = jax.vmap(lambda t, f: init_member(part, t, f))
+        objective = objective_of(configs[0].task)
+        init = jax.vmap(lambda t, f: init_member(part, t, f, objective))
         layouts = None if mesh is None else member_shardings(part, mesh, jax.eval_shape(init, trainable, fixed))
         state = jax.jit(init, out_shardings=layouts)(trainable, fixed)
-        programs = PackPrograms(part, configs[0].training.data_seed, mesh, mode, memory_limit(configs[0]), objective_of(configs[0].task))
+        programs = PackPrograms(part, configs[0].training.data_seed, mesh, mode, memory_limit(configs[0]), objective)
         return cls(configs, specs, structure, part, state, fixed, programs)
 
     @property

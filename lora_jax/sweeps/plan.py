@@ -344,8 +344,7 @@ def _run_before(config: Config) -> RunDirectory | None:
 
 
 def _product(setup: Setup, members: int) -> tuple[int, int, int]:
-    batch, block = setup.plan.batch(0), setup.base.config.block
-    return members * batch["tokens"][0].size, block.width, block.hidden
+    return members * setup.plan.batch(0)["tokens"][0].size, *setup.layer_sizes
 
 
 def largest_pack_shapes(config: Config) -> tuple[PackShapes, int, PackMemory]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ..config.schema import TaskConfig
 from ..data.batching import NO_TARGET, BatchPlan, Example, Examples
 from ..errors import InputError
 from ..generation.generate import decode_prompts
@@ -61,6 +62,8 @@ def predict_member(
     if output.exists() or output.is_symlink():
         raise InputError(f"--output: {output} already exists and is not overwritten. Give another file, or remove it.")
     section, task = member.config.task, task_of(member.config.task)
+    if not isinstance(section, TaskConfig):
+        raise InputError(f"--source: the task of {run} reads no rows.")
     restored = restore_member(run, member, readout=True)
     tokenizer, model, classes = load_tokenizer(member.config.model.source), restored.model, restored.classes
     rows, labelled = rows_to_predict(task, section, source, classes)

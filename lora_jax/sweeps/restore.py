@@ -145,12 +145,12 @@ def restore_member(run: Path, member: Member, *, readout: bool = False) -> Resto
     base = loaded.base if isinstance(loaded, Classifier) else loaded
     if classes is None and task.needs_classes(section, decoder=base.is_decoder):
         raise InputError(f"{folder}: does not record its classes; list them, in order, as task.labels in {run / 'config.yaml'}.")
-    tokenizer = load_tokenizer(config.model.source)
+    tokenizer = load_tokenizer(config.model.source) if task.own_data(section) is None else None
     words = task.class_tokens(section, classes, tokenizer, decoder=base.is_decoder) if readout else None
     model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes, words)
     spec = resolve(model, config.adapter)
     known = _fingerprint_as_trained(base, config, task.loaded_head(section))
-    _confirm(run, member, {"base": known, "tokenizer": tokenizer_digest(tokenizer)}, warn)
+    _confirm(run, member, {"base": known, "tokenizer": "" if tokenizer is None else tokenizer_digest(tokenizer)}, warn)
     adapted = inject_layout(model, unite(model, [spec]))
     fill_member(adapted, spec, None)
     part = partition(adapted)

@@ -11,7 +11,7 @@ from flax import nnx
 from pydantic import Field
 
 from ..config.doors import TASKS
-from ..config.schema import TaskConfig
+from ..config.schema import TaskConfig, TaskSection
 from ..data.batching import NO_TARGET
 from ..data.pairs import Shift
 from ..data.prompts import Prompts
@@ -20,6 +20,7 @@ from ..models.encoder_decoder import Base
 from ..models.heads import add_head
 from .data import Columns, Encoded, Prediction, Rows, Shared, TaskData, TaskMetrics
 from .objectives import OBJECTIVES, Objective
+from .on_policy import OnPolicy
 
 # What other files take from here, too.
 __all__ = [
@@ -51,7 +52,7 @@ class Task(ABC):
     """
 
     name: str
-    section: type[TaskConfig]
+    section: type[TaskSection]
     head: str | None = None
     objective: str = "cross_entropy"
     targets: int | None = None
@@ -210,6 +211,14 @@ class Task(ABC):
             raise TypeError(f"the task '{self.name}' names no head, and makes no model of its own")
         return add_head(base, self.head, len(classes or ()), rngs=nnx.Rngs(0))
 
+    def own_data(self, section: Any) -> TaskData | None:
+        """The data of a task that reads no rows; None where they are rows of a source, read with the base's tokenizer."""
+        return None
+
+    def on_policy(self, section: Any) -> OnPolicy | None:
+        """How members make their own batches; None where they read those of the data."""
+        return None
+
     def shared(self, section: Any, base: Base, load: Callable[..., Any]) -> Shared | None:
         """What is computed once for all members; None where nothing is.
 
@@ -225,14 +234,14 @@ def one_or_all(texts: Sequence[str]) -> Any:
     return texts[0] if len(texts) == 1 else list(texts) or None
 
 
-def task_of(section: TaskConfig) -> Task:
+def task_of(section: TaskSection) -> Task:
     """The task of a config section."""
     return TASKS.get(section.kind, "task.kind")
 
 
-def objective_of(section: TaskConfig) -> Objective:
-    """The loss of a config section's task."""
-    return task_of(section).loss(section)
+def objective_of(section: TaskSection) -> Objective | OnPolicy:
+    """The loss of a config section's task, or how its members make batches and learn of them."""
+    return task_of(section).on_policy(section) or task_of(section).loss(section)
 
 
 def task_section(**values: Any) -> Any:

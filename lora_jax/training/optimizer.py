@@ -17,6 +17,7 @@ from ..adapters.methods.base import Method
 from ..adapters.parameters import SiteArrays
 from ..adapters.partition import Arrays, Partition
 from ..config.schema import Config
+from ..tasks.base import task_of
 from .optimizers.base import Group, Optimizer, optimizer_of
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -43,8 +44,14 @@ class Hyper(NamedTuple):
     optimizer: Optimizer
 
 
+def updates_of(config: Config) -> int:
+    """Optimizer steps of a training step."""
+    found = task_of(config.task).on_policy(config.task)
+    return 1 if found is None else found.updates
+
+
 def hyper_of(config: Config, steps: int, shapes: Callable[[], dict[str, np.ndarray]] = dict) -> Hyper:
-    """The hyperparameters a config asks for, over `steps` optimizer steps; numpy scalars.
+    """The hyperparameters a config asks for, over `steps` training steps; numpy scalars.
 
     Args:
         shapes: gives the shapes of the member's own arrays (`own_shapes`); asked where the optimizer needs them.
@@ -55,7 +62,7 @@ def hyper_of(config: Config, steps: int, shapes: Callable[[], dict[str, np.ndarr
     values: dict[str, Any] = {name: np.float32(getattr(section, name)) for name in same}
     values["schedule"] = np.int32(SCHEDULES.index(section.schedule))
     values["clip_norm"] = np.float32(np.inf if section.clip_norm is None else section.clip_norm)
-    values["steps"] = np.float32(steps)
+    values["steps"] = np.float32(steps * updates_of(config))
     values["seed"] = np.uint32(config.training.seed)
     own = {"numbers": optimizer.numbers(section), "shapes": shapes() if optimizer.shaped else {}}
     return Hyper(**values, **cast(Any, own), optimizer=optimizer)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from ..adapters.inject import inject_layout
 from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
 from ..adapters.partition import Partition
-from ..config.schema import Config
+from ..config.schema import Config, TaskConfig, TrainingConfig
 from ..data.batching import BatchPlan
+from ..data.episodes import EpisodePlan
 from ..data.pairs import Shift
 from ..errors import InputError
 from ..generation.generate import context_length
@@ -26,13 +27,16 @@ from ..models.encoder_decoder import Base, EncoderDecoder, Generative
 from ..models.heads import Classifier
 from ..models.layers import AXES
 from ..models.load import BaseFiles
+from ..models.policy import Policy
 from ..parallel.constraints import place_batch
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from ..parallel.program import release_freed_memory
 from ..tasks.base import TaskData, TaskMetrics, objective_of, task_of
+from ..tasks.objectives import Objective
 from ..tasks.prepare import prepare
 from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
+from .optimizer import updates_of
 from .optimizers.base import optimizer_of
 from .shared import SharedProgram
 from .statistics import Seen, gather, joined, lacks
@@ -88,7 +92,7 @@ class Setup:
     model: nnx.Module
     base: Base
     data: TaskData
-    plan: BatchPlan
+    plan: BatchPlan | EpisodePlan
     steps: int
     mesh: Mesh
     shared: SharedProgram | None = None
@@ -109,7 +113,9 @@ class Setup:
         key = config.optimizer.kind + config.adapter.model_dump_json()
         if key not in self.specs:
             spec = resolve(self.model, config.adapter)
-            spec.method.check_steps(spec.config, self.steps)
+            spec.method.check_steps(spec.config, self.steps * updates_of(config))
+            if self.data.episodes is not None and spec.method.wants(spec.config):
+                raise InputError(f"adapter: the init reads training batches, and members of '{config.task.kind}' make their own.")
             optimizer_of(config.optimizer).check(unite(self.model, [spec]))
             self.specs[key] = spec
         return self.specs[key]
@@ -141,7 +147,7 @@ class Setup:
             if wants:
                 batches = (self.step_inputs(i, self.plan.batch(i), None) for i in range(count))
                 options = {"seed": members[0].training.data_seed, "mesh": self.mesh}
-                sites, objective = self.layout(members).sites, objective_of(members[0].task)
+                sites, objective = self.layout(members).sites, cast(Objective, objective_of(members[0].task))
                 self.gathered[count] = joined(known, gather(self.model, sites, wants, batches, objective, **options))
         return {count: self.gathered[count] for count in groups}
 
@@ -166,7 +172,16 @@ class Setup:
 
     def _pass_over(self) -> Iterator[dict[str, np.ndarray]]:
         """Every training example of the run once, in batches that depend on nothing but the plan."""
-        yield from self.plan.eval_batches(self.plan.seen())
+        plan = cast(BatchPlan, self.plan)
+        yield from plan.eval_batches(plan.seen())
+
+    @property
+    def layer_sizes(self) -> tuple[int, int]:
+        """Inputs and outputs of one of the base's largest matrices."""
+        if isinstance(self.base, Policy):
+            shape: Any = self.base.config
+            return max(shape.layers.values(), key=lambda sizes: sizes[0] * sizes[1])
+        return self.base.config.block.width, self.base.config.block.hidden
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -230,12 +245,16 @@ class Preparer:
 
         # The examples.
         def examples() -> tuple[TaskData, str]:
+            if (own := task.own_data(section)) is not None:
+                return own, ""
+            assert isinstance(section, TaskConfig)
             tokenizer = load_tokenizer(config.model.source)
             shift = Shift(base.config.start) if isinstance(base, EncoderDecoder) else None
             return prepare(section, tokenizer, decoder=base.is_decoder, known=known, shift=shift), tokenizer_digest(tokenizer)
 
         data, tokenizer = self._data.get(data_key, examples)
-        check_data(base, data, known)
+        if data.episodes is None:
+            check_data(base, data, known)
 
         # What is computed once for all members.
         def load(source: str, *, key: str) -> Any:
@@ -305,8 +324,19 @@ def check_data(base: Base, data: TaskData, known: Sequence[str] = ()) -> None:
         raise InputError(f"task.labels: {len(data.classes)} classes; the model's head has {len(known)}: {', '.join(known)}.")
 
 
-def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan:
+def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan | EpisodePlan:
     training = config.training
+    if data.episodes is not None:
+        defaults, why = TrainingConfig.model_fields, f"not with task.kind '{config.task.kind}', whose members make their own batches."
+        for key in ("batch_size", "accumulate", "batching"):
+            if getattr(training, key) != defaults[key].default:
+                raise InputError(f"training.{key}: {why}")
+        if training.steps is None:
+            raise InputError(f"training.epochs: {why} Give training.steps.")
+        for axis in ("data", "fsdp"):
+            if mesh.shape[axis] > 1:
+                raise InputError(f"mesh.{axis}: {why} mesh.sweep splits the members.")
+        return EpisodePlan(data.episodes, steps=training.steps + training.extend_steps, seed=training.data_seed)
     return BatchPlan(
         data.train,
         data.held_out,

@@ -12,18 +12,21 @@ from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..models.heads import TaskModel
 from ..parallel.constraints import in_order, targets_by_rows
 from ..tasks.objectives import Means, Objective, sums_of, total_weight
+from ..tasks.on_policy import OnPolicy
 from .optimizer import Hyper, learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]
 
 
 class MemberState(NamedTuple):
-    """What a step changes: a member's trainable arrays, its optimizer state, `alive` (bool: it still trains), and its method's state."""
+    """What a step changes: a member's trainable arrays, its optimizer state, `alive` (bool: it still trains), its method's state, and
+    what it keeps of the batches it makes itself (`OnPolicy.begin`)."""
 
     trainable: Arrays
     optimizer: Any
     alive: jax.Array
     method: dict[str, Arrays] = {}  # noqa: RUF012 - never changed in place
+    rollout: Any = ()
 
 
 class MemberFixed(NamedTuple):
@@ -51,15 +54,21 @@ class Metrics(NamedTuple):
     means: dict[str, jax.Array] = {}  # noqa: RUF012 - never changed in place
 
 
-def init_member(part: Partition, trainable: Arrays, fixed: MemberFixed) -> MemberState:
-    """The state before step 0."""
+# Mixed into a member's seed, for the draws of what it keeps: steps are numbered from 0.
+_BEGIN = 2**31
+
+
+def init_member(part: Partition, trainable: Arrays, fixed: MemberFixed, objective: Objective | OnPolicy | None = None) -> MemberState:
+    """The state before step 0. `objective` is needed where the members make their own batches."""
     method = {} if part.method is None else part.method.init_state(part.sites(trainable, fixed.settings))
-    return MemberState(trainable, make_optimizer(fixed.hyper, part).init(trainable), jnp.array(True), method)
+    key = jax.random.fold_in(jax.random.key(fixed.hyper.seed), _BEGIN)
+    rollout = objective.begin(key) if isinstance(objective, OnPolicy) else ()
+    return MemberState(trainable, make_optimizer(fixed.hyper, part).init(trainable), jnp.array(True), method, rollout)
 
 
 def train_step(
     part: Partition,
-    objective: Objective,
+    objective: Objective | OnPolicy,
     state: MemberState,
     fixed: MemberFixed,
     frozen: Arrays,
@@ -67,14 +76,14 @@ def train_step(
     step: jax.Array,
     dropout_rng: jax.Array,
 ) -> tuple[MemberState, Metrics]:
-    """One optimizer step of one member.
+    """One training step of one member: an optimizer step, or as many as an on-policy task makes on the batch that it collects.
 
     The loss is the mean over all targets (or examples) of the step; its gradient is summed over the micro-batches. A member whose loss
     or gradient is not finite keeps its last state and stops for good. Under `vmap`, other members are not affected.
 
     Args:
         part: makes a model of the arrays; static.
-        objective: the loss (`tasks/objectives.py`); static.
+        objective: the loss (`tasks/objectives.py`), or how the member makes batches and learns of them (`tasks/on_policy.py`); static.
         state: what the step changes.
         fixed: the member's hyperparameters, settings and mask.
         frozen: the base, the same for all members.
@@ -84,6 +93,8 @@ def train_step(
         dropout_rng: PRNG key for the base's own dropout in this step; the same for all members, so that shared layers stay equal.
     """
     key = jax.random.fold_in(jax.random.key(fixed.hyper.seed), step)
+    if isinstance(objective, OnPolicy):
+        return _collect_and_update(part, objective, state, fixed, frozen, batch, step, key)
     total = jnp.maximum(total_weight(batch), 1.0)
 
     def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Means]]:
@@ -93,9 +104,6 @@ def train_step(
         loss, correct, more = sums_of(objective, model, features, micro)
         return loss / total, (correct / total, more)
 
-    def penalty_of(trainable: Arrays) -> jax.Array | None:
-        return None if part.method is None else part.method.penalty(part.sites(trainable, fixed.settings))
-
     def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, Means]:
         index, rows = micro
         (loss, (correct, more)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, targets_by_rows(rows), index)
@@ -103,6 +111,55 @@ def train_step(
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
     (loss, correct, grads), more = jax.lax.scan(micro_step, zero, (jnp.arange(batch["tokens"].shape[0]), batch))
+    means = {name: value.sum() / weight.sum() for name, (value, weight) in more.items()}
+    new, loss, norm = _updated(part, state, fixed, loss, grads, step)
+    return new, Metrics(loss, correct, norm, learning_rate(fixed.hyper, step), means)
+
+
+def _collect_and_update(
+    part: Partition,
+    task: OnPolicy,
+    state: MemberState,
+    fixed: MemberFixed,
+    frozen: Arrays,
+    batch: Batch,
+    step: jax.Array,
+    key: jax.Array,
+) -> tuple[MemberState, Metrics]:
+    """`train_step` of an on-policy task. The loss is the mean over the updates, gradient norm and learning rate are the newest."""
+    model = part.merge(state.trainable, fixed.settings, frozen, training=False)
+    rollout, collected = task.collect(model, state.rollout, batch, key)
+
+    def update(state: MemberState, index: jax.Array) -> tuple[MemberState, tuple[jax.Array, jax.Array]]:
+        def loss_of(trainable: Arrays) -> jax.Array:
+            settings = with_dropout_keys(part, fixed.settings, jax.random.fold_in(key, index))
+            return task.loss(part.merge(trainable, settings, frozen, training=True), task.part(collected, index))
+
+        loss, grads = jax.value_and_grad(loss_of)(state.trainable)
+        new, loss, norm = _updated(part, state, fixed, loss, grads, step * task.updates + index)
+        return new, (loss, norm)
+
+    new, (losses, norms) = jax.lax.scan(update, state, jnp.arange(task.updates))
+    # Of a member that has stopped nothing changes any more.
+    rollout = jax.tree.map(lambda a, b: jnp.where(new.alive, a, b), rollout, state.rollout)
+    rate = learning_rate(fixed.hyper, (step + 1) * task.updates - 1)
+    return new._replace(rollout=rollout), Metrics(losses.mean(), jnp.float32(0), norms[-1], rate)
+
+
+def _updated(
+    part: Partition, state: MemberState, fixed: MemberFixed, loss: jax.Array, grads: Arrays, step: jax.Array
+) -> tuple[MemberState, jax.Array, jax.Array]:
+    """One optimizer step; a member whose loss or gradient is not finite keeps its last state and stops for good.
+
+    Args:
+        step: int32 scalar, how many optimizer steps were before this one.
+
+    Returns:
+        the new state, the loss with the method's penalty, and the norm of the gradient.
+    """
+
+    def penalty_of(trainable: Arrays) -> jax.Array | None:
+        return None if part.method is None else part.method.penalty(part.sites(trainable, fixed.settings))
 
     if jax.eval_shape(penalty_of, state.trainable) is not None:  # once a step, and not for each micro-batch
         more, of_penalty = jax.value_and_grad(cast(Any, penalty_of))(state.trainable)
@@ -116,11 +173,10 @@ def train_step(
     trainable, kept_by_method = cast(Arrays, optax.apply_updates(state.trainable, updates)), state.method
     if part.method is not None and part.method.has_state:
         kept_by_method, trainable = part.method.after_step(kept_by_method, trainable, grads, sites, step, fixed.hyper.steps)
-    new = MemberState(trainable, optimizer_state, state.alive, kept_by_method)
+    new = MemberState(trainable, optimizer_state, state.alive, kept_by_method, state.rollout)
     alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(norm)
     kept = jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, state)
-    means = {name: value.sum() / weight.sum() for name, (value, weight) in more.items()}
-    return kept._replace(alive=alive), Metrics(loss, correct, norm, learning_rate(fixed.hyper, step), means)
+    return kept._replace(alive=alive), loss, norm
 
 
 def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
@@ -132,9 +188,14 @@ def _masked(tree: Arrays, mask: Arrays | None) -> Arrays:
 Evaluated = tuple[jax.Array, jax.Array, Means, jax.Array | None]
 
 
-def eval_step(part: Partition, objective: Objective, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch) -> Evaluated:
+def eval_step(
+    part: Partition, objective: Objective | OnPolicy, trainable: Arrays, settings: Arrays, frozen: Arrays, batch: Batch
+) -> Evaluated:
     """One member's summed loss and correct predictions on one batch (without a micro axis), what else its objective says, and its
     answers; no dropout."""
+    if isinstance(objective, OnPolicy):
+        answers = objective.evaluate(part.merge(trainable, settings, frozen, training=False), batch)
+        return jnp.float32(0), jnp.float32(0), {}, answers
     count = batch["target_index"].shape[0]
     model, batch = cast(TaskModel, part.merge(trainable, settings, frozen, training=False)), targets_by_rows(batch)
     features = model.features(batch)

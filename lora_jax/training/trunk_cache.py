@@ -16,6 +16,7 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 import lora_jax.models
 
 from ..config.schema import TrainingConfig
+from ..data.batching import BatchPlan
 from ..models.stack import stacks_of
 from ..parallel.constraints import place_batch
 from ..parallel.mesh import to_host
@@ -56,7 +58,7 @@ def keep_trunk(trunk: Trunk, setup: Setup, training: TrainingConfig, folder: Pat
         return say("trunk cache: off, because it works in a single process only, and the batches are split over several")
     batch = setup.plan.batch(0)
     layout = trunk.layout(place_batch(setup.mesh, batch, row_axis=1))
-    seen, held_out = setup.plan.seen(), setup.data.held_out
+    seen, held_out = cast(BatchPlan, setup.plan).seen(), setup.data.held_out
     # Two programs, which may round differently: what one computed is not used for the other.
     stores = [TrunkStore(examples, layout.shape[-1], layout.dtype) for examples in (seen, held_out)]
     shape = (sum(s.tokens for s in stores), layout.shape[-1])
@@ -109,7 +111,7 @@ def _use(stores: Sequence[TrunkStore], rows: np.ndarray) -> None:
 def _fill(trunk: Trunk, setup: Setup, stores: Sequence[TrunkStore], rows: np.ndarray) -> bool:
     """Computes everything into `rows`; returns whether batches put together from it are, bit for bit, those that are computed."""
     _use(stores, rows)
-    plan, mesh = setup.plan, setup.mesh
+    plan, mesh = cast(BatchPlan, setup.plan), setup.mesh
 
     def of_step(batch: dict[str, np.ndarray]) -> np.ndarray:
         return to_host(trunk.of_step(0, place_batch(mesh, batch, row_axis=1)))

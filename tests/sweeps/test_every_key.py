@@ -113,6 +113,8 @@ OTHERS = {
     "task.chosen", "task.rejected", "task.loss", "task.beta", "task.label_smoothing", "task.per_token", "task.simpo_gamma",
     "task.orpo_lambda", "task.desirable_weight", "task.undesirable_weight",
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
+    "task.environment", "task.physics", "task.environments", "task.rollout", "task.update_epochs", "task.minibatches", "task.gamma",
+    "task.gae_lambda", "task.clip", "task.entropy", "task.value", "task.eval_episodes",  # tests/tasks/test_ppo.py
 }  # fmt: skip
 
 

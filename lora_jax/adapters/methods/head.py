@@ -1,4 +1,4 @@
-"""Linear probing, a baseline: only the task's head trains."""
+"""Linear probing, a baseline: only the task's head trains, or what of the base is named as such."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ...config.schema import AdapterConfig
 from ...models.stack import Stack
-from ..labels import FROZEN, HEAD, Table
+from ..labels import Table, base_labels
 from .base import Method, register_method
 
 
@@ -19,13 +19,13 @@ class HeadSection(AdapterConfig):
 
 
 class Head(Method):
-    """The task's head trains, and nothing of the base."""
+    """The task's head trains, with what `modules_to_save` names: a policy's heads are part of its base."""
 
     name, section = "head", HeadSection
     ignores = ("rank", "rank_pattern", "alpha", "alpha_pattern", "targets", "exclude", "layers", "dropout", "nested_init", "bias")
 
     def labels(self, sites: Sequence[str], bias: str, modules_to_save: Sequence[str]) -> Table:
-        return (*HEAD, (r".*", FROZEN))
+        return base_labels((), "none", modules_to_save)
 
     def prepare(self, model: nnx.Module) -> None:
         """Cuts off each stack's top layer: it stays with the head, because it is run for few positions; what is below is the trunk."""

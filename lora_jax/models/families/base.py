@@ -153,8 +153,8 @@ class Family:
     """How the configs and checkpoints of one Hugging Face `model_type` translate; registered under it in `FAMILIES`.
 
     Attributes:
-        kind: `encoder`, `decoder` or `encoder_decoder`.
-        config: Hugging Face config and dtype -> `EncoderConfig`, `DecoderConfig` or `EncoderDecoderConfig`.
+        kind: `encoder`, `decoder`, `encoder_decoder` or `policy`.
+        config: Hugging Face config and dtype -> the config of that kind of model (`EncoderConfig`, ...).
         weights: our config -> {parameter path: Weight}. In a path `layers.` stands for the stack.
         architecture: what the names of transformers' classes begin with (`XLMRoberta` of `XLMRobertaForTokenClassification`).
         language_model: transformers' class with a projection to the vocabulary, where it is not `{architecture}ForCausalLM`, or of an

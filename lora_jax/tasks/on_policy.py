@@ -1,0 +1,79 @@
+"""On-policy tasks: each member makes its own batches from its own state, inside the compiled step.
+
+Such a task's objective (`objective_of`) is an `OnPolicy`: a step of training is then to collect a batch with the member's model, and
+to make several optimizer steps on it. Both run under the same `vmap` over members as any other step, so their batches get a member
+axis, and one program serves the pack. What a member keeps from one step to the next (`begin`) is a part of its state, and is in its
+checkpoints. What the members have in common (`batch`: prompts, say) comes from outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# An array or a tree of them.
+Tree = Any
+
+
+class OnPolicy(ABC):
+    """How members make batches and learn of them; all functions are pure, of one member, and traced.
+
+    Attributes:
+        updates: optimizer steps of a training step.
+    """
+
+    updates: int
+
+    @abstractmethod
+    def begin(self, key: jax.Array) -> Tree:
+        """What a member keeps from step to step, before step 0. `key` follows from the member's seed."""
+
+    @abstractmethod
+    def collect(self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Tree, Tree]:
+        """What the member keeps from here on, and what its updates learn of; nothing is differentiated.
+
+        Args:
+            model: the member's, as it is evaluated.
+            kept: as the last step left it.
+            batch: what the members have in common, with a micro axis.
+            key: of the member and the step.
+        """
+
+    @abstractmethod
+    def part(self, collected: Tree, index: jax.Array) -> Tree:
+        """What update `index` (int32 scalar, 0-based) of a step learns of."""
+
+    @abstractmethod
+    def loss(self, model: Any, part: Tree) -> jax.Array:
+        """The mean loss on that, a float32 scalar."""
+
+    @abstractmethod
+    def evaluate(self, model: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        """Answers (n, ...) to a batch of the held-out examples, from which evaluators compute the metrics."""
+
+
+def strong(tree: Tree) -> Tree:
+    """The same arrays with dtypes of their own: what goes round in a compiled step has one type, wherever it came from."""
+    return jax.tree.map(lambda a: jax.lax.convert_element_type(jnp.asarray(a), jnp.asarray(a).dtype), tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Minibatches:
+    """A step's updates: `epochs` passes over what was collected, each in `count` parts and another order."""
+
+    epochs: int
+    count: int
+
+    @property
+    def updates(self) -> int:
+        """Of all passes."""
+        return self.epochs * self.count
+
+    def draw(self, size: int, key: jax.Array) -> jax.Array:
+        """(updates, size / count) int32: which of `size` things each update learns of. Once a step: sorting is slow on CPUs."""
+        orders = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, self.epochs))
+        return orders.reshape(self.updates, size // self.count)
