@@ -10,8 +10,10 @@ A policy is trained in an environment by PPO, saved and frozen. Then the environ
 - full fine-tuning, its two heads alone, and full training of a new policy: 8 seeds each.
 
 All make the same number of steps in the same number of environments, and each has the better of two learning rates, by its mean over seeds
-in the first of the changed environments. Returns are means over the episodes of an evaluation, which are the same for all; intervals are
-95 % over seeds (Student's t). The time of a training step of the pack of 32 is measured against one member's, in turn, as medians.
+in the first of the changed environments (LoRA over all its ranks). Returns are means over the episodes of an evaluation, which are the same
+for all; intervals are 95 % over seeds (Student's t). The rank that is reported beside full fine-tuning is the best one by the same
+evaluation, which flatters it a little; all ranks are in the JSON. The time of a training step of the pack of 32 is measured against one
+member's, in turn, as medians.
 
 Needs: pip install 'lora-jax[rl]'. Figures are in results/rl_adapt.json and figures/rl_adapt.png.
 """

@@ -21,7 +21,7 @@ def test_the_tested_versions_are_versions_that_are_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     pins = constraints()
-    for text in project["dependencies"] + extras["dev"] + extras["interop"]:
+    for text in project["dependencies"] + extras["dev"] + extras["interop"] + extras["rl"]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
