@@ -131,7 +131,7 @@ def test_what_is_missing_is_explained(tmp_path, monkeypatch):
     got = message(tmp_path, monkeypatch, BASE.replace("source: m.gguf", ""))
     assert got.startswith("c.yaml, line 2: model.source: missing. A Hugging Face folder, a .gguf")
     got = message(tmp_path, monkeypatch, BASE.replace("kind: classification,", ""))
-    assert "line 3: task.kind: missing. causal_lm: The next token." in got and got.endswith(f"Must be one of {KINDS}.")
+    assert "line 3: task.kind: missing. " in got and "causal_lm: The next token." in got and got.endswith(f"Must be one of {KINDS}.")
     got = message(tmp_path, monkeypatch, "name: a\n")
     assert got.splitlines() == ["c.yaml: 3 problems"] + [
         f"  {s}: missing; a config needs this section." for s in ("model", "task", "training")
