@@ -272,7 +272,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, monkey
     assert refused.code == 2 and "reads no rows" in refused.err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("key", "value"),
     [("gamma", 0.5), ("gae_lambda", 0.3), ("clip", 0.001), ("entropy", 0.5), ("value", 0.1), ("update_epochs", 3), ("minibatches", 4),
