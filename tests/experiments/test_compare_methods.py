@@ -72,7 +72,7 @@ def test_findings_of_made_up_results(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("compile_cache", "minilm_source", "reviews_source")
 def test_a_small_run_that_is_stopped_and_goes_on(tmp_path, monkeypatch):
     words = ["--methods", "lora", "ia3", "--rates", "2", "--seeds", "2", "--steps", "3", "--rows", "40"]

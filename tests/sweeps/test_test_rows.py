@@ -72,7 +72,7 @@ def test_rows_of_the_source(hub, tmp_path, capsys):
     assert "(test)" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_alone_in_parts_and_stopped_between(hub, tmp_path, test_file, monkeypatch):
     def config(name):
         return hub.config(tmp_path, {"sweep": SWEEP, "task.test_source": str(test_file)}, name=name)

@@ -68,7 +68,7 @@ def close(mine: dict[str, Any], wanted: dict[str, Any], start: dict[str, Any], l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k if k in ("adafactor", "muon") else pytest.param(k, marks=pytest.mark.long) for k in KINDS])
 def test_a_pack_equals_its_solo_run_and_a_member_moves_to_another(kind: str) -> None:
     model, chosen = tiny.classifier(2), members(kind)
     pack, alone = Pack.build(model, chosen, 10), Pack.build(model, chosen[1:], 10)
@@ -315,7 +315,7 @@ def test_the_kinds_in_a_config() -> None:
         with_values(one, {"optimizer.kind": "adamax"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_over_kinds_and_methods_saves_what_it_evaluated(hub: Any, tmp_path: Any) -> None:
     members = [
         {"optimizer.kind": "schedule_free", "optimizer.schedule": "constant"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -97,8 +99,7 @@ def test_a_step_from_the_trunk():
     np.testing.assert_allclose(apart, whole, rtol=1e-6)
     _, metrics = pack.programs.train(*arguments(pack, placed))
     _, from_trunk = other.programs.train(*arguments(other, placed | {"trunk": common}))
-    for name in metrics._fields:
-        np.testing.assert_allclose(getattr(from_trunk, name), getattr(metrics, name), rtol=1e-5, err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), from_trunk, metrics)
 
 
 @pytest.mark.long

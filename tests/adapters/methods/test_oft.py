@@ -82,7 +82,17 @@ def test_coft_keeps_each_block_within_its_bound(share: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"block_share": True}, {"use_cayley_neumann": False}, {"coft": True, "eps": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *(
+            pytest.param(o, marks=pytest.mark.long)
+            for o in ({"block_share": True}, {"use_cayley_neumann": False}, {"coft": True, "eps": 0.05})
+        ),
+    ],
+    ids=str,
+)
 def test_blocks_of_4_and_6_share_a_pack(options: dict[str, Any]) -> None:
     """Neither size is a multiple of the other, and one member has both; each equals its solo run."""
     model = tiny.classifier(2, width=48)
