@@ -25,12 +25,12 @@ from experiments.fuzz import bits_of_run, differing
 from lora_jax.config.load import load_config
 from lora_jax.errors import InputError, Stopped
 from lora_jax.models.load import load_model
-from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.restore import evaluate_run, restore_member, run_members
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import Progress, read_state
 from lora_jax.weights.provenance import fingerprint
 from tests import tiny
+from tests.stopping import stop_at
 from tests.tiny_hub import call
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -68,20 +68,6 @@ def quick():
 def whole(hub, tmp_path_factory, compile_cache, quick):
     """The run that nobody stops."""
     return run_sweep(hub.config(tmp_path_factory.mktemp("whole"), SWEEP)).path
-
-
-def stop_at(monkeypatch, step):
-    """Makes the next run stop after a step of whichever pack it is in."""
-    left = [step]
-
-    def asked(self, done):
-        if left and left[0] == done:
-            left.clear()
-            self.received = signal.SIGTERM
-            return True
-        return False
-
-    monkeypatch.setattr(StopSignals, "asked", asked)
 
 
 @pytest.mark.long

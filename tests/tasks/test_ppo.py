@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import jax
@@ -24,7 +23,6 @@ from lora_jax.models.policy import Policy, PolicyConfig, log_probability
 from lora_jax.packing.execution import SCAN, VMAP
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.mesh import to_host
-from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.restore import evaluate_run, restore_member, run_members
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tasks.base import task_section
@@ -32,6 +30,7 @@ from lora_jax.tasks.ppo import Rollouts, advantages, clipped_surrogate
 from lora_jax.tracking import Progress
 from lora_jax.training.setup import set_up
 from tests import tiny
+from tests.stopping import stop_at
 from tests.tiny_hub import call
 
 gymnax = pytest.importorskip("gymnax")
@@ -249,16 +248,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, monkey
         assert 1 <= result.final["episode_return"] <= 20 and result.metric == "episode_return" and result.tokens == 4 * 4 * 8
         assert set(result.final) == {"episode_return"}
     with monkeypatch.context() as patch:
-        left = [3]
-
-        def asked(self, done):
-            if left and left[0] == done:
-                left.clear()
-                self.received = signal.SIGTERM
-                return True
-            return False
-
-        patch.setattr(StopSignals, "asked", asked)
+        stop_at(patch, 3)
         with pytest.raises(Stopped):
             run_sweep(config(changes))
     resumed = run_sweep(config(changes))

@@ -15,7 +15,6 @@ from lora_jax.data.batching import NO_TARGET
 from lora_jax.errors import InputError, Stopped
 from lora_jax.models.load import load_model
 from lora_jax.packing.pack import Pack
-from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tasks.base import task_section
 from lora_jax.tasks.prepare import prepare
@@ -24,6 +23,7 @@ from lora_jax.training.setup import Preparer, set_up
 from lora_jax.training.shared import keep_values, values_of
 from lora_jax.weights.tokenizer import load_tokenizer
 from tests import tiny
+from tests.stopping import stop_at
 from tests.tiny_hub import FILLER, call
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -368,12 +368,7 @@ def test_a_resumed_run_has_the_bits_it_would_have_had(hub, rows, tmp_path, monke
     """Stopped in the second epoch: the base's log-probabilities are computed again, in the same batches."""
     changes = ALONE | {"training.steps": 9, "training.eval_every": 4, "tracking.checkpoint_every": 3}
     whole = run_sweep(config(hub, tmp_path / "whole", rows, changes))
-    left = [5]
-
-    def asked(self, done):
-        return bool(left) and left[0] == done and bool(left.pop())
-
-    monkeypatch.setattr(StopSignals, "asked", asked)
+    stop_at(monkeypatch, 5)
     with pytest.raises(Stopped):
         run_sweep(config(hub, tmp_path / "cut", rows, changes))
     again = run_sweep(config(hub, tmp_path / "cut", rows, changes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ from lora_jax.packing.execution import SCAN, VMAP
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.constraints import place_batch
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tasks.base import task_section
 from lora_jax.tasks.objectives import cross_entropy
@@ -27,6 +25,7 @@ from lora_jax.training.setup import place_model
 from lora_jax.training.statistics import gather
 from lora_jax.training.trunk import trunk_depth
 from tests import tiny, tiny_pairs
+from tests.stopping import stop_at
 from tests.tiny_hub import call
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -141,16 +140,7 @@ def test_a_run_stops_and_goes_on(hub, folders, tmp_path, monkeypatch, family):
         changes |= {f"task.{key}": value for key, value in own.items()}
     whole = run_sweep(hub.config(tmp_path, changes, causal=True, name="whole"))
     config = hub.config(tmp_path, changes, causal=True, name="stopped")
-    left = [3]
-
-    def asked(self, done):
-        if left and left[0] == done:
-            left.clear()
-            self.received = signal.SIGTERM
-            return True
-        return False
-
-    monkeypatch.setattr(StopSignals, "asked", asked)
+    stop_at(monkeypatch, 3)
     with pytest.raises(Stopped):
         run_sweep(config)
     assert not differing(bits_of_run(whole.path), bits_of_run(run_sweep(config).path))

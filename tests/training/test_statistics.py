@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,6 @@ from lora_jax.adapters.layout import resolve, unite
 from lora_jax.errors import Stopped
 from lora_jax.models.heads import SequenceClassifier
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.parallel.processes import StopSignals
 from lora_jax.sweeps.restore import evaluate_run, restore_member, run_members
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tasks.objectives import cross_entropy
@@ -24,6 +22,7 @@ from lora_jax.training import setup as setups
 from lora_jax.training.setup import Setup, set_up
 from lora_jax.training.statistics import gather
 from tests import tiny
+from tests.stopping import stop_at
 from tests.tiny_hub import call
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -172,16 +171,7 @@ def test_a_saved_adapter_stands_on_its_own(whole, monkeypatch):
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_from_the_start_it_had(hub, whole, tmp_path, monkeypatch):
     config = hub.config(tmp_path, SWEEP)
-    left = [3]
-
-    def asked(self, done):
-        if left and left[0] == done:
-            left.clear()
-            self.received = signal.SIGTERM
-            return True
-        return False
-
-    monkeypatch.setattr(StopSignals, "asked", asked)
+    stop_at(monkeypatch, 3)
     with tiny.quick_compile():
         with pytest.raises(Stopped):
             run_sweep(config)

@@ -10,6 +10,7 @@ start B0, A0 among the member's settings.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -43,7 +44,7 @@ class LowRankConfig(AdapterConfig):
     )
 
 
-class Init:
+class Init(ABC):
     """A way to start the factors of a low-rank method.
 
     Attributes:
@@ -67,7 +68,9 @@ class Init:
 
     def check(self, section: Any, site: Site, rank: int) -> None:
         """`InputError`, naming the key, where a layer of a site cannot start so at this rank."""
+        return
 
+    @abstractmethod
     def factors(self, section: Any, site: Site, rank: int, random: np.random.Generator, data: SiteData) -> Arrays:
         """A and B of one layer, by their names `lora_a` and `lora_b`; one that is left out is 0.
 
@@ -81,7 +84,6 @@ class Init:
         Returns:
             (inputs, rank) and (rank, outputs), with the experts in front.
         """
-        raise NotImplementedError
 
     def to_peft(self, section: Any) -> str | bool | None:
         """PEFT's value of `init_lora_weights` for a section; None where PEFT has none."""

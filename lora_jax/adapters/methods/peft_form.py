@@ -33,7 +33,8 @@ Weight = Callable[[], np.ndarray]
 class PeftForm:
     """A method in PEFT's files.
 
-    A method fills in the attributes, and writes `tensors`, `to_file` and `from_file`. The other functions have defaults that fit most.
+    A method fills in the attributes, and writes `tensors`, `to_file` and `from_file`; one that names
+    `modules` leaves these out. The other functions have defaults that fit most.
     Each key of `defaults` is in exactly one of `words`, `flags`, `notes`, `unsupported`, `own` and `PLACES`.
 
     Attributes:

@@ -9,6 +9,7 @@ traced, so that the members of a pack may differ in them; members with different
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,7 +60,7 @@ class Group:
         return jnp.broadcast_to(sizes, (*array.shape[: array.ndim - count], count))
 
 
-class Optimizer:
+class Optimizer(ABC):
     """An optimizer; an instance is registered under its name.
 
     Attributes:
@@ -93,10 +94,11 @@ class Optimizer:
         Raises:
             InputError: names the key, and what would do.
         """
+        return
 
+    @abstractmethod
     def group(self, of: Group) -> optax.GradientTransformation:
         """How the arrays of one label are updated; trees are dicts by name, in which arrays of other labels are masked."""
-        raise NotImplementedError
 
     def preconditioned(self, gradients: Arrays, trainable: Arrays, part: Partition, numbers: Mapping[str, jax.Array]) -> Arrays:
         """The gradients, clipped, that the groups get."""
