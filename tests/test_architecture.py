@@ -151,7 +151,7 @@ def test_the_examples_of_the_page_register_one_thing_at_each_door() -> None:
 # Words that mean something else too: of these, transformers calls its heads by the names of three tasks (`models/layers.HeadShape`).
 HEADS = {"classification", "token_classification", "question_answering"}
 COMMON = HEADS | {"full", "head", "default", "gaussian", "hf", "peft", "distillation", "bert", "llama", "gpt2", "qwen2", "gemma", "mistral"}
-COMMON |= {"generation", "translation"}
+COMMON |= {"generation", "translation", "gguf"}
 DOORS = ("METHODS", "INITS", "OPTIMIZERS", "TASKS", "FAMILIES", "TRANSFORMS", "EXPORTERS")
 # Attributes and keys that hold a registered name, and the doors it may belong to.
 TAGS = {

@@ -43,7 +43,7 @@ _DROPPED = ("_name_or_path", "auto_map", "num_labels", "quantization_config", "t
 
 
 @dataclasses.dataclass(frozen=True)
-class _Form:
+class Form:
     """A model as transformers would have it: its base, and the head where it bears one."""
 
     base: Base
@@ -91,7 +91,7 @@ def save_pretrained(
 
 def _write(model: nnx.Module, folder: Path, *, classes: Sequence[str] | None, dtype: str | None, largest: int) -> None:
     form, merged = _form_of(model), _form_of(merged_base(model))
-    dtypes = _stored_dtypes(form)
+    dtypes = stored_dtypes(form)
     tensors = _tensors(merged, dtypes if dtype is None else dict.fromkeys(dtypes, WRITTEN_DTYPES[dtype]))
     write_checkpoint(folder, tensors, largest=largest)
     _write_json(folder / "config.json", _config(merged, classes, tensors))
@@ -100,7 +100,7 @@ def _write(model: nnx.Module, folder: Path, *, classes: Sequence[str] | None, dt
         _write_json(folder / "generation_config.json", generation)
 
 
-def check_form(model: nnx.Module) -> _Form:
+def check_form(model: nnx.Module) -> Form:
     """The model as transformers would have it.
 
     Raises:
@@ -138,18 +138,18 @@ def architecture(model_type: str, head: str | None = None) -> str:
     return find_family({"model_type": model_type}, "model_type").class_name(head)
 
 
-def _form_of(model: nnx.Module) -> _Form:
+def _form_of(model: nnx.Module) -> Form:
     base = model if isinstance(model, Base) else getattr(model, "base", None)
     if not isinstance(base, Base):
         raise InputError(f"a {type(model).__name__} has no counterpart in transformers; only models from load_model do.")
     if base.origin is None:
         raise InputError("the model was not loaded from a checkpoint, so the names of its weights in transformers are unknown.")
     if not isinstance(model, Classifier):
-        return _Form(base, None, None)
-    return _Form(base, model, head_of(model))
+        return Form(base, None, None)
+    return Form(base, model, head_of(model))
 
 
-def _stored_dtypes(form: _Form) -> dict[str, np.dtype]:
+def stored_dtypes(form: Form) -> dict[str, np.dtype]:
     """Parameter path -> dtype in the checkpoint, the base's paths from the base on. A new head is as exact as it was trained."""
     loaded = form.classifier is not None and not form.classifier.new
     stored = BaseFiles(form.origin.source, head=form.classifier.kind if form.classifier and loaded else None).stored_dtypes()
@@ -158,7 +158,7 @@ def _stored_dtypes(form: _Form) -> dict[str, np.dtype]:
     return new | {"lm_head.kernel": stored["embed.embedding"]} | stored  # which is tied to the embedding, where it is not stored
 
 
-def _tensors(form: _Form, dtypes: Mapping[str, np.dtype]) -> dict[str, Tensor]:
+def _tensors(form: Form, dtypes: Mapping[str, np.dtype]) -> dict[str, Tensor]:
     """All tensors under transformers' names."""
     family = find_family(form.origin.config, form.origin.source)
     tensors = base_tensors(form.base, dtypes)
@@ -183,7 +183,7 @@ def _head_tensors(classifier: Classifier, head: Head, dtypes: Mapping[str, np.dt
     return found
 
 
-def _config(form: _Form, classes: Sequence[str] | None, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _config(form: Form, classes: Sequence[str] | None, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     config = {key: value for key, value in form.origin.config.items() if key not in _DROPPED}
     config["architectures"] = [architecture(form.origin.model_type, form.classifier and form.classifier.kind)]
     sizes: dict[str, int] = {}
@@ -221,7 +221,7 @@ def _write_tokenizer(folder: Path, source: str) -> None:
             shutil.copyfile(file, folder / name)  # what a link points to, and not the link
 
 
-def _generation_config(form: _Form) -> dict[str, Any] | None:
+def _generation_config(form: Form) -> dict[str, Any] | None:
     if not isinstance(form.base, Generative) or form.classifier is not None:
         return None
     file = _folder_of(form.origin.source) / "generation_config.json"

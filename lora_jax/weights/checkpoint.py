@@ -136,6 +136,9 @@ class GGUFArchitecture:
         rotary: which features of a head are turned with the position: `whole` heads, a `part` of each where the file says so, or `none`.
         config: (`weights.gguf_config.GGUFSettings`, the config in the keys that most families share) -> the family's config; the latter
             as it is where it is None. What it does not read of the settings is named when the file is opened.
+        settings: a model's own config (`models.decoder.DecoderConfig`) -> the settings that a file of it has beside those of every
+            architecture, by the names that `config` reads; none where it is None.
+        windows: whether llama.cpp applies windows of attention.
     """
 
     name: str
@@ -145,6 +148,8 @@ class GGUFArchitecture:
     layer_norms: bool = False
     rotary: Literal["whole", "part", "none"] = "whole"
     config: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+    settings: Callable[[Any], dict[str, Any]] | None = None
+    windows: bool = False
 
 
 # What wrappers of PyTorch modules put before all names; those without a sense of their own also stand inside names.

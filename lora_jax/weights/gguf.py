@@ -70,7 +70,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _stored(self, tensor: GGUFTensor, weight: GGUFWeight, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
         """Values in the file's axes, `(start, stop)` of each, in fresh memory; rows in Hugging Face's order."""
-        order = self._row_order(tensor, weight)
+        order = row_order(weight, self.config, tensor.shape[0], f"{self.path}: '{tensor.name}'")
         if len(tensor.shape) == 1:
             whole = dequantized(tensor, stored_rows(tensor, 1)).reshape(-1)
             return np.array((whole if order is None else whole[order])[slice(*bounds[0])])
@@ -90,17 +90,28 @@ class GGUFCheckpoint(Checkpoint):
             raise self._missing(name)
         return self._tensors[name]
 
-    def _row_order(self, tensor: GGUFTensor, weight: GGUFWeight) -> np.ndarray | None:
-        """Which stored row is each Hugging Face row; None where they agree."""
-        key, parts = (weight.pairs, 2) if weight.pairs else (weight.thirds, 3)
-        if not key:
-            return None
-        heads, rows = self.config[key], tensor.shape[0]
-        if rows % (parts * heads):
-            raise InputError(f"{self.path}: '{tensor.name}' has {rows} rows, which {heads} heads cannot share.")
-        if weight.pairs:
-            return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-        return np.arange(rows).reshape(3, heads, -1).swapaxes(0, 1).reshape(-1)
+
+def row_order(weight: GGUFWeight, config: Mapping[str, int], rows: int, where: str) -> np.ndarray | None:
+    """Which stored row is each Hugging Face row; None where they agree.
+
+    Args:
+        weight: the module.
+        config: of the keys that it names, the numbers of heads.
+        rows: of its tensor.
+        where: file and tensor, for the message.
+
+    Raises:
+        InputError: the heads cannot share the rows.
+    """
+    key, parts = (weight.pairs, 2) if weight.pairs else (weight.thirds, 3)
+    if not key:
+        return None
+    heads = config[key]
+    if rows % (parts * heads):
+        raise InputError(f"{where} has {rows} rows, which {heads} heads cannot share.")
+    if weight.pairs:
+        return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return np.arange(rows).reshape(3, heads, -1).swapaxes(0, 1).reshape(-1)
 
 
 def _architecture(header: GGUFHeader, known: Mapping[str, GGUFArchitecture]) -> GGUFArchitecture:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # llama.cpp's token types that are matched whole in the text before anything else.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-_SPACE = "▁"  # SentencePiece's spelling of a space
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+NORMAL, UNUSED = 1, 5
+SPACE = "▁"  # SentencePiece's spelling of a space
 _LONGEST = 2048  # characters of a token; those of real vocabularies have a few hundred at most
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -146,10 +147,15 @@ def _byte_level(header: GGUFHeader, tokens: list[str], types: list[int]) -> tupl
         left, _, right = merge[1:].partition(" ")
         merges.append((merge[:1] + left, right))
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(tokens), merges=merges, ignore_merges=split.whole_words))
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = cutter(split)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, split.add_bos
+
+
+def cutter(split: Split) -> pre_tokenizers.PreTokenizer:
+    """What cuts text into words, in the bytes' letters."""
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _sentencepiece(header: GGUFHeader, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
@@ -157,31 +163,31 @@ def _sentencepiece(header: GGUFHeader, tokens: list[str], types: list[int]) -> t
     scores = header.get("tokenizer.ggml.scores", list)
     if len(scores) != len(tokens):
         raise InputError(f"{header.path}: {len(tokens)} tokens but {len(scores)} scores.")
-    pieces = [_SPACE * len(t) if _is_spaces(t, kind) else t for t, kind in zip(tokens, types, strict=True)]
+    pieces = [SPACE * len(t) if _is_spaces(t, kind) else t for t, kind in zip(tokens, types, strict=True)]
     # What is user-defined joins before all else, and its scores are the converter's.
     scores = [math.inf if piece is not token else score for piece, token, score in zip(pieces, tokens, scores, strict=True)]
     merges = _merges_from_scores(pieces, types, scores)
-    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
+    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
     number = header.get("tokenizer.ggml.unknown_token_id", int, None)
     if unknown is None and number is not None and 0 <= number < len(tokens):
         unknown = tokens[number]
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(pieces), merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaced = header.get("tokenizer.ggml.add_space_prefix", bool, True)
-    steps = [normalizers.Prepend(_SPACE)] if spaced else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    steps = [normalizers.Prepend(SPACE)] if spaced else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     unspace = [decoders.Strip(" ", 1, 0)] if spaced else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *unspace])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *unspace])
     return tokenizer, True
 
 
 def _is_spaces(token: str, kind: int) -> bool:
     """Whether it is a run of spaces (Gemma has them), whose original spelling the converter changed: found by merges, like all spaces."""
-    return kind == _USER_DEFINED and len(token) > 1 and not token.strip(" ")
+    return kind == USER_DEFINED and len(token) > 1 and not token.strip(" ")
 
 
 def _merges_from_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, best score of the third first, and of one third the longest first piece first."""
-    joinable = {t for t, kind in zip(tokens, types, strict=True) if kind not in (_UNKNOWN, _CONTROL, _BYTE)}
+    joinable = {t for t, kind in zip(tokens, types, strict=True) if kind not in (UNKNOWN, CONTROL, BYTE)}
     found = []
     for token, score in zip(tokens, scores, strict=True):
         if token in joinable:
@@ -198,8 +204,8 @@ def _vocabulary(tokens: list[str]) -> dict[str, int]:
 def _add_whole_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
     """Control tokens become special tokens, user-defined ones plain added tokens: both are found whole in the text."""
     rows = list(zip(tokens, types, strict=True))
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, kind in rows if kind in (_CONTROL, _UNKNOWN)])
-    plain = [t for t, kind in rows if kind == _USER_DEFINED and tokenizer.token_to_id(t) is not None]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, kind in rows if kind in (CONTROL, UNKNOWN)])
+    plain = [t for t, kind in rows if kind == USER_DEFINED and tokenizer.token_to_id(t) is not None]
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in plain])
 
 

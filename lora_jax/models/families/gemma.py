@@ -116,10 +116,41 @@ def _gguf_gemma3(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _gguf_windows(config: DecoderConfig, period: int) -> dict[str, Any]:
+    """Their width, and which layers have one where that is not all but the last of every `period`."""
+    windows = [one.window for one in config.layer_types]
+    windowed = [one is not None for one in windows]
+    found = {"attention.sliding_window": max(one or 0 for one in windows)} if any(windowed) else {}
+    usual = windowed == [(i + 1) % period != 0 for i in range(len(windowed))]
+    return found if usual else found | {"attention.sliding_window_pattern": windowed}
+
+
+def _gguf_gemma2_settings(config: DecoderConfig) -> dict[str, Any]:
+    caps = {"attn_logit_softcapping": config.block.softcap, "final_logit_softcapping": config.logit_softcap}
+    return {name: float(cap or 0.0) for name, cap in caps.items()} | _gguf_windows(config, 2)
+
+
+def _gguf_gemma3_settings(config: DecoderConfig) -> dict[str, Any]:
+    found = _gguf_windows(config, 6)
+    if config.logit_softcap is not None:
+        found["final_logit_softcapping"] = config.logit_softcap
+    local = next((one.rotary for one in config.layer_types if one.window is not None), None)
+    return found if local is None else found | {"rope.freq_base_swa": local.theta}
+
+
 # llama.cpp's norms multiply by the weight as it stands: its converter adds the 1 that these models count from.
 _GGUF_GEMMA = GGUFArchitecture("gemma", "gemma", gguf_weights(added=1.0), config=_gguf_gemma)
-_GGUF_GEMMA2 = GGUFArchitecture("gemma2", "gemma2", gguf_weights(GGUF_BOTH_NORMS, added=1.0), config=_gguf_gemma2)
-_GGUF_GEMMA3 = GGUFArchitecture("gemma3", "gemma3_text", gguf_weights(GGUF_BOTH_NORMS | GGUF_QK_NORMS, added=1.0), config=_gguf_gemma3)
+_GGUF_GEMMA2 = GGUFArchitecture(
+    "gemma2", "gemma2", gguf_weights(GGUF_BOTH_NORMS, added=1.0), config=_gguf_gemma2, settings=_gguf_gemma2_settings, windows=True
+)
+_GGUF_GEMMA3 = GGUFArchitecture(
+    "gemma3",
+    "gemma3_text",
+    gguf_weights(GGUF_BOTH_NORMS | GGUF_QK_NORMS, added=1.0),
+    config=_gguf_gemma3,
+    settings=_gguf_gemma3_settings,
+    windows=True,
+)
 
 FAMILIES.register("gemma", Family("decoder", _gemma, weights, architecture="Gemma", root=ROOT, gguf=_GGUF_GEMMA))
 FAMILIES.register("gemma2", Family("decoder", _gemma2, weights, architecture="Gemma2", root=ROOT, gguf=_GGUF_GEMMA2))

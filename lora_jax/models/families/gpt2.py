@@ -137,6 +137,10 @@ def _gguf_neox_config(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
     return renamed | {"rotary_pct": config.get("partial_rotary_factor", 1.0)}
 
 
+def _gguf_neox_settings(config: DecoderConfig) -> dict[str, Any]:
+    return {"use_parallel_residual": config.block.parallel}
+
+
 _GGUF_NEOX = {
     "token_embd": GGUFWeight("gpt_neox.embed_in"),
     "output_norm": GGUFWeight("gpt_neox.final_layer_norm"),
@@ -166,6 +170,7 @@ FAMILIES.register(
             layer_norms=True,
             rotary="part",
             config=_gguf_neox_config,
+            settings=_gguf_neox_settings,
         ),
     ),
 )

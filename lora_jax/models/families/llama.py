@@ -208,6 +208,11 @@ def _gguf_granite(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _gguf_granite_settings(config: DecoderConfig) -> dict[str, Any]:
+    scales = {"attention.scale": config.block.scale, "embedding_scale": config.embed_scale, "residual_scale": config.block.residual_scale}
+    return scales | {"logit_scale": 1 / config.logit_scale}
+
+
 def _gguf_olmo2(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
     if settings.get("attention.sliding_window", int, 0):
         raise InputError(f"{settings.header.path}: an OLMo with windows of attention (OLMo 3) is not supported in GGUF.")
@@ -224,6 +229,10 @@ def _gguf_phi3(settings: Any, config: dict[str, Any]) -> dict[str, Any]:
     return config | more | {"sliding_window": settings.get("attention.sliding_window", int, 0) or None}
 
 
+def _gguf_phi3_settings(config: DecoderConfig) -> dict[str, Any]:
+    return {"attention.sliding_window": config.layer_types[0].window or 0}
+
+
 _GGUF_FUSED = {
     "blk.{i}.attn_qkv": GGUFWeight(LAYER + "self_attn.qkv_proj"),
     "blk.{i}.ffn_up": GGUFWeight(LAYER + "mlp.gate_up_proj"),
@@ -233,13 +242,13 @@ _GGUF_FUSED = {
 HEADS = decoder_heads(renamed=(ROOT, "transformer."))
 
 
-_GGUF_LLAMA = GGUFArchitecture("llama", "llama", _gguf_pairs(), GGUF_BIASES)
-_GGUF_GRANITE = GGUFArchitecture("granite", "granite", _gguf_pairs(), GGUF_BIASES, config=_gguf_granite)
+GGUF_LLAMA = GGUFArchitecture("llama", "llama", _gguf_pairs(), GGUF_BIASES)
+_GGUF_GRANITE = GGUFArchitecture("granite", "granite", _gguf_pairs(), GGUF_BIASES, config=_gguf_granite, settings=_gguf_granite_settings)
 _GGUF_OLMO2 = GGUFArchitecture("olmo2", "olmo2", gguf_weights(_GGUF_OUTPUT_NORMS | GGUF_QK_NORMS), GGUF_BIASES, config=_gguf_olmo2)
-_GGUF_PHI3 = GGUFArchitecture("phi3", "phi3", _GGUF | _GGUF_FUSED, rotary="part", config=_gguf_phi3)
+_GGUF_PHI3 = GGUFArchitecture("phi3", "phi3", _GGUF | _GGUF_FUSED, rotary="part", config=_gguf_phi3, settings=_gguf_phi3_settings)
 _GGUF_SMOLLM3 = GGUFArchitecture("smollm3", "smollm3", _gguf_pairs(), GGUF_BIASES)
 
-FAMILIES.register("llama", Family("decoder", _llama, weights, architecture="Llama", root=ROOT, heads=HEADS, gguf=_GGUF_LLAMA))
+FAMILIES.register("llama", Family("decoder", _llama, weights, architecture="Llama", root=ROOT, heads=HEADS, gguf=GGUF_LLAMA))
 FAMILIES.register("granite", Family("decoder", _granite, weights, architecture="Granite", root=ROOT, gguf=_GGUF_GRANITE))
 FAMILIES.register("olmo2", Family("decoder", _olmo2, weights, architecture="Olmo2", root=ROOT, gguf=_GGUF_OLMO2))
 FAMILIES.register("phi3", Family("decoder", _phi3, weights, architecture="Phi3", root=ROOT, gguf=_GGUF_PHI3))

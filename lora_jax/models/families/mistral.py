@@ -13,7 +13,7 @@ from ...errors import InputError
 from ..decoder import DecoderConfig
 from ..layers import LayerType
 from .base import Family, Weight, only, size
-from .llama import LAYER, ROOT, block, decoder, full_rotary, weights, window
+from .llama import GGUF_LLAMA, LAYER, ROOT, block, decoder, full_rotary, weights, window
 
 
 def experts(hf: Mapping[str, Any], key: str, *, usual: int, used: int, hidden: int) -> dict[str, int]:
@@ -62,5 +62,6 @@ def _mixtral_weights(config: DecoderConfig) -> dict[str, Weight]:
     return weights(config) | expert_weights("block_sparse_moe", ("w1", "w3", "w2"))
 
 
-FAMILIES.register("mistral", Family("decoder", _mistral, weights, architecture="Mistral", root=ROOT))
+# llama.cpp knows no Mistral: such files say that they are Llamas, and its windows are not applied.
+FAMILIES.register("mistral", Family("decoder", _mistral, weights, architecture="Mistral", root=ROOT, gguf=GGUF_LLAMA))
 FAMILIES.register("mixtral", Family("decoder", _mixtral, _mixtral_weights, architecture="Mixtral", root=ROOT))
