@@ -62,7 +62,8 @@ def test_a_run_as_a_model_and_as_an_adapter(run, tmp_path):
     header = read_gguf(tmp_path / "gguf" / "model.gguf")
     assert header.metadata["general.file_type"] == 1 and header.metadata["tokenizer.chat_template"] == gguf_tokens.TEMPLATE
     assert {p.name for p in (tmp_path / "gguf").iterdir()} == {"model.gguf", "README.md"}
-    model, trained = lora_jax.load_model(str(tmp_path / "gguf")), restore_member(run, run_members(run)[0]).model.base
+    restored: Any = restore_member(run, run_members(run)[0]).model
+    model, trained = lora_jax.load_model(str(tmp_path / "gguf")), restored.base
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, ROWS, (2, 9)), jnp.int32)
     plain = lora_jax.load_model(str(trained.origin.source))
     got, expected, before = (tiny.outputs(m, tokens) for m in (model, trained, plain))
@@ -128,7 +129,7 @@ def test_an_encoder_and_an_unknown_type_are_refused(hub, tmp_path):
 
 
 def test_numbers_beyond_float16(source, tmp_path):
-    model = lora_jax.load_model(str(source))
+    model: Any = lora_jax.load_model(str(source))
     model.layers.segments[0].block.mlp.up_proj.kernel[...] *= 1e6
     with pytest.raises(lora_jax.InputError, match="ffn_up.weight' holds numbers that float16 cannot"):
         write_model(model, tmp_path / "m.gguf", dtype="float16")

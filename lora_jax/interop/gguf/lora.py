@@ -31,7 +31,7 @@ from .model import language_model
 
 NAME = "adapter.gguf"
 # What such a file says it is.
-_MARKS = dict(mark.split("=") for mark in ("general.type=adapter", "adapter.type=lora"))
+_MARKS = {key: value for key, _, value in (mark.partition("=") for mark in ("general.type=adapter", "adapter.type=lora"))}
 _KINDS = {"float32": GGMLQuantizationType.F32, "float16": GGMLQuantizationType.F16}
 
 
