@@ -1,6 +1,8 @@
-"""Linear layers over several axes: `nnx.LinearGeneral` and `nnx.Einsum` as methods know sites, with one axis of inputs and one of outputs.
+"""Layers with kernels of several axes: `nnx.LinearGeneral`, `nnx.Einsum` and `nnx.Conv` as methods know sites, with one axis of inputs and
+one of outputs.
 
-An einsum is such a layer where each axis of its kernel is either contracted with the input or an axis of the result.
+An einsum is such a layer where each axis of its kernel is either contracted with the input or an axis of the result. A convolution is
+one whose inputs are those of all places of its kernel; it is never computed so (`adapters/convolution.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-GENERAL = (nnx.LinearGeneral, nnx.Einsum)
+from .convolution import ConvolvedSite, unfit_convolution
+
+GENERAL = (nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
@@ -28,6 +32,8 @@ def unfit(module: nnx.Module) -> str | None:
     """
     if isinstance(module, nnx.LinearGeneral):
         return "nnx.LinearGeneral with batch axes is not supported" if module.batch_axis else None
+    if isinstance(module, nnx.Conv):
+        return unfit_convolution(module)
     assert isinstance(module, nnx.Einsum)
     why = _not_plain(module)
     return why and f"nnx.Einsum '{module.einsum_str}' is no plain contraction with its kernel: {why}"
@@ -65,10 +71,20 @@ def kernel_axes(module: nnx.Module) -> tuple[list[int], int]:
     """The axes of one layer's kernel, the inputs first in the input's order, then the outputs in the result's; and how many are inputs."""
     if isinstance(module, nnx.LinearGeneral):
         return list(range(len(module.in_features) + len(module.out_features))), len(module.in_features)
+    if isinstance(module, nnx.Conv):
+        return list(range(len(module.kernel_shape))), len(module.kernel_shape) - 1
     assert isinstance(module, nnx.Einsum)
     x, kernel, result = _terms(module)
     inputs, outputs = ([kernel.index(axis) for axis in term if axis in kernel] for term in (x, result))
     return inputs + outputs, len(inputs)
+
+
+def window_of(module: nnx.Module) -> tuple[tuple[int, ...], bool]:
+    """The sizes of a convolution's kernel, and whether it has gaps; none of other modules."""
+    if not isinstance(module, nnx.Conv):
+        return (), False
+    gaps = module.kernel_dilation
+    return tuple(module.kernel_size), any(d not in (None, 1) for d in ([gaps] if isinstance(gaps, int | None) else gaps))
 
 
 def flat_kernel(module: nnx.Module, kernel: AnyArray) -> AnyArray:
@@ -105,6 +121,11 @@ def _places(module: nnx.Module, ndim: int) -> tuple[list[int], list[int]]:
 def _spelled(term: Sequence[str], count: int) -> list[str]:
     """A term with so many axes in place of its ellipsis."""
     return [name for axis in term for name in ([f"{_ANY}{i}" for i in range(count)] if axis == _ANY else [axis])]
+
+
+def flat_site(site: Any, x: jax.Array) -> FlatSite | ConvolvedSite:
+    """The site of a layer in `GENERAL` and its input, as methods know sites."""
+    return (ConvolvedSite if isinstance(site.base, nnx.Conv) else FlatSite)(site, x)
 
 
 class FlatSite:

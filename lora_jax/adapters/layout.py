@@ -21,7 +21,8 @@ from ..errors import InputError, warn
 from .labels import Table
 from .methods.base import Method, method_of
 from .parameters import Parameter, largest, shared_name
-from .sites import Site, find_sites, modules_named, passed_over, select
+from .sites import Site, find_sites, modules_named, passed_over
+from .targets import select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,8 @@ def _check_kinds(method: Method, config: AdapterConfig, sites: Sequence[Site]) -
     for site in sites:
         if site.kind not in method.kinds:
             kinds = " and ".join(method.kinds)
-            raise InputError(f"adapter.targets: '{method.name}' adapts {kinds} sites, and {site.name} is an {site.kind} site.")
+            article = "an" if site.kind[0] in "aeiou" else "a"
+            raise InputError(f"adapter.targets: '{method.name}' adapts {kinds} sites, and {site.name} is {article} {site.kind} site.")
         if config.dropout > 0 and site.kind not in method.dropout_kinds:
             raise InputError(f"adapter.dropout: '{method.name}' has none at {site.kind} sites ({site.name}).")
 

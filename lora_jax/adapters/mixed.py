@@ -18,6 +18,7 @@ from ..models.experts import grouped_matmul
 from ..models.layers import PER_SEGMENT, Rows
 from ..parallel.constraints import take_positions
 from .contraction import GENERAL, FlatSite
+from .convolution import convolve
 from .parameters import AdapterParam, AdapterSetting
 from .sites import Site, SiteModule
 
@@ -73,6 +74,15 @@ class MixedLinear(MixedSite):
         return self.add(y, jnp.einsum("n...i,nir->n...r", x.astype(y.dtype), self.lora_a[...][own].astype(y.dtype)), own)
 
 
+class MixedConvolution(MixedSite):
+    """A convolution; every row of the batch is convolved with its own adapter's A."""
+
+    def __call__(self, x: jax.Array, rows: Rows | None = None, out_sharding: None = None) -> jax.Array:
+        y, own = self.base(x), _adapters_of(self.rows[...], x, rows)
+        low = jax.vmap(lambda x, a: convolve(self.base, x, a))(x.astype(y.dtype), self.lora_a[...][own].astype(y.dtype))
+        return self.add(y, low, own)
+
+
 class MixedEmbed(MixedSite):
     """An embedding site."""
 
@@ -98,7 +108,12 @@ class MixedExperts(MixedSite):
         return jnp.where(_along(own, y) < 0, y, updated)
 
 
-MIXED_MODULES: dict[str, type[MixedSite]] = {"linear": MixedLinear, "embedding": MixedEmbed, "expert": MixedExperts}
+MIXED_MODULES: dict[str, type[MixedSite]] = {
+    "linear": MixedLinear,
+    "convolution": MixedConvolution,
+    "embedding": MixedEmbed,
+    "expert": MixedExperts,
+}
 
 
 def with_rows(model: nnx.Module, rows: ArrayLike | Sequence[int]) -> nnx.Module:

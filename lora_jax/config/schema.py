@@ -226,8 +226,8 @@ class AdapterConfig(Section):
     targets: str | list[str] = Field(
         default="attention",
         description=(
-            "Modules to adapt: a preset (attention, mlp, all-linear, embedding, experts), a list of names (each matches modules whose path "
-            "ends with it), or a regex for the full path."
+            "Modules to adapt: a preset (attention, mlp, all-linear, convolutions, embedding, experts), a list of names (each matches "
+            "modules whose path ends with it), or a regex for the full path."
         ),
     )
     exclude: str | list[str] | None = Field(default=None, description="Modules to exclude, in the same forms as targets.")

@@ -13,7 +13,8 @@ from lora_jax.adapters.contraction import flat_kernel, own_kernel
 from lora_jax.adapters.inject import inject
 from lora_jax.adapters.merge import merge, merged_base, unmerge
 from lora_jax.adapters.partition import partition
-from lora_jax.adapters.sites import find_sites, passed_over, select
+from lora_jax.adapters.sites import find_sites, passed_over
+from lora_jax.adapters.targets import select
 from lora_jax.errors import InputError
 from lora_jax.training.adapter_files import load_adapter, save_adapter
 from tests import tiny

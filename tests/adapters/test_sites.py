@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from lora_jax.adapters.partition import partition
-from lora_jax.adapters.sites import find_sites, logical_name, named_variables, parameter_name, passed_over, select
+from lora_jax.adapters.sites import find_sites, logical_name, named_variables, parameter_name, passed_over
+from lora_jax.adapters.targets import select
 from lora_jax.config.patterns import parse_layers
 from lora_jax.errors import InputError
 from tests import tiny
@@ -205,6 +206,7 @@ class Renamed(nnx.Linear):
 class OwnModel(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.depthwise = nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs)
         self.mha = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
         self.ein, self.batched = nnx.Einsum("ab,bc->ac", (8, 8), rngs=rngs), nnx.Einsum("ab,bc->abc", (8, 8), rngs=rngs)
         self.mine, self.renamed = Mine(8, 8, rngs=rngs), Renamed(8, 8, rngs=rngs)
@@ -214,17 +216,20 @@ class OwnModel(nnx.Module):
 def test_own_models_are_adapted_or_what_is_passed_over_is_named():
     model = OwnModel(nnx.Rngs(0))
     sites, passed = find_sites(model), passed_over(model)
-    assert {s.name for s in sites} == {"mha.query", "mha.key", "mha.value", "mha.out", "ein", "renamed", "out"}
-    assert set(passed) == {"conv", "batched", "mine"}
+    linear = {"mha.query", "mha.key", "mha.value", "mha.out", "ein", "renamed", "out"}
+    assert {s.name for s in sites} == linear | {"conv"}
+    assert set(passed) == {"depthwise", "batched", "mine"}
     query = next(s for s in sites if s.name == "mha.query")
     assert (query.inputs, query.outputs) == (8, 8)
-    with pytest.warns(UserWarning, match=r"passes over 3 \(batched: nnx.Einsum.*conv: convolutions.*mine: a subclass of nnx.Linear"):
+    with pytest.warns(UserWarning, match=r"passes over 3 \(batched: nnx.Einsum.*depthwise: a grouped.*mine: a subclass of nnx.Linear"):
         select(sites, "all-linear", None, None, passed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert set(select(sites, "all-linear", ["conv", "batched", "mine"], None, passed)) == {s.name for s in sites}
+        passed_by_name = ["depthwise", "batched", "mine"]
+        assert set(select(sites, "all-linear", passed_by_name, None, passed)) == linear
+        assert set(select(sites, "convolutions", passed_by_name, None, passed)) == {"conv"}
         assert set(select(sites, "attention", None, None, passed)) == {"mha.query", "mha.key", "mha.value", "mha.out"}
-    for targets in (["conv"], "mi.e", ["out", "mine"]):
+    for targets in (["depthwise"], "mi.e", ["out", "mine"]):
         with pytest.raises(InputError, match=r"adapter\.targets: .* cannot be adapted"):
             select(sites, targets, None, None, passed)
 

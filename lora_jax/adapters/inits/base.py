@@ -57,7 +57,7 @@ class Init(ABC):
     """
 
     section: type[InitConfig]
-    kinds: tuple[str, ...] = ("linear", "expert")
+    kinds: tuple[str, ...] = ("linear", "convolution", "expert")
     splits: bool = False
     frozen: Literal["", "lora_a", "lora_b"] = ""
     wants: frozenset[str] = frozenset()

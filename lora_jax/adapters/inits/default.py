@@ -21,7 +21,7 @@ class Default(Init):
     """B = 0, A uniform."""
 
     section = DefaultConfig
-    kinds = ("linear", "embedding", "expert")
+    kinds = ("linear", "embedding", "convolution", "expert")
     peft = True
 
     def factors(self, section: Any, site: Site, rank: int, random: np.random.Generator, data: SiteData) -> Arrays:

@@ -19,7 +19,7 @@ class Gaussian(Init):
     """B = 0, A normal."""
 
     section = GaussianConfig
-    kinds = ("linear", "embedding", "expert")
+    kinds = ("linear", "embedding", "convolution", "expert")
     peft = "gaussian"
 
     def factors(self, section: Any, site: Site, rank: int, random: np.random.Generator, data: SiteData) -> Arrays:

@@ -21,7 +21,7 @@ class Mica(Init):
     """A = 0, B the minor singular vectors, frozen."""
 
     section = MicaConfig
-    kinds = ("linear", "embedding", "expert")
+    kinds = ("linear", "embedding", "convolution", "expert")
     frozen = "lora_b"
     peft = "mica"
 

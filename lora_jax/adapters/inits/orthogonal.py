@@ -24,7 +24,7 @@ class Orthogonal(Init):
     """A and B of orthogonal parts."""
 
     section = OrthogonalConfig
-    kinds = ("linear",)
+    kinds = ("linear", "convolution")
     peft = "orthogonal"
 
     def check(self, section: Any, site: Site, rank: int) -> None:

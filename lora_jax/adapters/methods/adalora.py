@@ -100,7 +100,7 @@ class AdaLoraForm(PeftForm):
 
 class AdaLora(Method):
     name, section = "adalora", AdaLoraSection
-    kinds = dropout_kinds = ("linear",)
+    kinds = dropout_kinds = ("linear", "convolution")
     setting_names = ("scale", "triplets", *_SCHEDULE)
     peft = AdaLoraForm()
     packs = "low-rank"
@@ -133,7 +133,7 @@ class AdaLora(Method):
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         y = module.base(*inputs)
         a, b, gain = (v.astype(y.dtype) for v in (module.lora_a[...], module.lora_b[...], module.lora_e[...] * module.scale[...]))
-        return y + widened(jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), a) * gain, b)
+        return y + widened(module.project(module.drop(inputs[0], rows).astype(y.dtype), a) * gain, b)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         a, b, scale = self.low_rank(module)

@@ -25,7 +25,7 @@ from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
-from ..contraction import GENERAL, FlatSite, flat_kernel
+from ..contraction import GENERAL, flat_kernel, flat_site
 from ..inits.base import INIT_BATCHES
 from ..labels import HEAD, Table, base_labels, label_of
 from ..parameters import AdapterSetting, DropoutKey, Parameter, SiteArrays, SiteData, largest, variable_of
@@ -200,8 +200,9 @@ class Method:
 
         Args:
             module: its arrays of one layer are attributes, by name; `module.base` is the base's module.
-            inputs: of the base's module: x (..., inputs) of a linear site, tokens (...) int32 of an embedding, x (rows, inputs) and
-                expert (rows,) int32 of an expert site.
+            inputs: of the base's module: x (..., inputs) of a linear site, tokens (...) int32 of an embedding, x (batch, height, width,
+                channels) of a convolution, where `module.project` is what a product with x is, x (rows, inputs) and expert (rows,) int32
+                of an expert site.
             rows: where the rows of a gathered input are, for `module.drop`.
 
         Returns:
@@ -340,7 +341,7 @@ class AdaptedSite(SiteModule):
             raise InputError(f"{self.site.name}: an adapted site computes the einsum it was made with, and takes its input alone.")
         if not isinstance(self.base, GENERAL):
             return self.method.apply(self, *inputs, rows=rows)
-        flat: Any = FlatSite(self, inputs[0])
+        flat: Any = flat_site(self, inputs[0])
         return flat.unfold(self.method.apply(flat, flat.x, rows=rows))
 
     @property
@@ -363,6 +364,10 @@ class AdaptedSite(SiteModule):
         """What `nnx.view(model, deterministic=True)` calls: no dropout from here on."""
         if deterministic is not None:
             self.deterministic = deterministic
+
+    def project(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """x times a matrix (inputs, n): what the base's layer computes with it in the place of its weight, without its bias."""
+        return jnp.matmul(x, matrix)
 
     def drop(self, x: jax.Array, rows: Rows | None) -> jax.Array:
         """x with a fraction of its entries set to 0 and the others scaled up, while training; x itself otherwise."""

@@ -73,9 +73,9 @@ class Delora(Method):
     """
 
     name, section = "delora", DeloraSection
-    kinds = ("linear",)
+    kinds = ("linear", "convolution")
     ignores = ("alpha", "alpha_pattern")
-    dropout_kinds = ("linear",)
+    dropout_kinds = ("linear", "convolution")
     setting_names = ("inverse_rank",)
     packs = "low-rank"
     peft = DeloraForm()
@@ -100,7 +100,9 @@ class Delora(Method):
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         y = module.base(*inputs)
         a, b, strength, norm = (v.astype(y.dtype) for v in (module.a[...], module.b[...], _strength(module), module.weight_norm[...]))
-        low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype) * norm, a)
+        x = module.drop(inputs[0], rows).astype(y.dtype)
+        # The norms are those of a convolution's kernel at each place, where x has one number for all of them.
+        low = module.project(x, norm[:, None] * a) if module.kind == "convolution" else jnp.matmul(x * norm, a)
         return y + widened(low * strength, b)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

@@ -34,20 +34,23 @@ class DoraSection(LowRankConfig):
 
 
 class DoraForm(LoraForm):
-    """LoRA's tensors, and `lora_magnitude_vector` (outputs,)."""
+    """LoRA's tensors, and `lora_magnitude_vector` (outputs,), of a convolution (1, outputs, 1, 1)."""
 
     flags: Mapping[str, Any] = {"use_dora": True}
     unsupported: Mapping[str, str] = {option: why for option, why in LoraForm.unsupported.items() if option != "use_dora"}
 
     def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
-        return super().tensors(section, site, rank) | {"lora_magnitude_vector": (site.outputs,)}
+        return super().tensors(section, site, rank) | {"lora_magnitude_vector": self._norms(site)}
 
     def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return super().to_file(section, site, rank, arrays) | {"lora_magnitude_vector": arrays["magnitude"]}
+        return super().to_file(section, site, rank, arrays) | {"lora_magnitude_vector": arrays["magnitude"].reshape(self._norms(site))}
 
     def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
-        norms = {"magnitude": tensors["lora_magnitude_vector"], "start": _norm(weight())}
+        norms = {"magnitude": tensors["lora_magnitude_vector"].reshape(-1), "start": _norm(weight())}
         return super().from_file(section, site, rank, tensors, weight) | norms
+
+    def _norms(self, site: Site) -> tuple[int, ...]:
+        return (1, site.outputs, *(1,) * len(site.window)) if site.window else (site.outputs,)
 
 
 class Dora(Lora):
@@ -59,7 +62,7 @@ class Dora(Lora):
     """
 
     name, section = "dora", DoraSection
-    kinds = ("linear", "embedding")
+    kinds = ("linear", "embedding", "convolution")
     self_padding = False
     peft = DoraForm()
 
@@ -81,7 +84,7 @@ class Dora(Lora):
             y = y + widened(a[inputs[0]] * scale, b)
             return y + more * y
         x = module.drop(inputs[0], rows)
-        update = widened(jnp.matmul(x.astype(y.dtype), a) * scale, b)
+        update = widened(module.project(x.astype(y.dtype), a) * scale, b)
         # Dropout is of all that the gain is for, so that the base's product is computed again (as in PEFT).
         straight = y if x is inputs[0] else module.base(x)
         straight = straight if bias is None else straight - bias[...].astype(y.dtype)

@@ -60,9 +60,9 @@ class Hira(Method):
     """
 
     name, section = "hira", HiraSection
-    kinds = ("linear", "embedding")
+    kinds = ("linear", "embedding", "convolution")
     ignores = ("alpha", "alpha_pattern")
-    dropout_kinds = ("linear",)
+    dropout_kinds = ("linear", "convolution")
     packs = "weight-sized"
     peft = HiraForm()
     self_padding = True
@@ -81,18 +81,18 @@ class Hira(Method):
         a, b = module.a[...], module.b[...]
         if module.kind == "embedding":
             return y + (y * jnp.matmul(a[inputs[0]], b)).astype(y.dtype)
-        return y + _changed(module.drop(inputs[0], rows).astype(y.dtype), module.base.kernel[...], a, b)
+
+        @jax.checkpoint  # or the change would be kept for the backward pass, and the product in it: two arrays of the weight's size a layer
+        def changed(x: jax.Array, weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            return module.project(x, (weight * jnp.matmul(a, b)).astype(x.dtype))
+
+        return y + changed(module.drop(inputs[0], rows).astype(y.dtype), module.base.kernel[...], a, b)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         return weight + weight * jnp.matmul(module.a[...], module.b[...], precision=jax.lax.Precision.HIGHEST), bias
 
     def cost(self, site: Site, rank: int) -> int:
         return 2 * site.outputs * (rank if site.kind == "embedding" else site.inputs)
-
-
-@jax.checkpoint  # or the change would be kept for the backward pass, and the product in it: two arrays of the weight's size a layer
-def _changed(x: jax.Array, weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(x, (weight * jnp.matmul(a, b)).astype(x.dtype))
 
 
 register_method("hira", Hira())

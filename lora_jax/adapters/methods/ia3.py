@@ -14,7 +14,8 @@ from ...config.schema import AdapterConfig
 from ...errors import InputError
 from ...models.layers import Rows
 from ..parameters import Parameter
-from ..sites import PRESETS, Site, matches
+from ..sites import Site
+from ..targets import PRESETS, matches
 from .base import AdaptedSite, Method, register_method
 from .peft_form import PeftForm, Reader, Weight, one_of_each_site, outright
 

@@ -19,7 +19,7 @@ from ...models.layers import Rows
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, register_method
-from .peft_form import PeftForm, Weight
+from .peft_form import PeftForm, Weight, as_kernel, kernel_shape, of_kernel
 
 
 class LohaSection(AdapterConfig):
@@ -29,7 +29,7 @@ class LohaSection(AdapterConfig):
 class LohaForm(PeftForm):
     """`hada_w1_a` (outputs, rank) and `hada_w1_b` (rank, inputs), and the second product's likewise."""
 
-    peft_type, prefix, conv1d = "LOHA", "hada_", False
+    peft_type, prefix, conv1d, convolutions = "LOHA", "hada_", False, True
     defaults: Mapping[str, Any] = {
         "alpha": 8, "alpha_pattern": {}, "exclude_modules": None, "init_weights": True, "layers_pattern": None, "layers_to_transform": None,
         "module_dropout": 0.0, "modules_to_save": None, "r": 8, "rank_dropout": 0.0, "rank_pattern": {}, "target_modules": None,
@@ -48,10 +48,12 @@ class LohaForm(PeftForm):
         return {name: up if ours[0] == "b" else down for ours, name in self.names.items()}
 
     def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: arrays[ours].T for ours, name in self.names.items()}
+        ups = {self.names[ours]: arrays[ours].T for ours in ("b1", "b2")}
+        return ups | {self.names[ours]: as_kernel(site, arrays[ours].T).reshape(rank, -1) for ours in ("a1", "a2")}
 
     def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
-        return {ours: tensors[name].T for ours, name in self.names.items()}
+        downs = {ours: of_kernel(site, tensors[self.names[ours]].reshape(kernel_shape(site, rank))).T for ours in ("a1", "a2")}
+        return downs | {ours: tensors[self.names[ours]].T for ours in ("b1", "b2")}
 
 
 class Loha(Method):
@@ -61,7 +63,7 @@ class Loha(Method):
     """
 
     name, section = "loha", LohaSection
-    kinds = ("linear",)
+    kinds = ("linear", "convolution")
     setting_names = ("scale",)
     packs = "weight-sized"
     peft = LohaForm()
@@ -83,7 +85,12 @@ class Loha(Method):
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         y = module.base(*inputs)
         factors = (v[...] for v in (module.a1, module.b1, module.a2, module.b2))
-        return y + _changed(inputs[0].astype(y.dtype), module.scale[...], *factors)
+
+        @jax.checkpoint  # or the change would be kept for the backward pass, and both products: three arrays of the weight's size a layer
+        def changed(x: jax.Array, scale: jax.Array, *factors: jax.Array) -> jax.Array:
+            return module.project(x, _change(scale, *factors).astype(x.dtype))
+
+        return y + changed(inputs[0].astype(y.dtype), module.scale[...], *factors)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         factors = (v[...] for v in (module.a1, module.b1, module.a2, module.b2))
@@ -102,11 +109,6 @@ class Loha(Method):
 def _change(scale: jax.Array, a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array, precision: Any = None) -> jax.Array:
     """(..., inputs, outputs), what is added to the weight."""
     return scale[..., None, None] * jnp.matmul(a1, b1, precision=precision) * jnp.matmul(a2, b2, precision=precision)
-
-
-@jax.checkpoint  # or the change would be kept for the backward pass, and both products: three arrays of the weight's size a layer
-def _changed(x: jax.Array, scale: jax.Array, *factors: jax.Array) -> jax.Array:
-    return jnp.matmul(x, _change(scale, *factors).astype(x.dtype))
 
 
 register_method("loha", Loha())

@@ -24,7 +24,7 @@ from ..inits.base import LowRankConfig, check_init, init_of, of_peft, start_of
 from ..parameters import Parameter, SiteData
 from ..sites import Site
 from .base import AdaptedSite, Method, Plain, register_method
-from .peft_form import PeftForm, Reader, Weight
+from .peft_form import PeftForm, Reader, Weight, as_kernel, kernel_shape, of_kernel
 
 
 class LoraSection(LowRankConfig):
@@ -33,13 +33,14 @@ class LoraSection(LowRankConfig):
 
 
 class LoraForm(PeftForm):
-    """`lora_A` (rank, inputs) and `lora_B` (outputs, rank); of an embedding both without `.weight`.
+    """`lora_A` (rank, inputs) and `lora_B` (outputs, rank); of an embedding both without `.weight`, of a convolution with a kernel's axes:
+    (rank, channels, height, width) and (outputs, rank, 1, 1).
 
     Of experts A is (experts * rank, inputs) with an expert's ranks together, and B (outputs, rank * experts) with a rank's experts
     together.
     """
 
-    peft_type, prefix = "LORA", "lora_"
+    peft_type, prefix, convolutions = "LORA", "lora_", True
     defaults: Mapping[str, Any] = {
         "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "bias": "none", "corda_config": None,
         "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "init_lora_weights": True,
@@ -94,20 +95,21 @@ class LoraForm(PeftForm):
         return super().fields(section) | {"init_lora_weights": True if said is None else said}
 
     def tensors(self, section: Any, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
-        total = rank * (site.experts or 1)
-        return dict(zip(self._names(site), ((total, site.inputs), (site.outputs, total)), strict=True))
+        total, ones = rank * (site.experts or 1), (1,) * len(site.window)
+        return dict(zip(self._names(site), (kernel_shape(site, total), (site.outputs, total, *ones)), strict=True))
 
     def to_file(self, section: Any, site: Site, rank: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         a, b = arrays["lora_a"], arrays["lora_b"]
         if site.experts is None:
-            return dict(zip(self._names(site), (a.T, b.T), strict=True))
+            ones = (1,) * len(site.window)
+            return dict(zip(self._names(site), (as_kernel(site, a.T), b.T.reshape(*b.T.shape, *ones)), strict=True))
         both = a.swapaxes(1, 2).reshape(-1, site.inputs), b.transpose(2, 1, 0).reshape(site.outputs, -1)
         return dict(zip(self._names(site), both, strict=True))
 
     def from_file(self, section: Any, site: Site, rank: int, tensors: Mapping[str, np.ndarray], weight: Weight) -> dict[str, np.ndarray]:
         a, b = (tensors[name] for name in self._names(site))
         if site.experts is None:
-            return {"lora_a": a.T, "lora_b": b.T}
+            return {"lora_a": of_kernel(site, a).T, "lora_b": b.reshape(b.shape[:2]).T}
         a = a.reshape(site.experts, rank, site.inputs).swapaxes(1, 2)
         return {"lora_a": a, "lora_b": b.reshape(site.outputs, rank, site.experts).transpose(2, 1, 0)}
 
@@ -131,8 +133,9 @@ class Lora(Method):
     frozen: str = ""
 
     name, section = "lora", LoraSection
-    kinds = ("linear", "embedding", "expert")
-    dropout_kinds = ("linear", "embedding")  # none on experts, as in PEFT; an embedding's input is an index, and nothing of it is dropped
+    kinds = ("linear", "embedding", "convolution", "expert")
+    # None on experts, as in PEFT; an embedding's input is an index, and nothing of it is dropped.
+    dropout_kinds = ("linear", "embedding", "convolution")
     setting_names = ("scale",)
     packs = "low-rank"
     self_padding = True
@@ -181,7 +184,7 @@ class Lora(Method):
             x, expert = inputs
             change = grouped_matmul(grouped_matmul(x.astype(y.dtype), a, expert) * scale, b, expert)
         else:
-            low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), a)
+            low = module.project(module.drop(inputs[0], rows).astype(y.dtype), a)
             change = widened(low * scale, b)
         if not self.start:
             return y + change
@@ -189,7 +192,7 @@ class Lora(Method):
         a0, b0 = (v[...].astype(y.dtype) for v in (module.lora_a0, module.lora_b0))
         if module.kind == "expert":
             return y + (change - grouped_matmul(grouped_matmul(inputs[0].astype(y.dtype), a0, inputs[1]) * scale, b0, inputs[1]))
-        return y + (change - jnp.matmul(jnp.matmul(inputs[0].astype(y.dtype), a0) * scale, b0))
+        return y + (change - jnp.matmul(module.project(inputs[0].astype(y.dtype), a0) * scale, b0))
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         a, b, scale = Lora.low_rank(self, module)  # a subclass's change may not be low-rank

@@ -37,8 +37,8 @@ class LoraFa(Lora):
     """
 
     name, section = "lora_fa", LoraFaSection
-    kinds = ("linear", "expert")
-    dropout_kinds = ("linear",)
+    kinds = ("linear", "convolution", "expert")
+    dropout_kinds = ("linear", "convolution")
 
     def check(self, config: Any, site: Site, rank: int) -> None:
         super().check(config, site, rank)

@@ -33,8 +33,8 @@ class LoraXs(Method):
     """A trained (rank, rank) matrix between a weight's own singular vectors, scaled by alpha / rank."""
 
     name, section = "lora_xs", LoraXsSection
-    kinds = ("linear",)
-    dropout_kinds = ("linear",)
+    kinds = ("linear", "convolution")
+    dropout_kinds = ("linear", "convolution")
     setting_names = ("scale",)
     packs = "low-rank"
     self_padding = True  # A and B are 0 beyond the rank, the scale is 0 at a layer that is not adapted
@@ -60,7 +60,7 @@ class LoraXs(Method):
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         y = module.base(*inputs)
         a, b, middle, scale = (v[...].astype(y.dtype) for v in (module.frozen_a, module.frozen_b, module.middle, module.scale))
-        low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), a)
+        low = module.project(module.drop(inputs[0], rows).astype(y.dtype), a)
         return y + jnp.matmul(jnp.matmul(low, middle) * scale, b)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

@@ -58,9 +58,9 @@ class Miss(Method):
     """A block D of `rank` rows, which starts at 0; row i is added to the weights of the inputs i, rank + i, 2 rank + i, ..."""
 
     name, section = "miss", MissSection
-    kinds = ("linear",)
+    kinds = ("linear", "convolution")
     ignores = ("alpha", "alpha_pattern")
-    dropout_kinds = ("linear",)
+    dropout_kinds = ("linear", "convolution")
     setting_names = ("shards",)  # the rank as a number: members of a pack have different ones
     packs = "low-rank"
     self_padding = True  # no input is summed to a row beyond the rank, nor at a layer that is not adapted: they get no gradient
@@ -78,7 +78,7 @@ class Miss(Method):
 
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         y = module.base(*inputs)
-        low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), self._sums(module).astype(y.dtype))
+        low = module.project(module.drop(inputs[0], rows).astype(y.dtype), self._sums(module).astype(y.dtype))
         return y + widened(low, module.miss_block[...].astype(y.dtype))
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

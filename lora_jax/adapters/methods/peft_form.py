@@ -53,6 +53,7 @@ class PeftForm:
         repeated: those of `shared` that PEFT writes at every module as well; they are compared when read, and not written.
         numbered: those of a module's tensors that stand at the root of the file, with the module's number among the adapted ones.
         conv1d: whether PEFT adapts GPT-2's `Conv1D` by it.
+        convolutions: whether PEFT adapts convolutions by it, as the method does.
         modules: a regular expression for our names of the modules of the base whose own numbers a file holds under `prefix`, where
             that is what the type trains. Such a type adapts no site, and its method says nothing of tensors.
     """
@@ -71,6 +72,7 @@ class PeftForm:
     repeated: tuple[str, ...] = ()
     numbered: tuple[str, ...] = ()
     conv1d: bool = True
+    convolutions: bool = False
     modules: str = ""
 
     # The config
@@ -198,6 +200,21 @@ class PeftForm:
     def shared_from_file(self, section: Any, sites: Mapping[Site, int], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The arrays of scope `adapter`, of what the file holds; those that are `optional` it may lack, and they are drawn here."""
         return {}
+
+
+def kernel_shape(site: Site, rows: int) -> tuple[int, ...]:
+    """PyTorch's shape of a matrix (rows, inputs): of a convolution (rows, channels, height, width)."""
+    return (rows, site.inputs // math.prod(site.window), *site.window)
+
+
+def as_kernel(site: Site, matrix: np.ndarray) -> np.ndarray:
+    """A matrix (rows, inputs), whose inputs are the channels of each place of the window, as `kernel_shape` says."""
+    return np.moveaxis(matrix.reshape(len(matrix), *site.window, -1), -1, 1)
+
+
+def of_kernel(site: Site, kernel: np.ndarray) -> np.ndarray:
+    """(rows, inputs); `as_kernel` backwards."""
+    return np.moveaxis(kernel, 1, -1).reshape(len(kernel), site.inputs)
 
 
 def _as_written(value: Any, default: Any) -> Any:

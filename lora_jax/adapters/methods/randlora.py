@@ -81,8 +81,8 @@ class RandLora(Method):
     """Trained diagonals of size r and of the smaller side, for each base. A larger rank has fewer bases."""
 
     name, section = "randlora", RandLoraSection
-    kinds = ("linear",)
-    dropout_kinds = ("linear",)
+    kinds = ("linear", "convolution")
+    dropout_kinds = ("linear", "convolution")
     setting_names = ("scale", "own_rank")
     packs = "weight-sized"
     peft = RandLoraForm()
@@ -123,7 +123,7 @@ class RandLora(Method):
             module.site,
             *(v[...] for v in (module.randlora_a, module.randlora_b, module.randlora_lambda, module.randlora_gamma, module.own_rank)),
         )
-        low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), first.astype(y.dtype))
+        low = module.project(module.drop(inputs[0], rows).astype(y.dtype), first.astype(y.dtype))
         return y + jnp.matmul(low * module.scale[...].astype(y.dtype), second.astype(y.dtype))
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

@@ -92,9 +92,9 @@ class TinyLora(Method):
     tied: bool = False
 
     name, section = "tinylora", TinyLoraSection
-    kinds = ("linear",)
+    kinds = ("linear", "convolution")
     ignores = ("alpha", "alpha_pattern")
-    dropout_kinds = ("linear",)
+    dropout_kinds = ("linear", "convolution")
     setting_names = ("adapted",)
     packs = "low-rank"
     peft = TinyLoraForm()
@@ -134,7 +134,7 @@ class TinyLora(Method):
         y = module.base(*inputs)
         middle = jnp.tensordot(module.v[...], module.projections[...], 1) * module.adapted[...]
         a, b = (v[...].astype(y.dtype) for v in (module.frozen_a, module.frozen_b))
-        low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), a)
+        low = module.project(module.drop(inputs[0], rows).astype(y.dtype), a)
         return y + jnp.matmul(jnp.matmul(low, middle.astype(y.dtype)), b)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

@@ -81,9 +81,9 @@ class Vera(Method):
     """Trained vectors at each site, around two random matrices that the whole adapter shares. There is no alpha."""
 
     name, section = "vera", VeraSection
-    kinds = ("linear",)
+    kinds = ("linear", "convolution")
     ignores = ("alpha", "alpha_pattern")
-    dropout_kinds = ("linear",)
+    dropout_kinds = ("linear", "convolution")
     packs = "low-rank"
     peft = VeraForm()
     self_padding = True  # beyond the rank A and d are 0, at a layer that is not adapted b and d are: neither then gets a gradient
@@ -111,7 +111,7 @@ class Vera(Method):
     def apply(self, module: AdaptedSite, *inputs: jax.Array, rows: Rows | None) -> jax.Array:
         y = module.base(*inputs)
         a, b = self._projections(module, y.dtype)
-        low = jnp.matmul(module.drop(inputs[0], rows).astype(y.dtype), a) * module.lambda_d[...].astype(y.dtype)
+        low = module.project(module.drop(inputs[0], rows).astype(y.dtype), a) * module.lambda_d[...].astype(y.dtype)
         return y + widened(low, b) * module.lambda_b[...].astype(y.dtype)
 
     def merged(self, module: AdaptedSite, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

@@ -20,7 +20,7 @@ from ...errors import InputError
 from ...models.encoder_decoder import Generative
 from ..export import kind_of
 from .config import form_of
-from .names import Module, Parameter, PeftNames, Renaming
+from .names import Module, Parameter, PeftNames, Renaming, unfit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Adapter:
             raise InputError("the model has no adapter that PEFT could hold.")
         if not self.form.conv1d and (odd := next((s.module.name for s in self.sites if s.module.conv1d), None)):
             raise InputError(f"{odd} is a Conv1D, which PEFT's type {self.form.peft_type} does not adapt.")
+        if why := next((why for s in self.sites if (why := unfit(self.form, s.module))), None):
+            raise InputError(f"{why}.")
         self.known = known is not None and known["method"] == self.method.name
         self.section: Any = self.method.section.model_validate(known if self.known else {})
         self.trained: dict[str, list[Parameter]] = {}

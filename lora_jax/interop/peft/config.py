@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from ...adapters.methods.base import Method
 from ...adapters.methods.peft_form import GENERAL, PLACES, PeftForm, Reader
-from ...adapters.sites import KINDS, PRESETS, Site
+from ...adapters.sites import Site
+from ...adapters.targets import KINDS, PRESETS
 from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError, hint

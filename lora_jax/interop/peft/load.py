@@ -29,7 +29,7 @@ from ...models.encoder_decoder import Generative
 from ...weights.checkpoint import Checkpoint
 from ...weights.safetensors import SafetensorsCheckpoint, read_digests
 from .config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig, adapter_folder, check_digests, read_peft_config
-from .names import PROJECTION, ROOT, SHARED, Module, Parameter, PeftNames, module_of_key, tensor_key, trained_key
+from .names import PROJECTION, ROOT, SHARED, Module, Parameter, PeftNames, module_of_key, tensor_key, trained_key, unfit
 
 _SHOWN = 6
 _INTEGERS = ("int32", "int64")
@@ -265,6 +265,8 @@ def _check_kind(module: Module, config: PeftConfig, file: Checkpoint) -> None:
         raise InputError(f"{file.path.parent}: '{method.name}' does not train {module.name}, which 'target_modules' means.")
     if module.site.kind not in method.kinds:
         raise InputError(f"{file.path.parent}: '{method.name}' adapts {' and '.join(method.kinds)} sites, and {module.name} is none.")
+    if why := unfit(config.form, module):
+        raise InputError(f"{file.path.parent}: {why}.")
     if module.conv1d and not config.form.conv1d:
         raise InputError(f"{file.path.parent}: {module.name} is a Conv1D, which PEFT's type {config.form.peft_type} does not adapt.")
 

@@ -17,7 +17,8 @@ from flax import nnx
 
 from ...adapters.methods.peft_form import PeftForm
 from ...adapters.parameters import is_base
-from ...adapters.sites import HEADS, Path, Site, find_sites, logical_name, names_of
+from ...adapters.sites import Path, Site, find_sites, logical_name, names_of
+from ...adapters.targets import HEADS
 from ...models.encoder import Encoder
 from ...models.encoder_decoder import Base
 from ...models.families import find_family
@@ -149,6 +150,15 @@ def trained_key(form: PeftForm, name: str) -> str:
     """The key of a weight of the base that a type trains as it is (`PeftForm.modules`), which PEFT has a copy of."""
     module, _, kind = name.rpartition(".")
     return f"{ROOT}{module}.{form.prefix}{kind}"
+
+
+def unfit(form: PeftForm, module: Module) -> str | None:
+    """Why PEFT would not compute the same at a convolution; None where it would, and of every other module."""
+    if module.site.kind != "convolution":
+        return None
+    if not form.convolutions:
+        return f"{module.name} is a convolution, which PEFT's type {form.peft_type} does not adapt"
+    return f"{module.name} is a convolution with dilation, which PEFT leaves out of its A" if module.site.dilated else None
 
 
 class PeftNames:
