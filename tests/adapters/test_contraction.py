@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,13 +49,17 @@ def test_a_plain_einsum_is_a_site(spec, bias):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     plain, adapted = model.ein(x), tiny.trained(model, targets=["ein"])
     assert plain.shape == result
-    np.testing.assert_array_equal(inject(model, tiny.adapter(targets=["ein"]), rngs=nnx.Rngs(0)).ein(x), plain)
+    start: Any = inject(model, tiny.adapter(targets=["ein"]), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(start.ein(x), plain)
     changed = adapted.ein(x)
     assert changed.shape == result and np.abs(changed - plain).max() > 0.01
-    np.testing.assert_allclose(merge(adapted).ein(x), changed, atol=1e-5)
-    np.testing.assert_allclose(merged_base(adapted).ein(x), changed, atol=1e-5)
-    assert type(merged_base(adapted).ein) is nnx.Einsum
-    np.testing.assert_array_equal(unmerge(merge(adapted)).ein(x), changed)
+    merged: Any = merge(adapted)
+    folded: Any = merged_base(adapted)
+    undone: Any = unmerge(merged)
+    np.testing.assert_allclose(merged.ein(x), changed, atol=1e-5)
+    np.testing.assert_allclose(folded.ein(x), changed, atol=1e-5)
+    assert type(folded.ein) is nnx.Einsum
+    np.testing.assert_array_equal(undone.ein(x), changed)
 
 
 @pytest.mark.parametrize("spec", ALLOWED)
@@ -168,8 +174,8 @@ def test_a_mixed_batch_over_einsums():
     x = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
     bank = AdapterBank(model)
     bank.add("one", adapted)
-    mixed = bank.mixed(["one", None, "one"]).attn(x)
-    np.testing.assert_allclose(mixed, jnp.stack([adapted.attn(x)[0], model.attn(x)[1], adapted.attn(x)[2]]), atol=1e-5)
+    mixed: Any = bank.mixed(["one", None, "one"])
+    np.testing.assert_allclose(mixed.attn(x), jnp.stack([adapted.attn(x)[0], model.attn(x)[1], adapted.attn(x)[2]]), atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"use_bias": False}, {"normalize_qk": True}, {"in_features": 8, "out_features": 6}])
@@ -177,6 +183,7 @@ def test_the_projections_of_flax_attention(options):
     model = nnx.Dict(attn=nnx.MultiHeadAttention(2, **({"in_features": 8} | options), qkv_features=12, decode=False, rngs=nnx.Rngs(0)))
     assert {s.name for s in find_sites(model)} == {f"attn.{name}" for name in ("query", "key", "value", "out")} and not passed_over(model)
     adapted = tiny.trained(model, targets="attention")
-    x = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
+    merged: Any = merged_base(adapted)
+    x: Any = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
     assert np.abs(adapted.attn(x) - model.attn(x)).max() > 0.01
-    np.testing.assert_allclose(merged_base(adapted).attn(x), adapted.attn(x), atol=1e-5)
+    np.testing.assert_allclose(merged.attn(x), adapted.attn(x), atol=1e-5)

@@ -36,7 +36,7 @@ GEOMETRY: dict[str, dict[str, Any]] = {
 METHODS_OF_CONVOLUTIONS = [n for n, m in METHODS.all().items() if "convolution" in m.kinds and type(m).__module__.startswith("lora_jax.")]
 
 
-def image(channels: int = 6, *, rows: int = 2) -> np.ndarray:
+def image(channels: int = 6, *, rows: int = 2) -> Any:
     return np.random.default_rng(0).standard_normal((rows, 9, 8, channels)).astype(np.float32)
 
 
@@ -49,7 +49,8 @@ def conv_net(name: str, channels: int = 6, outputs: int = 5) -> Any:
 def test_a_matrix_in_the_place_of_the_kernel(name: str, columns: int) -> None:
     """Few columns go by products that are shifted, many by a convolution: both are Flax's own with that kernel."""
     conv = conv_net(name, outputs=columns).conv
-    plain = nnx.Conv(6, columns, **GEOMETRY[name] | {"use_bias": False}, rngs=nnx.Rngs(0))
+    options: Any = GEOMETRY[name] | {"use_bias": False}
+    plain = nnx.Conv(6, columns, rngs=nnx.Rngs(0), **options)
     plain.kernel = conv.kernel
     x = image()
     found = convolve(conv, x, conv.kernel[...].reshape(-1, columns))
@@ -61,7 +62,7 @@ def test_a_matrix_in_the_place_of_the_kernel(name: str, columns: int) -> None:
 @pytest.mark.parametrize("size", [(3,), (2, 1, 2)])
 def test_one_and_three_axes(size: tuple[int, ...]) -> None:
     conv: Any = nnx.Conv(4, 2, size, strides=2, padding="CAUSAL" if len(size) == 1 else "SAME", rngs=nnx.Rngs(0))
-    x = np.random.default_rng(0).standard_normal((2, *(5, 6, 7)[: len(size)], 4)).astype(np.float32)
+    x: Any = np.random.default_rng(0).standard_normal((2, *(5, 6, 7)[: len(size)], 4)).astype(np.float32)
     for columns in (1, 4):
         matrix = jnp.concatenate([conv.kernel[...].reshape(-1, 2)] * 2, 1)[:, :columns]
         np.testing.assert_allclose(convolve(conv, x, matrix)[..., :1], conv(x)[..., :1], atol=1e-5)
@@ -79,15 +80,18 @@ def test_every_method_starts_as_the_base_and_merges_into_the_kernel(method: str,
         variable.set_value(variable[...] + jnp.asarray(0.3 * rng.standard_normal(variable.shape), jnp.float32))
     changed = adapted.conv(x)
     assert changed.shape == model.conv(x).shape and np.abs(changed - model.conv(x)).max() > 1e-3
-    np.testing.assert_allclose(merge(adapted).conv(x), changed, atol=1e-5 * max(1, float(jnp.abs(changed).max())))
-    assert type(merged_base(adapted).conv) is nnx.Conv
-    np.testing.assert_array_equal(unmerge(merge(adapted)).conv(x), changed)
+    merged: Any = merge(adapted)
+    plain: Any = merged_base(adapted)
+    undone: Any = unmerge(merged)
+    np.testing.assert_allclose(merged.conv(x), changed, atol=1e-5 * max(1, float(jnp.abs(changed).max())))
+    assert type(plain.conv) is nnx.Conv
+    np.testing.assert_array_equal(undone.conv(x), changed)
 
 
 @pytest.mark.parametrize("init", ["gaussian", "pissa", "olora", "milora", "orthogonal", "zero_a", "loftq", "mica"])
 def test_inits_that_read_no_data(init: str) -> None:
     model, x = conv_net("symmetric"), image()
-    adapted = inject(model, tiny.adapter(rank=2, targets=["conv"], init=init), rngs=nnx.Rngs(0))
+    adapted: Any = inject(model, tiny.adapter(rank=2, targets=["conv"], init=init), rngs=nnx.Rngs(0))
     if init != "orthogonal":  # which is none at the start
         np.testing.assert_allclose(adapted.conv(x), model.conv(x), atol=1e-5)
 
