@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .models.load import load_model as load_model
     from .sweeps.run import fit as fit
     from .sweeps.run import sweep as sweep
+    from .training.statistics import calibrate as calibrate
     from .weights.tokenizer import load_tokenizer as load_tokenizer
 
     LoRAParam = AdapterParam
@@ -51,6 +52,7 @@ _NAMES = {
     "LoRAParam": "adapters.parameters:AdapterParam",
     "LoraConfig": "interop.peft.lora",
     "RunError": "errors",
+    "calibrate": "training.statistics",
     "describe": "adapters.describe",
     "fit": "sweeps.run",
     "generate": "generation.generate",

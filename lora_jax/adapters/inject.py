@@ -19,7 +19,7 @@ from flax import nnx
 
 from ..config.schema import AdapterConfig
 from ..errors import InputError, nearest
-from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT
+from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT, StoredLinear
 from ..models.stack import Stack
 from ..parallel.mesh import to_host
 from .contraction import GENERAL, flat_kernel
@@ -267,6 +267,8 @@ def _weight_of(module: AdaptedSite, layer: int) -> Callable[[], np.ndarray]:
     """Gives one layer's weight of the base, float32 on the host."""
 
     def weight() -> np.ndarray:
+        if isinstance(module.base, StoredLinear):
+            return to_host(module.base.dense_kernel(layer if module.stacked else None)).astype(np.float32)
         whole = getattr(module.base, module.weight)[...]
         array = to_host(whole[layer] if module.stacked else whole).astype(np.float32)
         return flat_kernel(module.base, array) if isinstance(module.base, GENERAL) else array

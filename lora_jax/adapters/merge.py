@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from ..config.types import size_text
+from ..errors import warn
 from ..models.encoder_decoder import Generative
+from ..models.layers import StoredLinear
 from .contraction import GENERAL, own_kernel
 from .inject import recall, remember, set_child
 from .methods.base import AdaptedSite
@@ -36,11 +41,16 @@ class Merged(nnx.Module):
         return self.original.embedding
 
 
-def merge(model: nnx.Module) -> nnx.Module:
+def merge(model: nnx.Module, *, keep_mask: bool = False) -> nnx.Module:
     """A model that computes with one weight at every site, `W + scale * A B` for LoRA. `model` itself is unchanged.
 
     The weight is computed in float32 and rounded once to its dtype. A stacked weight keeps all its layers; those without an adapter
-    are equal to the base's.
+    are equal to the base's. A layer whose weight the base holds in another form (`StoredLinear`) becomes a dense one, which is said.
+
+    Args:
+        model: an adapted model.
+        keep_mask: whether what is 0 in the base's weight, as pruning leaves it, stays 0: the adapter's change of it is lost, and the
+            merged model computes something else than the adapted one.
 
     >>> from lora_jax.config.schema import AdapterConfig
     >>> from lora_jax.adapters.inject import inject
@@ -48,7 +58,8 @@ def merge(model: nnx.Module) -> nnx.Module:
     >>> type(unmerge(merge(net)).layers[0]).__name__
     'AdaptedSite'
     """
-    return _replace(model, AdaptedSite, lambda module: Merged(_folded(module), module))
+    _say_dense(model)
+    return _replace(model, AdaptedSite, lambda module: Merged(_folded(module, keep_mask), module))
 
 
 def unmerge(model: nnx.Module) -> nnx.Module:
@@ -80,6 +91,7 @@ def plain(model: nnx.Module, *, shifted: bool = False) -> nnx.Module:
             return module
         base: Any = copy_of(module.base)
         if found.weight is not None:
+            base = base.as_linear() if isinstance(base, StoredLinear) else base
             _set_top(getattr(base, module.weight), _own(base, found.weight))
         layers, extent = len(module.ranks) if module.stacked else None, tuple(rank * found.times for rank in module.extent)
         new = AdaptedSite(base, module.site, layers=layers, extent=extent, method=found.method, dropout=hasattr(module, "dropout_rate"))
@@ -104,18 +116,28 @@ def strip(model: nnx.Module) -> nnx.Module:
     return _replace(model, AdaptedSite, lambda module: module.base)
 
 
-def merged_base(model: nnx.Module) -> nnx.Module:
+def merged_base(model: nnx.Module, *, keep_mask: bool = False) -> nnx.Module:
     """A plain model, of the same classes as the base, with the merged weights: for export. Keeps no adapters.
 
     An adapter on an embedding leaves the vocabulary projection as it is, so a projection tied to a merged embedding gets weights of its
-    own.
+    own. `keep_mask` as in `merge`.
     """
+    _say_dense(model)
     copy = copy_of(model)
     for _, module in nnx.iter_modules(copy):
         if isinstance(module, Generative) and module.config.tied and isinstance(module.embed, AdaptedSite | Merged):
             module.untie()
     copy = _replace(copy, Merged, lambda module: module.merged)  # `save_pretrained(merge(model))`, as PEFT's users write
-    return _replace(copy, AdaptedSite, _folded)
+    return _replace(copy, AdaptedSite, lambda module: _folded(module, keep_mask))
+
+
+def _say_dense(model: nnx.Module) -> None:
+    """Says how much larger a model gets because layers are merged that its base holds in another form."""
+    bases = [m.base for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite) and isinstance(m.base, StoredLinear)]
+    if bases:
+        held = sum(v.get_value().nbytes for base in bases for _, v in nnx.iter_graph(base) if isinstance(v, nnx.Variable))
+        dense = sum(math.prod(base.kernel_shape) * np.dtype(base.dtype).itemsize for base in bases)
+        warn(f"merging: {size_text(held)} of the base's weights, held in another form, become {size_text(dense)} of dense ones.")
 
 
 def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
@@ -123,9 +145,12 @@ def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
     return module.method.merged(module, *module.base_arrays())
 
 
-def _folded(module: AdaptedSite) -> nnx.Module:
+def _folded(module: AdaptedSite, keep_mask: bool) -> nnx.Module:
     folded: Any = copy_of(module.base)
+    folded = folded.as_linear() if isinstance(folded, StoredLinear) else folded
     weight, bias = merged_arrays(module)
+    if keep_mask:
+        weight = jnp.where(module.base_arrays()[0] == 0, 0, weight)
     _set_top(getattr(folded, module.weight), _own(folded, weight))
     if bias is not None:
         _set_top(folded.bias, bias)

@@ -61,11 +61,13 @@ class Statistics:
         moment: (inputs, inputs) float64, the sum over tokens of `x x^T`; None where nobody asked for it.
         gradient: (inputs, outputs) float64, of the loss with respect to the weight; None likewise.
         tokens: how many there were.
+        squares: (inputs,) float64, the sum over tokens of `x^2`; None likewise.
     """
 
     moment: np.ndarray | None = None
     gradient: np.ndarray | None = None
     tokens: int = 0
+    squares: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from ..errors import InputError
 from ..models.experts import ExpertLinear
-from ..models.layers import Embedding
+from ..models.layers import Embedding, StoredLinear, weight_shape
 from ..models.stack import Stack
 from .contraction import GENERAL, kernel_axes, unfit, window_of
 from .parameters import own_name
@@ -145,8 +145,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
         stack = next((path[:i] for i in range(len(path)) if isinstance(modules.get(path[:i]), Stack)), None)
         experts = leading.pop() if kind == "expert" else None
         depth = leading[0] if leading else None
-        layers: list[int | None] = [None] if depth is None else list(range(depth))
-        names = tuple(names_of(modules, path, i) for i in layers)
+        names = tuple(names_of(modules, path, i) for i in ([None] if depth is None else range(depth)))
         biased = getattr(module, "bias", None) is not None
         lone = path[-1] == "out" and not any((*path[:-1], name) in modules for name in _QUERIES)
         size = (inputs, outputs, stack, biased, lone, *window_of(module))
@@ -162,7 +161,7 @@ def _weight_shape(module: nnx.Module) -> tuple[str, str, list[int], int, int] | 
     for kind, type_, weight, stacked in _SITE_TYPES:
         if not _runs_as(module, type_):
             continue
-        shape = getattr(module, weight).shape
+        shape = weight_shape(module, weight)
         if isinstance(module, GENERAL) and unfit(module):
             return None
         own, ins = kernel_axes(module) if isinstance(module, GENERAL) else ([0, 1], 1)
@@ -174,12 +173,14 @@ def _weight_shape(module: nnx.Module) -> tuple[str, str, list[int], int, int] | 
 
 def _runs_as(module: nnx.Module, type_: type[nnx.Module]) -> bool:
     """Whether a module computes what this type does: a subclass with a `__call__` of its own may compute anything of its weight."""
-    return isinstance(module, type_) and all(getattr(type(module), m, None) is getattr(type_, m, None) for m in ("__call__", "attend"))
+    same = all(getattr(type(module), m, None) is getattr(type_, m, None) for m in ("__call__", "attend"))
+    return isinstance(module, type_) and (same or type_ is StoredLinear)
 
 
 # Kind, module, its weight, and how many axes the weight may have before its inputs and outputs.
 _SITE_TYPES: tuple[tuple[str, type[nnx.Module], str, tuple[int, int]], ...] = (
     ("linear", nnx.Linear, "kernel", (0, 1)),
+    ("linear", StoredLinear, "kernel", (0, 1)),
     ("linear", nnx.LinearGeneral, "kernel", (0, 1)),
     ("linear", nnx.Einsum, "kernel", (0, 1)),
     ("convolution", nnx.Conv, "kernel", (0, 1)),
@@ -203,9 +204,8 @@ def passed_over(model: nnx.Module) -> dict[str, str]:
         elif shape is not None:
             why = "it is the whole model: put it into a module of yours, such as nnx.Sequential"
         elif (type_ := next((t for _, t, _, _ in _SITE_TYPES if isinstance(module, t)), None)) is not None:
-            own = (
-                "has a __call__ of its own, and merging could compute something else" if not _runs_as(module, type_) else "is stacked twice"
-            )
+            called = "has a __call__ of its own, and merging could compute something else"
+            own = "is stacked twice" if _runs_as(module, type_) else called
             why = f"a subclass of nnx.{type_.__name__} that {own}" if type(module) is not type_ else f"nnx.{type_.__name__} that {own}"
         else:
             continue

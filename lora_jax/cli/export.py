@@ -43,6 +43,10 @@ def export(
             "--keep-base", help="Leave out of the base what the adapter's init took out of it (PiSSA, ...), and write that base beside it."
         ),
     ] = False,
+    keep_mask: Annotated[
+        bool,
+        typer.Option("--keep-mask", help="Merged weights stay 0 where a pruned base's are, and what that changes is told."),
+    ] = False,
 ) -> None:
     """Export a member of a run for other programs.
 
@@ -56,7 +60,7 @@ def export(
         limit = None if max_shard_size is None else to_bytes(max_shard_size)
     except ValueError as error:
         raise InputError(f"--max-shard-size: {error}.") from None
-    done = export_run(run, form=form, out=out, member=member, options=ExportOptions(dtype, limit, keep_base or None))
+    done = export_run(run, form=form, out=out, member=member, options=ExportOptions(dtype, limit, keep_base or None, keep_mask or None))
     console = results_console()
     why = f" ({done.reason})" if done.reason else ""
     console.print(f"{done.member}{why}, the {done.adapter} adapter: {done.folder}")

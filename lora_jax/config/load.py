@@ -10,14 +10,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from ..errors import InputError, nearest
+from .doors import SECTION_LISTS, OneOf
 from .messages import Problem, default_of, kinds_of_sections, leaf_schema, problems, report, section_keys, show, split_key, why_not_swept
 from .renamed import renamed
 from .schema import SOURCE, Config
+from .types import Section
 from .where import Where
 from .yaml import Path, dump, parse
 
@@ -112,7 +114,28 @@ def _located(data: dict[str, Any], folder: FilePath, origins: Mapping[Path, str]
             _LOOKED[value] = paths
         return value if found is None else found
 
+    def in_section(node: Any, path: Path, section: Any) -> Any:
+        """The same inside a section that stands in a list, by the fields of its class."""
+        if not isinstance(node, dict):
+            return node
+        made = dict(node)
+        for name, field in section.model_fields.items() if section is not None else ():
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("format") == SOURCE["format"] and name in made:
+                made[name] = absolute(made[name], (*path, name))
+            kinds = (field.annotation, *get_args(field.annotation))
+            inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+            if inner is not None and name in made:
+                made[name] = in_section(made[name], (*path, name), inner)
+        return made
+
+    def in_list(node: Any, path: Path, of: OneOf) -> Any:
+        if isinstance(node, list):  # in a sweep there are several lists
+            return [in_list(item, (*path, number), of) for number, item in enumerate(node)]
+        return in_section(node, path, of.sections().get(node.get(of.key)) if isinstance(node, dict) else None)
+
     def walk(node: Any, path: Path, key: str) -> Any:
+        if (of := SECTION_LISTS.get(tuple(key.split(".")))) is not None:
+            return in_list(node, path, of)
         if (leaf_schema(key) or {}).get("format") == SOURCE["format"]:
             return absolute(node, path)
         if isinstance(node, dict):

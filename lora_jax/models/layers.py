@@ -198,6 +198,63 @@ def linear(inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtyp
     )
 
 
+class StoredLinear(nnx.Module):
+    """A linear layer whose weight is held in another form than one array. It stands where an `nnx.Linear` stood, and is a site like one.
+
+    A subclass computes `__call__`, (..., inputs) -> (..., outputs), without making the weight as a whole where it can.
+
+    Attributes:
+        bias: (..., outputs), or None.
+        dtype: of the matmul, and of the weight where it is asked for.
+    """
+
+    bias: nnx.Param | None
+    dtype: Any
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """(..., inputs, outputs) of the weight; layers in front where it is stacked."""
+        raise NotImplementedError
+
+    @property
+    def kernel_axes(self) -> tuple[str | None, ...] | None:
+        """The weight's logical axes; None where they have no names."""
+        raise NotImplementedError
+
+    def dense_kernel(self, layer: int | None = None) -> Array:
+        """The weight as one array, (..., inputs, outputs), or of one layer of a stack: made when it is asked for, and not kept."""
+        raise NotImplementedError
+
+    @property
+    def kernel(self) -> nnx.Param:
+        """The weight, as an `nnx.Linear` has it. What is set in it changes nothing: merge into `as_linear`."""
+        made = nnx.Param(self.dense_kernel())
+        if self.kernel_axes is not None:
+            made.set_metadata(AXES, self.kernel_axes)
+        return made
+
+    def as_linear(self) -> nnx.Linear:
+        """The layer as an `nnx.Linear`, which holds the weight as one array."""
+        inputs, outputs = self.kernel_shape[-2:]
+        options = {"use_bias": self.bias is not None, "dtype": self.dtype, "param_dtype": self.dtype}
+        # Of one input, for its arrays are replaced.
+        made = nnx.Linear(1, outputs, rngs=nnx.Rngs(0), **options)
+        made.in_features, made.kernel = inputs, self.kernel
+        if self.bias is not None:
+            made.bias = self.bias
+        return made
+
+
+def weight_axes(module: Any, weight: str) -> tuple[str | None, ...] | None:
+    """The logical axes of a module's weight, which is not made for it where it is not one array."""
+    return module.kernel_axes if isinstance(module, StoredLinear) else getattr(module, weight).get_metadata().get(AXES)
+
+
+def weight_shape(module: Any, weight: str) -> tuple[int, ...]:
+    """The shape of a module's weight, likewise."""
+    return module.kernel_shape if isinstance(module, StoredLinear) else getattr(module, weight).shape
+
+
 class Embedding(nnx.Embed):
     """An `nnx.Embed` that finds its vectors wherever a mesh has put them."""
 

@@ -29,6 +29,7 @@ from .layers import AXES, HeadShape
 from .policy import Policy
 from .stack import stacks_of
 from .transforms.base import Base, TransformContext, apply_transforms
+from .transforms.calibration import Calibrate
 
 
 class BaseFiles:
@@ -144,29 +145,29 @@ class BaseFiles:
             raise InputError(f"{self._where}: holds no trained head for {kind} ({why}). add_head, or task.head: new, makes a new one.")
         return heads[kind]
 
-    def load(self, mesh: Mesh | None = None) -> Base | Classifier:
+    def load(self, mesh: Mesh | None = None, calibrate: Calibrate | None = None) -> Base | Classifier:
         """The model with its weights.
 
         Args:
             mesh: where they are put, by their logical axes, as they are read; a process reads what lies on its own devices. None: on
                 the default device.
+            calibrate: `lora_jax.calibrate`, for transforms that read rows of text.
 
         Raises:
-            InputError: a file changed or cannot be read any more.
+            InputError: a file changed or cannot be read any more, or a transform cannot do what its section asks for.
         """
         self._check_tied()
-        graphdef, state = nnx.split(self.model)
-        filled = []
+        (graphdef, state), filled = nnx.split(self.model), []
         for path, variable in nnx.to_flat_state(state):
             axes = variable.get_metadata().get(AXES, (None,) * len(variable.shape))
             sharding = None if mesh is None else parameter_sharding(mesh, variable.shape, axes)
             filled.append((path, variable.replace(self._read(self._weight(path), variable.shape, variable.dtype, sharding))))
         model = nnx.merge(graphdef, nnx.from_flat_state(filled))
-        context = TransformContext(self._source, mesh)
-        if isinstance(model, Classifier):
-            model.base = cast(Encoder | Decoder, apply_transforms(model.base, self._transforms, context))
-            return model
-        return apply_transforms(model, self._transforms, context)
+        options = (self._transforms, TransformContext(self._source, mesh, calibrate))
+        if not isinstance(model, Classifier):
+            return apply_transforms(model, *options)
+        model.base = cast(Encoder | Decoder, apply_transforms(model.base, *options))
+        return model
 
     def _weight(self, path: tuple[Any, ...]) -> Weight:
         return self._table[".".join(str(p) for p in path).replace("layers.segments.0.block.", "layers.")]
@@ -216,8 +217,7 @@ class BaseFiles:
 
     def _read(self, weight: Weight, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
         """One parameter. Host memory holds the part of it that lies on this process's devices, and one tensor of it more."""
-        lead = weight.leading
-        wanted = _tensor_shape(weight, shape)
+        lead, wanted = weight.leading, _tensor_shape(weight, shape)
         box = [(0, size) for size in shape] if sharding is None else _own_part(sharding, shape)
         part = np.empty([stop - start for start, stop in box], dtype)
         if weight.first:
@@ -275,6 +275,7 @@ class _Options(TypedDict, total=False):
     key: str
     mesh: Mesh | None
     transforms: Sequence[TransformConfig]
+    calibrate: Calibrate | None
 
 
 @overload
@@ -300,6 +301,7 @@ def load_model(
     mesh: Mesh | None = None,
     head: str | None = None,
     transforms: Sequence[TransformConfig] = (),
+    calibrate: Calibrate | None = None,
 ) -> Base | Classifier:
     """A pretrained base: `BaseFiles(source, ...).load(mesh)`, which says what the other arguments are.
 
@@ -316,7 +318,7 @@ def load_model(
             shapes, or there is no such head.
     """
     options = {"dtype": dtype, "remat": remat, "scan_layers": scan_layers, "dropout": dropout, "key": key}
-    return BaseFiles(source, **options, head=head, transforms=transforms).load(mesh)
+    return BaseFiles(source, **options, head=head, transforms=transforms).load(mesh, calibrate)
 
 
 def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:

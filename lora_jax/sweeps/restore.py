@@ -27,6 +27,7 @@ from ..tracking.state import STATE, check_identity
 from ..training.adapter_files import adapter_identity, load_adapter, saved_classes
 from ..training.evaluation import evaluate_pack
 from ..training.setup import Preparer, Setup
+from ..training.statistics import calibrate
 from ..weights.provenance import fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
 from .space import members_of
@@ -141,7 +142,7 @@ def restore_member(run: Path, member: Member, *, readout: bool = False) -> Resto
     folder, config = adapter_folder_of(run, member), member.config
     section, task = config.task, task_of(config.task)
     classes = saved_classes(folder) or task.named_classes(section)
-    loaded = load_model(config.model.source, head=task.loaded_head(section), transforms=config.model.transforms)
+    loaded = load_model(config.model.source, head=task.loaded_head(section), transforms=config.model.transforms, calibrate=calibrate)
     base = loaded.base if isinstance(loaded, Classifier) else loaded
     if classes is None and task.needs_classes(section, decoder=base.is_decoder):
         raise InputError(f"{folder}: does not record its classes; list them, in order, as task.labels in {run / 'config.yaml'}.")
@@ -163,15 +164,24 @@ def restore_member(run: Path, member: Member, *, readout: bool = False) -> Resto
 
 
 def _fingerprint_as_trained(base: nnx.Module, config: Config, head: str | None) -> str:
-    """Of a float32 base in the dtype that the member was trained over; it is loaded again where a transform may round on its way."""
+    """Of a float32 base in the dtype that the member was trained over.
+
+    A transformed base is loaded again in that dtype, for what a transform chooses may depend on it; the numbers of `base` are set to those
+    that the member was trained over.
+    """
     model = config.model
     if model.dtype == "float32":
         return fingerprint(base)
     files = BaseFiles(model.source, dtype=model.dtype, head=head, transforms=model.transforms)
     if not model.transforms:
         return fingerprint(base, files.base)
-    loaded = files.load()
-    return fingerprint(loaded.base if isinstance(loaded, Classifier) else loaded)
+    loaded = files.load(calibrate=calibrate)
+    own = loaded.base if isinstance(loaded, Classifier) else loaded
+    held = dict(nnx.iter_graph(own))
+    for path, variable in nnx.iter_graph(base):
+        if isinstance(variable, nnx.Param):
+            variable.set_value(held[path][...].astype(variable.dtype))
+    return fingerprint(own)
 
 
 SPLITS = {"eval": "held_out", "test": "test", "train": "train"}  # name -> part of the run's identity

@@ -288,7 +288,7 @@ def _layout_members(plan: PackPlan, members: Sequence[Member]) -> list[Member]:
 
 def _describe(run: RunDirectory, config: Config, setup: Setup, progress: Progress) -> None:
     """Prints what was loaded, and keeps how the data's rows were used in the run's summary, for the report."""
-    lines = setup.data.lines()
+    lines = [*getattr(setup.base, "transform_notes", ()), *setup.data.lines()]
     for line in (describe_setup(config, setup), *lines):
         progress.print(line)
     if is_writer():

@@ -39,7 +39,7 @@ from ..weights.tokenizer import load_tokenizer
 from .optimizer import updates_of
 from .optimizers.base import optimizer_of
 from .shared import SharedProgram
-from .statistics import Seen, gather, joined, lacks
+from .statistics import Seen, calibrate, gather, joined, lacks
 from .trunk import Trunk, trunk_depth
 
 
@@ -279,7 +279,7 @@ class Preparer:
         model = config.model
         options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
         files = BaseFiles(model.source, **options, head=head, transforms=model.transforms)
-        return files.load(mesh) if self._reads_weights(config) else files.model
+        return files.load(mesh, calibrate) if self._reads_weights(config) else files.model
 
     def _reads_weights(self, config: Config) -> bool:
         return self._weights or bool(config.model.transforms)  # a transform's shapes may depend on the weights

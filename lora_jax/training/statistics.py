@@ -25,18 +25,28 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..adapters.inject import draw_head, inject_layout
-from ..adapters.layout import Layout, SiteLayout
+from ..adapters.layout import Layout, SiteLayout, site_layouts
 from ..adapters.methods.base import AdaptedSite, Method
 from ..adapters.parameters import Parameter, Statistics, shared_name
 from ..adapters.partition import Arrays, partition
-from ..adapters.sites import Site
+from ..adapters.sites import Site, find_sites
+from ..config.schema import MeshConfig
+from ..data.batching import BatchPlan, Example, Examples
+from ..data.files import as_text
+from ..data.sources import load_rows, sample_rows
+from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
+from ..errors import InputError
+from ..models.decoder import Decoder
+from ..models.encoder import Encoder
 from ..models.encoder_decoder import EncoderDecoder, sees_targets
-from ..models.heads import TaskModel
+from ..models.heads import HiddenStates, TaskModel
 from ..models.layers import Rows
-from ..parallel.constraints import targets_by_rows
-from ..parallel.mesh import to_host
+from ..models.transforms.calibration import CalibrationConfig
+from ..parallel.constraints import place_batch, targets_by_rows
+from ..parallel.mesh import make_mesh, to_host
 from ..parallel.program import Program, compiler_options, release_freed_memory
 from ..tasks.objectives import Objective, total_weight
+from ..weights.tokenizer import check_text, load_tokenizer
 from .step import Batch
 
 Seen = dict[tuple[str, int], Statistics]
@@ -47,7 +57,7 @@ class Watch(Method):
     """A method that changes nothing, and whose arrays have the statistics as their gradients.
 
     Attributes:
-        watched: `moment`, `gradient` or both.
+        watched: any of `moment`, `gradient` and `squares`.
         crossed: whether there is a decoder that is given tokens of its own.
     """
 
@@ -60,6 +70,7 @@ class Watch(Method):
         found = {
             "moment": Parameter((site.inputs, site.inputs), axes=("in", None)),
             "gradient": Parameter((site.inputs, site.outputs), axes=("in", "out")),
+            "squares": Parameter((site.inputs,), axes=("in",)),
         }
         # Of each position of the batch, and of each target, whether it is none of padding; of any shape.
         names = ("real", "targets", *(("decoder_real",) if self.crossed else ()))
@@ -94,6 +105,7 @@ def _backward(kept: Any, dy: jax.Array) -> Any:
         "count": lambda: real.sum(),
         "moment": lambda: exact((rows * real[:, None]).T, rows),
         "gradient": lambda: exact(rows.T, dy.reshape(rows.shape[0], -1).astype(jnp.float32)),
+        "squares": lambda: jnp.sum(jnp.square(rows) * real[:, None], axis=0),
     }
     return dy, jnp.zeros_like(x), jnp.zeros_like(real), {name: made[name]() for name in names}
 
@@ -116,7 +128,7 @@ def gather(
     Args:
         model: the base with the task's head, without adapters.
         sites: of a layout.
-        wants: `moment`, `gradient` or both.
+        wants: any of `moment`, `gradient` and `squares`.
         batches: training batches on the mesh, as a step takes them; at least one. The gradient is the mean over these, each of the mean
             loss over its targets or examples; moments and tokens are their sum.
         objective: the loss.
@@ -164,7 +176,7 @@ def gather(
             }
             gradient = arrays.get("gradient")
             gradient = None if gradient is None else gradient / seen
-            found[of.site.name, layer] = Statistics(arrays.get("moment"), gradient, round(float(arrays["count"])))
+            found[of.site.name, layer] = Statistics(arrays.get("moment"), gradient, round(float(arrays["count"])), arrays.get("squares"))
     return found
 
 
@@ -180,7 +192,92 @@ def joined(known: Seen, more: Seen) -> Seen:
     def both(a: Statistics | None, b: Statistics) -> Statistics:
         if a is None:
             return b
-        moment, gradient = (x if x is not None else y for x, y in ((a.moment, b.moment), (a.gradient, b.gradient)))
-        return Statistics(moment, gradient, b.tokens)
+        pairs = ((a.moment, b.moment), (a.gradient, b.gradient), (a.squares, b.squares))
+        moment, gradient, squares = (x if x is not None else y for x, y in pairs)
+        return Statistics(moment, gradient, b.tokens, squares)
 
     return known | {where: both(known.get(where), seen) for where, seen in more.items()}
+
+
+# Bytes of moments that one pass over the calibration rows gathers.
+PASS_BYTES = 512 * 2**20
+_KEY = "model.transforms: calibration"
+
+
+def calibrate(source: str, base: nnx.Module, section: CalibrationConfig, names: Sequence[str], what: str) -> Seen:
+    """What linear layers of a base see of rows of text (`models.transforms.calibration.Calibrate`).
+
+    The whole base is computed on one device, wherever it lies: equal bits come out on any mesh, and a run's adapters are evaluated and
+    exported over a base that is calibrated anew. That device has to hold it.
+
+    Args:
+        source: of the checkpoint, whose tokenizer is taken.
+        base: without adapters.
+        section: which rows.
+        names: of the layers.
+        what: `squares` or `moment`. Moments are gathered in as many passes as keep them below `PASS_BYTES`.
+
+    Raises:
+        InputError: the base is neither an encoder nor a decoder, or a row or the tokenizer will not do.
+    """
+    if not isinstance(base, Encoder | Decoder):
+        raise InputError(f"{_KEY}: rows of text calibrate an encoder or a decoder, and the model is a {type(base).__name__}.")
+    examples = _calibration_rows(source, base, section)
+    plan = BatchPlan(examples, examples, batch_size=min(section.batch_size, len(examples.tokens)), per_example=False, steps=1)
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    graphdef, state = nnx.split(base, graph=True)
+    whole = jax.tree.map(lambda a: a if len(a.devices()) == 1 else jax.device_put(to_host(a), jax.local_devices()[0]), state)
+    model = HiddenStates(nnx.merge(graphdef, whole))
+    found: Seen = {}
+    for chosen in _passes([s for s in find_sites(model) if s.name.removeprefix("base.") in names], what):
+        sites = site_layouts(chosen, [{site.name: (0, (1,)) for site in chosen}])
+        batches = (place_batch(mesh, {n: a[None] for n, a in batch.items()}, row_axis=1) for batch in plan.eval_batches())
+        seen = gather(model, sites, frozenset({what}), batches, _any_loss, seed=0, mesh=mesh)
+        found |= {(name.removeprefix("base."), layer): own for (name, layer), own in seen.items()}
+    return found
+
+
+def _any_loss(model: TaskModel, features: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """What is seen of inputs does not depend on it."""
+    return jnp.sum(features.astype(jnp.float32)), jnp.float32(0)
+
+
+def _passes(sites: Sequence[Site], what: str) -> list[list[Site]]:
+    """The sites in groups that are gathered together."""
+    groups: list[list[Site]] = [[]]
+    room = PASS_BYTES
+    for site in sites:
+        size = 4 * (site.depth or 1) * site.inputs ** (2 if what == "moment" else 1)
+        if groups[-1] and size > room:
+            groups.append([])
+            room = PASS_BYTES
+        groups[-1].append(site)
+        room -= size
+    return groups
+
+
+def _calibration_rows(source: str, base: Encoder | Decoder, section: CalibrationConfig) -> Examples:
+    """Rows as examples whose every token is looked at."""
+    table = load_rows(section.source, key=f"{_KEY}.source", columns=[section.text], named_by={section.text: f"{_KEY}.text"})
+    texts = [as_text(value) for value in table[section.text]]
+    tokenizer = load_tokenizer(source)
+    longest = base.config.longest
+    if longest is not None and section.max_length > longest:
+        raise InputError(f"{_KEY}.max_length: {section.max_length} tokens, but the model has {longest} positions.")
+    # Blank lines say nothing: what is drawn are rows with words.
+    there = [(n, text) for n, text in enumerate(texts, 1) if text is not None and text.strip()]
+    if not there:
+        raise InputError(f"{_KEY}.source: {section.source} has no row with text in the column '{section.text}'.")
+    at = sample_rows(len(there), size=section.rows, seed=section.seed)
+    drawn = [check_text(there[i][1], f"{_KEY}.source: row {there[i][0]} of {section.source}") for i in at]
+    if base.is_decoder:
+        start = start_ids(tokenizer)
+        made = [with_start(ids, start)[: section.max_length] for ids in plain_ids(tokenizer, drawn)]
+    else:
+        made = [ids for ids, _ in encoder_texts(tokenizer, drawn, section.max_length)]
+    tokens = [np.array(ids, np.int32) for ids in made if ids]
+    if not tokens:
+        raise InputError(f"{_KEY}.source: the tokenizer gives none of the {len(drawn)} rows a token.")
+    if (most := max(int(ids.max()) for ids in tokens)) >= base.config.vocab:
+        raise InputError(f"{_KEY}.source: the tokenizer gives the token {most}, but the model's embedding has {base.config.vocab} rows.")
+    return Examples.of([Example(ids, np.zeros(len(ids), np.int32)) for ids in tokens])

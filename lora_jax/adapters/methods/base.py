@@ -24,7 +24,7 @@ from flax import nnx
 from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError
-from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ...models.layers import AXES, PER_SEGMENT, Rows, uniform, weight_axes
 from ..contraction import GENERAL, flat_kernel, flat_site
 from ..inits.base import INIT_BATCHES
 from ..labels import HEAD, Table, base_labels, label_of
@@ -312,7 +312,7 @@ class AdaptedSite(SiteModule):
         self.rank = max(extent)
         self.ranks: tuple[int, ...] = nnx.static((self.rank,) * (layers or 1))
         self.deterministic = False
-        axes = None if isinstance(base, GENERAL) else getattr(base, site.weight).get_metadata().get(AXES)
+        axes = None if isinstance(base, GENERAL) else weight_axes(base, site.weight)
         for name, parameter in method.padded(site, extent).items():
             if parameter.scope == "adapter":
                 setattr(self, name, (shared or {})[name])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax import nnx
 from jax.sharding import Mesh
 
 from ...config.doors import TRANSFORMS
 from ...config.schema import TransformConfig
+from ...errors import InputError
 from ..encoder_decoder import Base
+from .calibration import Calibrate, CalibrationConfig, Seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +24,29 @@ class TransformContext:
     Attributes:
         source: of the checkpoint, as the config names it.
         mesh: the devices the weights lie on; None: the default device.
+        calibrate: passes rows of text through the base, for transforms that choose by what its layers see of them.
+        notes: what transforms did and what it costs, a line each, for a person to read; the base then has them as `transform_notes`.
     """
 
     source: str
     mesh: Mesh | None = None
+    calibrate: Calibrate | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def calibrated(self, base: Base, section: CalibrationConfig, names: Sequence[str], what: str) -> Mapping[tuple[str, int], Seen]:
+        """(name, layer) -> what that linear layer sees of the section's rows.
+
+        Args:
+            base: as it is now.
+            names: of its linear layers (`weights.linear_layers`).
+            what: `squares` or `moment`.
+
+        Raises:
+            InputError: the rows will not do, or whoever loads the base gave no function for it.
+        """
+        if self.calibrate is None:
+            raise InputError("model.transforms: calibration: nothing here reads rows; load the base with calibrate=lora_jax.calibrate.")
+        return self.calibrate(self.source, base, section, names, what)
 
 
 class BaseTransform(ABC):
@@ -60,6 +82,8 @@ def apply_transforms(model: Base, sections: Sequence[TransformConfig], context: 
     """
     for section in sections:
         model = TRANSFORMS.get(section.kind, "model.transforms").apply(model, section, context)
+    if context.notes:
+        model.transform_notes = nnx.static(tuple(context.notes))  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
