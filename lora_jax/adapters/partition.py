@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..errors import InputError
-from ..models.layers import AXES
+from ..models.layers import AXES, weight_axes, weight_shape
 from ..parallel.constraints import gathered, looked_up
 from ..parallel.mesh import AnyMesh, parameter_sharding, place
 from .inject import LABEL
@@ -41,15 +41,16 @@ class SiteArray:
 
     Attributes:
         site: name of its site; empty for an array that all sites share.
-        weight: name of the base's weight there, likewise.
         name: what the method calls it.
         parameter: what the method says of it.
+        shape, axes: of the base's weight there, and its logical ones; none for an array that all sites share.
     """
 
     site: str
-    weight: str
     name: str
     parameter: Parameter
+    shape: tuple[int, ...] = ()
+    axes: tuple[str | None, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +138,12 @@ def partition(model: nnx.Module) -> Partition:
         label = variable.get_metadata().get(LABEL, FROZEN)
         if (parameter := variable.get_metadata().get(PARAMETER)) is not None:
             site: Any = modules[path[:-1]]
-            where = ("", "") if parameter.scope == "adapter" else (logical_name(path[:-1]), f"{logical_name(path[:-1])}.{site.weight}")
-            parameters[name] = SiteArray(*where, variable.get_metadata()[PARAMETER_NAME], parameter)
+            own = variable.get_metadata()[PARAMETER_NAME]
+            if parameter.scope == "adapter":
+                parameters[name] = SiteArray("", own, parameter)
+            else:
+                weight = weight_shape(site.base, site.weight), weight_axes(site.base, site.weight)
+                parameters[name] = SiteArray(logical_name(path[:-1]), own, parameter, *weight)
         if isinstance(variable, DropoutKey):
             keys.append(name)
         if isinstance(variable, AdapterSetting):
@@ -265,8 +270,8 @@ def trainable_spec(part: Partition, name: str, mesh: AnyMesh) -> PartitionSpec:
         return PartitionSpec(*[None] * array.ndim)
     if (own := part.parameters.get(name)) is None or not own.site:
         return parameter_sharding(mesh, array.shape, axes).spec
-    weight = part.frozen[own.weight] if own.weight in part.frozen else part.trainable[own.weight]
-    *_, inputs, outputs = parameter_sharding(mesh, weight.shape, part.axes[own.weight]).spec
+    assert own.axes is not None  # the array's are of them
+    *_, inputs, outputs = parameter_sharding(mesh, own.shape, own.axes).spec
     along: dict[str | None, Any] = {"in": inputs, "out": outputs}
     lead = [None] * (array.ndim - len(own.parameter.axes))
     return PartitionSpec(*lead, *(along.get(axis) for axis in own.parameter.axes))

@@ -202,7 +202,7 @@ def train(section: Any, members: list[dict[str, Any]], mesh: dict[str, int] | No
     return np.stack(losses), pack, state, model
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pruned", "low rank"])
 def test_a_pack_equals_its_solo_runs_on_one_device_and_on_a_mesh(name):
     losses, pack, state, model = train(TRANSFORMED[name], MEMBERS)
@@ -253,7 +253,7 @@ def listed(hub: Any, name: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["wanda", "activation"])
 def test_a_run_over_it_resumes_exactly_and_is_evaluated_and_exported(hub, tmp_path, monkeypatch, name):
     changes = {"model.transforms": listed(hub, name), "tracking.checkpoint_every": 2, "training.eval_every": 3}
