@@ -131,7 +131,7 @@ def _located(data: dict[str, Any], folder: FilePath, origins: Mapping[Path, str]
     def in_list(node: Any, path: Path, of: OneOf) -> Any:
         if isinstance(node, list):  # in a sweep there are several lists
             return [in_list(item, (*path, number), of) for number, item in enumerate(node)]
-        return in_section(node, path, of.sections().get(node.get(of.key)) if isinstance(node, dict) else None)
+        return in_section(node, path, of.sections().get(str(node.get(of.key))) if isinstance(node, dict) else None)
 
     def walk(node: Any, path: Path, key: str) -> Any:
         if (of := SECTION_LISTS.get(tuple(key.split(".")))) is not None:

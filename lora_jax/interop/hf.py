@@ -118,7 +118,8 @@ def _say_zeros(model: nnx.Module, merged: Form, keep_mask: bool) -> None:
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, merged.base.config.vocab, (4, 32)), jnp.int32)
 
     def outputs(form: Form) -> np.ndarray:
-        call = nnx.jit(form.classifier or form.base)
+        model: Any = form.classifier or form.base
+        call = nnx.jit(model)
         return np.asarray(call(tokens, tokens) if isinstance(form.base, EncoderDecoder) else call(tokens), np.float64)
 
     exact, sparse = outputs(_form_of(merged_base(model))), outputs(merged)

@@ -320,7 +320,7 @@ class AdaptedSite(SiteModule):
             variable = variable_of(name, parameter, lead, stacked)
             if axes:
                 # Along the weight's axes; what is along none of them has no name, and is replicated.
-                along: dict[str | None, str] = dict(zip(("out", "in", "experts"), reversed(axes[len(lead) :]), strict=False))
+                along: dict[str | None, str | None] = dict(zip(("out", "in", "experts"), reversed(axes[len(lead) :]), strict=False))
                 own = (along.get(axis) for axis in parameter.axes or (None,) * len(parameter.shape))
                 variable.set_metadata(AXES, (*axes[: len(lead)], *own))
             setattr(self, name, variable)

@@ -107,5 +107,5 @@ def put(base: Any, layer: LinearLayer, module: nnx.Module) -> None:
 def set_like(variable: nnx.Variable, value: np.ndarray) -> None:
     """Sets a variable to an array from the host, in its own dtype and where it lies."""
     held: jax.Array = variable[...]
-    mesh = isinstance(held.sharding, NamedSharding)
-    variable.set_value(place(value.astype(held.dtype), held.sharding) if mesh else jnp.asarray(value, held.dtype))
+    lies, value = held.sharding, value.astype(held.dtype)
+    variable.set_value(place(value, lies) if isinstance(lies, NamedSharding) else jnp.asarray(value))

@@ -20,9 +20,9 @@ from lora_jax.adapters.sites import find_sites
 from lora_jax.config.load import load_config
 from lora_jax.config.schema import MeshConfig
 from lora_jax.errors import InputError, Stopped
+from lora_jax.models import load as loading
 from lora_jax.models.heads import LanguageModel
 from lora_jax.models.layers import StoredLinear
-from lora_jax.models.load import load_model
 from lora_jax.models.transforms.base import TransformContext, apply_transforms
 from lora_jax.models.transforms.low_rank import LowRankConfig, factors_of, rank_of
 from lora_jax.models.transforms.prune import PruneConfig, mask_of
@@ -45,6 +45,10 @@ pytestmark = pytest.mark.usefixtures("compile_cache")
 def quick():
     with tiny.quick_compile():
         yield
+
+
+def load_model(source: str, **options: Any) -> Any:
+    return loading.load_model(source, **options)
 
 
 def prune(**values: Any) -> PruneConfig:
@@ -116,7 +120,7 @@ def test_what_calibration_sees(hub):
     squares, moments = (calibrate(str(hub.llama), base, section, names, what) for what in ("squares", "moment"))
     assert [*squares] == [*moments] and len(squares) == 7 * 3
     for where, seen in squares.items():
-        assert tiny.relative(np.diag(moments[where].moment), seen.squares) < 1e-5
+        assert tiny.relative(np.diag(np.asarray(moments[where].moment)), seen.squares) < 1e-5
     rows = [line.split(",")[0] for line in hub.reviews.read_text().splitlines()[1:]]
     drawn = np.random.default_rng(np.random.SeedSequence([0, 0x5A3])).permutation(len(rows))[:20]
     ids = load_tokenizer(str(hub.llama))([rows[i] for i in drawn], add_special_tokens=False)["input_ids"]
@@ -159,12 +163,12 @@ def test_a_low_rank_base_computes_with_the_product_of_its_factors(hub):
     model = load_model(str(hub.llama), transforms=[section], calibrate=calibrate)
     assert {s.name for s in find_sites(model)} == {s.name for s in find_sites(load_model(str(hub.llama)))}
     dense = load_model(str(hub.llama))
-    for path, module in list(nnx.iter_modules(model)):
+    for path, module in [*nnx.iter_modules(model)]:
         if isinstance(module, StoredLinear):
             owner: Any = dense
             for part in path[:-1]:
-                owner = owner[part] if isinstance(part, int) else getattr(owner, part)
-            setattr(owner, path[-1], module.as_linear())
+                owner = owner[part] if isinstance(part, int) else getattr(owner, str(part))
+            setattr(owner, str(path[-1]), module.as_linear())
     tokens = jnp.arange(1, 21).reshape(2, 10)
     assert tiny.relative(model(tokens), dense(tokens)) < 1e-5
     held, whole = (sum(v.size for _, v in nnx.iter_graph(m) if isinstance(v, nnx.Param)) for m in (model, dense))
@@ -183,7 +187,8 @@ MEMBERS = [
 
 
 def base_of(section: Any) -> LanguageModel:
-    return LanguageModel(apply_transforms(tiny.decoder(3), [section], TransformContext("tiny")))
+    base: Any = apply_transforms(tiny.decoder(3), [section], TransformContext("tiny"))
+    return LanguageModel(base)
 
 
 def train(section: Any, members: list[dict[str, Any]], mesh: dict[str, int] | None = None) -> tuple[np.ndarray, Pack, Any, nnx.Module]:
@@ -238,7 +243,8 @@ def test_merging_is_faithful_and_identity_holds_at_the_start(name):
         return
     held = lora_jax.merge(adapted, keep_mask=True)
     zeros = {n: k == 0 for n, k in kernels(model).items()}
-    inner = {str(p[-2]): np.asarray(m.kernel[...]) for p, m in nnx.iter_modules(held) if p[-1:] == ("merged",)}
+    modules: list[tuple[Any, Any]] = [*nnx.iter_modules(held)]
+    inner = {str(p[-2]): np.asarray(m.kernel[...]) for p, m in modules if p[-1:] == ("merged",)}
     assert all((inner[n][zero] == 0).all() and (inner[n][~zero] != 0).mean() > 0.99 for n, zero in zeros.items())
     assert tiny.relative(tiny.outputs(held, tokens), tiny.outputs(adapted, tokens)) > 1e-3
 
@@ -270,7 +276,7 @@ def test_a_run_over_it_resumes_exactly_and_is_evaluated_and_exported(hub, tmp_pa
     assert not differing(bits_of_run(run), bits_of_run(run_sweep(again).path))
     assert call("evaluate", run).code == 0
     member = run_members(run)[0]
-    restored = restore_member(run, member)
+    restored: Any = restore_member(run, member)
     exported = call("export", run, "--out", tmp_path / "hf")
     assert exported.code == 0, exported.err
     tokens = jnp.arange(1, 21).reshape(2, 10)
@@ -352,7 +358,8 @@ def test_the_source_of_rows_is_found_beside_the_config(hub, tmp_path):
     (tmp_path / "rows.csv").write_text(hub.reviews.read_text())
     section = {"kind": "prune", "method": "wanda", "calibration": calibration("rows.csv")}
     config = load_config(hub.write(tmp_path, {"model.transforms": [section]}))
-    assert config.model.transforms[0].calibration.source == str(tmp_path / "rows.csv")
+    first: Any = config.model.transforms[0]
+    assert first.calibration.source == str(tmp_path / "rows.csv")
     grid = {"model.transforms": [[section], []]}
     config = load_config(hub.write(tmp_path, {"sweep": {"grid": grid}}))
     assert config.sweep is not None
