@@ -20,8 +20,8 @@ from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.encoder import Encoder, EncoderConfig
 from lora_jax.models.heads import LanguageModel, SequenceClassifier
 from lora_jax.models.layers import BlockConfig, LayerType
-from lora_jax.models.load import aliases
 from lora_jax.models.positions import Rotary
+from lora_jax.models.tensors import aliases
 
 VOCAB, WIDTH, CLASSES = 64, 32, 3
 

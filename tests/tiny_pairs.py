@@ -16,7 +16,7 @@ from lora_jax.data.batching import BatchPlan, Examples
 from lora_jax.data.pairs import Shift, source_target
 from lora_jax.models.encoder_decoder import EncoderDecoder
 from lora_jax.models.heads import LanguageModel
-from lora_jax.models.load import aliases, base_tensors
+from lora_jax.models.tensors import aliases, base_tensors
 from lora_jax.weights.provenance import Origin
 from lora_jax.weights.safetensors import write_checkpoint
 from tests import tiny

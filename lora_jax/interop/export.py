@@ -22,6 +22,7 @@ from ..models.families import find_family
 from ..models.families.base import HEAD_CLASSES, Head
 from ..models.heads import Classifier
 from ..models.layers import HEADS
+from ..models.vision import VisionBase
 from ..sweeps.restore import Restored, restore_member
 from ..tracking import member_folder
 from ..tracking.files import check_new, new_folder
@@ -100,13 +101,13 @@ class Kind:
     Attributes:
         auto_class: of transformers, that loads any family's model of this kind.
         pipeline: tag of a model card.
-        task_type: in PEFT's config.
+        task_type: in PEFT's config; None where PEFT has none.
         head_modules: what PEFT saves with this task type, whichever of them the model has.
     """
 
     auto_class: str
     pipeline: str
-    task_type: str
+    task_type: str | None
     head_modules: tuple[str, ...] = ()
 
 
@@ -115,10 +116,12 @@ _HEADS = (
     ("text-classification", "SEQ_CLS", ("classifier", "score")),
     ("token-classification", "TOKEN_CLS", ("classifier", "score")),
     ("question-answering", "QUESTION_ANS", ("qa_outputs",)),
+    ("image-classification", None, ("classifier",)),  # PEFT has no type for it, and none is given
 )
 # A base by itself, or the kind of its head.
 KINDS = {
     "encoder": Kind("AutoModel", "feature-extraction", "FEATURE_EXTRACTION"),
+    "vision": Kind("AutoModel", "image-feature-extraction", "FEATURE_EXTRACTION"),
     "decoder": Kind("AutoModelForCausalLM", "text-generation", "CAUSAL_LM"),
     "encoder_decoder": Kind("AutoModelForSeq2SeqLM", "text2text-generation", "SEQ_2_SEQ_LM"),
 } | {head: Kind(f"AutoModel{HEAD_CLASSES[head]}", *names) for head, names in zip(HEADS, _HEADS, strict=True)}
@@ -131,8 +134,8 @@ def kind_of(model: nnx.Module) -> Kind | None:
     if classifier is not None:
         return KINDS.get(classifier.kind or "")
     base = next((m for m in modules if isinstance(m, Base)), None)
-    if isinstance(base, EncoderDecoder):
-        return KINDS["encoder_decoder"]
+    if isinstance(base, EncoderDecoder | VisionBase):
+        return KINDS["encoder_decoder" if isinstance(base, EncoderDecoder) else "vision"]
     return None if base is None else KINDS["decoder" if base.is_decoder else "encoder"]
 
 

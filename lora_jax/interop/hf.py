@@ -23,7 +23,9 @@ from ..models.encoder_decoder import Base, EncoderDecoder, Generative
 from ..models.families import find_family
 from ..models.families.base import Head
 from ..models.heads import Classifier
-from ..models.load import BaseFiles, base_tensors
+from ..models.load import BaseFiles
+from ..models.tensors import base_tensors
+from ..models.vision import VisionBase
 from ..sweeps.restore import Restored
 from ..tracking.files import new_folder
 from ..weights.load import HUB_FILES, resolve, weights_file
@@ -36,7 +38,9 @@ from .export import Exporter, ExportOptions, head_of, kind_of
 SHARD = 5 * 10**9  # bytes; transformers' own choice for a long time, and what hubs like
 WRITTEN_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 
-_TOKENIZER_FILES = (
+# What says how texts become tokens, and images pixels.
+_READER_FILES = (
+    "preprocessor_config.json", "processor_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -96,11 +100,14 @@ def _write(
 ) -> None:
     form, merged = _form_of(model), _form_of(merged_base(model, keep_mask=keep_mask))
     _say_zeros(model, merged, keep_mask)
-    dtypes = stored_dtypes(form)
-    tensors = _tensors(merged, dtypes if dtype is None else dict.fromkeys(dtypes, WRITTEN_DTYPES[dtype]))
+    dtypes, carried = stored_dtypes(form), _files(form).carried()
+    if dtype is not None:
+        dtypes = dict.fromkeys(dtypes, WRITTEN_DTYPES[dtype])
+        carried = {name: tensor.cast(WRITTEN_DTYPES[dtype]) for name, tensor in carried.items()}
+    tensors = _tensors(merged, dtypes, carried)
     write_checkpoint(folder, tensors, largest=largest)
     _write_json(folder / "config.json", _config(merged, classes, tensors))
-    _write_tokenizer(folder, form.origin.source)
+    _write_reader(folder, form.origin.source)
     if (generation := _generation_config(merged)) is not None:
         _write_json(folder / "generation_config.json", generation)
 
@@ -178,25 +185,31 @@ def _form_of(model: nnx.Module) -> Form:
     return Form(base, model, head_of(model))
 
 
+def _files(form: Form) -> BaseFiles:
+    """The checkpoint that the base was loaded from, with its head where that was loaded too."""
+    loaded = form.classifier is not None and not form.classifier.new
+    return BaseFiles(form.origin.source, head=form.classifier.kind if form.classifier and loaded else None)
+
+
 def stored_dtypes(form: Form) -> dict[str, np.dtype]:
     """Parameter path -> dtype in the checkpoint, the base's paths from the base on. A new head is as exact as it was trained."""
-    loaded = form.classifier is not None and not form.classifier.new
-    stored = BaseFiles(form.origin.source, head=form.classifier.kind if form.classifier and loaded else None).stored_dtypes()
-    stored = {path.removeprefix("base."): dtype for path, dtype in stored.items()}
+    stored = {path.removeprefix("base."): dtype for path, dtype in _files(form).stored_dtypes().items()}
     new = {} if form.head is None else dict.fromkeys(form.head.weights(), DTYPES["F32"])
-    return new | {"lm_head.kernel": stored["embed.embedding"]} | stored  # which is tied to the embedding, where it is not stored
+    tied = {"lm_head.kernel": stored["embed.embedding"]} if "embed.embedding" in stored else {}  # where it is not stored
+    return new | tied | stored
 
 
-def _tensors(form: Form, dtypes: Mapping[str, np.dtype]) -> dict[str, Tensor]:
-    """All tensors under transformers' names."""
+def _tensors(form: Form, dtypes: Mapping[str, np.dtype], carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors under transformers' names; `carried` are those that the model has no part of (`BaseFiles.carried`)."""
     family = find_family(form.origin.config, form.origin.source)
-    tensors = base_tensors(form.base, dtypes)
+    tensors = {**base_tensors(form.base, dtypes), **carried}
     if form.head is None or form.classifier is None:
         return tensors
-    unused = {w.name for path, w in family.weights(form.base.config).items() if path.startswith("lm_head.")}
+    unused = {n for n in carried if n.startswith("pooler.")}
+    unused |= {w.name for path, w in family.weights(form.base.config).items() if path.startswith("lm_head.")}
     if not form.head.shape.pooler:
         unused |= {w.name for path, w in family.weights(form.base.config).items() if path.startswith("pooler.")}
-    prefix = family.prefixes[-1] if family.kind == "encoder" else ""
+    prefix = family.prefixes[-1] if family.kind in ("encoder", "vision") else ""
     old, new = form.head.renamed or ("", "")
     named = {new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items() if n not in unused}
     return {prefix + n: t for n, t in named.items()} | _head_tensors(form.classifier, form.head, dtypes)
@@ -240,12 +253,12 @@ def _is_gguf(source: str) -> bool:
     return weights_file(resolve(source, key="model.source", hub_patterns=HUB_FILES), key="model.source").suffix == ".gguf"
 
 
-def _write_tokenizer(folder: Path, source: str) -> None:
-    """The tokenizer's files as they stand; those that a GGUF file's metadata amounts to."""
+def _write_reader(folder: Path, source: str) -> None:
+    """The files of the tokenizer or image processor as they stand; those that a GGUF file's metadata amounts to."""
     if _is_gguf(source):
         load_tokenizer(source).save_pretrained(folder)
         return
-    for name in _TOKENIZER_FILES:
+    for name in _READER_FILES:
         if (file := _folder_of(source) / name).is_file():
             shutil.copyfile(file, folder / name)  # what a link points to, and not the link
 
@@ -288,11 +301,12 @@ class HuggingFaceExporter(Exporter):
         _write(model, folder, classes=classes, dtype=options.dtype, largest=largest, keep_mask=keep_mask)
         assert kind is not None
         name = architecture(form.origin.model_type, form.classifier and form.classifier.kind)
+        variable, reader = ("processor", "AutoImageProcessor") if isinstance(form.base, VisionBase) else ("tokenizer", "AutoTokenizer")
         usage = [
-            f"from transformers import {kind.auto_class}, AutoTokenizer",
+            f"from transformers import {kind.auto_class}, {reader}",
             "",
             f'model = {kind.auto_class}.from_pretrained("PATH")',
-            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            f'{variable} = {reader}.from_pretrained("PATH")',
         ]
         summary = f"`{{base}}` with a trained adapter merged into its weights ({name})."
         write_card(folder, model_card(restored, library="transformers", relation="finetune", summary=summary, usage=usage))

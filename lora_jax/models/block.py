@@ -16,7 +16,7 @@ from flax import nnx
 from ..parallel.constraints import take_positions
 from .cache import Cache, Memory
 from .experts import MixtureOfExperts
-from .layers import MLP, Array, BlockConfig, LayerType, Rows, dropout, linear, norm_of, project
+from .layers import AXES, MLP, Array, BlockConfig, LayerType, Rows, dropout, linear, norm_of, project
 from .positions import of_pairs, rotary_angles, rotate
 
 
@@ -270,6 +270,10 @@ class Block(nnx.Module):
         if cfg.cross:
             self.cross_attn = Attention(cfg, cross=True, rngs=rngs)
             self.cross_attn_norm = norm_of(cfg, cfg.width, rngs=rngs)
+        if cfg.layer_scale:
+            for name in ("attn_scale", "mlp_scale"):
+                setattr(self, name, nnx.Param(jnp.ones(cfg.width, cfg.dtype)))
+                getattr(self, name).set_metadata(AXES, ("norm",))
         self.config = nnx.static(cfg)
 
     def __call__(self, x: Array, context: Context, layer: Array | int, gather: Array | None = None, memory: Memory | None = None) -> Array:
@@ -301,10 +305,11 @@ class Block(nnx.Module):
         return add(attended, self._branch("mlp", transform, kept if cfg.parallel else attended, layer), 2)
 
     def _branch(self, name: str, run: Callable[[Array], Array], x: Array, layer: Array | int) -> Array:
-        """`run` with the norms on its input and output that there are."""
+        """`run` with the norms on its input and output, and the gains of its output, that there are."""
         if self.config.norm_at != "output":
             normed = getattr(self, f"{name}_norm")(x)
             # All layers of a stack are one program: the layer without a norm computes it like the others and leaves it.
             x = normed if self.config.first_norm or name != "attn" else jnp.where(jnp.equal(layer, 0), x, normed)
         y = run(x)
-        return getattr(self, f"{name}_out_norm")(y) if self.config.norm_at in ("output", "both") else y
+        y = getattr(self, f"{name}_out_norm")(y) if self.config.norm_at in ("output", "both") else y
+        return y * getattr(self, f"{name}_scale")[...] if self.config.layer_scale else y

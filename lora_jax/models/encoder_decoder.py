@@ -24,6 +24,7 @@ from .encoder import Encoder
 from .layers import AXES, Array, BlockConfig, HeadShape, LayerType, embedding, linear, norm_of, row_layout
 from .positions import Buckets, sinusoids
 from .stack import Stack
+from .vision import VisionBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,5 +348,6 @@ def sees_targets(path: Sequence[Any]) -> bool:
 
 
 # A pretrained model, and one that predicts tokens.
-Base = Encoder | Decoder | EncoderDecoder
+TextBase = Encoder | Decoder | EncoderDecoder
+Base = TextBase | VisionBase
 Generative = Decoder | EncoderDecoder

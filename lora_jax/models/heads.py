@@ -20,8 +20,9 @@ from ..errors import InputError, hint
 from ..parallel.constraints import by_rows, row_groups, take_positions
 from .decoder import Decoder
 from .encoder import Encoder
-from .encoder_decoder import Base, EncoderDecoder, Generative
+from .encoder_decoder import Base, EncoderDecoder, Generative, TextBase
 from .layers import HEAD_MODULES, HEADS, Array, HeadShape, Rows, activation, dropout, head_shape, linear, norm, project
+from .vision import VisionBase
 
 # Logits of positions that are no part of a text: finite, so that no gradient is NaN.
 NOWHERE = float(jnp.finfo(jnp.float32).min)
@@ -50,7 +51,7 @@ class TaskModel(Protocol):
 _ROWS = ("tokens", "positions", "segment_ids")
 
 
-def rows_of(base: Base, batch: Mapping[str, Array]) -> dict[str, Array]:
+def rows_of(base: TextBase, batch: Mapping[str, Array]) -> dict[str, Array]:
     """The arguments of `base.hidden` that a batch holds."""
     rows = {name: batch[name] for name in _ROWS}
     if isinstance(base, EncoderDecoder):
@@ -68,8 +69,9 @@ class Classifier(nnx.Module):
     a row: (batch, classes) float32, or (batch, seq, classes) where each token is read.
 
     Args:
-        base: the encoder or decoder.
+        base: the encoder or decoder, or of `ImageClassifier` the base over images.
         shape: of the head.
+        width: of what it reads; None: the base's.
         classes: how many. The head is newly made, with weights ~ N(0, 0.02) as transformers does.
 
     Attributes:
@@ -80,14 +82,13 @@ class Classifier(nnx.Module):
 
     kind: str | None = None
 
-    def __init__(self, base: Encoder | Decoder, shape: HeadShape, classes: int, *, rngs: nnx.Rngs):
+    def __init__(self, base: Any, shape: HeadShape, classes: int, *, width: int | None = None, rngs: nnx.Rngs):
         self.base = base
-        block = base.config.block
-        width = block.width
+        width = int(base.config.block.width if width is None else width)
         if shape.activation is not None:
             self.pre_classifier = linear(width, width, ("embed", "embed_out"), bias=shape.dense_bias, dtype=jnp.float32, rngs=rngs)
         if shape.norm:
-            self.classifier_norm: Any = norm("layer", width, block.norm_eps, bias=shape.norm_bias, dtype=jnp.float32, rngs=rngs)
+            self.classifier_norm: Any = norm("layer", width, base.config.block.norm_eps, bias=shape.norm_bias, dtype=jnp.float32, rngs=rngs)
         self.classifier = linear(width, classes, ("embed", "classes"), bias=shape.bias, dtype=jnp.float32, rngs=rngs)
         for module in [self.classifier] if shape.activation is None else [self.pre_classifier, self.classifier]:
             module.kernel[...] = 0.02 * jax.random.normal(rngs.params(), module.kernel.shape)
@@ -243,6 +244,48 @@ def _at(x: Array, index: Array) -> Array:
     return take_positions(x[..., None], index)[:, 0]
 
 
+# How many classes of an image are answered, the likeliest first.
+TOP = 5
+
+
+class ImageClassifier(Classifier):
+    """A base over images with a head for one class each. Called as `model(pixels)` it gives float32 logits (batch, classes).
+
+    A batch holds `pixels`, (rows, height, width, channels) uint8; its targets index the rows.
+    """
+
+    kind = "image_classification"
+
+    def __init__(self, base: VisionBase, classes: int, *, rngs: nnx.Rngs):
+        shape = dict(base.head_shapes).get("image_classification") or HeadShape(base.reads)
+        super().__init__(base, shape, classes, width=base.pooled_width(shape.reads), rngs=rngs)
+
+    def __call__(self, pixels: Array) -> Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Logits (batch, classes) of normalised pixels (batch, height, width, channels) float32."""
+        return self.classifier(self._transform(self.base.pooled(self.base.hidden(pixels), self.shape.reads)))
+
+    def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
+        """(n, width): what the classifier sees, for each target of the batch."""
+        pixels, options = self.base.normalised(batch["pixels"]), {"dropout_rng": dropout_rng, "trunk": batch.get("trunk")}
+        if self.shape.reads == "first":  # the top layer is then run for these tokens alone
+            tokens = self.base.tokens(pixels.shape[1:3])
+            at = batch["target_index"] * tokens
+            hidden = self.base.hidden(pixels, gather=at, **options).astype(jnp.float32)
+            return self._transform(hidden, Rows(at, (pixels.shape[0], tokens)))
+        hidden = self.base.hidden(pixels, **options)
+        x = self._transform(self.base.pooled(hidden, self.shape.reads))
+        return take_positions(x[:, None], batch["target_index"])
+
+    def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
+        """(rows, tokens, width): what enters the base's layers above its lowest cut."""
+        return self.base.trunk(self.base.normalised(batch["pixels"]), dropout_rng=dropout_rng)
+
+    def answers(self, features: Array) -> Array:
+        """(n, up to TOP) int32: the likeliest classes of each image, the likeliest first."""
+        logits = self.readout()(features)
+        return jax.lax.top_k(logits, min(TOP, logits.shape[-1]))[1].astype(jnp.int32)
+
+
 class LanguageModel(nnx.Module):
     """A decoder, or an encoder-decoder's, that predicts the token after each target position."""
 
@@ -271,7 +314,7 @@ class LanguageModel(nnx.Module):
 class HiddenStates(nnx.Module):
     """A base whose last hidden states are themselves the answer: what a distillation compares with a teacher's."""
 
-    def __init__(self, base: Base):
+    def __init__(self, base: TextBase):
         self.base = base
 
     def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
@@ -319,23 +362,29 @@ def add_head(base: Base, kind: str, classes: int = 2, *, pooling: str = "cls", r
     """A base with a new head, of the form that transformers gives the base's family.
 
     Args:
-        base: an `Encoder` or `Decoder`; it is shared, not copied.
-        kind: `classification` (one class a text), `token_classification`, or `question_answering` (start and end logits).
+        base: an `Encoder`, `Decoder` or `VisionBase`; it is shared, not copied.
+        kind: `classification` (one class a text), `token_classification`, `question_answering` (start and end logits), or
+            `image_classification`.
         classes: how many; of `question_answering` always 2.
         pooling: what `classification` reads: `cls`, the first token (a decoder's last), or the `mean`.
         rngs: draws the head.
 
     Raises:
-        InputError: no such kind, or an encoder-decoder.
+        InputError: no such kind, or none for this base.
     """
     check_head(kind)
-    if isinstance(base, EncoderDecoder):
-        raise InputError(f"head: there is none of kind '{kind}' on an encoder-decoder.")
+    if isinstance(base, VisionBase) and kind == ImageClassifier.kind:
+        return ImageClassifier(base, classes, rngs=rngs)
+    if not isinstance(base, Encoder | Decoder) or kind == ImageClassifier.kind:
+        raise InputError(f"head: there is none of kind '{kind}' on {_BASES.get(type(base), 'a base over images')}.")
     if kind == "classification":
         return SequenceClassifier(base, classes, pooling, rngs=rngs)
     if kind == "token_classification":
         return TokenClassifier(base, classes, rngs=rngs)
     return QuestionAnswerer(base, rngs=rngs)
+
+
+_BASES = {Encoder: "an encoder", Decoder: "a decoder", EncoderDecoder: "an encoder-decoder"}
 
 
 def check_head(kind: str) -> None:

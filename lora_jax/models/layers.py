@@ -18,7 +18,7 @@ from ..parallel.constraints import look_up, take_positions
 from .positions import Relative, Rotary
 
 # The kinds of head a base can bear, beside a decoder's own vocabulary projection; a config's `task.kind` says the same words.
-HEADS = ("classification", "token_classification", "question_answering")
+HEADS = ("classification", "token_classification", "question_answering", "image_classification")
 # A head's modules, all of which train with it.
 HEAD_MODULES = ("pre_classifier", "classifier_norm", "classifier")
 
@@ -28,7 +28,8 @@ class HeadShape:
     """A head, but for how many classes it has.
 
     Attributes:
-        reads: the hidden state of the `first` or `last` token of each text, the `mean` over them, or `each` of them by itself.
+        reads: the hidden state of the `first` or `last` token of each text, the `mean` over them, or `each` of them by itself. Of an image
+            the `first` token, the `mean` of its patches, or both (`first_mean`).
         pooler: whether the first token goes through the base's own pooler, where it has one (BERT).
         activation: of a dense layer before the classifier (`tanh`, `relu`, `gelu`, ...); None where there is no such layer.
         dense_bias: whether that layer has a bias.
@@ -82,7 +83,7 @@ class BlockConfig:
         heads, kv_heads: query heads, and key/value heads (fewer: grouped-query attention).
         head_dim: width of one head.
         hidden: width of the MLP's hidden layer.
-        activation: `gelu` (exact), `gelu_tanh`, `silu`, `relu` or `tanh`.
+        activation: `gelu` (exact), `gelu_tanh`, `gelu_quick`, `silu`, `relu` or `tanh`.
         gated: MLP computes `down(act(gate(x)) * up(x))` in place of `down(act(up(x)))`.
         norm: `layer` or `rms`.
         norm_bias: whether a layer norm has a bias.
@@ -104,6 +105,7 @@ class BlockConfig:
         relative: scores that follow from relative positions, beside those of queries and keys; None for none.
         softcap: scores s become softcap * tanh(s / softcap); None for s.
         residual_scale: what attention's and the MLP's outputs are multiplied by before they are added.
+        layer_scale: whether what attention and the MLP add is multiplied by trained gains (arXiv:2103.17239, eq. 4).
         cross: whether attention over an encoder's output stands between self-attention and the MLP, normed on its input or on the
             residual sum as these are.
         dtype: of the weights and matmuls; norms and softmax are computed in float32.
@@ -136,6 +138,7 @@ class BlockConfig:
     relative: Relative | None = None
     softcap: float | None = None
     residual_scale: float = 1.0
+    layer_scale: bool = False
     cross: bool = False
     dtype: Any = jnp.float32
 
@@ -302,6 +305,8 @@ def activation(name: str, x: Array) -> Array:
     if name == "gelu":
         # `jax.nn.gelu` takes erfc here, whose branches cost a CPU several times as much; PyTorch takes erf too.
         return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+    if name == "gelu_quick":
+        return x * jax.nn.sigmoid(1.702 * x)
     return {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}[name](x)
 
 

@@ -1,10 +1,11 @@
-"""Loading and saving: a checkpoint's tensors to the stacked parameters of a model, and back, through one table of names."""
+"""Loading: a checkpoint's tensors to the stacked parameters of a model, through one table of names."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast, overload
 
 import jax
@@ -16,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from ..config.schema import TransformConfig
 from ..errors import InputError, warn
 from ..parallel.mesh import parameter_sharding
-from ..weights.load import open_checkpoint
+from ..weights.load import HUB_FILES, open_checkpoint, resolve
+from ..weights.pixels import read_pixel_spec
 from ..weights.provenance import Origin
 from ..weights.safetensors import Tensor
 from .decoder import Decoder
@@ -28,8 +30,10 @@ from .heads import Classifier, add_head, check_head
 from .layers import AXES, HeadShape
 from .policy import Policy
 from .stack import stacks_of
+from .tensors import aliases
 from .transforms.base import Base, TransformContext, apply_transforms
 from .transforms.calibration import Calibrate
+from .vision import VisionBase
 
 
 class BaseFiles:
@@ -79,7 +83,7 @@ class BaseFiles:
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a value of a type that the family does not expect
             raise InputError(f"{self._where}: config.json cannot be understood as {hf['model_type']}'s ({error}).") from None
         own = self._head(heads, head, names) if head is not None else None
-        prefix = _prefix(family, names)
+        prefix = self._prefix = _prefix(family, names)
         if family.kind == "encoder" and prefix + "pooler.dense.weight" not in names:
             config = dataclasses.replace(config, pooler=False)
         if family.kind == "encoder_decoder":
@@ -95,12 +99,17 @@ class BaseFiles:
         # A decoder that was saved by itself, as its output heads' base, lacks what stands before its names beside them.
         root = family.root if own is None and not any(n.startswith(family.root) for n in names) else ""
         table = {path: w.under(lambda n: prefix + n.removeprefix(root)) for path, w in family.weights(config).items()}
-        make: Any = {"encoder": Encoder, "decoder": Decoder, "encoder_decoder": EncoderDecoder, "policy": Policy}[family.kind]
+        make: Any = (
+            family.model or {"encoder": Encoder, "decoder": Decoder, "encoder_decoder": EncoderDecoder, "policy": Policy}[family.kind]
+        )
         shapes: tuple[tuple[str, HeadShape], ...] = tuple((kind, h.shape) for kind, h in heads.items())
 
         def build() -> Base | Classifier:
             base = make(config, rngs=nnx.Rngs(0))
             base.head_shapes = nnx.static(shapes)
+            if isinstance(base, VisionBase):
+                file = Path(resolve(source, key=key, hub_patterns=HUB_FILES))
+                base.pixels = nnx.static(read_pixel_spec(file if file.is_dir() else file.parent, hf, channels=config.channels))
             if own is None or head is None:
                 return base
             return add_head(base, head, len(class_names(hf)), rngs=nnx.Rngs(0))
@@ -110,7 +119,8 @@ class BaseFiles:
             self.model.new, self.model.class_names = nnx.static(()), nnx.static(class_names(hf))
             table = {f"base.{path}": _renamed(w, own) for path, w in table.items()} | own.weights()
         self._table = {path: weight.found(names) for path, weight in table.items()}
-        self._check_tensors(names, {name.partition(".")[0] for h in heads.values() for name in h.modules.values()})
+        self._carried = {n for n in names if family.carried and re.fullmatch(family.carried, n.removeprefix(prefix))}
+        self._check_tensors(names - self._carried, {name.partition(".")[0] for h in heads.values() for name in h.modules.values()})
         base = self.base
         if isinstance(base, Policy) and dropout:
             raise InputError(f"model.dropout: {dropout:g}, but the policy {source} has none.")
@@ -129,6 +139,15 @@ class BaseFiles:
         """Parameter path (`layers.attn.q_proj.kernel`) -> the dtype it has in the checkpoint; what is quantised there is float32."""
         names = {path: w.name.replace("{i}", str(w.first)).replace("{e}", "0") for path, w in self._table.items()}
         return {path: self._checkpoint.dtype(name) for path, name in names.items()}
+
+    def carried(self) -> dict[str, Tensor]:
+        """The checkpoint's tensors that the model computes nothing with but an export hands on (`Family.carried`), without prefix."""
+        read = self._checkpoint
+
+        def one(name: str) -> Tensor:
+            return Tensor(read.shape(name), read.dtype(name), lambda: read.read(name))
+
+        return {name.removeprefix(self._prefix): one(name) for name in sorted(self._carried)}
 
     def _head(self, heads: dict[str, Head], kind: str, names: set[str]) -> Head:
         """A kind of head as this checkpoint has it; `InputError` where it has none."""
@@ -229,7 +248,7 @@ class BaseFiles:
             if start == stop or any(not lo <= i < hi for i, (lo, hi) in zip(at, box, strict=False)):
                 continue
             inner = (*(slice(*bounds) for bounds in box[lead:-1]), slice(start, stop))
-            array = self._checkpoint.read_slice(name, weight.oriented(inner))
+            array = self._checkpoint.read_slice(name, weight.as_stored(inner))
             place = piece * wanted[-1] + start - first
             index = (*(i - lo for i, (lo, _) in zip(at, box, strict=False)), ..., slice(place, place + stop - start))
             part[index] = array.transpose(weight.oriented(range(array.ndim)))
@@ -306,12 +325,12 @@ def load_model(
     """A pretrained base: `BaseFiles(source, ...).load(mesh)`, which says what the other arguments are.
 
     Args:
-        head: `classification`, `token_classification` or `question_answering` also loads the checkpoint's head of this kind. A base
-            without a head gets a new one from `add_head`.
+        head: one of `models.layers.HEADS` (`classification`, `image_classification`, ...) also loads the checkpoint's head of this
+            kind. A base without a head gets a new one from `add_head`.
 
     Returns:
-        an `Encoder`, a `Decoder` or an `EncoderDecoder`; with `head` a `Classifier`. Host memory stays below the size of the weights
-        on this process's devices plus one stacked parameter.
+        an `Encoder`, a `Decoder`, an `EncoderDecoder` or a `VisionBase`; with `head` a `Classifier`. Host memory stays below
+        the size of the weights on this process's devices plus one stacked parameter.
 
     Raises:
         InputError: the source does not exist, the `model_type` is unsupported, files are damaged, tensors are missing or of wrong
@@ -344,57 +363,3 @@ def _own_part(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[int
 
 def _prefix(family: Family, names: set[str]) -> str:
     return next((p for p in family.prefixes if p and any(n.startswith(p) for n in names)), "")
-
-
-def aliases(table: dict[str, Weight]) -> tuple[tuple[str, str], ...]:
-    """Module path -> Hugging Face module path, from the parameters' names."""
-    pairs = {}
-    for path, weight in table.items():
-        module, _, name = path.rpartition(".")
-        if name in ("kernel", "embedding", "scale"):  # a table that is no module's (of relative positions) is no module's name
-            pairs[module] = weight.parameter.removesuffix(".weight")
-    return tuple(sorted(pairs.items()))
-
-
-def base_tensors(base: Base, dtypes: Mapping[str, np.dtype] | None = None) -> dict[str, Tensor]:
-    """Every parameter of a plain base under its Hugging Face name and in its layout, without any prefix.
-
-    What `load_model` reads and this writes back has the same bits, as far as the model's dtype holds them.
-
-    Args:
-        base: from `load_model`, or one merged from it (`adapters.merge.merged_base`).
-        dtypes: our parameter path -> the dtype it is written in (`BaseFiles.stored_dtypes`); the model's own by default.
-
-    Raises:
-        ValueError: the model was not loaded from a checkpoint: nothing says what its parameters are called.
-    """
-    if base.origin is None:
-        raise ValueError("the model was not loaded from a checkpoint")
-    tensors = {}
-    for path, weight in find_family(base.origin.config, base.origin.source).weights(base.config).items():
-        variable = _parameter(base, path)
-        dtype = (dtypes or {}).get(path, np.dtype(variable.dtype))
-        for at, piece, name in weight.tensors(variable.shape):
-            tensors[name] = _tensor(variable, weight, at, piece).cast(dtype)
-    return tensors
-
-
-def _parameter(base: nnx.Module, path: str) -> nnx.Variable:
-    found: Any = base
-    for part in path.split("."):
-        # Each of a stack's segments shares the weights of all layers; where an update is merged, the last one holds it.
-        found = found.segments[-1].block if hasattr(found, "segments") else found
-        found = getattr(found, part)
-    return found
-
-
-def _tensor(variable: nnx.Variable, weight: Weight, at: tuple[int, ...], piece: int) -> Tensor:
-    inner, pieces = tuple(variable.shape[len(at) :]), 1 + len(weight.joined)
-    shape = (*inner[:-1], inner[-1] // pieces)
-
-    def read() -> np.ndarray:
-        array = np.asarray(variable[at] if at else variable[...])
-        array = np.split(array, pieces, axis=-1)[piece] if pieces > 1 else array
-        return np.ascontiguousarray(array.transpose(weight.oriented(range(array.ndim))))
-
-    return Tensor(weight.oriented(shape), np.dtype(variable.dtype), read)

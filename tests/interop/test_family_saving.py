@@ -10,7 +10,8 @@ pytest.importorskip("torch")
 
 from safetensors.numpy import load_file
 
-from lora_jax.models.load import base_tensors, load_model
+from lora_jax.models.load import load_model
+from lora_jax.models.tensors import base_tensors
 from lora_jax.weights.safetensors import write_checkpoint
 from tests.interop.zoo import ZOO, Zoo
 

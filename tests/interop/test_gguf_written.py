@@ -18,7 +18,7 @@ from lora_jax.errors import InputWarning
 from lora_jax.interop.gguf.lora import write_adapter
 from lora_jax.interop.gguf.model import write_model
 from lora_jax.models.families import gguf_architectures
-from lora_jax.models.load import base_tensors
+from lora_jax.models.tensors import base_tensors
 from lora_jax.weights.gguf_header import dequantized, read_gguf, stored_rows
 from lora_jax.weights.load import open_checkpoint
 from tests import gguf_tokens, tiny

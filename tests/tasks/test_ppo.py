@@ -18,8 +18,9 @@ from lora_jax.adapters.merge import merge, unmerge
 from lora_jax.config.load import load_config
 from lora_jax.errors import InputError, Stopped
 from lora_jax.models.families.actor_critic import save_policy
-from lora_jax.models.load import base_tensors, load_model
+from lora_jax.models.load import load_model
 from lora_jax.models.policy import Policy, PolicyConfig, log_probability
+from lora_jax.models.tensors import base_tensors
 from lora_jax.packing.execution import SCAN, VMAP
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.mesh import to_host

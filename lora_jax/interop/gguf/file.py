@@ -139,7 +139,7 @@ def gguf_tensors(
     Args:
         base: the model.
         architecture: of its family.
-        tensors: Hugging Face's name -> tensor (`models.load.base_tensors`).
+        tensors: Hugging Face's name -> tensor (`models.tensors.base_tensors`).
         kind_of: (GGUF's name, tensor) -> as what it is stored.
 
     Raises:

@@ -15,7 +15,7 @@ from ...adapters.merge import merged_base
 from ...config.doors import EXPORTERS
 from ...errors import InputError, warn
 from ...models.decoder import Decoder
-from ...models.load import base_tensors
+from ...models.tensors import base_tensors
 from ...sweeps.restore import Restored
 from ...weights.safetensors import Tensor
 from ..card import model_card, write_card

@@ -22,9 +22,10 @@ from ...adapters.targets import HEADS
 from ...models.encoder import Encoder
 from ...models.encoder_decoder import Base
 from ...models.families import find_family
-from ...models.families.base import Weight, oriented
+from ...models.families.base import Weight, oriented, torch_oriented
 from ...models.heads import Classifier
 from ...models.stack import Stack
+from ...models.vision import VisionBase
 from ..export import head_of
 
 ROOT = "base_model.model."  # what PEFT puts before every name
@@ -102,12 +103,12 @@ class Parameter:
     def shape(self) -> tuple[int, ...]:
         """PyTorch's."""
         shape = tuple(self.variable.shape if self.layer is None else self.variable.shape[1:])
-        return oriented(self.name, shape) if self.transpose else shape
+        return torch_oriented(self.name, shape) if self.transpose else shape
 
     def read(self) -> np.ndarray:
         """Its value, in PyTorch's axes."""
         array = np.asarray(self.variable[...] if self.layer is None else self.variable[...][self.layer])
-        return array.transpose(oriented(self.name, range(array.ndim))) if self.transpose else array
+        return array.transpose(torch_oriented(self.name, range(array.ndim))) if self.transpose else array
 
     def write(self, value: np.ndarray) -> None:
         """Sets it to a value in PyTorch's axes, rounded to the weight's dtype."""
@@ -259,7 +260,7 @@ def _renaming(model: nnx.Module, own: list[str], found: list[str]) -> Renaming:
     if classifier is not None and classifier.base.origin is not None:
         head = head_of(classifier)
         drop, put = (head and head.renamed) or ("", "")
-        if isinstance(classifier.base, Encoder):
+        if isinstance(classifier.base, Encoder | VisionBase):
             put = find_family(classifier.base.origin.config, classifier.base.origin.source).prefixes[-1]
         usual = Renaming(drop, put)
     found_names = set(found)

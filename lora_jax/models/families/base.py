@@ -15,9 +15,17 @@ from ..positions import Rotary
 
 
 def oriented(name: str, axes: Sequence[Any]) -> tuple[Any, ...]:
-    """PyTorch's axes of a weight in our order, or ours in PyTorch's: reversed, but for the first of a stack of experts."""
+    """PyTorch's axes of a weight in our order: reversed, but for the first of a stack of experts. Of an image convolution's kernel,
+    (out, in, height, width), it is (height, width, in, out)."""
+    if len(axes) == 4:
+        return (*axes[2:], axes[1], axes[0])
     kept = 1 if ".experts." in name and len(axes) == 3 else 0
     return (*axes[:kept], *axes[kept:][::-1])
+
+
+def torch_oriented(name: str, axes: Sequence[Any]) -> tuple[Any, ...]:
+    """Our axes of a weight in PyTorch's order: the inverse of `oriented`."""
+    return (axes[3], axes[2], *axes[:2]) if len(axes) == 4 else oriented(name, axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +91,13 @@ class Weight:
         joined, others = (tuple(map(rename, found)) for found in (self.joined, self.others))
         return dataclasses.replace(self, name=rename(self.name), joined=joined, called=called, others=others)
 
-    def oriented(self, shape: Sequence[Any]) -> tuple[Any, ...]:
-        """What is said of each axis (sizes, slices) in the file's layout in ours, or the other way round."""
-        return oriented(self.parameter, shape) if self.transpose else tuple(shape)
+    def oriented(self, axes: Sequence[Any]) -> tuple[Any, ...]:
+        """What is said of each axis (sizes, slices) in the file's layout in ours."""
+        return oriented(self.parameter, axes) if self.transpose else tuple(axes)
+
+    def as_stored(self, axes: Sequence[Any]) -> tuple[Any, ...]:
+        """The same in our layout in the file's."""
+        return torch_oriented(self.parameter, axes) if self.transpose else tuple(axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +147,11 @@ _DECODER_HEADS = decoder_heads()
 
 # Kind of head -> the end of the name of transformers' class that has one.
 HEAD_CLASSES: dict[str, str] = dict(
-    zip(HEADS, ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"), strict=True)
+    zip(
+        HEADS,
+        ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification"),
+        strict=True,
+    )
 )
 
 
@@ -153,16 +169,19 @@ class Family:
     """How the configs and checkpoints of one Hugging Face `model_type` translate; registered under it in `FAMILIES`.
 
     Attributes:
-        kind: `encoder`, `decoder`, `encoder_decoder` or `policy`.
+        kind: `encoder`, `decoder`, `encoder_decoder`, `policy`, or `vision` of all that are over images.
         config: Hugging Face config and dtype -> the config of that kind of model (`EncoderConfig`, ...).
         weights: our config -> {parameter path: Weight}. In a path `layers.` stands for the stack.
         architecture: what the names of transformers' classes begin with (`XLMRoberta` of `XLMRobertaForTokenClassification`).
         language_model: transformers' class with a projection to the vocabulary, where it is not `{architecture}ForCausalLM`, or of an
-            encoder-decoder `{architecture}ForConditionalGeneration`.
+            encoder-decoder `{architecture}ForConditionalGeneration`; of a base over images its class without a head, where that is not
+            `{architecture}Model`.
         prefixes: what may stand before the names in a checkpoint (`bert.` where it was saved with a head).
         root: what all names but those of output heads start with, unless a checkpoint was saved without any head (`model.`).
         heads: Hugging Face config -> {kind of head: Head}.
         gguf: its form in GGUF files; None where those are not read.
+        model: the class of a base over images, made as `model(config, rngs=...)`; the other kinds have one each.
+        carried: a regex of tensors that the model computes nothing with, and an export hands on as they are (a pooler, a mask token).
     """
 
     kind: str
@@ -174,6 +193,8 @@ class Family:
     root: str = ""
     heads: Callable[[Mapping[str, Any]], dict[str, Head]] = _DECODER_HEADS
     gguf: GGUFArchitecture | None = None
+    model: Any = None
+    carried: str = ""
 
     def class_name(self, head: str | None = None) -> str:
         """The name of transformers' class.
@@ -183,8 +204,8 @@ class Family:
         """
         if head is not None:
             return self.architecture + HEAD_CLASSES[head]
-        if self.kind == "encoder":
-            return self.architecture + "Model"
+        if self.kind in ("encoder", "vision"):
+            return self.language_model or self.architecture + "Model"
         return self.language_model or self.architecture + ("ForCausalLM" if self.kind == "decoder" else "ForConditionalGeneration")
 
 
@@ -219,6 +240,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
