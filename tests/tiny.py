@@ -88,7 +88,7 @@ def _config_of(family: str, options: dict[str, Any]) -> Any:
 
 def smollm2_config(depth: int = 30) -> DecoderConfig:
     """The real SmolLM2-135M's shapes, in float32."""
-    shape = {"width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 1536}
+    shape: dict[str, Any] = {"width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 1536}
     block = BlockConfig(**shape, activation="silu", gated=True, norm="rms", norm_eps=1e-5)
     return DecoderConfig(block, depth, 49152, (LayerType(rotary=Rotary(64, 100000.0)),), tied=True)
 
