@@ -1,5 +1,6 @@
 """PPO: its formulas, the policy base, environments with changed physics; and what holds of every pack holds of members that play."""
 
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import json
