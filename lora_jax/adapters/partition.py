@@ -27,12 +27,14 @@ from ..parallel.mesh import AnyMesh, parameter_sharding, place
 from .inject import LABEL
 from .labels import FROZEN
 from .layout import Layout, ResolvedAdapter, SiteLayout
-from .merge import Merged
+from .merge import Merged, strip
 from .methods.base import AdaptedSite, Method
 from .parameters import PARAMETER, PARAMETER_NAME, AdapterSetting, DropoutKey, Parameter, SiteArrays, largest, own_name
 from .sites import Site, adapted_paths, logical_name, parameter_name
 
 Arrays = dict[str, jax.Array]
+# Begins the names, among the frozen arrays, of what the base's own weights are that train.
+ORIGINAL = "original:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +90,19 @@ class Partition:
     def merge(self, trainable: Arrays, settings: Arrays, frozen: Arrays, *, training: bool) -> nnx.Module:
         """The model with these arrays. On a mesh, sharded arrays are gathered, except stacks, which gather one layer at a time."""
         parts = (trainable, settings, frozen)
-        flat = [(self.paths[name], self._at_hand(name, value)) for part in parts for name, value in part.items()]
+        named = (item for part in parts for item in part.items() if not item[0].startswith(ORIGINAL))
+        flat = [(self.paths[name], self._at_hand(name, value)) for name, value in named]
         return nnx.merge(self.graphdef if training else self.eval_graphdef, nnx.from_flat_state(flat))
+
+    def with_originals(self) -> Partition:
+        """The same with the base's own values of what trains of it among the frozen arrays: what `base` needs, for all members once."""
+        own = {f"{ORIGINAL}{name}": array for name, array in self.trainable.items() if name not in self.parameters}
+        return dataclasses.replace(self, frozen=self.frozen | own)
+
+    def base(self, trainable: Arrays, settings: Arrays, frozen: Arrays) -> nnx.Module:
+        """The model that the members adapt, for evaluation: no adapters, and the base's own weights (`with_originals`)."""
+        own = {name.removeprefix(ORIGINAL): array for name, array in frozen.items() if name.startswith(ORIGINAL)}
+        return strip(self.merge(trainable | own, settings, frozen, training=False))
 
     def kept(self, settings: Arrays) -> Arrays:
         """Of the settings those that are arrays of the method: what a member started with and does not train, but is part of it."""

@@ -108,8 +108,8 @@ def examples_command(path: Path, overrides: list[str], count: int) -> None:
 
     config = members_of(load_config(path, overrides), many=True)[0].config
     data = Preparer(weights=False)(config).data
-    if data.episodes is not None:
-        raise InputError(f"task.kind: '{config.task.kind}' reads no rows that could be shown: {data.episodes.said}.")
+    if data.collected is not None and not data.collected.rows:
+        raise InputError(f"task.kind: '{config.task.kind}' reads no rows that could be shown: {data.collected.said}.")
     tokenizer, task = load_tokenizer(config.model.source), task_of(config.task)
     console, train = results_console(), data.train
     for line in data.lines():

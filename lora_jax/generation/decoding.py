@@ -193,6 +193,39 @@ def prefilled(model: Generative, tokens: Array, mask: Array, total: int, forced:
     return model.prefill(tokens, mask, total, jnp.broadcast_to(forced.start, tokens.shape[:1]))
 
 
+def continued(model: Generative, tokens: Array, mask: Array, params: DecodingParams, method: str, room: int) -> Array:
+    """The tokens after prompts, (rows, room) int32, `params.pad` after a row's end: for programs that somebody else compiles.
+
+    Under `vmap` all lanes go on until the last one's rows have ended: none is copied for having ended before.
+
+    Args:
+        model: none of whose `borders` is within a row's length.
+        tokens, mask, params, method, room: as for `Decoding.start`.
+    """
+    hidden, cache = prefilled(model, tokens, mask, tokens.shape[1] + room, params.forced)
+    rows = tokens.shape[0]
+    blank = DecodingState(cache, jnp.full((rows, room), params.pad, jnp.int32), jnp.zeros(rows, bool), jnp.int32(0))
+
+    def step(decoded: DecodingState) -> DecodingState:
+        last = jax.lax.dynamic_slice_in_dim(decoded.tokens, decoded.count - 1, 1, axis=1)
+        hidden, cache = model.extend(decoded.cache, last)
+        return append_token(decoded, cache, model.head(hidden[:, 0]), params, method)
+
+    first = append_token(blank, cache, model.head(hidden), params, method)
+    return jax.lax.while_loop(lambda d: (d.count < room) & _any(~d.done), step, first).tokens
+
+
+@jax.custom_batching.custom_vmap
+def _any(going: Array) -> Array:
+    """Whether any row goes on; under `vmap` of any lane, so that the lanes' loop has one condition."""
+    return jnp.any(going)
+
+
+@_any.def_vmap
+def _any_of_lanes(size: int, batched: Any, going: Array) -> tuple[Array, bool]:
+    return _any(going), False
+
+
 def append_token(decoded: DecodingState, cache: Cache, logits: Array, params: DecodingParams, method: str) -> DecodingState:
     """Chooses the next token of each row, from logits (rows, vocab), unless it has ended."""
     chosen = choose(method, logits, params.sampling, params.seeds, decoded.count)

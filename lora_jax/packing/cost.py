@@ -23,12 +23,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..adapters.inject import inject_layout
 from ..adapters.layout import Layout, ResolvedAdapter
-from ..adapters.partition import Partition, member_shardings, own_shapes, partition, trainable_spec, update_mask
+from ..adapters.partition import ORIGINAL, Partition, member_shardings, own_shapes, partition, trainable_spec, update_mask
 from ..config.schema import Config
 from ..parallel.constraints import place_batch, row_sharding
 from ..parallel.mesh import parameter_sharding
 from ..parallel.program import Program, program_bytes
-from ..tasks.base import objective_of
+from ..tasks.objectives import Objective
+from ..tasks.on_policy import OnPolicy
 from ..training.optimizer import hyper_of
 from ..training.setup import Setup
 from ..training.step import Batch, MemberFixed, MemberState, eval_step, init_member, train_step
@@ -118,14 +119,14 @@ class PackShapes:
         self.structure: Layout = setup.layout(configs)
         self._setup, self._config, self.mesh = setup, configs[0], setup.mesh
         self._mode = configured_mode(configs[0]) or VMAP  # the mode that needs most stands for one that is yet to be chosen
-        self.part, self._fixed = _abstract(setup, self.structure, configs[0], setup.spec(configs[0]))
+        self._objective = setup.objective(configs[0])
+        self.part, self._fixed = _abstract(setup, self.structure, configs[0], setup.spec(configs[0]), self._objective)
         self._micro = {name: array[0] for name, array in setup.plan.batch(0).items()}
-        self._objective = objective_of(configs[0].task)
 
     @functools.cached_property
     def depth(self) -> int:
         """How many layers are computed once for all members."""
-        return trunk_depth(self.part, self._micro)
+        return 0 if isinstance(self._objective, OnPolicy) else trunk_depth(self.part, self._micro)
 
     @functools.cached_property
     def _trunk(self) -> ClosedJaxpr | None:
@@ -226,12 +227,16 @@ class PackShapes:
         return placed
 
 
-def _abstract(setup: Setup, structure: Layout, config: Config, spec: ResolvedAdapter) -> tuple[Partition, MemberFixed]:
+def _abstract(
+    setup: Setup, structure: Layout, config: Config, spec: ResolvedAdapter, objective: Objective | OnPolicy
+) -> tuple[Partition, MemberFixed]:
     """The adapted model in parts and one member's fixed arrays, all as shapes; the base's with where they lie."""
     found: list[Partition] = []
 
     def build(model: nnx.Module) -> tuple[Any, Any, Any, MemberFixed]:
         part = partition(inject_layout(model, structure))
+        if isinstance(objective, OnPolicy) and objective.needs_base:
+            part = part.with_originals()
         found.append(part)
         hyper = hyper_of(config, setup.steps, lambda: own_shapes(part, spec, structure))
         fixed = MemberFixed(hyper, part.settings, update_mask(part, spec, structure))
@@ -245,7 +250,7 @@ def _abstract(setup: Setup, structure: Layout, config: Config, spec: ResolvedAda
 
 def _base_sharding(part: Partition, name: str, mesh: Mesh) -> NamedSharding:
     array = part.frozen[name]
-    return parameter_sharding(mesh, array.shape, part.axes.get(name, (None,) * array.ndim))
+    return parameter_sharding(mesh, array.shape, part.axes.get(name.removeprefix(ORIGINAL), (None,) * array.ndim))
 
 
 def _laid(array: Any, sharding: NamedSharding) -> Any:

@@ -23,6 +23,8 @@ from ..errors import RunError
 from ..parallel.mesh import to_host
 from ..parallel.program import memory_limit
 from ..tasks.base import objective_of
+from ..tasks.objectives import Objective
+from ..tasks.on_policy import OnPolicy
 from ..training.checkpoint import Saved
 from ..training.optimizer import eval_params, hyper_of
 from ..training.step import MemberFixed, MemberState, init_member
@@ -85,6 +87,7 @@ class Pack:
         layout: Layout | None = None,
         statistics: Gathered | None = None,
         drawn: bool = True,
+        objective: Objective | OnPolicy | None = None,
     ) -> Pack:
         """Puts the members on one base, each at its step 0.
 
@@ -98,11 +101,15 @@ class Pack:
             layout: a layout that holds all members; the smallest one by default.
             statistics: what inits that read the data have seen of it (`Setup.statistics`).
             drawn: False leaves the adapters at their fill values, for those of a file.
+            objective: the loss, or how members make batches and learn of them; that of the configs' task by default.
         """
         specs = [resolve(model, c.adapter) for c in configs] if specs is None else list(specs)
         structure = unite(model, specs) if layout is None else layout
         adapted = inject_layout(model, structure)
         part = partition(adapted)
+        objective = objective_of(configs[0].task) if objective is None else objective
+        if isinstance(objective, OnPolicy) and objective.needs_base:
+            part = part.with_originals()
         members, memo = [], {}
         for config, spec in zip(configs, specs, strict=True):
             seen = None if statistics is None else statistics.get(spec.method.init_batches(spec.config))
@@ -112,7 +119,6 @@ class Pack:
             hyper = hyper_of(config, steps, lambda spec=spec: own_shapes(part, spec, structure))
             members.append((filled.trainable, MemberFixed(hyper, filled.settings, update_mask(part, spec, structure))))
         trainable, fixed = (stack_members(part, mesh, column) for column in zip(*members, strict=True))
-        objective = objective_of(configs[0].task)
         init = jax.vmap(lambda t, f: init_member(part, t, f, objective))
         layouts = None if mesh is None else member_shardings(part, mesh, jax.eval_shape(init, trainable, fixed))
         state = jax.jit(init, out_shardings=layouts)(trainable, fixed)

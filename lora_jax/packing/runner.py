@@ -60,7 +60,8 @@ class PackRun:
         layout = setup.layout([*configs, *(m.config for m in self.layout_members)])
         mode, specs = configured_mode(configs[0]) or VMAP, [setup.spec(c) for c in configs]
         seen = setup.statistics(configs)
-        return Pack.build(setup.model, configs, setup.steps, setup.mesh, mode, specs=specs, layout=layout, statistics=seen)
+        options = {"specs": specs, "layout": layout, "statistics": seen, "objective": setup.objective(configs[0])}
+        return Pack.build(setup.model, configs, setup.steps, setup.mesh, mode, **options)
 
     def checkpoints(self) -> PackCheckpoints:
         """This pack's checkpoints; the caller closes them."""

@@ -227,7 +227,7 @@ def evaluate_run(run: Path, *, member: str | None, split: str, progress: Progres
             # In shapes that hold all members of its form: one program evaluates them, whatever their ranks and targets.
             alike = [m.config for m in chosen if static_key(m.config) == static_key(one.config)]
             seen = setup.statistics([one.config]) if at_start else None
-            options = {"layout": setup.layout(alike), "drawn": at_start, "statistics": seen}
+            options = {"layout": setup.layout(alike), "drawn": at_start, "statistics": seen, "objective": setup.objective(one.config)}
             pack = Pack.build(setup.model, [one.config], setup.steps, setup.mesh, **options)
             pack.programs = setup.programs.get(pack.program_key, lambda pack=pack: pack.programs)
             arrays = pack.state.trainable

@@ -298,10 +298,8 @@ def _describe(run: RunDirectory, config: Config, setup: Setup, progress: Progres
 def describe_setup(config: Config, setup: Setup) -> str:
     """What was loaded, in a line or two: examples, batch shape, padding."""
     facts, data = setup.plan.summary, setup.data
-    if data.episodes is not None:
-        return (
-            f"{config.model.source}: {data.episodes.said}; {setup.steps} training steps, {data.episodes.evaluated} episodes an evaluation"
-        )
+    if (collected := data.collected) is not None:
+        return f"{config.model.source}: {setup.steps} training steps; {collected.said}"
     test = "" if data.test is None else f" and {len(data.test.tokens):,} test"
     return (
         f"{config.model.source}: {len(data.train.tokens):,} training{',' if test else ' and'} {len(data.held_out.tokens):,} held-out{test} "

@@ -13,6 +13,7 @@ from pydantic import Field
 from ..config.doors import TASKS
 from ..config.schema import TaskConfig, TaskSection
 from ..data.batching import NO_TARGET
+from ..data.episodes import Collected
 from ..data.pairs import Shift
 from ..data.prompts import Prompts
 from ..errors import InputError
@@ -215,8 +216,16 @@ class Task(ABC):
         """The data of a task that reads no rows; None where they are rows of a source, read with the base's tokenizer."""
         return None
 
-    def on_policy(self, section: Any) -> OnPolicy | None:
-        """How members make their own batches; None where they read those of the data."""
+    def collected(self, section: Any) -> Collected | None:
+        """What members collect of rows, where a task that reads rows is on-policy."""
+        return None
+
+    def on_policy(self, section: Any, data: TaskData | None = None) -> OnPolicy | None:
+        """How members make their own batches; None where they read those of the data.
+
+        Args:
+            data: of the task; None where only the number of updates is asked for.
+        """
         return None
 
     def shared(self, section: Any, base: Base, load: Callable[..., Any]) -> Shared | None:
@@ -239,9 +248,9 @@ def task_of(section: TaskSection) -> Task:
     return TASKS.get(section.kind, "task.kind")
 
 
-def objective_of(section: TaskSection) -> Objective | OnPolicy:
-    """The loss of a config section's task, or how its members make batches and learn of them."""
-    return task_of(section).on_policy(section) or task_of(section).loss(section)
+def objective_of(section: TaskSection, data: TaskData | None = None) -> Objective | OnPolicy:
+    """The loss of a config section's task, or how its members make batches and learn of them: of this data, where they need any."""
+    return task_of(section).on_policy(section, data) or task_of(section).loss(section)
 
 
 def task_section(**values: Any) -> Any:

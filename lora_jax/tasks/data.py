@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ..data.batching import Example, Examples, Scorer
-from ..data.episodes import Episodes
+from ..data.episodes import Collected
 from ..data.sources import Taken
 
 
@@ -150,7 +150,7 @@ class TaskData:
         taken: what became of the training rows, of the held-out ones, and of the test rows.
         notes: what else of the data is to be known.
         tokenizer: makes texts of what is decoded.
-        episodes: what the members of an on-policy task collect and are evaluated on; None where they read batches.
+        collected: what the members of an on-policy task collect and are evaluated on; None where they read batches.
     """
 
     train: Examples
@@ -163,7 +163,7 @@ class TaskData:
     notes: tuple[str, ...] = ()
     test: Examples | None = None
     tokenizer: Any = None
-    episodes: Episodes | None = None
+    collected: Collected | None = None
 
     @property
     def parts(self) -> tuple[Examples, ...]:

@@ -125,6 +125,8 @@ class Generated(NextToken):
         for at, value in zip(where, rows.columns[text], strict=True):
             if not value.strip():
                 raise InputError(f"{at}: '{text}' is blank.")
+        if not targets:
+            return rows
         found = [references_of({name: rows.columns[name][i] for name in there}, at) for i, at in enumerate(where)]
         return dataclasses.replace(rows, columns={text: rows.columns[text], targets[0]: found})
 
@@ -162,7 +164,7 @@ class Generated(NextToken):
         prompt, texts = self._prompt(section, tokenizer), rows.columns[column]
         kept, _ = shortened(texts, tokenizer, prompt.room)
         tokens = [np.array(ids, np.int32) for ids in prompt.ids(kept, rows.numbers.tolist())]
-        return Prompts(tokens, list(texts), list(rows.columns[targets[0]]), section.max_new_tokens, **_chosen(section))
+        return Prompts(tokens, list(texts), _references(rows, targets), section.max_new_tokens, **_chosen(section))
 
     def encode_pairs(self, section: GeneratedConfig, rows: Rows, tokenizer: Any, *, shift: Shift) -> Encoded:
         """An example for each reference, which the decoder is to write."""
@@ -178,7 +180,7 @@ class Generated(NextToken):
         column, targets = self._columns(section)
         texts = rows.columns[column]
         tokens = [np.array(ids, np.int32) for ids, _ in self._sources(section, texts, tokenizer)]
-        return Prompts(tokens, list(texts), list(rows.columns[targets[0]]), section.max_new_tokens, **_chosen(section))
+        return Prompts(tokens, list(texts), _references(rows, targets), section.max_new_tokens, **_chosen(section))
 
     def _sources(self, section: GeneratedConfig, texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], bool]]:
         """What an encoder-decoder reads of each text, and whether that was cut."""
@@ -208,6 +210,11 @@ _NO_TEMPLATE = "task.chat: this model's tokenizer has no chat template."
 def _chosen(section: GeneratedConfig) -> dict[str, Any]:
     """How tokens are chosen, as `Prompts` has it."""
     return {"temperature": section.temperature, "top_p": section.top_p, "seed": section.split_seed}
+
+
+def _references(rows: Rows, targets: Sequence[str]) -> list[tuple[str, ...]]:
+    """Of each row what `read` found; none where no column is named."""
+    return list(rows.columns[targets[0]]) if targets else [()] * len(rows)
 
 
 def references_of(values: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,16 +25,20 @@ class OnPolicy(ABC):
 
     Attributes:
         updates: optimizer steps of a training step.
+        needs_base: whether `collect` asks for the base, of whose trained weights a copy is then kept.
     """
 
     updates: int
+    needs_base: bool = False
 
     @abstractmethod
     def begin(self, key: jax.Array) -> Tree:
         """What a member keeps from step to step, before step 0. `key` follows from the member's seed."""
 
     @abstractmethod
-    def collect(self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Tree, Tree]:
+    def collect(
+        self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array, base: Callable[[], Any]
+    ) -> tuple[Tree, Tree]:
         """What the member keeps from here on, and what its updates learn of; nothing is differentiated.
 
         Args:
@@ -41,7 +46,12 @@ class OnPolicy(ABC):
             kept: as the last step left it.
             batch: what the members have in common, with a micro axis.
             key: of the member and the step.
+            base: gives the model that the members adapt, the adapter off; only where `needs_base`.
         """
+
+    def figures(self, collected: Tree) -> dict[str, jax.Array]:
+        """What of it is logged: name -> float32 scalar; nothing by default."""
+        return {}
 
     @abstractmethod
     def part(self, collected: Tree, index: jax.Array) -> Tree:
@@ -59,6 +69,14 @@ class OnPolicy(ABC):
 def strong(tree: Tree) -> Tree:
     """The same arrays with dtypes of their own: what goes round in a compiled step has one type, wherever it came from."""
     return jax.tree.map(lambda a: jax.lax.convert_element_type(jnp.asarray(a), jnp.asarray(a).dtype), tree)
+
+
+def clipped_surrogate(ratio: Any, advantage: Any, clip: float, clip_high: float | None = None) -> jax.Array:
+    """min(r A, clip(r, 1 - e, 1 + e) A), which is to grow (arXiv:1707.06347, eq. 7, before the mean).
+
+    With `clip_high`, the upper bound is 1 + `clip_high` (arXiv:2503.14476, eq. 10).
+    """
+    return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + (clip if clip_high is None else clip_high)) * advantage)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ base in common; a member's draws follow from its seed, whatever pack it is in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,7 +24,7 @@ from ..models.policy import Policy, PolicyConfig, log_probability
 from .base import Base, Columns, Encoded, Rows, Task, TaskData, TaskMetrics
 from .environments import Environment, make_environment
 from .evaluators import Evaluator, register
-from .on_policy import Minibatches, OnPolicy, Tree, strong
+from .on_policy import Minibatches, OnPolicy, Tree, clipped_surrogate, strong
 
 
 class PPOConfig(TaskSection):
@@ -85,11 +85,6 @@ def advantages(rewards: Any, values: Any, following: Any, terminated: Any, done:
     return jax.lax.scan(back, jnp.zeros_like(errors[0]), (errors, done), reverse=True)[1]
 
 
-def clipped_surrogate(ratio: Any, advantage: Any, clip: float) -> jax.Array:
-    """min(r A, clip(r, 1 - e, 1 + e) A), which is to grow (arXiv:1707.06347, eq. 7, before the mean)."""
-    return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
-
-
 class Rollouts(OnPolicy):
     """How a member plays and learns.
 
@@ -109,7 +104,9 @@ class Rollouts(OnPolicy):
         observed, states = jax.vmap(lambda k: world.env.reset(k, world.params))(jax.random.split(key, self._section.environments))
         return strong((states, observed))
 
-    def collect(self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Tree, Tree]:
+    def collect(
+        self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array, base: Callable[[], Any]
+    ) -> tuple[Tree, Tree]:
         """Rollouts with their advantages and returns, arrays (environments * rollout, ...), and which of them each update learns of."""
         section, world = self._section, self._world
 
@@ -197,16 +194,19 @@ class PPO(Task):
         """The mean return of the evaluated episodes."""
         return TaskMetrics((EPISODE_RETURN.name,), EPISODE_RETURN.name)
 
-    def on_policy(self, section: PPOConfig) -> OnPolicy:
+    def on_policy(self, section: PPOConfig, data: TaskData | None = None) -> OnPolicy:
         """Rollouts."""
         return Rollouts(section)
 
     def own_data(self, section: PPOConfig) -> TaskData:
         """The evaluated episodes; there are no training examples."""
-        said = f"{section.environments} environments of {section.title} for each member, {section.rollout} steps of each a training step"
+        said = (
+            f"{section.environments} environments of {section.title} for each member, {section.rollout} steps of each a training step; "
+            f"{section.eval_episodes} episodes an evaluation"
+        )
         episodes = Episodes(section.environments, section.rollout, section.eval_episodes, said)
         held_out = episodes.examples(None)
-        return TaskData(held_out, held_out, self.metrics(section, None), per_example=True, episodes=episodes)
+        return TaskData(held_out, held_out, self.metrics(section, None), per_example=True, collected=episodes)
 
     def check_base(self, section: PPOConfig, base: Any, source: str) -> None:
         """The base is a policy for this environment."""

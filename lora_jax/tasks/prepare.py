@@ -76,7 +76,8 @@ def prepare(section: TaskConfig, tokenizer: Any, *, decoder: bool, known: tuple[
     notes = [n for n in dict.fromkeys([*(table.note for table in tables.values()), *said, *task.notes(section, tokenizer)]) if n]
     metrics = task.metrics(section, classes)
     test = every[2] if len(every) > 2 else None
-    return TaskData(every[0], every[1], metrics, classes, class_token_ids, task.targets == 1, taken, tuple(notes), test, tokenizer)
+    more = {"tokenizer": tokenizer, "collected": task.collected(section)}
+    return TaskData(every[0], every[1], metrics, classes, class_token_ids, task.targets == 1, taken, tuple(notes), test, **more)
 
 
 def rows_to_predict(task: Task, section: TaskConfig, source: str, classes: tuple[str, ...] | None) -> tuple[Rows, bool]:

@@ -18,7 +18,7 @@ from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
 from ..adapters.partition import Partition
 from ..config.schema import Config, TaskConfig, TrainingConfig
 from ..data.batching import BatchPlan
-from ..data.episodes import EpisodePlan
+from ..data.episodes import EpisodePlan, PromptPlan
 from ..data.pairs import Shift
 from ..errors import InputError
 from ..generation.generate import context_length
@@ -33,6 +33,7 @@ from ..parallel.mesh import make_mesh, parameter_sharding, place
 from ..parallel.program import release_freed_memory
 from ..tasks.base import TaskData, TaskMetrics, objective_of, task_of
 from ..tasks.objectives import Objective
+from ..tasks.on_policy import OnPolicy
 from ..tasks.prepare import prepare
 from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
@@ -92,7 +93,7 @@ class Setup:
     model: nnx.Module
     base: Base
     data: TaskData
-    plan: BatchPlan | EpisodePlan
+    plan: BatchPlan | EpisodePlan | PromptPlan
     steps: int
     mesh: Mesh
     shared: SharedProgram | None = None
@@ -102,6 +103,10 @@ class Setup:
     specs: dict[str, ResolvedAdapter] = dataclasses.field(default_factory=dict)
     layouts: dict[frozenset[str], Layout] = dataclasses.field(default_factory=dict)
     gathered: dict[int, Seen] = dataclasses.field(default_factory=dict)
+
+    def objective(self, config: Config) -> Objective | OnPolicy:
+        """The loss of a config's task, or how its members make batches and learn of them."""
+        return objective_of(config.task, self.data)
 
     @property
     def metrics(self) -> TaskMetrics:
@@ -114,7 +119,7 @@ class Setup:
         if key not in self.specs:
             spec = resolve(self.model, config.adapter)
             spec.method.check_steps(spec.config, self.steps * updates_of(config))
-            if self.data.episodes is not None and spec.method.wants(spec.config):
+            if self.data.collected is not None and spec.method.wants(spec.config):
                 raise InputError(f"adapter: the init reads training batches, and members of '{config.task.kind}' make their own.")
             optimizer_of(config.optimizer).check(unite(self.model, [spec]))
             self.specs[key] = spec
@@ -153,6 +158,8 @@ class Setup:
 
     def trunk(self, part: Partition, data_seed: int) -> Trunk | None:
         """The trunk of a pack's members; None if they have no layer in common. Successive packs of one depth share it."""
+        if self.data.collected is not None:  # what members collect is their own, from the first layer on
+            return None
         depth = trunk_depth(part, {name: array[0] for name, array in self.plan.batch(0).items()})
         return self.trunks.get((depth, data_seed), lambda: Trunk(part, depth, data_seed, self.mesh)) if depth else None
 
@@ -253,7 +260,7 @@ class Preparer:
             return prepare(section, tokenizer, decoder=base.is_decoder, known=known, shift=shift), tokenizer_digest(tokenizer)
 
         data, tokenizer = self._data.get(data_key, examples)
-        if data.episodes is None:
+        if data.collected is None or data.collected.rows:
             check_data(base, data, known)
 
         # What is computed once for all members.
@@ -300,8 +307,8 @@ def check_data(base: Base, data: TaskData, known: Sequence[str] = ()) -> None:
     longest = max(examples.longest_text for examples in data.parts)
     if most is not None and longest > most:
         raise InputError(f"task.max_length: examples of {longest} tokens, but the model has {most} positions.")
-    for prompts in (examples.prompts for examples in data.parts if examples.prompts is not None):
-        asked, new = max(map(len, prompts.tokens)), prompts.max_new_tokens
+    rooms = [(max(map(len, e.prompts.tokens)), e.prompts.max_new_tokens) for e in data.parts if e.prompts is not None]
+    for asked, new in [*rooms, *(() if data.collected is None else ((longest, data.collected.room),))]:
         room = context_length(base) if isinstance(base, Generative) else None
         together = max(asked, new) if isinstance(base, EncoderDecoder) else asked + new
         if room is not None and together > room:
@@ -324,19 +331,19 @@ def check_data(base: Base, data: TaskData, known: Sequence[str] = ()) -> None:
         raise InputError(f"task.labels: {len(data.classes)} classes; the model's head has {len(known)}: {', '.join(known)}.")
 
 
-def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan | EpisodePlan:
+def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan | EpisodePlan | PromptPlan:
     training = config.training
-    if data.episodes is not None:
+    if (collected := data.collected) is not None:
         defaults, why = TrainingConfig.model_fields, f"not with task.kind '{config.task.kind}', whose members make their own batches."
         for key in ("batch_size", "accumulate", "batching"):
-            if getattr(training, key) != defaults[key].default:
+            if getattr(training, key) != defaults[key].default and key not in collected.given:
                 raise InputError(f"training.{key}: {why}")
-        if training.steps is None:
+        if training.steps is None and "epochs" not in collected.given:
             raise InputError(f"training.epochs: {why} Give training.steps.")
         for axis in ("data", "fsdp"):
             if mesh.shape[axis] > 1:
                 raise InputError(f"mesh.{axis}: {why} mesh.sweep splits the members.")
-        return EpisodePlan(data.episodes, steps=training.steps + training.extend_steps, seed=training.data_seed)
+        return collected.plan(data.parts, training.model_dump())
     return BatchPlan(
         data.train,
         data.held_out,

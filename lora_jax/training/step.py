@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -128,7 +129,8 @@ def _collect_and_update(
 ) -> tuple[MemberState, Metrics]:
     """`train_step` of an on-policy task. The loss is the mean over the updates, gradient norm and learning rate are the newest."""
     model = part.merge(state.trainable, fixed.settings, frozen, training=False)
-    rollout, collected = task.collect(model, state.rollout, batch, key)
+    base = functools.partial(part.base, state.trainable, fixed.settings, frozen)
+    rollout, collected = task.collect(model, state.rollout, batch, key, base)
 
     def update(state: MemberState, index: jax.Array) -> tuple[MemberState, tuple[jax.Array, jax.Array]]:
         def loss_of(trainable: Arrays) -> jax.Array:
@@ -143,7 +145,7 @@ def _collect_and_update(
     # Of a member that has stopped nothing changes any more.
     rollout = jax.tree.map(lambda a, b: jnp.where(new.alive, a, b), rollout, state.rollout)
     rate = learning_rate(fixed.hyper, (step + 1) * task.updates - 1)
-    return new._replace(rollout=rollout), Metrics(losses.mean(), jnp.float32(0), norms[-1], rate)
+    return new._replace(rollout=rollout), Metrics(losses.mean(), jnp.float32(0), norms[-1], rate, task.figures(collected))
 
 
 def _updated(
