@@ -8,7 +8,6 @@ base with the adapter off: there is no second model.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -72,9 +71,7 @@ class GRPOConfig(GeneratedConfig):
         description="Leave groups whose rewards are all equal out of the loss. (DAPO samples others in their place; here none are.)",
     )
     update_epochs: PositiveInt = Field(default=1, description="Passes over the completions in a training step.")
-    minibatches: PositiveInt = Field(
-        default=1, description="Optimizer steps of a pass; must divide training.batch_size * completions."
-    )
+    minibatches: PositiveInt = Field(default=1, description="Optimizer steps of a pass; must divide training.batch_size * completions.")
     metrics: list[str] = Field(default_factory=list, description=f"Beside the reward, by which members are compared. {METRICS}")
 
     @field_validator("metrics")
@@ -170,9 +167,7 @@ class Groups(OnPolicy):
         """Nothing: each step begins with prompts."""
         return ()
 
-    def collect(
-        self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array, base: Callable[[], Any]
-    ) -> tuple[Tree, Tree]:
+    def collect(self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array, base: Callable[[], Any]) -> tuple[Tree, Tree]:
         """Completions with their advantages and log-probabilities, arrays (prompts * completions, ...), and which each update learns of."""
         section, judge = self._section, self._judge
         assert judge is not None
@@ -278,7 +273,7 @@ class GRPO(Generated):
         if not isinstance(base, Decoder):
             raise InputError(f"task.kind: {self.name} needs a decoder, which {source} is not.")
         if base.dropout:
-            raise InputError(f"model.dropout: not with task.kind '{self.name}': what is sampled and what is learned of must be one model's.")
+            raise InputError(f"model.dropout: not with task.kind '{self.name}': one model must sample and learn.")
         if any(border < section.max_length for border in base.borders):
             raise InputError(f"task.max_length: {section.max_length}, and {source} changes its rotary frequencies at {min(base.borders)}.")
 

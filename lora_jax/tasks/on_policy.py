@@ -36,9 +36,7 @@ class OnPolicy(ABC):
         """What a member keeps from step to step, before step 0. `key` follows from the member's seed."""
 
     @abstractmethod
-    def collect(
-        self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array, base: Callable[[], Any]
-    ) -> tuple[Tree, Tree]:
+    def collect(self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array, base: Callable[[], Any]) -> tuple[Tree, Tree]:
         """What the member keeps from here on, and what its updates learn of; nothing is differentiated.
 
         Args:

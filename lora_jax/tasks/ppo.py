@@ -104,9 +104,7 @@ class Rollouts(OnPolicy):
         observed, states = jax.vmap(lambda k: world.env.reset(k, world.params))(jax.random.split(key, self._section.environments))
         return strong((states, observed))
 
-    def collect(
-        self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array, base: Callable[[], Any]
-    ) -> tuple[Tree, Tree]:
+    def collect(self, model: Any, kept: Tree, batch: dict[str, jax.Array], key: jax.Array, base: Callable[[], Any]) -> tuple[Tree, Tree]:
         """Rollouts with their advantages and returns, arrays (environments * rollout, ...), and which of them each update learns of."""
         section, world = self._section, self._world
 

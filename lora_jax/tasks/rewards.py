@@ -11,7 +11,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -124,7 +124,7 @@ def made(named: str, *, imported: bool = True) -> Reward | None:
         found = getattr(found, part)
     if not callable(found):
         raise ValueError(f"'{named}' is a {type(found).__name__}, not a function")
-    return found
+    return cast(Reward, found)
 
 
 class Judge:
