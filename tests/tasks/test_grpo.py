@@ -89,11 +89,11 @@ def test_the_loss_is_the_papers(kind, clip_high):
     old, reference = -rng.exponential(1.0, (2, 6, 7))
     log_probs, advantages = old + 0.3 * rng.standard_normal((6, 7)), rng.standard_normal(6)
     weights = (np.arange(7) < np.array([7, 1, 3, 0, 5, 7])[:, None]).astype(float)
-    numbers = {"clip": 0.2, "clip_high": clip_high, "beta": 0.05, "kind": kind}
+    numbers: Any = {"clip": 0.2, "clip_high": clip_high, "beta": 0.05, "kind": kind}
     given: Any = [jnp.asarray(a, jnp.float32) for a in (log_probs, old, reference, advantages, weights)]
     wanted = loss_of_the_papers(*(np.asarray(a, np.float64) for a in given), **numbers)
     np.testing.assert_allclose(grpo_loss(*given, **numbers), wanted, rtol=1e-6, atol=1e-6)
-    without = grpo_loss(given[0], given[1], None, given[3], given[4], **numbers | {"beta": 0.0})
+    without = grpo_loss(given[0], given[1], None, given[3], given[4], **(numbers | {"beta": 0.0}))
     plain = loss_of_the_papers(*(np.asarray(a, np.float64) for a in given), **numbers | {"beta": 0.0})
     np.testing.assert_allclose(without, plain, rtol=1e-6, atol=1e-6)
 
