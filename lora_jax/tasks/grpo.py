@@ -8,6 +8,7 @@ base with the adapter off: there is no second model.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -211,9 +212,8 @@ class Groups(OnPolicy):
     def loss(self, model: Any, part: Tree) -> jax.Array:
         """`grpo_loss` of a minibatch."""
         section = self._section
-        numbers = {"clip": section.clip, "clip_high": section.clip_high, "beta": section.beta, "kind": section.loss}
-        given = part["old"], part.get("reference"), part["advantages"], part["weights"]
-        return grpo_loss(self._log_probs(model, part), *given, **numbers)
+        of_tokens = functools.partial(grpo_loss, clip=section.clip, clip_high=section.clip_high, beta=section.beta, kind=section.loss)
+        return of_tokens(self._log_probs(model, part), part["old"], part.get("reference"), part["advantages"], part["weights"])
 
     def evaluate(self, model: Any, batch: dict[str, jax.Array]) -> jax.Array:
         """(rows, max_new_tokens) int32: a completion of each prompt, as `temperature` and `top_p` choose it."""
