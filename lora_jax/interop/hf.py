@@ -23,7 +23,7 @@ from ..models.encoder_decoder import Base, EncoderDecoder, Generative
 from ..models.families import find_family
 from ..models.families.base import Head
 from ..models.heads import Classifier
-from ..models.load import BaseFiles
+from ..models.load import BaseFiles, class_names
 from ..models.tensors import base_tensors
 from ..models.vision import VisionBase
 from ..sweeps.restore import Restored
@@ -103,7 +103,9 @@ def _write(
     dtypes, carried = stored_dtypes(form), _files(form).carried()
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, WRITTEN_DTYPES[dtype])
-        carried = {name: tensor.cast(WRITTEN_DTYPES[dtype]) for name, tensor in carried.items()}
+        # What counts something stays a whole number.
+        floats = {name for name, tensor in carried.items() if np.issubdtype(tensor.dtype, np.inexact)}
+        carried = {name: tensor.cast(WRITTEN_DTYPES[dtype]) if name in floats else tensor for name, tensor in carried.items()}
     tensors = _tensors(merged, dtypes, carried)
     write_checkpoint(folder, tensors, largest=largest)
     _write_json(folder / "config.json", _config(merged, classes, tensors))
@@ -146,7 +148,7 @@ def check_form(model: nnx.Module) -> Form:
     if form.classifier is None:
         return form
     shape, kind = form.classifier.shape, form.classifier.kind
-    name = architecture(form.origin.model_type, kind)
+    name = class_name(form, kind)
     if form.head is None:
         raise InputError(f"the head has no counterpart in transformers, which has no {name}.")
     if shape.reads != form.head.shape.reads:
@@ -172,6 +174,11 @@ def architecture(model_type: str, head: str | None = None) -> str:
     ('BertForSequenceClassification', 'GPT2LMHeadModel')
     """
     return find_family({"model_type": model_type}, "model_type").class_name(head)
+
+
+def class_name(form: Form, head: str | None = None) -> str:
+    """The name of transformers' class of a model; `head` is as for `architecture`."""
+    return find_family(form.origin.config, form.origin.source).class_name(head)
 
 
 def _form_of(model: nnx.Module) -> Form:
@@ -226,8 +233,10 @@ def _head_tensors(classifier: Classifier, head: Head, dtypes: Mapping[str, np.dt
 
 
 def _config(form: Form, classes: Sequence[str] | None, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if find_family(form.origin.config, form.origin.source).timm:
+        return _timm_config(form, classes)
     config = {key: value for key, value in form.origin.config.items() if key not in _DROPPED}
-    config["architectures"] = [architecture(form.origin.model_type, form.classifier and form.classifier.kind)]
+    config["architectures"] = [class_name(form, form.classifier and form.classifier.kind)]
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
         sizes[str(tensor.dtype)] = sizes.get(str(tensor.dtype), 0) + tensor.nbytes
@@ -242,6 +251,19 @@ def _config(form: Form, classes: Sequence[str] | None, tensors: Mapping[str, Ten
             raise InputError(f"classes: {len(names)} names for {count} classes.")
         config |= {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
     return config
+
+
+def _timm_config(form: Form, classes: Sequence[str] | None) -> dict[str, Any]:
+    """In timm's words, which transformers reads as well (`TimmWrapper`)."""
+    config = form.origin.config
+    if form.classifier is None:
+        return config
+    names = list(classes or form.classifier.class_names)
+    count = form.classifier.classifier.kernel.shape[-1]
+    if names and len(names) != count:
+        raise InputError(f"classes: {len(names)} names for {count} classes.")
+    named = {"label_names": names} if names and names != list(class_names(config)) else {}
+    return config | {"num_classes": count} | named
 
 
 def _folder_of(source: str) -> Path:
@@ -300,7 +322,7 @@ class HuggingFaceExporter(Exporter):
         largest, keep_mask = options.max_shard_size or SHARD, bool(options.keep_mask)
         _write(model, folder, classes=classes, dtype=options.dtype, largest=largest, keep_mask=keep_mask)
         assert kind is not None
-        name = architecture(form.origin.model_type, form.classifier and form.classifier.kind)
+        name = class_name(form, form.classifier and form.classifier.kind)
         variable, reader = ("processor", "AutoImageProcessor") if isinstance(form.base, VisionBase) else ("tokenizer", "AutoTokenizer")
         usage = [
             f"from transformers import {kind.auto_class}, {reader}",

@@ -307,6 +307,8 @@ def activation(name: str, x: Array) -> Array:
         return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
     if name == "gelu_quick":
         return x * jax.nn.sigmoid(1.702 * x)
+    if name == "relu6":
+        return jnp.clip(x, 0, 6)
     return {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}[name](x)
 
 

@@ -81,7 +81,7 @@ class BaseFiles:
         except InputError as error:
             raise InputError(f"{self._where}: {error}") from None
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a value of a type that the family does not expect
-            raise InputError(f"{self._where}: config.json cannot be understood as {hf['model_type']}'s ({error}).") from None
+            raise InputError(f"{self._where}: config.json cannot be understood as {hf.get('model_type', 'timm')}'s ({error}).") from None
         own = self._head(heads, head, names) if head is not None else None
         prefix = self._prefix = _prefix(family, names)
         if family.kind == "encoder" and prefix + "pooler.dense.weight" not in names:
@@ -345,7 +345,9 @@ def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:
     named = hf.get("id2label")
     if isinstance(named, Mapping) and named and all(str(i).isdecimal() for i in named):
         return tuple(str(named[i]) for i in sorted(named, key=int))
-    return tuple(f"LABEL_{i}" for i in range(size(hf, "num_labels", 2)))
+    if isinstance(names := hf.get("label_names"), list) and names:  # timm's
+        return tuple(map(str, names))
+    return tuple(f"LABEL_{i}" for i in range(size(hf, "num_classes" if "num_classes" in hf else "num_labels", 2)))
 
 
 def _renamed(weight: Weight, head: Head) -> Weight:

@@ -69,7 +69,9 @@ def fingerprint(model: nnx.Module, like: nnx.Module | None = None) -> str:
 
 def _base_parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
     """Path -> parameter of the base; adapters' arrays (`nnx.LoRAParam`) are none."""
-    found = ((path, v) for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param) and not isinstance(v, nnx.LoRAParam))
+    found = (
+        (path, v) for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param | nnx.BatchStat) and not isinstance(v, nnx.LoRAParam)
+    )
     return {".".join(map(str, path)): v for path, v in found}
 
 

@@ -25,10 +25,21 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
         InputError: no such family is registered; the message lists those that are.
     """
     name = config.get("model_type")
+    if name is None and "architecture" in config:
+        return _timm_family(config["architecture"], where)
     if not isinstance(name, str) or name not in FAMILIES.all():
         known = sorted(FAMILIES)
         raise InputError(f"{where}: model_type '{name}' is not supported. {hint(str(name), known)} Known: {', '.join(known)}.")
     return FAMILIES.all()[name]
+
+
+def _timm_family(name: object, where: str) -> Family:
+    """The family that has an architecture of timm's; a weight's tag after a dot is no part of the name."""
+    families = {own: family for family in FAMILIES.all().values() for own in family.timm}
+    if not isinstance(name, str) or name.partition(".")[0] not in families:
+        known = sorted(families)
+        raise InputError(f"{where}: architecture '{name}' is not supported. {hint(str(name), known)} Known: {', '.join(known)}.")
+    return families[name.partition(".")[0]]
 
 
 def gguf_architectures() -> dict[str, GGUFArchitecture]:

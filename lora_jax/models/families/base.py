@@ -181,6 +181,7 @@ class Family:
         heads: Hugging Face config -> {kind of head: Head}.
         gguf: its form in GGUF files; None where those are not read.
         model: the class of a base over images, made as `model(config, rngs=...)`; the other kinds have one each.
+        timm: of a family in timm's form, the architectures it has: its configs name one of them, and no `model_type`.
         carried: a regex of tensors that the model computes nothing with, and an export hands on as they are (a pooler, a mask token).
     """
 
@@ -194,6 +195,7 @@ class Family:
     heads: Callable[[Mapping[str, Any]], dict[str, Head]] = _DECODER_HEADS
     gguf: GGUFArchitecture | None = None
     model: Any = None
+    timm: tuple[str, ...] = ()
     carried: str = ""
 
     def class_name(self, head: str | None = None) -> str:
