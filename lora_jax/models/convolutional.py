@@ -24,7 +24,8 @@ Padding = tuple[tuple[int, int], tuple[int, int]] | str
 
 def even(before: int, behind: int | None = None) -> Padding:
     """As many zeros at rows as at columns."""
-    return ((before, before if behind is None else behind),) * 2
+    pads = (before, before if behind is None else behind)
+    return pads, pads
 
 
 def conv(
@@ -47,8 +48,9 @@ class DepthwiseConv(nnx.Conv):
         """(batch, height, width, channels) -> the same with other sizes."""
         kernel, stride, padding = self.kernel[...], self.strides, self.padding
         assert isinstance(stride, int)
-        if padding == "SAME":
-            padding = jax.lax.padtype_to_pads(inputs.shape[1:3], self.kernel_size, (stride, stride), "SAME")
+        if isinstance(padding, str):
+            padding = jax.lax.padtype_to_pads(inputs.shape[1:3], self.kernel_size, (stride, stride), padding)
+        assert not isinstance(padding, int)
         x = jnp.pad(inputs, [(0, 0), *padding, (0, 0)])
         height, width = ((n - k) // stride + 1 for n, k in zip(x.shape[1:3], self.kernel_size, strict=True))
         y = jnp.zeros((), inputs.dtype) if self.bias is None else self.bias[...]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ...adapters.contraction import GENERAL, flat_kernel
 from ...adapters.inject import LABEL, inject_layout, remember, site_modules
 from ...adapters.labels import FROZEN
 from ...adapters.layout import ResolvedAdapter, ResolvedSite, unite
@@ -388,4 +389,4 @@ def _weight(module: AdaptedSite, layer: int) -> np.ndarray:
     """The base's weight of one of the layers that a site has arrays for, (inputs, outputs) float32, the experts in front."""
     weight = np.asarray(getattr(module.base, module.weight)[...], np.float32)
     weight = weight[layer - len(module.ranks)] if module.stacked else weight
-    return weight.reshape(module.site.inputs, module.site.outputs) if isinstance(module.base, nnx.LinearGeneral) else weight
+    return flat_kernel(module.base, weight) if isinstance(module.base, GENERAL) else weight
