@@ -136,6 +136,7 @@ def test_a_training_curve_of_a_resnet(tmp_path: Path) -> None:
     pixels, labels = rng.integers(0, 256, (steps, 8, 32, 32, 1), np.uint8), rng.integers(0, 5, (steps, 8))
     batches = [
         {
+            "tokens": np.zeros((8, 1), np.int32),
             "pixels": p,
             "target_index": np.arange(8, dtype=np.int32),
             "target_ids": y.astype(np.int32),
@@ -152,7 +153,6 @@ def test_a_training_curve_of_a_resnet(tmp_path: Path) -> None:
         x = torch.from_numpy(np.asarray(model.base.normalised(p)).transpose(0, 3, 1, 2).copy())
         loss = theirs(pixel_values=x, labels=torch.from_numpy(y)).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.requires_grad], 1.0)
         optimizer.step(), schedule.step(), optimizer.zero_grad()
         wanted.append(loss.item())
     assert abs(wanted[0] - wanted[-1]) > 0.05
