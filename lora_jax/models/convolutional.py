@@ -48,10 +48,10 @@ class DepthwiseConv(nnx.Conv):
         """(batch, height, width, channels) -> the same with other sizes."""
         kernel, stride, padding = self.kernel[...], self.strides, self.padding
         assert isinstance(stride, int)
+        pads: Any = padding
         if isinstance(padding, str):
-            padding = jax.lax.padtype_to_pads(inputs.shape[1:3], self.kernel_size, (stride, stride), padding)
-        assert not isinstance(padding, int)
-        x = jnp.pad(inputs, [(0, 0), *padding, (0, 0)])
+            pads = jax.lax.padtype_to_pads(inputs.shape[1:3], self.kernel_size, (stride, stride), padding)
+        x = jnp.pad(inputs, [(0, 0), *pads, (0, 0)])
         height, width = ((n - k) // stride + 1 for n, k in zip(x.shape[1:3], self.kernel_size, strict=True))
         y = jnp.zeros((), inputs.dtype) if self.bias is None else self.bias[...]
         for row, column in itertools.product(*map(range, self.kernel_size)):

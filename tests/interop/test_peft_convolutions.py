@@ -153,7 +153,9 @@ def test_a_training_curve_of_a_resnet(tmp_path: Path) -> None:
         x = torch.from_numpy(np.asarray(model.base.normalised(p)).transpose(0, 3, 1, 2).copy())
         loss = theirs(pixel_values=x, labels=torch.from_numpy(y)).loss
         loss.backward()
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
         wanted.append(loss.item())
     assert abs(wanted[0] - wanted[-1]) > 0.05
     np.testing.assert_allclose(found, wanted, rtol=max(1e-3, TOLERANCE))
