@@ -117,6 +117,7 @@ _HEADS = (
     ("token-classification", "TOKEN_CLS", ("classifier", "score")),
     ("question-answering", "QUESTION_ANS", ("qa_outputs",)),
     ("image-classification", None, ("classifier",)),  # PEFT has no type for it, and none is given
+    ("object-detection", None, ("class_labels_classifier", "bbox_predictor")),
 )
 # A base by itself, or the kind of its head.
 KINDS = {

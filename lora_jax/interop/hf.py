@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -225,8 +226,7 @@ def _tensors(form: Form, dtypes: Mapping[str, np.dtype], carried: Mapping[str, T
 def _head_tensors(classifier: Classifier, head: Head, dtypes: Mapping[str, np.dtype]) -> dict[str, Tensor]:
     found = {}
     for path, weight in head.weights().items():
-        module, _, leaf = path.rpartition(".")
-        array = np.asarray(getattr(getattr(classifier, module), leaf)[...])
+        array = np.asarray(operator.attrgetter(path)(classifier)[...])
         array = np.ascontiguousarray(array.T) if weight.transpose else array
         found[weight.name] = Tensor(array.shape, array.dtype, lambda array=array: array).cast(dtypes[path])
     return found
@@ -245,7 +245,7 @@ def _config(form: Form, classes: Sequence[str] | None, tensors: Mapping[str, Ten
     if isinstance(form.base, Decoder) and form.classifier is None:
         config["tie_word_embeddings"] = form.base.config.tied
     if form.classifier is not None:
-        count = form.classifier.classifier.kernel.shape[-1]
+        count = form.classifier.classes
         names = list(classes or form.classifier.class_names) or [f"LABEL_{i}" for i in range(count)]
         if len(names) != count:
             raise InputError(f"classes: {len(names)} names for {count} classes.")

@@ -31,6 +31,7 @@ class Context:
         dropout_rng: a PRNG key for dropout, or None where nothing is dropped.
         relative: (1, 2 * span, width), the vectors of relative positions, or None.
         bias: (1, heads, queries, keys) float32, what is added to self-attention's scaled scores, or None.
+        entering: (layers, length, width), what is added to each layer's input, or None.
         source: (rows, source length, width), an encoder's output; None where there is none, or a cache has its keys and values.
         source_mask: (rows, 1, queries, source length) bool, which of its tokens each query sees, or None.
         types: for each layer the index of its type; empty where there is one type.
@@ -44,6 +45,7 @@ class Context:
     bias: Array | None = None
     source: Array | None = None
     source_mask: Array | None = None
+    entering: Array | None = None
     types: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
@@ -90,7 +92,7 @@ def make_context(
         mask = jnp.stack([cache.seen(segment_ids.shape[1], one.window) for one in types])
     index = tuple(types.index(one) for one in layers) if len(types) > 1 else ()
     rotary = rotary_tables(types, positions)
-    return Context(mask, rotary, dropout_rng, relative, bias, source, source_mask, index, dropout)
+    return Context(mask, rotary, dropout_rng, relative, bias, source, source_mask, types=index, dropout=dropout)
 
 
 def rotary_tables(types: tuple[LayerType, ...], positions: Array) -> tuple[Array, Array] | None:
@@ -280,6 +282,8 @@ class Block(nnx.Module):
         """(rows, length, width) -> the same, or (n, width) at the positions `gather` (see `Stack`), where nothing is crossed."""
         cfg = self.config
         rows = None if gather is None else Rows(gather, x.shape[:2])
+        if context.entering is not None:
+            x = x + jax.lax.dynamic_index_in_dim(context.entering, layer, keepdims=False).astype(x.dtype)
 
         def add(x: Array, change: Array, place: int) -> Array:
             change = context.drop(change, layer, place, rows)

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..errors import InputError, hint
 from ..parallel.constraints import by_rows, row_groups, take_positions
 from .decoder import Decoder
 from .encoder import Encoder
-from .encoder_decoder import Base, EncoderDecoder, Generative, TextBase
-from .layers import HEAD_MODULES, HEADS, Array, HeadShape, Rows, activation, dropout, head_shape, linear, norm, project
+from .encoder_decoder import EncoderDecoder, Generative, TextBase
+from .layers import HEAD_MODULES, Array, HeadShape, Rows, activation, dropout, head_shape, linear, norm, project
 from .vision import VisionBase
 
 # Logits of positions that are no part of a text: finite, so that no gradient is NaN.
@@ -95,6 +94,11 @@ class Classifier(nnx.Module):
         self.shape = nnx.static(shape)
         self.new: tuple[str, ...] = nnx.static(tuple(name for name in HEAD_MODULES if hasattr(self, name)))
         self.class_names: tuple[str, ...] = nnx.static(())
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return self.classifier.kernel.shape[-1]
 
     def __call__(
         self,
@@ -356,38 +360,3 @@ class LabelWordClassifier(LanguageModel):
         """(n,) int32: the class of each text. One text at a time: the logits of a whole vocabulary are made of each."""
         readout = self.readout()
         return jax.lax.map(lambda row: readout(row[None])[0].argmax(-1).astype(jnp.int32), features)
-
-
-def add_head(base: Base, kind: str, classes: int = 2, *, pooling: str = "cls", rngs: nnx.Rngs) -> Classifier:
-    """A base with a new head, of the form that transformers gives the base's family.
-
-    Args:
-        base: an `Encoder`, `Decoder` or `VisionBase`; it is shared, not copied.
-        kind: `classification` (one class a text), `token_classification`, `question_answering` (start and end logits), or
-            `image_classification`.
-        classes: how many; of `question_answering` always 2.
-        pooling: what `classification` reads: `cls`, the first token (a decoder's last), or the `mean`.
-        rngs: draws the head.
-
-    Raises:
-        InputError: no such kind, or none for this base.
-    """
-    check_head(kind)
-    if isinstance(base, VisionBase) and kind == ImageClassifier.kind:
-        return ImageClassifier(base, classes, rngs=rngs)
-    if not isinstance(base, Encoder | Decoder) or kind == ImageClassifier.kind:
-        raise InputError(f"head: there is none of kind '{kind}' on {_BASES.get(type(base), 'a base over images')}.")
-    if kind == "classification":
-        return SequenceClassifier(base, classes, pooling, rngs=rngs)
-    if kind == "token_classification":
-        return TokenClassifier(base, classes, rngs=rngs)
-    return QuestionAnswerer(base, rngs=rngs)
-
-
-_BASES = {Encoder: "an encoder", Decoder: "a decoder", EncoderDecoder: "an encoder-decoder"}
-
-
-def check_head(kind: str) -> None:
-    """`InputError` unless there is such a kind of head."""
-    if kind not in HEADS:
-        raise InputError(f"head: there is no kind '{kind}'. {hint(kind, HEADS)}")

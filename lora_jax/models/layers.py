@@ -18,9 +18,9 @@ from ..parallel.constraints import look_up, take_positions
 from .positions import Relative, Rotary
 
 # The kinds of head a base can bear, beside a decoder's own vocabulary projection; a config's `task.kind` says the same words.
-HEADS = ("classification", "token_classification", "question_answering", "image_classification")
+HEADS = ("classification", "token_classification", "question_answering", "image_classification", "object_detection")
 # A head's modules, all of which train with it.
-HEAD_MODULES = ("pre_classifier", "classifier_norm", "classifier")
+HEAD_MODULES = ("pre_classifier", "classifier_norm", "classifier", "detection_tokens", "class_predictor", "box_predictor")
 
 
 @dataclasses.dataclass(frozen=True)

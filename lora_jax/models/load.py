@@ -21,12 +21,13 @@ from ..weights.load import HUB_FILES, open_checkpoint, resolve
 from ..weights.pixels import read_pixel_spec
 from ..weights.provenance import Origin
 from ..weights.safetensors import Tensor
+from .add_head import add_head, check_head
 from .decoder import Decoder
 from .encoder import Encoder
 from .encoder_decoder import EncoderDecoder, Generative
 from .families import check_config, find_family, gguf_architectures
 from .families.base import HEAD_CLASSES, Family, Head, Weight, size
-from .heads import Classifier, add_head, check_head
+from .heads import Classifier
 from .layers import AXES, HeadShape
 from .policy import Policy
 from .stack import stacks_of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ class VisionTransformerConfig:
         patch_bias: whether the patches' projection has a bias.
         entry_norm: whether a norm stands before the first layer.
         final_norm: whether one follows the last.
+        detection_tokens: how many tokens stand behind the patches, with positions: the queries of a detector.
+        layer_positions: whether every layer but the first adds positions of its own to what it is given.
         antialias: whether smaller images get positions that are averaged over those they take the place of.
         boxed: whether checkpoints have tokens and positions as (1, tokens, width); else (tokens, width), and (width,) of one token.
     """
@@ -50,6 +53,8 @@ class VisionTransformerConfig:
     patch_bias: bool = True
     entry_norm: bool = False
     final_norm: bool = True
+    detection_tokens: int = 0
+    layer_positions: bool = False
     antialias: bool = False
     boxed: bool = True
 
@@ -90,19 +95,38 @@ class VisionTransformer(VisionBase):
             self.distillation_token = _table((*one, width), rngs, block)
         if config.registers:
             self.register_tokens = _table((*lead, config.registers, width), rngs, block)
-        self.position_embed = _table((*lead, config.placed + math.prod(config.grid), width), rngs, block)
+        if config.detection_tokens:
+            self.detection_tokens = _table((*lead, config.detection_tokens, width), rngs, block)
+        length = config.placed + math.prod(config.grid) + config.detection_tokens
+        self.position_embed = _table((*lead, length, width), rngs, block)
+        if config.layer_positions:
+            self.layer_position_embed = _table((config.depth - 1, *lead, length, width), rngs, block)
         if config.entry_norm:
             self.entry_norm = norm_of(block, width, rngs=rngs)
         self.layers = Stack(lambda r: Block(block, rngs=r), config.depth, rngs=rngs)
         if config.final_norm:
             self.final_norm = norm_of(block, width, rngs=rngs)
 
-    def hidden(self, pixels: Array, *, dropout_rng: Array | None = None, trunk: Array | None = None, gather: Array | None = None) -> Array:
-        """The last hidden states (batch, tokens, width), or (n, width) with `gather`: class token, other tokens, patches row by row."""
+    def hidden(
+        self,
+        pixels: Array,
+        *,
+        dropout_rng: Array | None = None,
+        trunk: Array | None = None,
+        gather: Array | None = None,
+        behind: Array | None = None,
+    ) -> Array:
+        """The last hidden states (batch, tokens, width), or (n, width) with `gather`: class token, other tokens, patches row by row, and
+        what stands behind them.
+
+        Args:
+            pixels, dropout_rng, trunk, gather: as for `VisionBase.hidden`.
+            behind: (n, width), further tokens of every image, positions included.
+        """
         if trunk is None:
-            x, context = self._entering(pixels, dropout_rng)
+            x, context = self._entering(pixels, dropout_rng, behind)
         else:
-            x, context = trunk, self._context(trunk.shape[1], dropout_rng)
+            x, context = trunk, self._context(trunk.shape[1], self._grid(pixels.shape[1:3]), dropout_rng)
         x = self.layers(x, context, gather, None, trunk)
         return self.final_norm(x) if self.config.final_norm else x
 
@@ -111,8 +135,8 @@ class VisionTransformer(VisionBase):
         return self.layers.below(*self._entering(pixels, dropout_rng))
 
     def tokens(self, size: tuple[int, int]) -> int:
-        """The patches of an image of (height, width), and the tokens before them."""
-        return self.config.first + math.prod(side // patch for side, patch in zip(size, self.config.patch, strict=True))
+        """The patches of an image of (height, width), and the tokens before and behind them."""
+        return self.config.first + math.prod(self._grid(size)) + self.config.detection_tokens
 
     @property
     def reads(self) -> str:
@@ -128,33 +152,53 @@ class VisionTransformer(VisionBase):
         hidden = hidden.astype(jnp.float32)
         if reads == "first":
             return hidden[:, 0]
-        mean = hidden[:, self.config.first :].mean(1)
+        mean = hidden[:, self.config.first : hidden.shape[1] - self.config.detection_tokens].mean(1)
         return mean if reads == "mean" else jnp.concatenate([hidden[:, 0], mean], axis=-1)
 
-    def _context(self, length: int, dropout_rng: Array | None) -> Context:
+    def _grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """(rows, columns) of patches of an image of (height, width)."""
+        height, width = (side // patch for side, patch in zip(size, self.config.patch, strict=True))
+        return height, width
+
+    def _positions(self, table: Array, grid: tuple[int, int]) -> Array:
+        """(tokens, width): positions of an image of so many patches, of a table made for `config.grid`."""
+        config, last = self.config, len(table) - self.config.detection_tokens
+        patches = interpolated(table[config.placed : last], config.grid, grid, antialias=config.antialias)
+        return jnp.concatenate([table[: config.placed], patches, table[last:]])
+
+    def _context(self, length: int, grid: tuple[int, int], dropout_rng: Array | None) -> Context:
         segments = jnp.ones((1, length), jnp.int32)  # every token of an image sees every other: one mask for all images
         places = jnp.zeros_like(segments)
-        return make_context((LayerType(),), segments, places, causal=False, dropout_rng=dropout_rng, dropout=self.dropout)
+        context = make_context((LayerType(),), segments, places, causal=False, dropout_rng=dropout_rng, dropout=self.dropout)
+        if not self.config.layer_positions:
+            return context
+        tables = self._whole(self.layer_position_embed).reshape(self.config.depth - 1, -1, self.config.block.width)
+        entering = jax.vmap(lambda table: self._positions(table, grid))(tables)
+        return dataclasses.replace(context, entering=jnp.pad(entering, ((1, 0), (0, 0), (0, 0))))
 
-    def _entering(self, pixels: Array, dropout_rng: Array | None) -> tuple[Array, Context]:
+    def _entering(self, pixels: Array, dropout_rng: Array | None, behind: Array | None = None) -> tuple[Array, Context]:
         """What the stack is called with: the patches with what stands before them, and what all layers see."""
         config, width = self.config, self.config.block.width
         patches = self.patch_embed(pixels.astype(config.block.dtype))
-        rows, *grid, _ = patches.shape
-        table = self._whole(self.position_embed).reshape(-1, width)
-        own, of_patches = table[: config.placed], table[config.placed :]
-        x = patches.reshape(rows, -1, width) + interpolated(of_patches, config.grid, (grid[0], grid[1]), antialias=config.antialias)
-        first = []
+        rows, height, across, _ = patches.shape
+        table = self._positions(self._whole(self.position_embed).reshape(-1, width), (height, across))
+        own, last = table[: config.placed], len(table) - config.detection_tokens
+        x = patches.reshape(rows, -1, width) + table[config.placed : last]
+        first, after = [], []
         if config.class_token:
             first.append(self._whole(self.class_token).reshape(1, width) + own[:1])
         if config.distillation_token:
             first.append(self._whole(self.distillation_token).reshape(1, width) + own[1:2])
         if config.registers:
             first.append(self._whole(self.register_tokens).reshape(-1, width))
-        if first:
-            before = jnp.concatenate(first)
-            x = jnp.concatenate([jnp.broadcast_to(before, (rows, *before.shape)), x], axis=1)
-        context = self._context(x.shape[1], dropout_rng)
+        if config.detection_tokens:
+            after.append(self._whole(self.detection_tokens).reshape(-1, width) + table[last:])
+        if behind is not None:
+            after.append(behind.astype(x.dtype))
+        spread = lambda tokens: [jnp.broadcast_to(t, (rows, *t.shape)) for t in tokens]
+        if first or after:
+            x = jnp.concatenate([*spread(first), x, *spread(after)], axis=1)
+        context = self._context(x.shape[1], (height, across), dropout_rng)
         x = context.drop(x, 0, 3)
         return (self.entry_norm(x) if config.entry_norm else x), context
 

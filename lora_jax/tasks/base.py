@@ -17,8 +17,8 @@ from ..data.episodes import Collected
 from ..data.pairs import Shift
 from ..data.prompts import Prompts
 from ..errors import InputError
+from ..models.add_head import add_head
 from ..models.encoder_decoder import Base
-from ..models.heads import add_head
 from .data import Columns, Encoded, Prediction, Rows, Shared, TaskData, TaskMetrics
 from .objectives import OBJECTIVES, Objective
 from .on_policy import OnPolicy

@@ -13,8 +13,9 @@ from ..config.doors import TASKS
 from ..data.batching import NO_TARGET, Example, Scorer
 from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
 from ..errors import InputError, hint, warn
+from ..models.add_head import add_head
 from ..models.decoder import Decoder
-from ..models.heads import LabelWordClassifier, LanguageModel, add_head
+from ..models.heads import LabelWordClassifier, LanguageModel
 from .base import Base, Columns, Encoded, HeadTaskConfig, Prediction, Rows, Task, TaskMetrics
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lora_jax import load_model, load_peft
 from lora_jax.adapters.partition import partition
 from lora_jax.config.load import load_config
-from lora_jax.models.heads import add_head
+from lora_jax.models.add_head import add_head
 from lora_jax.sweeps.restore import restore_member, run_members
 from tests import tiny
 from tests.tiny_hub import call

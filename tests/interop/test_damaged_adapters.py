@@ -18,7 +18,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import InputError, LoraConfig, inject, load_model, load_peft, save_peft
-from lora_jax.models.heads import add_head
+from lora_jax.models.add_head import add_head
 from tests import tiny
 
 CASES = 300

@@ -13,7 +13,8 @@ from flax import nnx
 from lora_jax import InputError, inject, merge, unmerge
 from lora_jax.adapters.layout import resolve
 from lora_jax.adapters.sites import find_sites
-from lora_jax.models.heads import LanguageModel, add_head
+from lora_jax.models.add_head import add_head
+from lora_jax.models.heads import LanguageModel
 from lora_jax.models.stack import cut_of
 from tests import tiny, tiny_pairs
 

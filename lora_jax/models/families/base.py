@@ -106,7 +106,7 @@ class Head:
 
     Attributes:
         shape: of the head.
-        modules: our module path (`classifier`, `pre_classifier`, `classifier_norm`) -> Hugging Face module path.
+        modules: our module path (`classifier`, `pre_classifier`, `classifier_norm`, ...) -> Hugging Face module path.
         renamed: what the base's tensors are called under this head: (start of the name, what stands there instead).
     """
 
@@ -118,8 +118,8 @@ class Head:
         """Parameter path -> Weight, of the head alone."""
         linears = {ours: theirs for ours, theirs in self.modules.items() if ours != "classifier_norm"}
         table = {f"{ours}.kernel": Weight(f"{theirs}.weight", transpose=True) for ours, theirs in linears.items()}
-        biased = {"classifier": self.shape.bias, "pre_classifier": self.shape.dense_bias}
-        table |= {f"{ours}.bias": Weight(f"{theirs}.bias") for ours, theirs in linears.items() if biased[ours]}
+        biased = {"classifier": self.shape.bias, "pre_classifier": self.shape.dense_bias}  # all others are
+        table |= {f"{ours}.bias": Weight(f"{theirs}.bias") for ours, theirs in linears.items() if biased.get(ours, True)}
         if self.shape.norm:
             name = self.modules["classifier_norm"]
             table["classifier_norm.scale"] = Weight(f"{name}.weight")
@@ -149,7 +149,7 @@ _DECODER_HEADS = decoder_heads()
 HEAD_CLASSES: dict[str, str] = dict(
     zip(
         HEADS,
-        ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification"),
+        ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification", "ForObjectDetection"),
         strict=True,
     )
 )
