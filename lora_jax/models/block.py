@@ -32,8 +32,10 @@ class Context:
         relative: (1, 2 * span, width), the vectors of relative positions, or None.
         bias: (1, heads, queries, keys) float32, what is added to self-attention's scaled scores, or None.
         entering: (layers, length, width), what is added to each layer's input, or None.
+        places: (1 or rows, length, width), what is added to what queries and keys are made of, and not to what values are, or None.
         source: (rows, source length, width), an encoder's output; None where there is none, or a cache has its keys and values.
         source_mask: (rows, 1, queries, source length) bool, which of its tokens each query sees, or None.
+        source_places: (1 or rows, source length, width), what is added to what its keys are made of, or None.
         types: for each layer the index of its type; empty where there is one type.
         dropout: share of the values that are dropped; static.
     """
@@ -46,6 +48,8 @@ class Context:
     source: Array | None = None
     source_mask: Array | None = None
     entering: Array | None = None
+    places: Array | None = None
+    source_places: Array | None = None
     types: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
@@ -161,7 +165,7 @@ class Attention(nnx.Module):
             mixed = self.mix(*self._over_source(x, context, memory), context.source_mask, context, layer)
         else:
             mask, rotary = context.of_layer(layer)
-            q, k, v = self.heads(*self._projected(x))
+            q, k, v = self.heads(*self._projected(x, context.places))
             if rotary is not None:
                 q, k = rotate(q, rotary), rotate(k, rotary)
             if memory is not None:
@@ -181,20 +185,21 @@ class Attention(nnx.Module):
 
     def _over_source(self, x: Array, context: Context, memory: Memory | None) -> tuple[Array, Array, Array]:
         """The queries of `x`, the keys and values of the encoder's output: from the cache, once they are there."""
-        q = self.q_proj(x)
+        q = self.q_proj(_placed(x, context.places))
         if memory is not None and not memory.first:
             k, v = memory.source()
             return self.heads(q, *(a.reshape(*a.shape[:2], -1) for a in (k, v)))[0], k, v
         assert context.source is not None
-        q, k, v = self.heads(q, self.k_proj(context.source), self.v_proj(context.source))
+        q, k, v = self.heads(q, self.k_proj(_placed(context.source, context.source_places)), self.v_proj(context.source))
         if memory is not None:
             memory.keep_source(k, v)
         return q, k, v
 
-    def _projected(self, x: Array) -> tuple[Array, Array, Array]:
+    def _projected(self, x: Array, places: Array | None) -> tuple[Array, Array, Array]:
         cfg = self.config
         if cfg.qkv == "separate":
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            asked = _placed(x, places)
+            return self.q_proj(asked), self.k_proj(asked), self.v_proj(x)
         joined = self.qkv_proj(x)
         if cfg.qkv == "per_head":
             by_head = joined.reshape(*x.shape[:2], cfg.heads, 3, cfg.head_dim)
@@ -252,6 +257,10 @@ class Attention(nnx.Module):
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
         shares = context.drop(jax.nn.softmax(scores, axis=-1).astype(q.dtype), layer, place)
         return jnp.einsum("rkgqs,rskd->rqkgd", shares, v).reshape(rows, length, -1)
+
+
+def _placed(x: Array, places: Array | None) -> Array:
+    return x if places is None else x + places.astype(x.dtype)
 
 
 class Block(nnx.Module):
