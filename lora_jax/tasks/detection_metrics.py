@@ -67,17 +67,8 @@ def coco_scores(
     given = []
     for i, (size, found, (scores, kinds, boxes)) in enumerate(zip(images, objects, answers, strict=True)):
         for kind, box, crowd, area in zip(found["classes"], found["boxes"], found["crowd"], found["areas"], strict=True):
-            number = len(right["annotations"]) + 1
-            right["annotations"].append(
-                {
-                    "id": number,
-                    "image_id": i,
-                    "category_id": int(kind),
-                    "bbox": [float(x) for x in box],
-                    "area": float(area),
-                    "iscrowd": int(crowd),
-                }
-            )
+            entry = {"id": len(right["annotations"]) + 1, "image_id": i, "category_id": int(kind), "bbox": [float(x) for x in box]}
+            right["annotations"].append(entry | {"area": float(area), "iscrowd": int(crowd)})
         scale = np.array([*size, *size], np.float64)
         for score, kind, box in zip(scores, kinds, boxes * scale, strict=True):
             given.append({"image_id": i, "category_id": int(kind), "bbox": [float(x) for x in box], "score": float(score)})
