@@ -32,7 +32,7 @@ def add_head(base: Base, kind: str, classes: int = 2, *, pooling: str = "cls", r
     check_head(kind)
     if isinstance(base, VisionBase) and kind == ImageClassifier.kind:
         return ImageClassifier(base, classes, rngs=rngs)
-    if isinstance(base, VisionTransformer) and kind == Detector.kind:
+    if isinstance(base, VisionBase) and kind == Detector.kind and (base.queries or isinstance(base, VisionTransformer)):
         return Detector(base, classes, rngs=rngs)
     if not isinstance(base, Encoder | Decoder) or kind in (ImageClassifier.kind, Detector.kind):
         raise InputError(f"head: there is none of kind '{kind}' on {_BASES.get(type(base), 'a base over images')}.")

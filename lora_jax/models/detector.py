@@ -1,7 +1,7 @@
-"""Detectors: a vision transformer that is given one token more for each object it may find.
+"""Detectors: heads that make a class, of which the last is "no object", and a box of each vector that looks for an object.
 
-YOLOS (Fang et al., arXiv:2106.00666): the outputs of these tokens become a class, of which the last is "no object", and a box. Any vision
-transformer of ours can be the base; a checkpoint of YOLOS itself has such tokens, and trained heads.
+Those are the decoder's outputs of DETR (arXiv:2005.12872), or the outputs of tokens that a vision transformer is given beside the patches,
+as in YOLOS (arXiv:2106.00666). Any vision transformer of ours can be given such tokens.
 """
 
 from __future__ import annotations
@@ -14,28 +14,40 @@ from flax import nnx
 
 from .heads import Classifier
 from .layers import AXES, Array, HeadShape, linear
+from .vision import VisionBase
 from .vision_transformer import VisionTransformer
 
 
 class Predictor(nnx.Module):
-    """Three linear layers with ReLU between them, float32: DETR's head (arXiv:2005.12872, appendix A.4).
+    """Linear layers with ReLU between them, float32: DETR's heads (arXiv:2005.12872, appendix A.4).
 
     Args:
         width: of what it is given, and of the layers between.
         outputs: how many numbers it gives.
-        axes: logical axis of those.
+        depth: how many layers.
     """
 
-    def __init__(self, width: int, outputs: int, axes: str, *, rngs: nnx.Rngs):
-        shared = {"bias": True, "dtype": jnp.float32, "rngs": rngs}
-        self.layers_0 = linear(width, width, ("embed", "embed_out"), **shared)
-        self.layers_1 = linear(width, width, ("embed", "embed_out"), **shared)
-        self.layers_2 = linear(width, outputs, ("embed", axes), **shared)
+    def __init__(self, width: int, outputs: int, depth: int, *, rngs: nnx.Rngs):
+        for n in range(depth):
+            last = n == depth - 1
+            made = linear(
+                width, outputs if last else width, ("embed", "classes" if last else "embed_out"), bias=True, dtype=jnp.float32, rngs=rngs
+            )
+            setattr(self, f"layers_{n}", made)
+        self.depth = depth
 
     def __call__(self, x: Array) -> Array:
         """(..., width) -> (..., outputs) float32."""
-        x = jax.nn.relu(self.layers_0(x.astype(jnp.float32)))
-        return self.layers_2(jax.nn.relu(self.layers_1(x)))
+        x = x.astype(jnp.float32)
+        for n in range(self.depth):
+            x = getattr(self, f"layers_{n}")(x)
+            x = jax.nn.relu(x) if n < self.depth - 1 else x
+        return x
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers it gives."""
+        return getattr(self, f"layers_{self.depth - 1}").kernel.shape[-1]
 
 
 class DetectionTokens(nnx.Module):
@@ -53,25 +65,28 @@ class Detector(Classifier):
     classes + 1), "no object" last, and boxes (batch, queries, 4): centre x, centre y, width and height in [0, 1].
 
     Args:
-        base: a vision transformer. Where it has no detection tokens of its own, new ones belong to the heads, and train with them.
+        base: one that looks for objects by itself, or a vision transformer: new detection tokens then belong to the heads, and train with
+            them.
         classes: how many, "no object" aside.
         queries: how many detection tokens are made.
     """
 
     kind = "object_detection"
 
-    def __init__(self, base: VisionTransformer, classes: int, *, queries: int = 100, rngs: nnx.Rngs):
+    def __init__(self, base: VisionBase, classes: int, *, queries: int = 100, rngs: nnx.Rngs):
         nnx.Module.__init__(self)
         self.base = base
-        width = base.config.block.width
-        self.queries = base.config.detection_tokens or queries
-        if not base.config.detection_tokens:
-            self.detection_tokens = DetectionTokens(queries, width, rngs=rngs)
+        shape = dict(base.head_shapes).get(self.kind) or HeadShape("each", activation="relu")
+        self.queries = base.queries or queries
+        if not base.queries:
+            assert isinstance(base, VisionTransformer)
+            self.detection_tokens = DetectionTokens(queries, base.config.block.width, rngs=rngs)
             # What the layers compute of the patches depends on tokens that train: no layer's output is common to all members.
             self.trunk_depth = 0
-        self.class_predictor = Predictor(width, classes + 1, "classes", rngs=rngs)
-        self.box_predictor = Predictor(width, 4, "classes", rngs=rngs)
-        self.shape = nnx.static(HeadShape("each"))
+        width = base.pooled_width("mean")
+        self.class_predictor = Predictor(width, classes + 1, 1 if shape.activation is None else 3, rngs=rngs)
+        self.box_predictor = Predictor(width, 4, 3, rngs=rngs)
+        self.shape = nnx.static(shape)
         made = ("detection_tokens", "class_predictor", "box_predictor")
         self.new: tuple[str, ...] = nnx.static(tuple(name for name in made if hasattr(self, name)))
         self.class_names: tuple[str, ...] = nnx.static(())
@@ -79,7 +94,7 @@ class Detector(Classifier):
     @property
     def classes(self) -> int:
         """How many there are, "no object" aside."""
-        return self.class_predictor.layers_2.kernel.shape[-1] - 1
+        return self.class_predictor.outputs - 1
 
     def __call__(self, pixels: Array) -> tuple[Array, Array]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Class logits (batch, queries, classes + 1) and boxes (batch, queries, 4), float32."""
@@ -103,5 +118,5 @@ class Detector(Classifier):
         return self.base.trunk(self.base.normalised(batch["pixels"]), dropout_rng=dropout_rng)
 
     def _found(self, pixels: Array, **options: Array | None) -> Array:
-        behind = None if self.base.config.detection_tokens else self.detection_tokens.table[...]
-        return self.base.hidden(pixels, behind=behind, **options)[:, -self.queries :].astype(jnp.float32)
+        own = {} if self.base.queries else {"behind": self.detection_tokens.table[...]}
+        return self.base.hidden(pixels, **own, **options)[:, -self.queries :].astype(jnp.float32)

@@ -78,6 +78,11 @@ class VisionBase(nnx.Module):
         raise NotImplementedError
 
     @property
+    def queries(self) -> int:
+        """How many objects it looks for by itself: its last hidden states are theirs. 0 of one that looks for none."""
+        return 0
+
+    @property
     def reads(self) -> str:
         """What a head reads where the family says nothing."""
         return "mean"

@@ -139,6 +139,11 @@ class VisionTransformer(VisionBase):
         return self.config.first + math.prod(self._grid(size)) + self.config.detection_tokens
 
     @property
+    def queries(self) -> int:
+        """As many as there are detection tokens."""
+        return self.config.detection_tokens
+
+    @property
     def reads(self) -> str:
         """The class token where there is one."""
         return "first" if self.config.class_token else "mean"

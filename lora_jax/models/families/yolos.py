@@ -43,7 +43,7 @@ def _weights(config: VisionTransformerConfig) -> dict[str, Weight]:
 
 def _heads(_: Mapping[str, Any]) -> dict[str, Head]:
     modules = {f"{ours}.layers_{n}": f"{theirs}.layers.{n}" for ours, theirs in _PREDICTORS.items() for n in range(3)}
-    return {"object_detection": Head(HeadShape("each"), modules)}
+    return {"object_detection": Head(HeadShape("each", activation="relu"), modules)}
 
 
 FAMILIES.register(
