@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 import transformers
 from safetensors import safe_open
 
-from lora_jax.models.load import load_model
 from lora_jax.interop.hf import save_pretrained
+from lora_jax.models.load import load_model
 from tests import tiny
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore::lora_jax.errors.InputWarning")]

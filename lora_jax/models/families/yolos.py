@@ -26,7 +26,9 @@ _PREDICTORS = {"class_predictor": "class_labels_classifier", "box_predictor": "b
 
 def _config(hf: Mapping[str, Any], dtype: Any) -> VisionTransformerConfig:
     block = pre_norm_block(hf, size(hf, "intermediate_size", 3072), dtype, eps=1e-12)
-    made = VisionTransformerConfig(block, size(hf, "num_hidden_layers"), **patches(hf | {"image_size": hf.get("image_size") or [512, 864]}, 16))
+    made = VisionTransformerConfig(
+        block, size(hf, "num_hidden_layers"), **patches(hf | {"image_size": hf.get("image_size") or [512, 864]}, 16)
+    )
     return dataclasses.replace(
         made, detection_tokens=size(hf, "num_detection_tokens", 100), layer_positions=bool(hf.get("use_mid_position_embeddings", True))
     )
@@ -37,7 +39,9 @@ def _weights(config: VisionTransformerConfig) -> dict[str, Weight]:
     table |= {"detection_tokens": Weight("embeddings.detection_tokens")}
     if config.layer_positions:
         table["layer_position_embed"] = Weight("encoder.mid_position_embeddings")
-    table |= norms({"layers.attn_norm": _LAYER + "layernorm_before", "layers.mlp_norm": _LAYER + "layernorm_after", "final_norm": "layernorm"})
+    table |= norms(
+        {"layers.attn_norm": _LAYER + "layernorm_before", "layers.mlp_norm": _LAYER + "layernorm_after", "final_norm": "layernorm"}
+    )
     return table if config.block.qkv_bias else without_qkv_bias(table)
 
 
