@@ -76,7 +76,7 @@ class Detector(Classifier):
     def __init__(self, base: VisionBase, classes: int, *, queries: int = 100, rngs: nnx.Rngs):
         nnx.Module.__init__(self)
         self.base = base
-        shape = dict(base.head_shapes).get(self.kind) or HeadShape("each", activation="relu")
+        shape = dict(base.head_shapes).get("object_detection") or HeadShape("each", activation="relu")
         self.queries = base.queries or queries
         if not base.queries:
             assert isinstance(base, VisionTransformer)

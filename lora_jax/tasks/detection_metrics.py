@@ -75,7 +75,7 @@ def coco_scores(
     if not right["annotations"] or not given:
         return dict.fromkeys(_STATS, float("nan"))
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress and a table
-        truth = COCO()
+        truth: Any = COCO()
         truth.dataset = right
         truth.createIndex()
         scored = COCOeval(truth, truth.loadRes(given), "bbox")

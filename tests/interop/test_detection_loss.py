@@ -1,5 +1,7 @@
 """The matching and the losses of detectors beside transformers' (DETR's criterion)."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageL
 from lora_jax.tasks.set_matching import MatchWeights, corners, generalized_iou, match, matching_cost, set_loss
 
 
-def drawn(rng, images=3, queries=12, classes=4, most=7):
+def drawn(rng, images=3, queries=12, classes=4, most=7) -> Any:
     logits = rng.normal(size=(images, queries, classes + 1)).astype(np.float32) * 2
     boxes = rng.uniform(0.05, 0.95, (images, queries, 4)).astype(np.float32)
     counts = rng.integers(0, most + 1, images)
@@ -22,7 +24,7 @@ def drawn(rng, images=3, queries=12, classes=4, most=7):
     return logits, boxes, labels, wanted
 
 
-def padded(labels, wanted, most=9):
+def padded(labels, wanted, most=9) -> Any:
     classes = np.full((len(labels), most), -1, np.int32)
     boxes = np.full((len(labels), most, 4), np.nan, np.float32)
     boxes[:] = 0.0
@@ -70,7 +72,7 @@ def test_matching_losses_and_gradients_are_those_of_transformers(seed):
 
 def test_giou_is_that_of_transformers():
     rng = np.random.default_rng(0)
-    a, b = (corners(rng.uniform(0.05, 0.95, (20, 4)).astype(np.float32)) for _ in range(2))
+    a, b = (corners(jnp.asarray(rng.uniform(0.05, 0.95, (20, 4)), jnp.float32)) for _ in range(2))
     theirs = generalized_box_iou(torch.tensor(np.array(a)), torch.tensor(np.array(b)))
     np.testing.assert_allclose(generalized_iou(a[:, None], b[None]), theirs, rtol=1e-5, atol=1e-6)
 

@@ -26,8 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_boxes_and_files_are_those_of_transformers(case: str, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "intermediate_size": 40}
-    config = transformers.YolosConfig(**(sizes | {"num_detection_tokens": 7, "num_labels": 5} | CASES[case]))
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "intermediate_size": 40}
+    options: Any = sizes | {"num_detection_tokens": 7, "num_labels": 5} | CASES[case]
+    config = transformers.YolosConfig(**options)
     torch.manual_seed(0)
     theirs = transformers.YolosForObjectDetection(config).eval()
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,11 +25,13 @@ _PREDICTORS = {"class_predictor": "class_labels_classifier", "box_predictor": "b
 
 def _config(hf: Mapping[str, Any], dtype: Any) -> VisionTransformerConfig:
     block = pre_norm_block(hf, size(hf, "intermediate_size", 3072), dtype, eps=1e-12)
-    made = VisionTransformerConfig(
-        block, size(hf, "num_hidden_layers"), **patches(hf | {"image_size": hf.get("image_size") or [512, 864]}, 16)
-    )
-    return dataclasses.replace(
-        made, detection_tokens=size(hf, "num_detection_tokens", 100), layer_positions=bool(hf.get("use_mid_position_embeddings", True))
+    grid = patches({"image_size": [512, 864], **hf}, 16)
+    return VisionTransformerConfig(
+        block,
+        size(hf, "num_hidden_layers"),
+        **grid,
+        detection_tokens=size(hf, "num_detection_tokens", 100),
+        layer_positions=bool(hf.get("use_mid_position_embeddings", True)),
     )
 
 
