@@ -128,6 +128,11 @@ class ConvolutionalNet(VisionBase):
         """The channels of the last feature map."""
         return self.config.outputs
 
+    @property
+    def layer_sizes(self) -> tuple[int, int]:
+        """Channels of the last feature map, twice: what most of the last convolutions have."""
+        return self.config.outputs, self.config.outputs
+
     def tokens(self, size: tuple[int, int]) -> int:
         """The pixels of the last feature map, each of which stands for 32 x 32 of the image."""
         return -(-size[0] // 32) * -(-size[1] // 32)

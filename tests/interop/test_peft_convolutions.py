@@ -136,7 +136,7 @@ def test_a_training_curve_of_a_resnet(tmp_path: Path) -> None:
     pixels, labels = rng.integers(0, 256, (steps, 8, 32, 32, 1), np.uint8), rng.integers(0, 5, (steps, 8))
     batches = [
         {
-            "tokens": np.zeros((8, 1), np.int32),
+            "segment_ids": np.ones((8, 1), np.int32),
             "pixels": p,
             "target_index": np.arange(8, dtype=np.int32),
             "target_ids": y.astype(np.int32),
