@@ -69,7 +69,7 @@ def batch(step: int, rows: int = 4) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, even(1)), (5, 2, "SAME"), (3, 2, even(0, 1)), (4, 1, "SAME")])
 def test_channels_by_themselves(kernel: int, stride: int, padding: Any) -> None:
-    own = DepthwiseConv(6, kernel, stride, padding, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    own: Any = DepthwiseConv(6, kernel, stride, padding, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 6)), jnp.float32)
 
     def both(run: Any) -> Any:
@@ -89,7 +89,8 @@ def test_channels_by_themselves(kernel: int, stride: int, padding: Any) -> None:
 
 def test_the_largest_of_nine() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 3)), jnp.float32)
-    np.testing.assert_array_equal(max_pool(x), nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1))))
+    pool: Any = nnx.max_pool
+    np.testing.assert_array_equal(max_pool(x), pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1))))
 
 
 @pytest.mark.parametrize("name", NETS)
