@@ -39,7 +39,7 @@ help:  ## List the targets
 
 .venv/.dev: .venv/.installed
 	@echo "installing the development tools"
-	@$(PIP) --constraint constraints.txt --editable '.[dev,rl,vision]'
+	@$(PIP) --constraint constraints.txt --editable '.[dev,rl,vision,onnx]'
 	@touch $@
 
 # PyTorch is installed first and alone: peft would otherwise install the newest build, with CUDA.

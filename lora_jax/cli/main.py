@@ -17,6 +17,7 @@ import typer
 
 from ..errors import InputError, InputWarning, RunError, Stopped
 from ..parallel import processes
+from .bench import bench
 from .compare import compare
 from .doctor import doctor
 from .evaluate import evaluate
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # main(), below, prints failures
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (train, sweep, launch, compare, evaluate, predict, generate, export, doctor, schema):
+for _command in (train, sweep, launch, compare, evaluate, predict, generate, export, bench, doctor, schema):
     app.command(cls=ExportHelp if _command is export else None)(_command)
 
 

@@ -49,6 +49,22 @@ class ExportOptions:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """What runs an export, in a process of its own: for `lora-jax bench`.
+
+    Attributes:
+        file: of the export, by which it is known.
+        script: a file of `interop/runtimes/`, or its path. It defines `load(path)`, which gives the inputs ([(name, dims, dtype)]) and a
+            function of a dict of arrays; it imports what that takes and nothing else.
+        name: for tables.
+    """
+
+    file: str
+    script: str
+    name: str
+
+
 class Exporter(ABC):
     """A format, one instance each.
 
@@ -56,11 +72,13 @@ class Exporter(ABC):
         summary: one line for `lora-jax export --help`.
         default: whether `lora-jax export` takes it where no format is named.
         options: fields of `ExportOptions` that it reads -> their values; an empty tuple allows any.
+        runtime: what runs its exports; None where they do not run by themselves.
     """
 
     summary: ClassVar[str] = ""
     default: ClassVar[bool] = False
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    runtime: ClassVar[Runtime | None] = None
 
     def can(self, restored: Restored) -> str | None:
         """Why this member cannot be written in this format; None where it can."""

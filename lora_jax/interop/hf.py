@@ -34,7 +34,7 @@ from ..weights.provenance import Origin
 from ..weights.safetensors import DTYPES, Tensor, write_checkpoint
 from ..weights.tokenizer import load_tokenizer
 from .card import model_card, write_card
-from .export import Exporter, ExportOptions, head_of, kind_of
+from .export import Exporter, ExportOptions, Runtime, head_of, kind_of
 
 SHARD = 5 * 10**9  # bytes; transformers' own choice for a long time, and what hubs like
 WRITTEN_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
@@ -110,7 +110,7 @@ def _write(
     tensors = _tensors(merged, dtypes, carried)
     write_checkpoint(folder, tensors, largest=largest)
     _write_json(folder / "config.json", _config(merged, classes, tensors))
-    _write_reader(folder, form.origin.source)
+    write_reader(folder, form.origin.source)
     if (generation := _generation_config(merged)) is not None:
         _write_json(folder / "generation_config.json", generation)
 
@@ -275,7 +275,7 @@ def _is_gguf(source: str) -> bool:
     return weights_file(resolve(source, key="model.source", hub_patterns=HUB_FILES), key="model.source").suffix == ".gguf"
 
 
-def _write_reader(folder: Path, source: str) -> None:
+def write_reader(folder: Path, source: str) -> None:
     """The files of the tokenizer or image processor as they stand; those that a GGUF file's metadata amounts to."""
     if _is_gguf(source):
         load_tokenizer(source).save_pretrained(folder)
@@ -304,6 +304,7 @@ class HuggingFaceExporter(Exporter):
 
     summary = "Merged weights, config and tokenizer, for transformers."
     default = True
+    runtime = Runtime("config.json", "run_checkpoint.py", "lora-jax")
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"dtype": tuple(WRITTEN_DTYPES), "max_shard_size": (), "keep_mask": ()}
 
     def can(self, restored: Restored) -> str | None:

@@ -19,7 +19,7 @@ from ...models.tensors import base_tensors
 from ...sweeps.restore import Restored
 from ...weights.safetensors import Tensor
 from ..card import model_card, write_card
-from ..export import Exporter, ExportOptions
+from ..export import Exporter, ExportOptions, Runtime
 from ..hf import check_form, stored_dtypes
 from .file import architecture_of, gguf_tensors, write_gguf
 from .settings import check_said, say_windows, settings_of, tables_of
@@ -60,6 +60,7 @@ class GGUFExporter(Exporter):
 
     summary = "Merged language model in one file, with its tokenizer, for llama.cpp."
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"dtype": tuple(TYPES)}
+    runtime = Runtime(NAME, "run_checkpoint.py", "lora-jax")
 
     def can(self, restored: Restored) -> str | None:
         """Why llama.cpp could not compute the same; None where it can."""
