@@ -89,7 +89,8 @@ def write_onnx(program: Program, path: Path) -> None:
     size = sum(array.nbytes for array in program.weights.values())
     if size > _LARGEST:
         raise InputError(f"its weights take {size / 1e9:.1f} GB, and an ONNX file holds 2 GB.")
-    logging.getLogger("jax2onnx").setLevel(logging.CRITICAL)  # it tells at length which packages it did not find
+    for name in ("jax2onnx", "onnx_ir"):  # they tell at length which packages were not found, and which shapes have no type
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     specs = program.specs()
     closed = jax.make_jaxpr(lambda *arrays: program.call(program.weights, *arrays))(*specs)
     consts = [np.asarray(value) for value in closed.consts]

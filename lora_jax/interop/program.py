@@ -19,6 +19,7 @@ from ..models.encoder_decoder import Base, EncoderDecoder
 from ..models.heads import Classifier
 from ..models.policy import Policy
 from ..models.stack import stacks_of
+from ..models.vision import VisionBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,8 @@ _TEXT = ("batch", "length")
 
 
 def _inputs(base: Any) -> tuple[ProgramArray, ...]:
+    if isinstance(base, VisionBase):
+        return (ProgramArray("pixels", ("batch", *base.pixels.size, base.pixels.channels), "float32"),)
     names = ["input_ids", "attention_mask"]
     if isinstance(base, Encoder) and base.config.token_types > 1:
         names.append("token_type_ids")
@@ -127,6 +130,10 @@ def _inputs(base: Any) -> tuple[ProgramArray, ...]:
 
 
 def _output(model: Base | Classifier, base: Any) -> ProgramArray:
+    if isinstance(base, VisionBase):
+        pixels = jax.ShapeDtypeStruct((1, *base.pixels.size, base.pixels.channels), jnp.float32)
+        shape = nnx.eval_shape(lambda model, pixels: model(pixels), model, pixels).shape
+        return ProgramArray("logits" if isinstance(model, Classifier) else "last_hidden_state", ("batch", *shape[1:]), "float32")
     if isinstance(model, Classifier):
         classes = model.classifier.kernel.shape[-1]
         return ProgramArray("logits", (*(_TEXT if model.shape.reads == "each" else _TEXT[:1]), classes), "float32")

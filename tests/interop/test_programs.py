@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,8 @@ def outputs(model: Any, arrays: list[np.ndarray]) -> np.ndarray:
     """What the model itself computes."""
     tokens, mask, *types = arrays
     method = "hidden" if isinstance(model, Encoder) else "__call__"
-    return tiny.outputs(model, tokens, mask, method=method, **({"token_types": types[0]} if types else {}))
+    more: dict[str, Any] = {"token_types": types[0]} if types else {}
+    return tiny.outputs(model, tokens, mask, method=method, **more)
 
 
 LOAD = """
@@ -62,7 +64,7 @@ def check_in_jax_alone(program: Program, expected: Any, folder: Path) -> None:
     folder.mkdir()
     write_program(program, folder)
     given = {f"{b}x{l}": rows(program, b, l) for b, l in SHAPES}
-    flat = {f"{key}.{one.name}": a for key, arrays in given.items() for one, a in zip(program.inputs, arrays, strict=True)}
+    flat: dict[str, Any] = {f"{key}.{one.name}": a for key, arrays in given.items() for one, a in zip(program.inputs, arrays, strict=True)}
     np.savez(folder / "given.npz", **flat)
     paths = {"manifest": folder / MANIFEST, "arrays": folder / "given.npz", "out": folder / "out.npz"}
     scripts = Path(lora_jax.__file__).parent / "interop" / "runtimes"
@@ -117,6 +119,35 @@ def test_real_minilm_in_onnxruntime_and_jax_alone(minilm_source, kind, tmp_path)
     model = tiny.trained(add_head(lora_jax.load_model(minilm_source), kind, 2, rngs=nnx.Rngs(0)), targets="attention")
     check_in_jax_alone(program_of(model), lambda arrays: outputs(model, arrays), tmp_path / "hlo")
     check_in_onnxruntime(program_of(model, unrolled=True), lambda arrays: outputs(model, arrays), tmp_path / "m.onnx", 30000)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["dinov2_small", "efficientnet_lite0"])
+def test_real_models_of_images(name, tmp_path):
+    """At three batch sizes; images have the size that the checkpoint says."""
+    source = Path(__file__).parents[2].parent / "shared" / "models" / name
+    if not (source / "config.json").is_file():
+        pytest.skip("needs ../shared/models")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    base: Any = lora_jax.load_model(str(source))
+    model = tiny.trained(add_head(base, "image_classification", 5, rngs=nnx.Rngs(0)), targets="all-linear")
+    program = program_of(model, unrolled=True)
+    write_onnx(program, tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    (tmp_path / "hlo").mkdir()
+    write_program(program_of(model), tmp_path / "hlo")
+    inputs, run = runtime(tmp_path / "hlo" / MANIFEST)
+    size: Any = program.inputs[0].dims[1:]
+    for batch in (1, 2, 3):
+        pixels = np.random.default_rng(batch).standard_normal((batch, *size)).astype(np.float32)
+        expected = tiny.outputs(model, pixels)
+        np.testing.assert_allclose(session.run(["logits"], {"pixels": pixels})[0], expected, atol=1e-4)
+        np.testing.assert_allclose(run({inputs[0][0]: pixels}), expected, atol=1e-4)
+
+
+def runtime(manifest: Path) -> Any:
+    """What `run_jax.py` loads, in this process."""
+    return runpy.run_path(str(Path(lora_jax.__file__).parent / "interop" / "runtimes" / "run_jax.py"))["load"](str(manifest))
 
 
 @pytest.fixture(scope="module")
