@@ -14,6 +14,7 @@ from jax import export
 
 from ..adapters.merge import merged_base
 from ..errors import InputError
+from ..models.detector import Detector
 from ..models.encoder import Encoder
 from ..models.encoder_decoder import Base, EncoderDecoder
 from ..models.heads import Classifier
@@ -77,6 +78,8 @@ def plain_model(model: nnx.Module) -> Base | Classifier:
     found = model if isinstance(model, Base | Classifier) else getattr(model, "base", None)
     if not isinstance(found, Base | Classifier):
         raise InputError(f"a {type(model).__name__} is no model of texts or images.")
+    if isinstance(found, Detector):
+        raise InputError("it is a detector, and programs are written of models with one output.")
     base = found.base if isinstance(found, Classifier) else found
     if isinstance(base, EncoderDecoder | Policy):
         what = "an encoder-decoder, whose answers are generated token by token" if isinstance(base, EncoderDecoder) else "a policy"

@@ -19,8 +19,8 @@ import lora_jax
 from lora_jax.interop.onnx import NEEDS, OnnxExporter, write_onnx
 from lora_jax.interop.program import Program, program_of
 from lora_jax.interop.stablehlo import MANIFEST, write_program
+from lora_jax.models.add_head import add_head
 from lora_jax.models.encoder import Encoder
-from lora_jax.models.heads import add_head
 from lora_jax.sweeps.restore import restore_member, run_members
 from tests import tiny
 from tests.tiny_hub import call
