@@ -104,6 +104,8 @@ def _located(data: dict[str, Any], folder: FilePath, origins: Mapping[Path, str]
     def absolute(value: Any, path: Path) -> Any:
         if isinstance(value, list):
             return [absolute(item, path) for item in value]
+        if isinstance(value, dict):  # one of a list of sections
+            return {key: absolute(inner, path) if key == "source" else inner for key, inner in value.items()}
         if not isinstance(value, str) or "://" in value or not value or "\0" in value:
             return value
         own = next((origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -11,6 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from .doors import METHODS, OPTIMIZERS, SECTION_LISTS, TASKS, TRANSFORMS, OneOf
 from .patterns import what_is_wrong
 from .types import (
+    SOURCE,
     Bytes,
     DataSeed,
     Fraction,
@@ -25,6 +25,7 @@ from .types import (
     Steps,
     TaskSection,
 )
+from .types import TaskConfig as TaskConfig  # tasks take it from here
 
 
 class Distribution(Section):
@@ -141,11 +142,6 @@ class TransformConfig(Section):
     kind: str = Field(description="Which transform.")
 
 
-# Marks a key that holds a path, or a source that may be one: `load_config` takes it relative to the config's folder.
-SOURCE: dict[str, Any] = {"format": "source"}
-_other_source = partial(Field, None, json_schema_extra=SOURCE)
-
-
 class ModelConfig(Section):
     # Its transforms are known when the first config is read, and may become more.
     model_config = ConfigDict(defer_build=True)
@@ -189,32 +185,6 @@ class ModelConfig(Section):
         if twice is not None:
             raise ValueError(f"lists '{twice}' twice")
         return value
-
-
-class TaskConfig(TaskSection):
-    """What the sections of all tasks that read rows have in common; each task's own adds its keys (`tasks/`)."""
-
-    source: str = Field(
-        description="A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision], or package://import_name/path.",
-        json_schema_extra=SOURCE,
-    )
-    eval_source: str | None = _other_source(description="A separate held-out file. Without it, `eval_size` rows of `source` are held out.")
-    eval_size: PositiveInt | Literal["all"] = Field(
-        default=500, description="Number of held-out rows (with `eval_source`: the number of its rows that are used, or `all`)."
-    )
-    test_source: str | None = _other_source(description="A separate test file: scored once, when a member ends; nothing is chosen by it.")
-    test_size: PositiveInt | Literal["all"] | None = Field(None, description="Number of test rows. Default: all of `test_source`, or none.")
-    train_size: PositiveInt | None = Field(default=None, description="Number of training rows to use, after shuffling. Default: all.")
-    split_seed: DataSeed = Field(default=0, description="Seed of the split into training, held-out and test rows.")
-    max_length: Steps = Field(default=128, description="Maximal number of tokens of an example; longer ones are truncated.")
-    drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to exclude: column -> values.")
-
-    @model_validator(mode="after")
-    def _eval_size(self) -> TaskConfig:
-        for part in ("eval", "test"):
-            if getattr(self, f"{part}_size") == "all" and getattr(self, f"{part}_source") is None:
-                raise ValueError(f"'{part}_size: all' needs '{part}_source': of 'source' some rows are left to train on")
-        return self
 
 
 class AdapterConfig(Section):

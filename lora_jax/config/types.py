@@ -1,10 +1,24 @@
-"""What every section of the config is made of: its base class, kinds of numbers, and amounts of memory."""
+"""What every section of the config is made of: its base class, kinds of numbers, amounts of memory; and what tasks that read rows share."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from ..errors import hint
 
 _SIZE = TypeAdapter(ByteSize)
 
@@ -73,7 +87,7 @@ class Section(BaseModel):
 
 
 class TaskSection(Section):
-    """What the sections of all tasks have in common, whether they read rows (`schema.TaskConfig`) or not."""
+    """What the sections of all tasks have in common, whether they read rows (`TaskConfig`) or not."""
 
     kind: str = Field(description="The kind of task. Each kind has its own keys.")
 
@@ -81,3 +95,93 @@ class TaskSection(Section):
     def title(self) -> str:
         """What is learned of, in short, for titles: where the rows are, without its folder."""
         return getattr(self, "source", "").rsplit("/", 1)[-1]
+
+
+# Marks a key that holds a path, or a source that may be one: `load_config` takes it relative to the config's folder.
+SOURCE: dict[str, Any] = {"format": "source"}
+_other_source = partial(Field, None, json_schema_extra=SOURCE)
+
+
+class MixtureSource(Section):
+    source: str = Field(description="As task.source.")
+    weight: float | None = Field(
+        default=None,
+        description="Share of the training rows, relative to the other sources'. All have one, or none: then each row is used once.",
+    )
+    columns: dict[str, str] = Field(default_factory=dict, description="As task.columns, of this source alone.")
+
+
+class TaskConfig(TaskSection):
+    """What the sections of all tasks that read rows have in common; each task's own adds its keys (`tasks/`)."""
+
+    source: str = Field(
+        description=(
+            "A .csv/.tsv/.jsonl/.parquet/.txt file (also .gz, .bz2), a folder, hf://org/name[@revision][:config[/split]], "
+            "or package://import_name/path."
+        ),
+        json_schema_extra=SOURCE,
+    )
+    sources: list[MixtureSource] = Field(
+        default_factory=list,
+        description="In place of source, a mixture of several: [{source: ..., weight: ...}, ...].",
+        json_schema_extra=SOURCE,
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Other names for columns: what a source calls one -> what the other keys call it."
+    )
+    eval_source: str | None = _other_source(description="A separate held-out file. Without it, `eval_size` rows of `source` are held out.")
+    eval_size: PositiveInt | Literal["all"] = Field(
+        default=500, description="Number of held-out rows (with `eval_source`: the number of its rows that are used, or `all`)."
+    )
+    test_source: str | None = _other_source(description="A separate test file: scored once, when a member ends; nothing is chosen by it.")
+    test_size: PositiveInt | Literal["all"] | None = Field(None, description="Number of test rows. Default: all of `test_source`, or none.")
+    train_size: PositiveInt | None = Field(default=None, description="Number of training rows to use, after shuffling. Default: all.")
+    split_seed: DataSeed = Field(default=0, description="Seed of the split into training, held-out and test rows.")
+    max_length: Steps = Field(default=128, description="Maximal number of tokens of an example; longer ones are truncated.")
+    drop: dict[str, list[str]] = Field(default_factory=dict, description="Rows to exclude: column -> values.")
+    token_cache: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description=(
+            "Keep the rows' tokens in files below tracking.dir that are mapped into memory, and found by later runs. auto: where the files "
+            "read have 16 MB or more together, and the task can."
+        ),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_several(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("sources"):
+            return values
+        for one in values["sources"] if isinstance(values["sources"], list) else ():
+            for key in one if isinstance(one, dict) else ():
+                if key not in MixtureSource.model_fields:
+                    raise ValueError(f"'sources': there is no key '{key}'. {hint(str(key), MixtureSource.model_fields)}".rstrip(". "))
+        return {"source": "", **values}
+
+    @model_validator(mode="after")
+    def _sources(self) -> TaskConfig:
+        if not self.sources:
+            return self
+        if self.source:
+            raise ValueError("'source' and 'sources' do not go together")
+        named = [one.source for one in self.sources]
+        if twice := next((name for name in named if named.count(name) > 1), None):
+            raise ValueError(f"'sources' names {twice} twice; give it a larger weight")
+        for one in self.sources:
+            if one.weight is not None and not 0 < one.weight < float("inf"):
+                raise ValueError(f"'sources': the weight of {one.source} is {one.weight:g}; it must be above 0")
+        if len({one.weight is None for one in self.sources}) > 1:
+            raise ValueError("'sources': all have a weight, or none")
+        return self
+
+    @property
+    def title(self) -> str:
+        """Where the rows are, without their folders."""
+        return " + ".join(name.rsplit("/", 1)[-1] for name in ([one.source for one in self.sources] or [self.source]))
+
+    @model_validator(mode="after")
+    def _eval_size(self) -> TaskConfig:
+        for part in ("eval", "test"):
+            if getattr(self, f"{part}_size") == "all" and getattr(self, f"{part}_source") is None:
+                raise ValueError(f"'{part}_size: all' needs '{part}_source': of 'source' some rows are left to train on")
+        return self

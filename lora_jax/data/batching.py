@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import InputError
 from .order import balance, best_fit, epoch_order, rows_needed
 from .prompts import Prompts
+from .store import counts_of, lengths_of
 
 NO_TARGET = -1
 
@@ -68,13 +69,13 @@ class Examples:
         parts: a (parts, 2) int32 array for each, as in `Example`; None where each is one text.
     """
 
-    tokens: list[np.ndarray]
-    targets: list[np.ndarray]
+    tokens: Sequence[np.ndarray]
+    targets: Sequence[np.ndarray]
     types: list[np.ndarray] | None = None
     score: Scorer | None = None
     values: list[np.ndarray] | None = None
     prompts: Prompts | None = None
-    decoder_tokens: list[np.ndarray] | None = None
+    decoder_tokens: Sequence[np.ndarray] | None = None
     parts: list[np.ndarray] | None = None
 
     @classmethod
@@ -90,7 +91,7 @@ class Examples:
     def take(self, chosen: Sequence[int]) -> Examples:
         """The examples at these indices, without what scores them all."""
 
-        def own(column: list[np.ndarray] | None) -> list[np.ndarray] | None:
+        def own(column: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
             return None if column is None else [column[i] for i in chosen]
 
         tokens, targets = ([column[i] for i in chosen] for column in (self.tokens, self.targets))
@@ -117,18 +118,18 @@ class Examples:
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """(n,) int64 tokens of each."""
-        return np.array([len(t) for t in self.tokens], np.int64)
+        return lengths_of(self.tokens)
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
         """(n, kinds) int64: the tokens of each, and the decoder's in a second column where there are any."""
         columns = [self.tokens, *(() if self.decoder_tokens is None else (self.decoder_tokens,))]
-        return np.array([[len(t) for t in tokens] for tokens in columns], np.int64).T
+        return np.stack([lengths_of(tokens) for tokens in columns], axis=1)
 
     @functools.cached_property
     def target_counts(self) -> np.ndarray:
         """(n,) int64 positions of each that have a target."""
-        return np.array([int((t != NO_TARGET).sum()) for t in self.targets], np.int64)
+        return counts_of(self.targets, NO_TARGET)
 
 
 Batch = dict[str, np.ndarray]

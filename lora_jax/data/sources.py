@@ -63,12 +63,13 @@ def load_rows(
     named_by: Mapping[str, str] | None = None,
     any_of: Sequence[str] = (),
     optional: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> Table:
     """The rows of a source, without those that `drop` names.
 
     Args:
         source: a .csv, .tsv, .jsonl, .json, .parquet or .txt file (also .gz, .bz2), a folder of such files, `package://...`, or
-            `hf://org/name[@revision]`.
+            `hf://org/name[@revision][:config[/split]]`.
         key: the config key the source came from, for messages.
         columns: columns that must be there, and the only ones kept; a .txt file has one, `text`.
         drop: column -> values; rows with one of them are left out. Values compare as the text that the file has.
@@ -76,22 +77,26 @@ def load_rows(
         named_by: column -> the config key that names it, for messages.
         any_of: of these columns one has to be there; those that are not are not in the table.
         optional: columns of which none has to be there.
+        renamed: what the source calls a column -> what it is called here.
 
     Raises:
         InputError: nothing is there, it cannot be read, it has no rows, or a column is missing.
     """
     drop, note = drop or {}, ""
     wanted = list(dict.fromkeys([*columns, *drop]))
+    theirs = {new: old for old, new in (renamed or {}).items()}
+    asked = list(dict.fromkeys(theirs.get(name, name) for name in wanted))
     if source.startswith("hf://"):
-        names, found, split = _from_hub(source, key, splits, wanted)
-        read = (f"{source}, {split}",)
-        if split not in splits:
+        names, found, split, named = _from_hub(source, key, splits, asked)
+        read = (f"{source.removesuffix(f'/{split}') if named else source}, {split}",)
+        if split not in splits and not named:
             note = f"{key}: {source} has no {splits[0]} split; '{split}' was taken."
     else:
-        path = resolve(source, key=key)
-        files = _files_in(path, key, splits) if path.is_dir() else [path]
-        names, found = _joined([(file, *read_columns(file, wanted, key)) for file in files], key)
+        files = files_of(source, key, splits)
+        names, found = _joined([(file, *read_columns(file, asked, key)) for file in files], key)
         read = tuple(str(file.resolve()) for file in files)
+    if renamed:
+        names, found = _renamed(source, renamed, names, found)
     count = len(next(iter(found.values()), []))
     if not count and found:
         raise InputError(f"{key}: {source} has no rows.")
@@ -116,6 +121,61 @@ def load_rows(
     table = {name: [found[name][i] for i in chosen] for name in dict.fromkeys(columns) if name in found}
     present = {column: {value for value in values if value is not None} for column, values in texts.items()}
     return Table(table | {ROW: [i + 1 for i in chosen]}, dropped, present, read, note)
+
+
+def files_of(source: str, key: str, splits: tuple[str, ...]) -> list[Path]:
+    """The files of a source that is none of the hub: of a folder those of the first split that is there.
+
+    Raises:
+        InputError: nothing is there.
+    """
+    path = resolve(source, key=key)
+    return _files_in(path, key, splits) if path.is_dir() else [path]
+
+
+def _renamed(source: str, renamed: Mapping[str, str], names: Sequence[str], found: Columns) -> tuple[list[str], Columns]:
+    """Names and columns by their new names; `InputError` where there is no such column, or another has the new name."""
+    for old, new in renamed.items():
+        if old not in names:
+            raise InputError(f"task.columns: {source} has no column '{old}'. {hint(old, names)} Columns: {', '.join(names)}.")
+        if new in names and new not in renamed:
+            raise InputError(f"task.columns: {source} has a column '{new}' beside '{old}', which is to be called so.")
+    return [renamed.get(name, name) for name in names], {renamed.get(name, name): values for name, values in found.items()}
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """The rows of several sources, one after the other, which have the same columns."""
+    dropped, values = Counter[tuple[str, str]](), dict[str, set[str]]()
+    for table in tables:
+        dropped.update(table.dropped)
+        for column, present in table.values.items():
+            values.setdefault(column, set()).update(present)
+    columns = {name: list(itertools.chain.from_iterable(t[name] for t in tables)) for name in tables[0].columns}
+    note = "\n".join(table.note for table in tables if table.note)
+    return Table(columns, dropped, values, tuple(file for table in tables for file in table.files), note)
+
+
+def mixed_rows(at: np.ndarray, origin: np.ndarray, weights: Sequence[float], *, size: int | None, seed: int) -> np.ndarray:
+    """Training rows of several sources, each with its share: whole passes over a source's rows, and the first of them once more.
+
+    Args:
+        at: (n,) indices of training rows, in a seeded order.
+        origin: (rows,) which source each row is of.
+        weights: of the sources; shares are in proportion.
+        size: how many rows there are to be; as many as there are by default.
+        seed: of their order.
+
+    >>> mixed_rows(np.arange(6), np.array([0, 0, 0, 0, 1, 1]), [1.0, 2.0], size=None, seed=0).tolist()
+    [4, 5, 0, 5, 1, 4]
+    """
+    total, shares = len(at) if size is None else size, np.array(weights) / np.sum(weights)
+    counts = np.floor(total * shares).astype(int)
+    counts[np.argsort(-(total * shares - counts), kind="stable")[: total - counts.sum()]] += 1
+    own = [at[origin[at] == number] for number in range(len(weights))]
+    if (empty := next((number for number, rows in enumerate(own) if not len(rows)), None)) is not None:
+        raise InputError(f"task.sources: of source {empty + 1} no row is left to train on.")
+    chosen = np.concatenate([np.resize(rows, count) for rows, count in zip(own, counts, strict=True)])
+    return np.random.default_rng(np.random.SeedSequence([seed, 0x313])).permutation(chosen)
 
 
 def check_tables(tables: Mapping[str, Table], drop: dict[str, list[str]]) -> None:
@@ -244,12 +304,13 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(before)
 
 
-def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[str]) -> tuple[list[str], Columns, str]:
+def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[str]) -> tuple[list[str], Columns, str, bool]:
+    """The names of all columns, the values of those wanted, the split that was read, and whether the source names it."""
     import datasets
 
-    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
-    if match is None:
-        raise InputError(f"{key}: '{source}' is not hf://org/name[@revision].")
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w.+-]*)(?:/([\w.+-]+))?)?", source)
+    if match is None or (match[3] == "" and not match[4]):
+        raise InputError(f"{key}: '{source}' is not hf://org/name[@revision][:config[/split]].")
     if Path(match[1]).exists():  # `datasets` would read that in place of the hub's
         raise InputError(
             f"{key}: '{source}': the local folder '{match[1]}' hides the hub's data set. To use the folder, give its path; to use the hub, "
@@ -258,16 +319,16 @@ def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[
     datasets.disable_progress_bars()
     try:
         with _quiet(), hub_or_cache(match[1], "dataset"):
-            found = datasets.load_dataset(match[1], revision=match[2])
-            split = next((s for s in (*splits, *TRAINING) if s in found), None)
+            found = datasets.load_dataset(match[1], *([match[3]] if match[3] else []), revision=match[2])
+            split = next((s for s in ([match[4]] if match[4] else [*splits, *TRAINING]) if s in found), None)
             names = [] if split is None else list(found[split].column_names or ())
             # Its files are mapped: a damaged one shows here.
             values = {name: list(found[split][name]) for name in columns if name in names}
     except Exception as error:  # the hub client raises many unrelated kinds; all mean that the rows cannot be had
         raise InputError(f"{key}: cannot fetch '{source}' ({hub_reason(error)}).") from None
     if split is None:
-        raise InputError(f"{key}: '{source}' has no split {splits[0]}, only {', '.join(map(str, found))}.")
-    return names, values, split
+        raise InputError(f"{key}: '{source}' has no split {match[4] or splits[0]}, only {', '.join(map(str, found))}.")
+    return names, values, split, match[4] is not None
 
 
 def split_rows(
@@ -295,31 +356,32 @@ def split_rows(
         beside = f", of which {held_out} are held out," if held_out else ""
         raise InputError(f"task.test_size: {test} of {count} rows{beside} leaves no row to train on.")
     order = np.random.default_rng(np.random.SeedSequence([seed, 0x5911])).permutation(count)
-    copies: dict[str, list[int]] = {}
-    for i in order:
-        copies.setdefault(texts[int(i)], []).append(int(i))
+    numbers: dict[str, int] = {}  # of the texts, in the order that they come in
+    group = np.fromiter((numbers.setdefault(texts[int(i)], len(numbers)) for i in order), np.int64, count)
+    del numbers
+    by_text = np.argsort(group, kind="stable")
+    order, group, sizes = order[by_text], group[by_text], np.bincount(group)
     # Held out from the front of the shuffled texts until there are enough; a text with too many copies stays in training.
-    taken, rest = _filled(list(copies.values()), held_out)
-    if sum(map(len, taken)) < held_out:
+    part = np.zeros(len(sizes), np.int8)
+    if _fill(part, sizes, range(len(sizes)), held_out, 1) < held_out:
         raise InputError(f"task.eval_size: the texts repeat so often that {held_out} rows cannot be held out without their copies.")
     # Test rows from the back: then the training rows that `train` leaves are the same, too.
-    tested, rest = _filled(rest[::-1], test)
-    if sum(map(len, tested)) < test:
+    if _fill(part, sizes, range(len(sizes) - 1, -1, -1), test, 2) < test:
         raise InputError(f"task.test_size: the texts repeat so often that {test} rows cannot be kept for the test without their copies.")
-    training, held, kept = (np.array(list(itertools.chain.from_iterable(part)), np.int64) for part in (rest[::-1], taken, tested))
-    return training[:train], held, kept
+    training, held, kept = (order[part[group] == number] for number in range(3))
+    backwards = np.argsort(-group[part[group] == 2], kind="stable")
+    return training[:train], held, kept[backwards]
 
 
-def _filled(groups: Sequence[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The first groups that have at most `size` rows together, and the other groups; both in order."""
-    taken: list[list[int]] = []
-    rest: list[list[int]] = []
+def _fill(part: np.ndarray, sizes: np.ndarray, order: Iterable[int], size: int, number: int) -> int:
+    """Gives the first free groups that have at most `size` rows together a number, in place; returns how many rows they have."""
     count = 0
-    for group in groups:
-        fits = count + len(group) <= size
-        (taken if fits else rest).append(group)
-        count += len(group) if fits else 0
-    return taken, rest
+    for group in order:
+        if count == size:
+            break
+        if not part[group] and count + sizes[group] <= size:
+            part[group], count = number, count + int(sizes[group])
+    return count
 
 
 def sample_rows(count: int, *, size: int | None, seed: int) -> np.ndarray:

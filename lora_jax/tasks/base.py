@@ -50,6 +50,8 @@ class Task(ABC):
         shared_keys: keys of the section that `shared` depends on, and examples do not.
         loss_keys: keys that neither depends on, but the loss.
         next_token: whether a target is the token that follows, where that follows from the task alone.
+        by_row: whether a row's examples depend on that row alone, are tokens and targets, and nothing but these is known of them: they
+            may then be made a part of the rows at a time, and kept in files.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Task(ABC):
     shared_keys: frozenset[str] = frozenset()
     loss_keys: frozenset[str] = frozenset()
     next_token: bool = False
+    by_row: bool = False
 
     @abstractmethod
     def columns(self, section: Any) -> Columns:

@@ -40,6 +40,7 @@ class CausalLM(NextToken):
     """The next token."""
 
     name, section = "causal_lm", CausalLMConfig
+    by_row = True
 
     def columns(self, section: CausalLMConfig) -> Columns:
         """Texts, prompts and responses, or messages."""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -20,6 +21,7 @@ from ..config.schema import Config, TaskConfig, TrainingConfig
 from ..data.batching import BatchPlan
 from ..data.episodes import EpisodePlan, PromptPlan
 from ..data.pairs import Shift
+from ..data.store import FOLDER, TokenFiles, largest
 from ..errors import InputError
 from ..generation.generate import context_length
 from ..models.encoder import Encoder
@@ -257,7 +259,9 @@ class Preparer:
             assert isinstance(section, TaskConfig)
             tokenizer = load_tokenizer(config.model.source)
             shift = Shift(base.config.start) if isinstance(base, EncoderDecoder) else None
-            return prepare(section, tokenizer, decoder=base.is_decoder, known=known, shift=shift), tokenizer_digest(tokenizer)
+            store = TokenFiles(Path(config.tracking.dir) / FOLDER)
+            found = prepare(section, tokenizer, decoder=base.is_decoder, known=known, shift=shift, store=store)
+            return found, tokenizer_digest(tokenizer)
 
         data, tokenizer = self._data.get(data_key, examples)
         if data.collected is None or data.collected.rows:
@@ -314,8 +318,8 @@ def check_data(base: Base, data: TaskData, known: Sequence[str] = ()) -> None:
         if room is not None and together > room:
             raise InputError(f"task.max_new_tokens: prompts of {asked:,} tokens and {new:,} more exceed the model's context of {room:,}.")
     own = () if data.class_token_ids is None else (int(data.class_token_ids.max()),)
-    token = max(*own, *(int(tokens.max()) for examples in data.parts for tokens in examples.tokens))
-    fed = max((int(tokens.max()) for examples in data.parts for tokens in examples.decoder_tokens or ()), default=0)
+    token = max(*own, *(largest(examples.tokens) for examples in data.parts))
+    fed = max((largest(examples.decoder_tokens) for examples in data.parts if examples.decoder_tokens is not None), default=0)
     source_vocab = (base.config.source_vocab if isinstance(base, EncoderDecoder) else None) or base.config.vocab
     for given, rows in ((token, source_vocab), (fed, base.config.vocab)):
         if given >= rows:

@@ -87,10 +87,14 @@ def arrays_digest(columns: Sequence[Sequence[np.ndarray] | None]) -> str:
     """16 hex digits of lists of arrays, such as the tokens and targets of examples: every length and every bit, in order."""
     digest = hashlib.sha256()
     for arrays in columns:
-        digest.update(b"none" if arrays is None else np.array([len(a) for a in arrays], np.int64).tobytes())
+        known: Any = arrays  # arrays that lie one after the other in a file have these
+        lengths = getattr(known, "lengths", None)
+        digest.update(b"none" if arrays is None else np.array([len(a) for a in arrays] if lengths is None else lengths, np.int64).tobytes())
         if arrays:
-            whole = np.ascontiguousarray(np.concatenate([np.asarray(a) for a in arrays]))
-            digest.update(f"{whole.shape} {whole.dtype}".encode() + whole.tobytes())
+            found = np.concatenate([np.asarray(a) for a in arrays]) if lengths is None else known.whole
+            whole = np.ascontiguousarray(found)
+            digest.update(f"{whole.shape} {whole.dtype}".encode())
+            digest.update(whole.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 
