@@ -320,7 +320,7 @@ def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[
     try:
         with _quiet(), hub_or_cache(match[1], "dataset"):
             named: Any = (match[1], match[3]) if match[3] else (match[1],)
-                found = datasets.load_dataset(*named, revision=match[2])
+            found = datasets.load_dataset(*named, revision=match[2])
             split = next((s for s in ([match[4]] if match[4] else [*splits, *TRAINING]) if s in found), None)
             names = [] if split is None else list(found[split].column_names or ())
             # Its files are mapped: a damaged one shows here.
