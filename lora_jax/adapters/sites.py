@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from ..errors import InputError
+from ..models.convolution import PointwiseConv
 from ..models.experts import ExpertLinear
 from ..models.layers import Embedding, StoredLinear, weight_shape
 from ..models.stack import Stack
@@ -184,6 +185,7 @@ _SITE_TYPES: tuple[tuple[str, type[nnx.Module], str, tuple[int, int]], ...] = (
     ("linear", nnx.LinearGeneral, "kernel", (0, 1)),
     ("linear", nnx.Einsum, "kernel", (0, 1)),
     ("convolution", nnx.Conv, "kernel", (0, 1)),
+    ("convolution", PointwiseConv, "kernel", (0, 1)),
     ("embedding", nnx.Embed, "embedding", (0, 1)),
     ("embedding", Embedding, "embedding", (0, 1)),
     ("expert", ExpertLinear, "kernel", (1, 2)),

@@ -15,19 +15,16 @@ from lora_jax.adapters.inject import inject
 from lora_jax.adapters.merge import merge, merged_base, unmerge
 from lora_jax.adapters.partition import partition
 from lora_jax.adapters.sites import find_sites, passed_over
+from lora_jax.models.convolution import BatchNorm, DepthwiseConv, even, max_pool
 from lora_jax.models.convolutional import (
-    BatchNorm,
     ConvNext,
     ConvNextConfig,
-    DepthwiseConv,
     EfficientNet,
     EfficientNetConfig,
     MobileBlock,
     ResNet,
     ResNetBlock,
     ResNetConfig,
-    even,
-    max_pool,
 )
 from lora_jax.models.heads import ImageClassifier
 from lora_jax.packing.pack import Pack

@@ -8,7 +8,8 @@ from typing import Any
 
 from ...config.doors import FAMILIES
 from ...errors import InputError
-from ..convolutional import EfficientNet, EfficientNetConfig, MobileBlock, Padding, even
+from ..convolution import Padding, even
+from ..convolutional import EfficientNet, EfficientNetConfig, MobileBlock
 from .base import Family, Weight, activation, only, size
 from .images import architecture, batch_norm, convolution, image_head, sizes, timm_options
 
