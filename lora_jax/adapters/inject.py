@@ -20,6 +20,7 @@ from flax import nnx
 from ..config.schema import AdapterConfig
 from ..errors import InputError, nearest
 from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT, StoredLinear
+from ..models.quantized import QUANTIZED
 from ..models.stack import Stack
 from ..parallel.mesh import to_host
 from .contraction import GENERAL, flat_kernel
@@ -134,6 +135,11 @@ def _label(model: nnx.Module, layout: Layout) -> bool:
             continue
         # A user's batch statistics and random keys are variables too, but nothing to train.
         label = label_of(name, table) if isinstance(variable, nnx.Param) else FROZEN
+        if label != FROZEN and variable.get_metadata().get(QUANTIZED, False):
+            raise InputError(
+                f"{name.rpartition('.')[0]}: the adapter's config trains it as it is, and its weight is quantised, which has no gradient. "
+                "Leave it out of the quantisation (its key 'skip'), or train an adapter on it."
+            )
         variable.set_metadata(LABEL, label)
         trains |= label != FROZEN
         if label != FROZEN and id(variable) in owned and variable.get_metadata().get(AXES, ("",))[0] == "layers":

@@ -15,7 +15,7 @@ from flax import nnx
 from ..config.types import size_text
 from ..errors import warn
 from ..models.encoder_decoder import Generative
-from ..models.layers import StoredLinear
+from ..models.layers import Stored, dense, weight_shape
 from .contraction import GENERAL, own_kernel
 from .inject import recall, remember, set_child
 from .methods.base import AdaptedSite
@@ -91,7 +91,7 @@ def plain(model: nnx.Module, *, shifted: bool = False) -> nnx.Module:
             return module
         base: Any = copy_of(module.base)
         if found.weight is not None:
-            base = base.as_linear() if isinstance(base, StoredLinear) else base
+            base = dense(base)
             _set_top(getattr(base, module.weight), _own(base, found.weight))
         layers, extent = len(module.ranks) if module.stacked else None, tuple(rank * found.times for rank in module.extent)
         new = AdaptedSite(base, module.site, layers=layers, extent=extent, method=found.method, dropout=hasattr(module, "dropout_rate"))
@@ -133,11 +133,11 @@ def merged_base(model: nnx.Module, *, keep_mask: bool = False) -> nnx.Module:
 
 def _say_dense(model: nnx.Module) -> None:
     """Says how much larger a model gets because layers are merged that its base holds in another form."""
-    bases = [m.base for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite) and isinstance(m.base, StoredLinear)]
-    if bases:
-        held = sum(v.get_value().nbytes for base in bases for _, v in nnx.iter_graph(base) if isinstance(v, nnx.Variable))
-        dense = sum(math.prod(base.kernel_shape) * np.dtype(base.dtype).itemsize for base in bases)
-        warn(f"merging: {size_text(held)} of the base's weights, held in another form, become {size_text(dense)} of dense ones.")
+    sites = [m for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite) and isinstance(m.base, Stored)]
+    if sites:
+        held = sum(v.get_value().nbytes for m in sites for _, v in nnx.iter_graph(m.base) if isinstance(v, nnx.Variable))
+        whole = sum(math.prod(weight_shape(m.base, m.weight)) * np.dtype(m.base.dtype).itemsize for m in sites)
+        warn(f"merging: {size_text(held)} of the base's weights, held in another form, become {size_text(whole)} of dense ones.")
 
 
 def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
@@ -146,8 +146,7 @@ def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
 
 
 def _folded(module: AdaptedSite, keep_mask: bool) -> nnx.Module:
-    folded: Any = copy_of(module.base)
-    folded = folded.as_linear() if isinstance(folded, StoredLinear) else folded
+    folded: Any = dense(copy_of(module.base))
     weight, bias = merged_arrays(module)
     if keep_mask:
         weight = jnp.where(module.base_arrays()[0] == 0, 0, weight)

@@ -13,7 +13,8 @@ from flax import nnx
 from ..errors import InputError
 from ..models.convolution import PointwiseConv
 from ..models.experts import ExpertLinear
-from ..models.layers import Embedding, StoredLinear, weight_shape
+from ..models.layers import Embedding, Stored, StoredEmbedding, StoredLinear, weight_shape
+from ..models.quantized import QuantizedExperts
 from ..models.stack import Stack
 from .contraction import GENERAL, kernel_axes, unfit, window_of
 from .parameters import own_name
@@ -175,13 +176,15 @@ def _weight_shape(module: nnx.Module) -> tuple[str, str, list[int], int, int] | 
 def _runs_as(module: nnx.Module, type_: type[nnx.Module]) -> bool:
     """Whether a module computes what this type does: a subclass with a `__call__` of its own may compute anything of its weight."""
     same = all(getattr(type(module), m, None) is getattr(type_, m, None) for m in ("__call__", "attend"))
-    return isinstance(module, type_) and (same or type_ is StoredLinear)
+    return isinstance(module, type_) and (same or issubclass(type_, Stored))
 
 
 # Kind, module, its weight, and how many axes the weight may have before its inputs and outputs.
 _SITE_TYPES: tuple[tuple[str, type[nnx.Module], str, tuple[int, int]], ...] = (
     ("linear", nnx.Linear, "kernel", (0, 1)),
+    ("expert", QuantizedExperts, "kernel", (1, 2)),
     ("linear", StoredLinear, "kernel", (0, 1)),
+    ("embedding", StoredEmbedding, "embedding", (0, 1)),
     ("linear", nnx.LinearGeneral, "kernel", (0, 1)),
     ("linear", nnx.Einsum, "kernel", (0, 1)),
     ("convolution", nnx.Conv, "kernel", (0, 1)),

@@ -248,14 +248,62 @@ class StoredLinear(nnx.Module):
         return made
 
 
+class StoredEmbedding(nnx.Module):
+    """A table of vectors that is held in another form than one array, in the place of an `Embedding`, and a site like one.
+
+    A subclass computes `__call__`, (rows, length) int32 -> (rows, length, width), without making the table as a whole.
+
+    Attributes:
+        dtype: of the vectors.
+    """
+
+    dtype: Any
+
+    @property
+    def embedding_shape(self) -> tuple[int, ...]:
+        """(rows, width)."""
+        raise NotImplementedError
+
+    @property
+    def embedding_axes(self) -> tuple[str | None, ...] | None:
+        """The table's logical axes; None where they have no names."""
+        raise NotImplementedError
+
+    def dense_embedding(self) -> Array:
+        """The table as one array: made when it is asked for, and not kept."""
+        raise NotImplementedError
+
+    @property
+    def embedding(self) -> nnx.Param:
+        """The table, as an `Embedding` has it. What is set in it changes nothing: merge into `as_embedding`."""
+        made = nnx.Param(self.dense_embedding())
+        if self.embedding_axes is not None:
+            made.set_metadata(AXES, self.embedding_axes)
+        return made
+
+    def as_embedding(self) -> Embedding:
+        """An `Embedding` that holds the table as one array."""
+        made = Embedding(1, self.embedding_shape[1], dtype=self.dtype, param_dtype=self.dtype, rngs=nnx.Rngs(0))
+        made.num_embeddings, made.embedding = self.embedding_shape[0], self.embedding
+        return made
+
+
+Stored = StoredLinear | StoredEmbedding
+
+
 def weight_axes(module: Any, weight: str) -> tuple[str | None, ...] | None:
     """The logical axes of a module's weight, which is not made for it where it is not one array."""
-    return module.kernel_axes if isinstance(module, StoredLinear) else getattr(module, weight).get_metadata().get(AXES)
+    return getattr(module, f"{weight}_axes") if isinstance(module, Stored) else getattr(module, weight).get_metadata().get(AXES)
 
 
 def weight_shape(module: Any, weight: str) -> tuple[int, ...]:
     """The shape of a module's weight, likewise."""
-    return module.kernel_shape if isinstance(module, StoredLinear) else getattr(module, weight).shape
+    return getattr(module, f"{weight}_shape") if isinstance(module, Stored) else getattr(module, weight).shape
+
+
+def dense(module: Any) -> Any:
+    """A module that holds its weight as one array, in place of one that does not; any other as it is."""
+    return module.as_embedding() if isinstance(module, StoredEmbedding) else module.as_linear() if isinstance(module, StoredLinear) else module
 
 
 class Embedding(nnx.Embed):

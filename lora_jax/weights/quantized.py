@@ -29,9 +29,11 @@ class QuantFormat(ABC):
     Attributes:
         axes: name of an array -> what each of its axes runs along: `out`, `in` (in blocks, bytes or as it is) or None. An array whose
             first axis is `out` holds the rows of the matrix one by one.
+        whole: names of arrays that all matrices of a stack have in common, so that there are no layers in front of them.
     """
 
     axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+    whole: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod
@@ -141,7 +143,7 @@ class WholeNumbers(QuantFormat):
         blocks = weight.reshape(outputs, -1, self.block or inputs)
         scales = jnp.abs(blocks).max(-1) / most
         codes = jnp.clip(jnp.round(blocks / jnp.where(scales > 0, scales, 1)[..., None]), -most, most).reshape(outputs, inputs)
-        return {"codes": packed(codes.astype(jnp.uint8) + 8) if self.bits == 4 else codes.astype(jnp.int8), "scales": scales}
+        return {"codes": packed((codes + 8).astype(jnp.uint8)) if self.bits == 4 else codes.astype(jnp.int8), "scales": scales}
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         codes, scales = arrays["codes"], arrays["scales"]

@@ -1,0 +1,299 @@
+"""Layers whose weight is held quantised, in the place of linear layers and embeddings.
+
+A weight is made of its codes where it is used, a layer at a time, and made again for the backward pass: what a layer keeps between the two
+are its codes, which lie in the base already.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..parallel.constraints import by_rows
+from ..parallel.mesh import parameter_sharding, place, to_host
+from ..weights.quantized import QuantFormat
+from .experts import ExpertLinear, grouped_matmul
+from .layers import AXES, OF_ALL_LAYERS, Array, StoredEmbedding, StoredLinear
+
+# Metadata key of the arrays of a quantised weight: they are no numbers to train.
+QUANTIZED = "quantized"
+
+
+class _Held:
+    """The arrays of a quantised weight, as parameters of the module that this is mixed into.
+
+    Attributes:
+        form: which arrays they are, and what they stand for.
+        sizes: of the weight: (outputs, inputs), an embedding's rows being outputs.
+        inputs_first: whether the module's weight has its inputs before its outputs, unlike the format's matrix.
+        axes: logical ones of the module's weight; None where they have no names.
+        dtype: of the matmuls, and of the weight where it is asked for.
+    """
+
+    form: QuantFormat
+    sizes: tuple[int, int]
+    axes: tuple[str | None, ...] | None
+    dtype: Any
+    inputs_first: ClassVar[bool] = True
+
+    def hold(self, form: QuantFormat, arrays: Mapping[str, Any], sizes: tuple[int, int], axes: tuple[str | None, ...] | None, dtype: Any) -> None:
+        """Makes the parameters of arrays or shapes, layers and experts in front of each."""
+        self.form, self.sizes, self.axes, self.dtype = nnx.static(form), nnx.static(sizes), nnx.static(axes), dtype
+        self.names: tuple[str, ...] = nnx.static(tuple(arrays))
+        for name, array in arrays.items():
+            variable = nnx.Param(array)
+            variable.set_metadata(QUANTIZED, True)
+            if name in form.whole:
+                variable.set_metadata(OF_ALL_LAYERS, True)
+            if axes is not None:
+                variable.set_metadata(AXES, self.axes_of(name))
+            setattr(self, name, variable)
+
+    def axes_of(self, name: str) -> tuple[str | None, ...]:
+        """The logical axes of one of the arrays: those of the weight that they run along."""
+        assert self.axes is not None
+        first, second = self.axes[-2:]
+        lead = () if name in self.form.whole else self.axes[:-2]
+        along = {"in": first, "out": second, None: None} if self.inputs_first else {"out": first, "in": second, None: None}
+        return (*lead, *(along[axis] for axis in self.form.axes[name]))
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays, by the format's names."""
+        return {name: getattr(self, name)[...] for name in self.names}
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """How many layers and experts there are, as far as the weight has such axes."""
+        name = next(name for name in self.names if name not in self.form.whole)
+        shape = getattr(self, name).shape
+        return tuple(shape[: len(shape) - len(self.form.axes[name])])
+
+    def matrix(self, layer: int | None = None) -> Array:
+        """(..., outputs, inputs) of the module's dtype: of one layer, or of all."""
+        arrays, lead = self.arrays(), len(self.lead)
+        if layer is not None:
+            arrays, lead = {n: a if n in self.form.whole else a[layer] for n, a in arrays.items()}, lead - 1
+        return _matrix(self.form, lead, jnp.dtype(self.dtype or jnp.float32), arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _matrix(form: QuantFormat, lead: int, dtype: Any, arrays: dict[str, Array]) -> Array:
+    decode = form.decode
+    for _ in range(lead):
+        decode = jax.vmap(decode, in_axes=({name: None if name in form.whole else 0 for name in arrays},))
+    return decode(arrays).astype(dtype)
+
+
+class QuantizedLinear(_Held, StoredLinear):
+    """A linear layer with a quantised weight.
+
+    Args:
+        form, arrays, axes, dtype: see `_Held`.
+        inputs, outputs: of the weight.
+        bias: of the layer it stands for, or None.
+    """
+
+    def __init__(
+        self,
+        form: QuantFormat,
+        arrays: Mapping[str, Any],
+        inputs: int,
+        outputs: int,
+        *,
+        bias: nnx.Param | None,
+        axes: tuple[str | None, ...] | None,
+        dtype: Any,
+    ):
+        self.hold(form, arrays, (outputs, inputs), axes, dtype)
+        self.bias = bias
+
+    def __call__(self, x: Array, out_sharding: Any = None) -> Array:
+        """(..., inputs) -> (..., outputs)."""
+        y = _product(self.form, x.astype(self.dtype or x.dtype), self.arrays())
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """(..., inputs, outputs)."""
+        return (*self.lead, *self.sizes[::-1])
+
+    @property
+    def kernel_axes(self) -> tuple[str | None, ...] | None:
+        """The weight's logical axes."""
+        return self.axes
+
+    def dense_kernel(self, layer: int | None = None) -> Array:
+        """The dequantised weight, (..., inputs, outputs)."""
+        return self.matrix(layer).swapaxes(-1, -2)
+
+
+class QuantizedExperts(QuantizedLinear):
+    """A linear layer for each expert of a mixture, with quantised weights; see `ExpertLinear`."""
+
+    def __init__(self, form: QuantFormat, arrays: Mapping[str, Any], linear: ExpertLinear):
+        shape = linear.kernel.shape
+        super().__init__(form, arrays, *shape[-2:], bias=None, axes=linear.kernel.get_metadata().get(AXES), dtype=linear.dtype)
+        self.used = linear.used
+
+    def as_linear(self) -> Any:
+        """The layer as an `ExpertLinear`, which holds the weights as one array."""
+        made = ExpertLinear(1, self.used, 1, 1, ("", ""), dtype=self.dtype, rngs=nnx.Rngs(0))
+        made.kernel = self.kernel
+        return made
+
+    def __call__(self, x: Array, expert: Array) -> Array:
+        """(tokens * used, inputs) -> (tokens * used, outputs), row i by expert `expert[i]`."""
+        return _grouped(self.form, x.astype(self.dtype), self.arrays(), expert)
+
+
+class QuantizedEmbedding(_Held, StoredEmbedding):
+    """An embedding with a quantised table; rows are dequantised as they are looked up.
+
+    Args:
+        form, arrays, axes, dtype: see `_Held`.
+        rows, width: of the table.
+    """
+
+    inputs_first = False
+
+    def __init__(
+        self, form: QuantFormat, arrays: Mapping[str, Any], rows: int, width: int, *, axes: tuple[str | None, ...] | None, dtype: Any
+    ):
+        self.hold(form, arrays, (rows, width), axes, dtype)
+
+    def __call__(self, tokens: Array) -> Array:
+        """(rows, length) int32 -> (rows, length, width)."""
+        found = self.form.decode(self.form.take(self.arrays(), tokens.reshape(-1)))
+        return by_rows(found.reshape(*tokens.shape, self.sizes[1]).astype(self.dtype))
+
+    def attend(self, query: Array) -> Array:
+        """(..., width) -> (..., rows): the product with every row."""
+        return _product(self.form, query.astype(self.dtype), self.arrays())
+
+    @property
+    def embedding_shape(self) -> tuple[int, ...]:
+        """(rows, width)."""
+        return self.sizes
+
+    @property
+    def embedding_axes(self) -> tuple[str | None, ...] | None:
+        """The table's logical axes."""
+        return self.axes
+
+    def dense_embedding(self) -> Array:
+        """The dequantised table, (rows, width)."""
+        return self.matrix()
+
+
+def _weight(form: QuantFormat, arrays: Mapping[str, Array], dtype: Any) -> Array:
+    return form.decode(arrays).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(form: QuantFormat, x: Array, arrays: dict[str, Array]) -> Array:
+    """x (..., inputs) times the matrix that the arrays stand for: (..., outputs)."""
+    return jax.lax.dot_general(x, _weight(form, arrays, x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _product_forward(form: QuantFormat, x: Array, arrays: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    return _product(form, x, arrays), arrays
+
+
+def _product_backward(form: QuantFormat, arrays: dict[str, Array], dy: Array) -> tuple[Array, None]:
+    return jnp.matmul(dy, _weight(form, arrays, dy.dtype)), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _experts(form: QuantFormat, arrays: dict[str, Array], dtype: Any) -> Array:
+    """(experts, inputs, outputs)."""
+    return jax.vmap(form.decode)(arrays).astype(dtype).swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(form: QuantFormat, x: Array, arrays: dict[str, Array], expert: Array) -> Array:
+    return grouped_matmul(x, _experts(form, arrays, x.dtype), expert)
+
+
+def _grouped_forward(form: QuantFormat, x: Array, arrays: dict[str, Array], expert: Array) -> tuple[Array, Any]:
+    return _grouped(form, x, arrays, expert), (arrays, expert)
+
+
+def _grouped_backward(form: QuantFormat, kept: Any, dy: Array) -> tuple[Array, None, None]:
+    arrays, expert = kept
+    return grouped_matmul(dy, _experts(form, arrays, dy.dtype).swapaxes(1, 2), expert), None, None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def encoded(form: QuantFormat, variable: nnx.Variable, *, transposed: bool) -> dict[str, Any]:
+    """The arrays of a module's weight, matrix after matrix; shapes where it is one itself.
+
+    Each is encoded by itself on one device, so that the bits do not depend on how the weight is cut up over a mesh.
+
+    Args:
+        form: the format.
+        variable: (..., inputs, outputs), or with `transposed` false (rows, width).
+        transposed: whether the format's matrix has its axes the other way round.
+    """
+    *lead, first, second = variable.shape
+    outputs, inputs = (second, first) if transposed else (first, second)
+    shapes = form.shapes(outputs, inputs)
+    whole = variable.get_value()
+    if isinstance(whole, jax.ShapeDtypeStruct):
+        return {name: jax.ShapeDtypeStruct((*lead, *shape.shape), shape.dtype) for name, shape in shapes.items()}
+    filled = {name: np.empty((*lead, *shape.shape), shape.dtype) for name, shape in shapes.items()}
+    for at in np.ndindex(*lead):
+        matrix = to_host(whole[at]).astype(np.float32)
+        for name, array in _encoded(form, matrix.T if transposed else matrix).items():
+            filled[name][at] = to_host(array)
+    return filled
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _encoded(form: QuantFormat, matrix: Array) -> dict[str, Array]:
+    return form.encode(matrix)
+
+
+def quantized(module: Any, form: QuantFormat, arrays: Mapping[str, Any] | None = None, *, mesh: Any = None) -> nnx.Module:
+    """The module with its weight in a format: what stands for an `nnx.Linear`, an `ExpertLinear` or an `Embedding`.
+
+    Args:
+        module: as it is; its bias is shared.
+        form: the format.
+        arrays: of its weight; by default those nearest to it.
+        mesh: where they are put, by the weight's axes: what follows a block may lie whole where its count is not divided.
+    """
+    embedding = not isinstance(module, nnx.Linear | ExpertLinear)
+    variable = module.embedding if embedding else module.kernel
+    axes, shape = variable.get_metadata().get(AXES), variable.shape
+    arrays = encoded(form, variable, transposed=not embedding) if arrays is None else arrays
+    made: Any
+    if embedding:
+        made = QuantizedEmbedding(form, arrays, *shape, axes=axes, dtype=module.dtype)
+    elif isinstance(module, ExpertLinear):
+        made = QuantizedExperts(form, arrays, module)
+    else:
+        made = QuantizedLinear(form, arrays, *shape[-2:], bias=module.bias, axes=axes, dtype=module.dtype)
+    for name in made.names:
+        variable = getattr(made, name)
+        if not isinstance(variable.get_value(), jax.ShapeDtypeStruct):
+            own = variable.get_metadata().get(AXES)
+            value = variable.get_value()
+            put = jnp.asarray(value) if mesh is None or own is None else place(value, parameter_sharding(mesh, value.shape, own))
+            variable.set_value(put)
+    return made
+
+
+def held_bytes(model: nnx.Module) -> int:
+    """Bytes of all parameters of a model, arrays or shapes."""
+    return sum(math.prod(v.shape) * v.dtype.itemsize for _, v in nnx.iter_graph(model) if isinstance(v, nnx.Param))
