@@ -16,6 +16,7 @@ from ..config.types import size_text
 from ..errors import warn
 from ..models.encoder_decoder import Generative
 from ..models.layers import Stored, dense, weight_shape
+from ..models.quantized import Held, quantized
 from .contraction import GENERAL, own_kernel
 from .inject import recall, remember, set_child
 from .methods.base import AdaptedSite
@@ -116,19 +117,32 @@ def strip(model: nnx.Module) -> nnx.Module:
     return _replace(model, AdaptedSite, lambda module: module.base)
 
 
-def merged_base(model: nnx.Module, *, keep_mask: bool = False) -> nnx.Module:
+def merged_base(model: nnx.Module, *, keep_mask: bool = False, requantize: bool = False) -> nnx.Module:
     """A plain model, of the same classes as the base, with the merged weights: for export. Keeps no adapters.
 
     An adapter on an embedding leaves the vocabulary projection as it is, so a projection tied to a merged embedding gets weights of its
     own. `keep_mask` as in `merge`.
+
+    Args:
+        model: an adapted model.
+        requantize: whether a weight that the base holds quantised is so again, in the same format: it is then not quite the merged one.
+
+    Raises:
+        InputError: nothing here quantises to the format that the base came in.
     """
-    _say_dense(model)
+    if not requantize:
+        _say_dense(model)
     copy = copy_of(model)
     for _, module in nnx.iter_modules(copy):
         if isinstance(module, Generative) and module.config.tied and isinstance(module.embed, AdaptedSite | Merged):
             module.untie()
     copy = _replace(copy, Merged, lambda module: module.merged)  # `save_pretrained(merge(model))`, as PEFT's users write
-    return _replace(copy, AdaptedSite, lambda module: _folded(module, keep_mask))
+    return _replace(copy, AdaptedSite, lambda module: _folded(module, keep_mask, requantize))
+
+
+def quantised_sites(model: nnx.Module) -> list[AdaptedSite]:
+    """The adapted sites whose weight the base holds quantised."""
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite) and isinstance(m.base, Held)]
 
 
 def _say_dense(model: nnx.Module) -> None:
@@ -137,7 +151,8 @@ def _say_dense(model: nnx.Module) -> None:
     if sites:
         held = sum(v.get_value().nbytes for m in sites for _, v in nnx.iter_graph(m.base) if isinstance(v, nnx.Variable))
         whole = sum(math.prod(weight_shape(m.base, m.weight)) * np.dtype(m.base.dtype).itemsize for m in sites)
-        warn(f"merging: {size_text(held)} of the base's weights, held in another form, become {size_text(whole)} of dense ones.")
+        into = "the dequantised ones that the adapter was trained on, " if quantised_sites(model) else ""
+        warn(f"merging: {size_text(held)} of the base's weights, held in another form, become {into}{size_text(whole)} of dense ones.")
 
 
 def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
@@ -145,7 +160,7 @@ def merged_arrays(module: AdaptedSite) -> tuple[jax.Array, jax.Array | None]:
     return module.method.merged(module, *module.base_arrays())
 
 
-def _folded(module: AdaptedSite, keep_mask: bool) -> nnx.Module:
+def _folded(module: AdaptedSite, keep_mask: bool, requantize: bool = False) -> nnx.Module:
     folded: Any = dense(copy_of(module.base))
     weight, bias = merged_arrays(module)
     if keep_mask:
@@ -153,7 +168,7 @@ def _folded(module: AdaptedSite, keep_mask: bool) -> nnx.Module:
     _set_top(getattr(folded, module.weight), _own(folded, weight))
     if bias is not None:
         _set_top(folded.bias, bias)
-    return folded
+    return quantized(folded, module.base.form) if requantize and isinstance(module.base, Held) else folded
 
 
 def _own(base: Any, weight: jax.Array) -> jax.Array:

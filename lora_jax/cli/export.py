@@ -47,6 +47,12 @@ def export(
         bool,
         typer.Option("--keep-mask", help="Merged weights stay 0 where a pruned base's are, and what that changes is told."),
     ] = False,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize", help="Round merged weights of a quantised base to its format again, and tell what that changes. Default: they stay dequantised."
+        ),
+    ] = False,
 ) -> None:
     """Export a member of a run for other programs.
 
@@ -60,7 +66,8 @@ def export(
         limit = None if max_shard_size is None else to_bytes(max_shard_size)
     except ValueError as error:
         raise InputError(f"--max-shard-size: {error}.") from None
-    done = export_run(run, form=form, out=out, member=member, options=ExportOptions(dtype, limit, keep_base or None, keep_mask or None))
+    options = ExportOptions(dtype, limit, keep_base or None, keep_mask or None, requantize or None)
+    done = export_run(run, form=form, out=out, member=member, options=options)
     console = results_console()
     why = f" ({done.reason})" if done.reason else ""
     console.print(f"{done.member}{why}, the {done.adapter} adapter: {done.folder}")

@@ -103,7 +103,9 @@ def code(value: str) -> str:
 
 def _facts(config: Config, result: MemberResult, base: str, classes: Sequence[str] | None, *, adapted: bool) -> dict[str, str]:
     task, training, optimizer = config.task, config.training, config.optimizer
-    facts = {"base": code(base), "method": config.adapter.method} | (_adapter_facts(config.adapter) if adapted else {})
+    changed = [section.model_dump(exclude_none=True) for section in config.model.transforms]
+    facts = {"base": code(base)} | ({"base transforms": code(json.dumps(changed))} if changed else {}) | {"method": config.adapter.method}
+    facts |= _adapter_facts(config.adapter) if adapted else {}
     facts |= {
         "trained parameters": f"{result.parameters:,}",
         "task": task.kind.replace("_", " "),

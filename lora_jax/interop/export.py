@@ -37,12 +37,14 @@ class ExportOptions:
         max_shard_size: bytes of weights in one file.
         keep_base: whether what an adapter's init took out of the base's weights stays out: the base that is left is written beside it.
         keep_mask: whether what is 0 in a pruned base's weights stays 0 where an adapter is merged into them.
+        requantize: whether merged weights are quantised again, as the base's are.
     """
 
     dtype: str | None = None
     max_shard_size: int | None = None
     keep_base: bool | None = None
     keep_mask: bool | None = None
+    requantize: bool | None = None
 
     def given(self) -> dict[str, str | int]:
         """Name -> value of the options that are set."""

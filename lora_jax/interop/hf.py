@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..adapters.merge import merged_base
+from ..adapters.merge import merged_base, quantised_sites
 from ..adapters.methods.base import AdaptedSite
 from ..config.doors import EXPORTERS
 from ..errors import InputError, hint, warn
@@ -25,6 +25,7 @@ from ..models.families import find_family
 from ..models.families.base import Head
 from ..models.heads import Classifier
 from ..models.load import BaseFiles, class_names
+from ..models.quantized import Held
 from ..models.tensors import base_tensors
 from ..models.vision import VisionBase
 from ..sweeps.restore import Restored
@@ -97,10 +98,21 @@ def save_pretrained(
 
 
 def _write(
-    model: nnx.Module, folder: Path, *, classes: Sequence[str] | None, dtype: str | None, largest: int, keep_mask: bool = False
+    model: nnx.Module,
+    folder: Path,
+    *,
+    classes: Sequence[str] | None,
+    dtype: str | None,
+    largest: int,
+    keep_mask: bool = False,
+    requantize: bool = False,
 ) -> None:
-    form, merged = _form_of(model), _form_of(merged_base(model, keep_mask=keep_mask))
+    if requantize and not quantised_sites(model):
+        raise InputError("--requantize: the base holds none of the adapted weights quantised.")
+    form, merged = _form_of(model), _form_of(merged_base(model, keep_mask=keep_mask, requantize=requantize))
     _say_zeros(model, merged, keep_mask)
+    if requantize:
+        _say_rounded(form, _form_of(merged_base(model)), merged)
     dtypes, carried = stored_dtypes(form), _files(form).carried()
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, WRITTEN_DTYPES[dtype])
@@ -117,7 +129,9 @@ def _write(
 
 def _say_zeros(model: nnx.Module, merged: Form, keep_mask: bool) -> None:
     """Says what becomes of a pruned base's zeros, and what keeping them changes."""
-    held = [m.base_arrays()[0] for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite)]
+    sites = [m for _, m in nnx.iter_modules(model) if isinstance(m, AdaptedSite)]
+    # A quantised weight may be 0 where nothing was pruned: its format has a 0.
+    held = [m.base_arrays()[0] for m in sites if keep_mask or not isinstance(m.base, Held)]
     share = sum(float((a == 0).sum()) for a in held) / max(sum(a.size for a in held), 1)
     if not keep_mask:
         if share > 0.01:
@@ -125,17 +139,35 @@ def _say_zeros(model: nnx.Module, merged: Form, keep_mask: bool) -> None:
                 f"the base is pruned ({share:.1%} of the adapted weights are 0), the merged weights are dense. --keep-mask keeps the zeros."
             )
         return
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, merged.base.config.vocab, (4, 32)), jnp.int32)
+    lost = _disagreement(_form_of(merged_base(model)), merged)
+    warn(f"--keep-mask: {share:.1%} of the adapted weights stay 0. The adapter's change of them is lost: {lost}.")
+
+
+def _disagreement(exact: Form, other: Form) -> str:
+    """How far two models are apart, in words."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, exact.base.config.vocab, (4, 32)), jnp.int32)
 
     def outputs(form: Form) -> np.ndarray:
         model: Any = form.classifier or form.base
         call = nnx.jit(model)
         return np.asarray(call(tokens, tokens) if isinstance(form.base, EncoderDecoder) else call(tokens), np.float64)
 
-    exact, sparse = outputs(_form_of(merged_base(model))), outputs(merged)
+    wanted, found = outputs(exact), outputs(other)
+    largest = f"the largest is {np.abs(wanted).max():.3g}"
+    return f"outputs on 4 x 32 random tokens differ from the adapted model's by up to {np.abs(wanted - found).max():.3g} ({largest})"
+
+
+def _say_rounded(form: Form, exact: Form, rounded: Form) -> None:
+    """Says what it costs to quantise merged weights again."""
+    label, apart = quantised_sites(form.classifier or form.base)[0].base.form.label, 0.0
+    whole = dict(nnx.iter_modules(exact.classifier or exact.base))
+    for path, module in nnx.iter_modules(rounded.classifier or rounded.base):
+        if isinstance(module, Held) and not isinstance(other := whole[path], Held):
+            weight = "embedding" if hasattr(other, "embedding") else "kernel"
+            apart = max(apart, float(jnp.abs(getattr(module, weight)[...] - getattr(other, weight)[...]).max()))
     warn(
-        f"--keep-mask: {share:.1%} of the adapted weights stay 0. The adapter's change of them is lost: outputs on 4 x 32 random tokens "
-        f"differ from the adapted model's by up to {np.abs(exact - sparse).max():.3g} (the largest is {np.abs(exact).max():.3g})."
+        f"--requantize: the merged weights are quantised again ({label}). The weights differ from the merged ones by up to "
+        f"{apart:.3g}; {_disagreement(exact, rounded)}."
     )
 
 
@@ -305,7 +337,7 @@ class HuggingFaceExporter(Exporter):
     summary = "Merged weights, config and tokenizer, for transformers."
     default = True
     runtime = Runtime("config.json", "run_checkpoint.py", "lora-jax")
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"dtype": tuple(WRITTEN_DTYPES), "max_shard_size": (), "keep_mask": ()}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"dtype": tuple(WRITTEN_DTYPES), "max_shard_size": (), "keep_mask": (), "requantize": ()}
 
     def can(self, restored: Restored) -> str | None:
         """Why transformers could not compute the same; None where it can."""
@@ -320,8 +352,8 @@ class HuggingFaceExporter(Exporter):
         model, kind = restored.model, kind_of(restored.model)
         form = check_form(model)
         classes = None if form.classifier is None else restored.classes
-        largest, keep_mask = options.max_shard_size or SHARD, bool(options.keep_mask)
-        _write(model, folder, classes=classes, dtype=options.dtype, largest=largest, keep_mask=keep_mask)
+        choices = {"keep_mask": bool(options.keep_mask), "requantize": bool(options.requantize)}
+        _write(model, folder, classes=classes, dtype=options.dtype, largest=options.max_shard_size or SHARD, **choices)
         assert kind is not None
         name = class_name(form, form.classifier and form.classifier.kind)
         variable, reader = ("processor", "AutoImageProcessor") if isinstance(form.base, VisionBase) else ("tokenizer", "AutoTokenizer")

@@ -26,7 +26,7 @@ from .layers import AXES, OF_ALL_LAYERS, Array, StoredEmbedding, StoredLinear
 QUANTIZED = "quantized"
 
 
-class _Held:
+class Held:
     """The arrays of a quantised weight, as parameters of the module that this is mixed into.
 
     Attributes:
@@ -91,11 +91,11 @@ def _matrix(form: QuantFormat, lead: int, dtype: Any, arrays: dict[str, Array]) 
     return decode(arrays).astype(dtype)
 
 
-class QuantizedLinear(_Held, StoredLinear):
+class QuantizedLinear(Held, StoredLinear):
     """A linear layer with a quantised weight.
 
     Args:
-        form, arrays, axes, dtype: see `_Held`.
+        form, arrays, axes, dtype: see `Held`.
         inputs, outputs: of the weight.
         bias: of the layer it stands for, or None.
     """
@@ -153,11 +153,11 @@ class QuantizedExperts(QuantizedLinear):
         return _grouped(self.form, x.astype(self.dtype), self.arrays(), expert)
 
 
-class QuantizedEmbedding(_Held, StoredEmbedding):
+class QuantizedEmbedding(Held, StoredEmbedding):
     """An embedding with a quantised table; rows are dequantised as they are looked up.
 
     Args:
-        form, arrays, axes, dtype: see `_Held`.
+        form, arrays, axes, dtype: see `Held`.
         rows, width: of the table.
     """
 
