@@ -19,9 +19,10 @@ from flax import nnx
 
 from ..config.schema import AdapterConfig
 from ..errors import InputError, nearest
-from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT, StoredLinear
+from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT
 from ..models.quantized import QUANTIZED
 from ..models.stack import Stack
+from ..models.stored import StoredLinear
 from ..parallel.mesh import to_host
 from .contraction import GENERAL, flat_kernel
 from .labels import FROZEN, label_of

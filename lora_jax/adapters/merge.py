@@ -15,8 +15,8 @@ from flax import nnx
 from ..config.types import size_text
 from ..errors import warn
 from ..models.encoder_decoder import Generative
-from ..models.layers import Stored, dense, weight_shape
 from ..models.quantized import Held, quantized
+from ..models.stored import Stored, dense, weight_shape
 from .contraction import GENERAL, own_kernel
 from .inject import recall, remember, set_child
 from .methods.base import AdaptedSite

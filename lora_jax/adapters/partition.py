@@ -21,7 +21,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..errors import InputError
-from ..models.layers import AXES, weight_axes, weight_shape
+from ..models.layers import AXES
+from ..models.stored import weight_axes, weight_shape
 from ..parallel.constraints import gathered, looked_up
 from ..parallel.mesh import AnyMesh, parameter_sharding, place
 from .inject import LABEL

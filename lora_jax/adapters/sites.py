@@ -13,9 +13,10 @@ from flax import nnx
 from ..errors import InputError
 from ..models.convolution import PointwiseConv
 from ..models.experts import ExpertLinear
-from ..models.layers import Embedding, Stored, StoredEmbedding, StoredLinear, weight_shape
+from ..models.layers import Embedding
 from ..models.quantized import QuantizedExperts
 from ..models.stack import Stack
+from ..models.stored import Stored, StoredEmbedding, StoredLinear, weight_shape
 from .contraction import GENERAL, kernel_axes, unfit, window_of
 from .parameters import own_name
 

@@ -50,7 +50,8 @@ def export(
     requantize: Annotated[
         bool,
         typer.Option(
-            "--requantize", help="Round merged weights of a quantised base to its format again, and tell what that changes. Default: they stay dequantised."
+            "--requantize",
+            help="Round merged weights of a quantised base to its format again, and tell what that changes. Default: dequantised.",
         ),
     ] = False,
 ) -> None:

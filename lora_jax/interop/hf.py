@@ -337,7 +337,12 @@ class HuggingFaceExporter(Exporter):
     summary = "Merged weights, config and tokenizer, for transformers."
     default = True
     runtime = Runtime("config.json", "run_checkpoint.py", "lora-jax")
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"dtype": tuple(WRITTEN_DTYPES), "max_shard_size": (), "keep_mask": (), "requantize": ()}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "dtype": tuple(WRITTEN_DTYPES),
+        "max_shard_size": (),
+        "keep_mask": (),
+        "requantize": (),
+    }
 
     def can(self, restored: Restored) -> str | None:
         """Why transformers could not compute the same; None where it can."""

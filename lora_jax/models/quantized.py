@@ -20,7 +20,8 @@ from ..parallel.constraints import by_rows
 from ..parallel.mesh import parameter_sharding, place, to_host
 from ..weights.quantized import QuantFormat
 from .experts import ExpertLinear, grouped_matmul
-from .layers import AXES, OF_ALL_LAYERS, Array, StoredEmbedding, StoredLinear
+from .layers import AXES, OF_ALL_LAYERS, Array
+from .stored import StoredEmbedding, StoredLinear
 
 # Metadata key of the arrays of a quantised weight: they are no numbers to train.
 QUANTIZED = "quantized"
@@ -43,7 +44,9 @@ class Held:
     dtype: Any
     inputs_first: ClassVar[bool] = True
 
-    def hold(self, form: QuantFormat, arrays: Mapping[str, Any], sizes: tuple[int, int], axes: tuple[str | None, ...] | None, dtype: Any) -> None:
+    def hold(
+        self, form: QuantFormat, arrays: Mapping[str, Any], sizes: tuple[int, int], axes: tuple[str | None, ...] | None, dtype: Any
+    ) -> None:
         """Makes the parameters of arrays or shapes, layers and experts in front of each."""
         self.form, self.sizes, self.axes, self.dtype = nnx.static(form), nnx.static(sizes), nnx.static(axes), dtype
         self.names: tuple[str, ...] = nnx.static(tuple(arrays))

@@ -1,7 +1,7 @@
 """NF4 and FP4, weights of four bits as bitsandbytes holds them (QLoRA, arXiv:2305.14314, section 3).
 
 A block of weights is divided by its largest magnitude and each rounded to the nearest of 16 values: quantiles of a normal distribution
-(nf4), or a float of 4 bits (fp4). Double quantisation holds those magnitudes, less their mean, as 8 bits times a scale for each 256 of them.
+(nf4), or a float of 4 bits (fp4). Double quantisation holds those magnitudes, less their mean, as 8 bits by a scale for each 256 of them.
 Codes, magnitudes and their codes are the bits that bitsandbytes' CPU build computes from the same mean. Its own mean is PyTorch's float32
 sum, whose order follows from the machine's vector unit: here the exact sum is rounded, which is the same everywhere.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +80,12 @@ class FourBit(QuantFormat):
     block: int
     double: bool
 
-    axes = {"codes": ("out", "in"), "absmax": ("out", "in"), "absmax_scale": (None,), "absmax_mean": ()}
+    axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
+        "codes": ("out", "in"),
+        "absmax": ("out", "in"),
+        "absmax_scale": (None,),
+        "absmax_mean": (),
+    }
 
     @property
     def label(self) -> str:

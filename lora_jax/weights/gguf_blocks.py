@@ -1,7 +1,7 @@
 """Blocks of GGUF files held as they are stored, and the float32 weights that they stand for, as the `gguf` package has them.
 
-A block's parts (its scales, the bits of its numbers) are arrays of their own here: the same bytes, sorted. Blocks of the older types hold 32
-weights, those of the K types 256 in smaller blocks with whole-number scales.
+A block's parts (its scales, the bits of its numbers) are arrays of their own here: the same bytes, sorted. Blocks of the older types hold
+32 weights, those of the K types 256 in smaller blocks with whole-number scales.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class WholeNumbers(QuantFormat):
     bits: int
     block: int | None
 
-    axes = {"codes": ("out", "in"), "scales": ("out", "in")}
+    axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {"codes": ("out", "in"), "scales": ("out", "in")}
 
     @property
     def label(self) -> str:
@@ -164,7 +164,7 @@ class Float8(QuantFormat):
     dtype: str
     block: tuple[int, int]
 
-    axes = {"codes": ("out", "in"), "scales": (None, None)}
+    axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {"codes": ("out", "in"), "scales": (None, None)}
 
     @property
     def label(self) -> str:

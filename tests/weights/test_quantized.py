@@ -78,7 +78,11 @@ def test_whole_numbers_are_rounded_to_nearest(bits, block):
     assert (np.abs(made - exact) > 1e-6).mean() < 1e-3  # quotients at a half may go the other way
 
 
-@pytest.mark.parametrize("form", [FourBit("nf4", 64, True), FourBit("fp4", 32, False), WholeNumbers(8, None), WholeNumbers(4, 64), Float8("float8_e4m3fn", (16, 64)), Float8("float8_e5m2", (0, 0))])  # fmt: skip
+FORMS = [FourBit("nf4", 64, True), FourBit("fp4", 32, False), WholeNumbers(8, None), WholeNumbers(4, 64)]
+FORMS += [Float8("float8_e4m3fn", (16, 64)), Float8("float8_e5m2", (0, 0))]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_rows_are_taken_as_they_lie_in_the_whole(form):
     matrix, rows = weight(), np.int32([5, 0, 47, 3, 5])
     arrays = encode(form, matrix)

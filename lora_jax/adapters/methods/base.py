@@ -24,7 +24,8 @@ from flax import nnx
 from ...config.doors import METHODS
 from ...config.schema import AdapterConfig
 from ...errors import InputError
-from ...models.layers import AXES, PER_SEGMENT, Rows, uniform, weight_axes
+from ...models.layers import AXES, PER_SEGMENT, Rows, uniform
+from ...models.stored import weight_axes
 from ..contraction import GENERAL, flat_kernel, flat_site
 from ..inits.base import INIT_BATCHES
 from ..labels import HEAD, Table, base_labels, label_of

@@ -21,7 +21,8 @@ from ...config.doors import TRANSFORMS
 from ...config.schema import TransformConfig
 from ...errors import InputError
 from ...parallel.mesh import parameter_sharding, place
-from ..layers import AXES, Array, StoredLinear
+from ..layers import AXES, Array
+from ..stored import StoredLinear
 from .base import BaseTransform, TransformContext
 from .calibration import CalibrationConfig
 from .weights import linear_layers, put

@@ -23,7 +23,9 @@ PROJECTION, TABLES = "lm_head", ("embed", "source_embed")
 
 
 class QuantizeConfig(TransformConfig):
-    kind: Literal["quantize"] = Field(description="Holds weights in 8 or 4 bits; they are dequantised a layer at a time where they are used.")
+    kind: Literal["quantize"] = Field(
+        description="Holds weights in 8 or 4 bits; they are dequantised a layer at a time where they are used."
+    )
     format: Literal["nf4", "fp4", "int8", "int4"] = Field(
         default="nf4", description="nf4 and fp4 are bitsandbytes' (16 values by the largest magnitude of a block); int8, int4: symmetric."
     )
@@ -81,9 +83,8 @@ class Quantize(BaseTransform):
         before = held_bytes(model)
         for layer in layers:
             put(model, layer, quantized(layer.module, form, mesh=context.mesh))
-        context.notes.append(
-            f"quantised ({form.label}): {len(layers)} kinds of layers; the base's {size_text(before)} became {size_text(held_bytes(model))}."
-        )
+        sizes = f"the base's {size_text(before)} became {size_text(held_bytes(model))}"
+        context.notes.append(f"quantised ({form.label}): {len(layers)} kinds of layers; {sizes}.")
         return model
 
 

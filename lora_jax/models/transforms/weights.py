@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 from ...errors import InputError, hint
 from ...parallel.mesh import place, to_host
 from ..experts import ExpertLinear
-from ..layers import StoredLinear
 from ..stack import Stack
+from ..stored import StoredLinear
 
 # A mixture's choice of experts: few numbers that decide much.
 _LEFT = ("router",)

@@ -22,7 +22,8 @@ from lora_jax.config.schema import MeshConfig
 from lora_jax.errors import InputError, Stopped
 from lora_jax.models import load as loading
 from lora_jax.models.heads import LanguageModel
-from lora_jax.models.layers import StoredLinear
+from lora_jax.models.load import load_model
+from lora_jax.models.stored import StoredLinear
 from lora_jax.models.transforms.base import TransformContext, apply_transforms
 from lora_jax.models.transforms.low_rank import LowRankConfig, factors_of, rank_of
 from lora_jax.models.transforms.prune import PruneConfig, mask_of
