@@ -119,7 +119,7 @@ class QuantizedLinear(Held, StoredLinear):
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         """(..., inputs) -> (..., outputs)."""
-        y = _product(self.form, x.astype(self.dtype or x.dtype), self.arrays())
+        y: Array = _product(self.form, x.astype(self.dtype or x.dtype), self.arrays())
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     @property

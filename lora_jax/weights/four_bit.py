@@ -24,7 +24,7 @@ NF4 = (
     0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 # Sign, exponent and mantissa bits (1, 2, 1), scaled to [-1, 1]: what the codes 0 to 15 stand for.
-_FP4 = np.float32([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0])
+_FP4 = np.array([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], np.float32)
 FP4 = tuple(float(v) for v in np.concatenate([_FP4, -_FP4]) / np.float32(12))
 # Codes in the order of their values. fp4 has two zeros: what is just below 0 becomes the one, what is just above the other.
 _ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
@@ -36,13 +36,13 @@ NESTED = 256
 
 def _dynamic_map() -> np.ndarray:
     """(256,) float32, ascending: what 8 bits with a moving point stand for (arXiv:1511.04561), from -1 to 1."""
-    found: list[np.ndarray] = [np.float32([0, 1])]
+    found = [np.array([0, 1], np.float32)]
     low = np.float32(0.1)
     for exponent in range(7):
         steps = 2**exponent
         step, at = np.float64((1 - low) / np.float32(steps)), np.arange(steps + 1)
         # PyTorch's linspace: from either end to the middle, each rounded once.
-        bounds = np.float32(np.where(at < (steps + 1) // 2, low + step * at, 1 - step * (steps - at)))
+        bounds = np.where(at < (steps + 1) // 2, low + step * at, 1 - step * (steps - at)).astype(np.float32)
         means = (bounds[:-1] + bounds[1:]) / np.float32(2) * np.float32(10.0 ** (exponent - 6))
         found += [means, -means]
     return np.sort(np.concatenate(found))
@@ -109,9 +109,10 @@ class FourBit(QuantFormat):
         blocks = weight.reshape(outputs, -1, self.block)
         absmax = jnp.abs(blocks).max(-1)
         relative = jnp.clip(blocks * (1 / jnp.where(absmax > 0, absmax, 1))[..., None], -1, 1).reshape(outputs, inputs)
-        order, table = _ORDER[self.kind], np.float32(_TABLES[self.kind])
-        bounds = (table[list(order)][:-1] + table[list(order)][1:]) / np.float32(2)
-        place = sum((relative > bound).astype(jnp.uint8) for bound in bounds)
+        order = _ORDER[self.kind]
+        values = np.array(_TABLES[self.kind], np.float32)[list(order)]
+        bounds = jnp.asarray((values[:-1] + values[1:]) / np.float32(2))
+        place = (relative[..., None] > bounds).astype(jnp.uint8).sum(-1, dtype=jnp.uint8)
         codes = packed(place if self.kind == "nf4" else looked_up(place, order).astype(jnp.uint8))
         if not self.double:
             return {"codes": codes, "absmax": absmax}
@@ -155,8 +156,8 @@ def _nested(values: Array) -> tuple[Array, Array]:
 
 def _nearest() -> np.ndarray:
     """(65536,) uint8: the code that is nearest to each place."""
-    places = np.float32(-1) + np.float32(2 * np.arange(65536)) / np.float32(65535)
-    return np.searchsorted((DYNAMIC[:-1] + DYNAMIC[1:]) * np.float32(0.5), places).astype(np.uint8)
+    places = np.float32(-1) + (2 * np.arange(65536)).astype(np.float32) / np.float32(65535)
+    return np.asarray(np.searchsorted((DYNAMIC[:-1] + DYNAMIC[1:]) * np.float32(0.5), places), np.uint8)
 
 
 _NEAREST = _nearest()

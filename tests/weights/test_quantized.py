@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 import jax
 import numpy as np
@@ -21,11 +23,11 @@ def weight(outputs: int = 48, inputs: int = 192, scale: float = 0.05) -> np.ndar
     return drawn
 
 
-def encode(form, matrix):
+def encode(form: Any, matrix: np.ndarray) -> Any:
     return {name: np.asarray(array) for name, array in jax.jit(form.encode)(matrix).items()}
 
 
-def decode(form, arrays):
+def decode(form: Any, arrays: Any) -> np.ndarray:
     return np.asarray(jax.jit(form.decode)(arrays))
 
 
@@ -37,12 +39,12 @@ def test_four_bits_are_the_nearest_of_16_values_times_the_largest_magnitude(kind
     blocks = matrix.astype(np.float64).reshape(-1, 64)
     largest = np.abs(blocks).max(1, keepdims=True)
     relative = blocks / np.where(largest > 0, largest, 1)
-    distance = np.abs(relative[..., None] - np.float64(table))
+    distance = np.abs(relative[..., None] - np.array(table))
     codes = np.stack([arrays["codes"] >> 4, arrays["codes"] & 15], -1).reshape(relative.shape)
     chosen = np.take_along_axis(distance, codes[..., None].astype(int), -1)[..., 0]
     assert (chosen <= distance.min(-1) + 1e-7).all()  # the nearest, but for ties
     assert np.array_equal(arrays["absmax"].reshape(-1), largest.reshape(-1).astype(np.float32))
-    assert np.abs(decode(form, arrays) - (np.float64(table)[codes] * largest).reshape(matrix.shape)).max() < 1e-7
+    assert np.abs(decode(form, arrays) - (np.array(table)[codes] * largest).reshape(matrix.shape)).max() < 1e-7
 
 
 def test_double_quantisation_holds_the_magnitudes_in_a_byte():
@@ -54,8 +56,10 @@ def test_double_quantisation_holds_the_magnitudes_in_a_byte():
     centred = np.pad(centred, (0, -centred.size % NESTED)).reshape(-1, NESTED)
     scale = np.abs(centred).max(1)
     assert np.allclose(twice["absmax_scale"], scale, rtol=1e-5)
-    nearest = np.abs(centred[..., None] / scale[:, None, None] - np.float64(DYNAMIC)).min(-1) * scale[:, None]
-    held = (np.float64(DYNAMIC)[twice["absmax"]].reshape(-1) * np.repeat(scale, NESTED)[: once["absmax"].size]) + twice["absmax_mean"]
+    nearest = np.abs(centred[..., None] / scale[:, None, None] - DYNAMIC.astype(np.float64)).min(-1) * scale[:, None]
+    held = (DYNAMIC.astype(np.float64)[twice["absmax"]].reshape(-1) * np.repeat(scale, NESTED)[: once["absmax"].size]) + twice[
+        "absmax_mean"
+    ]
     # As near as any of the 256 values, but for the rounding of the quotient to 65,536 places.
     assert (np.abs(held - once["absmax"].reshape(-1)) <= nearest.reshape(-1)[: held.size] + 2 * scale.max() / 65536 + 1e-8).all()
     assert form.bytes(100, 192) == 100 * 96 + 300 + 2 * 4 + 4
@@ -83,8 +87,8 @@ FORMS += [Float8("float8_e4m3fn", (16, 64)), Float8("float8_e5m2", (0, 0))]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_are_taken_as_they_lie_in_the_whole(form):
-    matrix, rows = weight(), np.int32([5, 0, 47, 3, 5])
+def test_rows_are_taken_as_they_lie_in_the_whole(form: Any):
+    matrix, rows = weight(), np.array([5, 0, 47, 3, 5])
     arrays = encode(form, matrix)
     taken = decode(form, {k: np.asarray(v) for k, v in form.take(arrays, rows).items()})
     assert np.abs(taken - decode(form, arrays)[rows]).max() < 1e-7  # a product and a sum may be fused
@@ -103,7 +107,7 @@ def test_blocks_are_what_the_gguf_package_makes_of_them(kind):
     kind_of = getattr(gguf.GGMLQuantizationType, kind)
     block, size = gguf.GGML_QUANT_SIZES[kind_of]
     raw = RNG.integers(0, 256, (6, 512 // block, size), dtype=np.uint8)
-    form = Blocks(kind)
+    form: Any = Blocks(kind)
     # Scales are halves: any but infinite ones and what is no number.
     at = {"Q6_K": [size - 2]}.get(kind, [0] if kind in ("Q4_0", "Q5_0", "Q8_0") else [0, 2])
     for place in at:
@@ -117,7 +121,7 @@ def test_blocks_are_what_the_gguf_package_makes_of_them(kind):
     if kind in ("Q4_0", "Q5_0", "Q8_0", "Q6_K"):
         assert np.array_equal(made, wanted)
     assert sum(part.nbytes for part in parts.values()) == raw.nbytes == form.bytes(6, 512)
-    assert np.array_equal(decode(form, {k: np.asarray(v) for k, v in form.take(parts, np.int32([4, 1])).items()}), made[[4, 1]])
+    assert np.array_equal(decode(form, {k: np.asarray(v) for k, v in form.take(parts, np.array([4, 1])).items()}), made[[4, 1]])
 
 
 @pytest.mark.parametrize(("form", "inputs"), [(FourBit("nf4", 64, True), 96), (WholeNumbers(4, 64), 96), (Blocks("Q4_K"), 576)])

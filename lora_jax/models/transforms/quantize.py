@@ -78,7 +78,8 @@ class Quantize(BaseTransform):
             if not tables:
                 raise InputError(f"{KEY}.embeddings: the model has no table of tokens.")
             for table in tables:
-                form.check(*table.module.embedding.shape, f"{KEY}.block: {table.name}")
+                rows, width = table.module.embedding.shape
+                form.check(rows, width, f"{KEY}.block: {table.name}")
             layers += tables
         before = held_bytes(model)
         for layer in layers:

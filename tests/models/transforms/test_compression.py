@@ -22,11 +22,11 @@ from lora_jax.config.schema import MeshConfig
 from lora_jax.errors import InputError, Stopped
 from lora_jax.models import load as loading
 from lora_jax.models.heads import LanguageModel
-from lora_jax.models.load import load_model
 from lora_jax.models.stored import StoredLinear
 from lora_jax.models.transforms.base import TransformContext, apply_transforms
 from lora_jax.models.transforms.low_rank import LowRankConfig, factors_of, rank_of
 from lora_jax.models.transforms.prune import PruneConfig, mask_of
+from lora_jax.models.transforms.quantize import QuantizeConfig
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.constraints import place_batch
 from lora_jax.parallel.mesh import make_mesh, to_host
@@ -180,7 +180,18 @@ def test_a_low_rank_base_computes_with_the_product_of_its_factors(hub):
     assert tiny.relative(plain(tokens), exact) > 0.01
 
 
-TRANSFORMED = {"pruned": prune(sparsity=0.6), "paired": prune(pattern="2:4"), "low rank": low_rank(share=0.6)}
+def quantize(**values: Any) -> QuantizeConfig:
+    return QuantizeConfig(kind="quantize", **values)
+
+
+TRANSFORMED = {
+    "pruned": prune(sparsity=0.6),
+    "paired": prune(pattern="2:4"),
+    "low rank": low_rank(share=0.6),
+    "nf4": quantize(block=32, embeddings=True),
+    "int8": quantize(format="int8", block="channel"),
+}
+STORED = ("low rank", "nf4", "int8")  # in another form than one array
 MEMBERS = [
     {"adapter__rank": 2, "adapter__targets": ["q_proj", "down_proj"], "adapter__layers": "last:2"},
     {"adapter__rank": 3, "adapter__targets": "all-linear", "adapter__dropout": 0.1, "training__seed": 2},
@@ -209,7 +220,7 @@ def train(section: Any, members: list[dict[str, Any]], mesh: dict[str, int] | No
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["pruned", "low rank"])
+@pytest.mark.parametrize("name", ["pruned", "low rank", "nf4"])
 def test_a_pack_equals_its_solo_runs_on_one_device_and_on_a_mesh(name):
     losses, pack, state, model = train(TRANSFORMED[name], MEMBERS)
     for k, member in enumerate(MEMBERS):
@@ -236,11 +247,11 @@ def test_merging_is_faithful_and_identity_holds_at_the_start(name):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         merged = lora_jax.merge(adapted)
-    assert any("become" in str(w.message) for w in told) == (name == "low rank")
+    assert any("become" in str(w.message) for w in told) == (name in STORED)
     assert tiny.relative(tiny.outputs(merged, tokens), tiny.outputs(adapted, tokens)) < 1e-5
     back = lora_jax.unmerge(merged)
     assert np.array_equal(tiny.outputs(back, tokens, bits=True), tiny.outputs(adapted, tokens, bits=True))
-    if name == "low rank":
+    if name in STORED:
         return
     held = lora_jax.merge(adapted, keep_mask=True)
     zeros = {n: k == 0 for n, k in kernels(model).items()}
@@ -256,18 +267,19 @@ def listed(hub: Any, name: str) -> list[dict[str, Any]]:
         {
             "wanda": {"kind": "prune", "method": "wanda", "calibration": cal},
             "activation": {"kind": "low_rank", "share": 0.6, "method": "activation", "calibration": cal},
+            "nf4": {"kind": "quantize", "block": 32, "embeddings": True},
         }[name]
     ]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["wanda", "activation"])
+@pytest.mark.parametrize("name", ["wanda", "activation", "nf4"])
 def test_a_run_over_it_resumes_exactly_and_is_evaluated_and_exported(hub, tmp_path, monkeypatch, name):
     changes = {"model.transforms": listed(hub, name), "tracking.checkpoint_every": 2, "training.eval_every": 3}
     path = hub.write(tmp_path, changes, causal=True)
     done = call("train", path)
     assert done.code == 0, done.err
-    assert ("pruned:" if name == "wanda" else "low rank") in done.err
+    assert {"wanda": "pruned:", "activation": "low rank", "nf4": "quantised (nf4, blocks of 32"}[name] in done.err
     run = tmp_path / "runs" / "tiny"
     (tmp_path / "again").mkdir()
     again = hub.config(tmp_path / "again", changes, causal=True)
@@ -282,6 +294,13 @@ def test_a_run_over_it_resumes_exactly_and_is_evaluated_and_exported(hub, tmp_pa
     assert exported.code == 0, exported.err
     tokens = jnp.arange(1, 21).reshape(2, 10)
     assert tiny.relative(load_model(str(tmp_path / "hf"))(tokens), restored.model.base(tokens)) < 1e-4
+    if name == "nf4":
+        assert "the dequantised ones that the adapter was trained on" in exported.err
+        again = call("export", run, "--out", tmp_path / "rounded", "--requantize")
+        assert again.code == 0 and "differ from the merged ones by up to" in again.err, again
+        rounded = load_model(str(tmp_path / "rounded"))
+        held = load_model(str(tmp_path / "rounded"), transforms=[quantize(block=32, double=False)])
+        assert tiny.relative(held(tokens), rounded(tokens)) < 1e-2 < tiny.relative(rounded(tokens), restored.model.base(tokens))
     if name == "wanda":
         dense = {n: (k == 0).mean() for n, k in kernels(load_model(str(tmp_path / "hf"))).items()}
         kept = call("export", run, "--out", tmp_path / "sparse", "--keep-mask")
@@ -308,6 +327,10 @@ def test_a_run_over_it_resumes_exactly_and_is_evaluated_and_exported(hub, tmp_pa
         ({"kind": "low_rank", "share": 1.5}, ("share", "got 1.5")),
         ({"kind": "low_rank", "share": 0.5, "method": "activation"}, ("'activation' needs 'calibration",)),
         ({"kind": "low_rank", "share": 0.5, "rank": 3}, ("'rank'",)),
+        ({"kind": "quantize", "format": "nf5"}, ("model.transforms.0: quantize: format", "nf4", "got 'nf5'")),
+        ({"kind": "quantize", "format": "int8", "double": True}, ("'double'", "int8")),
+        ({"kind": "quantize", "block": "channel"}, ("'block: channel' is for int8 and int4",)),
+        ({"kind": "quantize", "block": 0}, ("block",)),
     ],
 )
 def test_what_a_section_may_not_say(hub, tmp_path, section, parts):
@@ -323,6 +346,8 @@ def test_what_a_section_may_not_say(hub, tmp_path, section, parts):
         ([prune(skip=["q_prj"])], ("skip", "'q_prj'", "q_proj")),
         ([low_rank(share=0.01)], ("share", "leaves", "no rank")),
         ([low_rank(share=0.5), prune()], ("list this one first",)),
+        ([quantize(block=24)], ("quantize.block", "blocks of 24 do not divide its", "Nearest:")),
+        ([quantize(block=32, skip=["q_prj"])], ("skip", "'q_prj'", "q_proj")),
         ([prune(method="wanda", calibration=calibration("nowhere.csv"))], ("calibration.source", "nowhere.csv")),
         ([prune(method="wanda", calibration=calibration("REVIEWS", text="txt"))], ("calibration.text", "'txt'", "text")),
         ([prune(method="wanda", calibration=calibration("EMPTY"))], ("no row",)),
@@ -334,7 +359,7 @@ def test_what_a_base_may_not_be(hub, tmp_path, sections, parts):
     text = json.dumps([s.model_dump() for s in sections])
     for name, place in places.items():
         text = text.replace(f'"{name}"', json.dumps(place))
-    kinds = {"prune": PruneConfig, "low_rank": LowRankConfig}
+    kinds = {"prune": PruneConfig, "low_rank": LowRankConfig, "quantize": QuantizeConfig}
     made = [kinds[s["kind"]].model_validate(s) for s in json.loads(text)]
     with pytest.raises(InputError) as refused:
         load_model(str(hub.llama), transforms=made, calibrate=calibrate)
