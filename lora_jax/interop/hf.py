@@ -145,16 +145,22 @@ def _say_zeros(model: nnx.Module, merged: Form, keep_mask: bool) -> None:
 
 def _disagreement(exact: Form, other: Form) -> str:
     """How far two models are apart, in words."""
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, exact.base.config.vocab, (4, 32)), jnp.int32)
+    random = np.random.default_rng(0)
+    if isinstance(exact.base, VisionBase):
+        size, what = exact.base.pixels.size, "2 random images"
+        inputs: tuple[Any, ...] = (jnp.asarray(random.standard_normal((2, *size, len(exact.base.pixels.mean))), jnp.float32),)
+    else:
+        what = "4 x 32 random tokens"
+        tokens = jnp.asarray(random.integers(0, exact.base.config.vocab, (4, 32)), jnp.int32)
+        inputs = (tokens, tokens) if isinstance(exact.base, EncoderDecoder) else (tokens,)
 
     def outputs(form: Form) -> np.ndarray:
         model: Any = form.classifier or form.base
-        call = nnx.jit(model)
-        return np.asarray(call(tokens, tokens) if isinstance(form.base, EncoderDecoder) else call(tokens), np.float64)
+        return np.asarray(nnx.jit(model)(*inputs), np.float64)
 
     wanted, found = outputs(exact), outputs(other)
     largest = f"the largest is {np.abs(wanted).max():.3g}"
-    return f"outputs on 4 x 32 random tokens differ from the adapted model's by up to {np.abs(wanted - found).max():.3g} ({largest})"
+    return f"outputs on {what} differ from the adapted model's by up to {np.abs(wanted - found).max():.3g} ({largest})"
 
 
 def _say_rounded(form: Form, exact: Form, rounded: Form) -> None:
