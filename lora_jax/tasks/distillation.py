@@ -22,6 +22,7 @@ from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
 from ..errors import InputError
 from ..models.encoder_decoder import EncoderDecoder
 from ..models.heads import HiddenStates, TaskModel
+from ..models.vision import VisionBase
 from .base import Base, Columns, Encoded, Rows, Shared, Task, TaskMetrics
 from .objectives import OBJECTIVES, summed_squared_error
 
@@ -66,6 +67,8 @@ class Distillation(Task):
         self, section: DistillationConfig, base: Base, classes: tuple[str, ...] | None, class_token_ids: np.ndarray | None = None
     ) -> nnx.Module:
         """The base's hidden states."""
+        if isinstance(base, VisionBase):
+            raise InputError(f"task.kind: '{self.name}' reads texts, but the model is one over images.")
         return HiddenStates(base)
 
     def encode(self, section: DistillationConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None) -> Encoded:
