@@ -18,9 +18,10 @@ import pytest
 from lora_jax.adapters.inject import inject_layout
 from lora_jax.adapters.layout import resolve, unite
 from lora_jax.adapters.partition import partition
-from lora_jax.config.doors import METHODS
+from lora_jax.config.doors import METHODS, TASKS
 from lora_jax.config.load import with_values
 from lora_jax.config.messages import valid_keys
+from lora_jax.config.schema import TaskConfig
 from lora_jax.packing.execution import PackMode, configured_mode
 from lora_jax.packing.pack import Pack, static_key
 from lora_jax.packing.planner import Planner
@@ -115,6 +116,7 @@ OTHERS = {
     "task.question", "task.context", "task.answers", "task.stride", "task.max_answer", "task.head",
     "task.environment", "task.physics", "task.environments", "task.rollout", "task.update_epochs", "task.minibatches", "task.gamma",
     "task.gae_lambda", "task.clip", "task.entropy", "task.value", "task.eval_episodes",  # tests/tasks/test_ppo.py
+    "task.columns", "task.sources", "task.token_cache",  # tests/data
 }  # fmt: skip
 
 
@@ -126,15 +128,21 @@ OF_METHODS = {
 }
 
 
+# The same of tasks.
+OF_TASKS = {f"task.{key}" for task in TASKS.all().values() for key in task.section.model_fields.keys() - TaskConfig.model_fields.keys()}
+OF_TASKS -= {*TRACED, *STRUCTURAL, *SET_UP, *OTHERS}
+
+
 def test_no_key_is_forgotten():
-    assert sorted({*TRACED, *STRUCTURAL, *SET_UP, *OTHERS, *OF_METHODS}) == sorted(valid_keys())
+    assert sorted({*TRACED, *STRUCTURAL, *SET_UP, *OTHERS, *OF_METHODS, *OF_TASKS}) == sorted(valid_keys())
 
 
-@pytest.mark.parametrize("key", sorted(OF_METHODS))
-def test_a_key_of_one_method_is_in_its_tests(key):
-    tests = Path(__file__).parents[1]
-    files = [*(tests / "adapters").rglob("*.py"), *(tests / "interop").glob("*.py")]
-    assert any(key.removeprefix("adapter.") in path.read_text(encoding="utf-8") for path in files)
+@pytest.mark.parametrize("key", sorted(OF_METHODS | OF_TASKS))
+def test_a_key_of_one_method_or_task_is_in_its_tests(key):
+    tests, (section, name) = Path(__file__).parents[1], key.split(".")
+    folders = {"adapter": ("adapters", "interop"), "task": ("tasks", "data")}[section]
+    files = [path for folder in folders for path in (tests / folder).rglob("*.py")]
+    assert any(name in path.read_text(encoding="utf-8") for path in files)
 
 
 @pytest.mark.slow
