@@ -13,6 +13,8 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageL
 
 from lora_jax.tasks.set_matching import MatchWeights, corners, generalized_iou, match, matching_cost, set_loss
 
+pytestmark = pytest.mark.interop
+
 
 def drawn(rng, images=3, queries=12, classes=4, most=7) -> Any:
     logits = rng.normal(size=(images, queries, classes + 1)).astype(np.float32) * 2

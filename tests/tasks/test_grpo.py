@@ -236,7 +236,7 @@ def test_a_step_learns_of_its_own_completions_and_the_base(config, method):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, monkeypatch):
     options = {"metrics": ["token_f1"], "decoded_rows": 7, "training.pack": "vmap"}
     options |= {"sweep": {"grid": {"adapter.rank": [1, 3]}, "max_padding": 0.9}}
@@ -381,7 +381,7 @@ def test_a_section_has_one_reward_or_several():
         assert task_section(**keys, reward=reward).reward == reward
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_word_that_is_rewarded_is_written(config, tmp_path):
     """A planted solution: ranks 1, 8 and full fine-tuning come near the largest reward there is."""
     planted = {"completions": 4, "update_epochs": 1, "minibatches": 1, "response": None, "temperature": 1.0}
