@@ -7,13 +7,14 @@ import warnings
 import jax
 import numpy as np
 import pytest
-import torch
 
 from lora_jax.weights.four_bit import DYNAMIC, FourBit
 from lora_jax.weights.load import open_checkpoint
 
 warnings.filterwarnings("ignore", module="bitsandbytes")
+torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
+pytestmark = pytest.mark.interop
 
 SHAPES = [(192, 576), (576, 1536), (64, 64), (1000, 192)]
 
