@@ -340,6 +340,27 @@ class HiddenStates(nnx.Module):
         return None
 
 
+class ProjectedStates(HiddenStates):
+    """A base whose last hidden states a trained linear layer takes to another width.
+
+    Args:
+        width: that one.
+
+    Attributes:
+        classifier: the layer; called as a head's is, it trains like one, with the member's own draw.
+    """
+
+    def __init__(self, base: Base, width: int, *, rngs: nnx.Rngs):
+        super().__init__(base)
+        own = base.config.block.width
+        self.classifier = linear(own, width, ("embed", "embed_out"), bias=True, dtype=jnp.float32, rngs=rngs)
+        self.new: tuple[str, ...] = nnx.static(("classifier",))
+
+    def readout(self) -> Callable[[Array], Array]:
+        """(n, width of the base) -> (n, width) float32."""
+        return self.classifier
+
+
 class LabelWordClassifier(LanguageModel):
     """A decoder that classifies by which class's word comes next.
 

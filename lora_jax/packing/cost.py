@@ -222,7 +222,7 @@ class PackShapes:
             entering = self._trunk.out_avals[0]
             shape = (*batch["tokens"].shape[:row_axis], *entering.shape)
             placed["trunk"] = jax.ShapeDtypeStruct(shape, entering.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
-        if (shared := self._setup.shared) is not None:
+        if (shared := self._setup.shared) is not None and (row_axis == 1 or shared.held_out):
             placed[shared.name] = shared.shape({name: placed[name] for name in batch}, micro=row_axis == 1)
         return placed
 

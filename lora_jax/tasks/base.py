@@ -231,12 +231,14 @@ class Task(ABC):
         """
         return None
 
-    def shared(self, section: Any, base: Base, load: Callable[..., Any]) -> Shared | None:
+    def shared(self, section: Any, base: Base, load: Callable[..., Any], data: TaskData) -> Shared | None:
         """What is computed once for all members; None where nothing is.
 
         Args:
             base: the model that the members adapt.
-            load: `load(source, key="task....")` gives another base of the same dtype, on the same mesh.
+            load: `load(source, key="task....")` gives another base of the same dtype, on the same mesh, untransformed; with `head=...` a
+                classifier. A source of None is the members' own.
+            data: the examples.
         """
         return None
 

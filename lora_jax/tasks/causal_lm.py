@@ -12,9 +12,12 @@ from ..data.pairs import Shift, source_target, target_ids
 from ..data.prompts import Prompts
 from ..data.tokens import encode_chat, encoder_texts, messages_of, plain_ids, prompt_ids, start_ids, with_start
 from ..errors import InputError
+from ..models.decoder import Decoder
 from ..models.encoder_decoder import EncoderDecoder
-from .base import Base, Columns, Encoded, Rows, TaskMetrics
+from ..models.heads import LanguageModel
+from .base import Base, Columns, Encoded, Rows, TaskData, TaskMetrics
 from .next_token import NEW_TOKENS, DatedConfig, NextToken, next_token, notes_on, with_end
+from .teachers import DistillConfig, Taught
 
 
 class CausalLMConfig(DatedConfig):
@@ -25,6 +28,7 @@ class CausalLMConfig(DatedConfig):
     messages: str | None = Field(
         default=None, description="Chat-messages column: [{role, content}], through the chat template, loss on the assistant."
     )
+    distill: DistillConfig | None = Field(default=None, description="A teacher whose logits are met beside the right tokens.")
 
     @model_validator(mode="after")
     def _columns(self) -> CausalLMConfig:
@@ -36,7 +40,7 @@ class CausalLMConfig(DatedConfig):
         return self
 
 
-class CausalLM(NextToken):
+class CausalLM(Taught, NextToken):
     """The next token."""
 
     name, section = "causal_lm", CausalLMConfig
@@ -51,11 +55,19 @@ class CausalLM(NextToken):
     def metrics(self, section: CausalLMConfig, classes: tuple[str, ...] | None) -> TaskMetrics:
         """The mean loss of a token; reports show it as perplexity."""
         # Chosen by the loss, not by its exponential, which may be infinite.
-        return TaskMetrics(("loss", "perplexity", "token_accuracy"), "loss", "perplexity", training=("perplexity",))
+        # While there is a teacher, the loss of a training step is no token's.
+        training = ("perplexity",) if section.distill is None else ()
+        return TaskMetrics(("loss", "perplexity", "token_accuracy"), "loss", "perplexity", training=training)
 
     def notes(self, section: CausalLMConfig, tokenizer: Any) -> list[str]:
         """A tokenizer without an end; the date that a chat template writes."""
         return notes_on(tokenizer, section.date, "task.messages" if section.messages is not None else None)
+
+    def teacher_model(self, section: CausalLMConfig, teacher: Any, data: TaskData) -> Any:
+        """The teacher with its own readout."""
+        if not isinstance(teacher, Decoder):
+            raise InputError(f"task.distill.teacher: {section.distill and section.distill.teacher} is no decoder, and says no next token.")
+        return LanguageModel(teacher)
 
     def check_base(self, section: CausalLMConfig, base: Base, source: str) -> None:
         """It needs a decoder, or for prompts and responses an encoder-decoder."""

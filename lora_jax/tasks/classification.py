@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from pydantic import Field, model_validator
@@ -16,7 +18,8 @@ from ..errors import InputError, hint, warn
 from ..models.add_head import add_head
 from ..models.decoder import Decoder
 from ..models.heads import LabelWordClassifier, LanguageModel
-from .base import Base, Columns, Encoded, HeadTaskConfig, Prediction, Rows, Task, TaskMetrics
+from .base import Base, Columns, Encoded, HeadTaskConfig, Prediction, Rows, Task, TaskData, TaskMetrics
+from .teachers import DistillConfig, Taught
 
 
 class LabelledConfig(HeadTaskConfig):
@@ -34,6 +37,7 @@ class ClassificationConfig(LabelledConfig):
     pooling: Literal["cls", "mean"] = Field(
         default="cls", description="On an encoder: the first token (through BERT's pooler), or the mean of all."
     )
+    distill: DistillConfig | None = Field(default=None, description="A teacher whose logits are met beside the right classes.")
 
     @model_validator(mode="after")
     def _template(self) -> ClassificationConfig:
@@ -104,7 +108,7 @@ def _labels(rows: Rows, column: str) -> list[tuple[int, str]]:
     return [(int(number), str(label)) for number, value in columns for label in (value if isinstance(value, list) else [value])]
 
 
-class Classification(Labelled):
+class Classification(Taught, Labelled):
     """A class for each text."""
 
     name, section, head, targets = "classification", ClassificationConfig, "classification", 1
@@ -164,6 +168,29 @@ class Classification(Labelled):
                 targets[-1 if decoder else 0] = classes.index(label)
             made.append(Example(np.array(ids, np.int32), targets, cut=cut))
         return Encoded(made, lambda kept: confusion_scorer(kept, len(classes)))
+
+    def teacher_head(self, section: ClassificationConfig, base: Base) -> str | None:
+        """An encoder's own; a decoder has none."""
+        return None if isinstance(base, Decoder) else self.head
+
+    def teacher_model(self, section: ClassificationConfig, teacher: Any, data: TaskData) -> Any:
+        """The teacher with its head, its classes in the task's order; or read out at the words of the classes."""
+        classes = data.classes or ()
+        if isinstance(teacher, Decoder):
+            assert data.class_token_ids is not None
+            return LabelWordClassifier(teacher, tuple(int(i) for i in data.class_token_ids))
+        names = teacher.class_names
+        if set(names) == set(classes):
+            at = jnp.array([names.index(c) for c in classes])
+            teacher = nnx.merge(*nnx.split(teacher))  # whose head may be the members' own
+            for variable in [v for v in (teacher.classifier.kernel, teacher.classifier.bias) if v is not None]:
+                if not isinstance(variable.get_value(), jax.ShapeDtypeStruct):
+                    variable.set_value(variable[...][..., at])
+        elif len(names) == len(classes) and all(name == f"LABEL_{i}" for i, name in enumerate(names)):
+            warn(f"task.distill.teacher: names no classes; its outputs are taken to be {', '.join(classes)}, in this order.")
+        else:
+            raise InputError(f"task.distill.teacher: its classes are {', '.join(names)}; the task's are {', '.join(classes)}.")
+        return teacher
 
     def stand_in(self, section: ClassificationConfig, column: str, row: Mapping[str, Any], classes: tuple[str, ...] | None) -> str:
         """Any class."""

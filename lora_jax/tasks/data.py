@@ -126,14 +126,22 @@ class Shared:
         name: of the array in the batch, which the objective reads. It is no name that batches have already.
         model: what it is computed with; its weights lie on the mesh, and nothing of it trains.
         function: (model, micro-batch) -> (targets, ...), pure; compiled.
-        once: computed once an example, before the first step, by the base that is being adapted; else once a batch. The array is then
-            (targets,) float32, and its name begins with `target_`.
+        once: computed once an example, before the first step; else once a batch. The array is then
+            (targets,) float32, or (targets, numbers), and its name begins with `target_`.
+        numbers: how many are kept of each target; None: one, and no axis for it.
+        held_out: whether evaluations have it too.
+        disk_gb: how large the files of what is computed once an example may be, below `tracking.dir`; 0: none is written.
+        facts: what the numbers follow from beside the model and the examples, as text.
     """
 
     name: str
     model: nnx.Module
     function: Callable[[Any, dict[str, jax.Array]], jax.Array]
     once: bool = False
+    numbers: int | None = None
+    held_out: bool = True
+    disk_gb: float = 0.0
+    facts: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Hidden states: the members learn to give those of a frozen teacher, which are computed once a batch for all of them.
 
-The teacher may be pruned, quantised, larger or otherwise trained; it has the members' vocabulary and width. The loss is the mean squared
-error over the numbers of each token's last hidden state.
+The teacher may be pruned, quantised, larger or otherwise trained; it has the members' vocabulary. Where it has another width, each member
+trains a linear layer from its own hidden states to the teacher's (`projection`). The loss is the mean squared error over the numbers of
+each token's last hidden state. How a teacher's logits are met beside a task's own loss: `teachers.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pydantic import Field
 
 from ..config.doors import TASKS
 from ..config.schema import SOURCE, TaskConfig
+from ..config.types import PositiveInt
 from ..data.batching import Example
 from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
 from ..errors import InputError
 from ..models.encoder_decoder import EncoderDecoder
-from ..models.heads import HiddenStates, TaskModel
+from ..models.heads import HiddenStates, ProjectedStates, TaskModel
 from ..models.vision import VisionBase
-from .base import Base, Columns, Encoded, Rows, Shared, Task, TaskMetrics
+from .base import Base, Columns, Encoded, Rows, Shared, Task, TaskData, TaskMetrics
 from .objectives import OBJECTIVES, summed_squared_error
 
 # The array of a batch that holds the teacher's states, (targets, width).
@@ -39,6 +41,9 @@ class DistillationConfig(TaskConfig):
             "The loss is the mean squared error."
         ),
         json_schema_extra=SOURCE,
+    )
+    projection: PositiveInt | None = Field(
+        default=None, description="The teacher's width, where it is another: a linear layer to it is trained with each member."
     )
 
 
@@ -66,10 +71,10 @@ class Distillation(Task):
     def model(
         self, section: DistillationConfig, base: Base, classes: tuple[str, ...] | None, class_token_ids: np.ndarray | None = None
     ) -> nnx.Module:
-        """The base's hidden states."""
+        """The base's hidden states, or what a linear layer makes of them."""
         if isinstance(base, VisionBase):
             raise InputError(f"task.kind: '{self.name}' reads texts, but the model is one over images.")
-        return HiddenStates(base)
+        return HiddenStates(base) if section.projection is None else ProjectedStates(base, section.projection, rngs=nnx.Rngs(0))
 
     def encode(self, section: DistillationConfig, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None) -> Encoded:
         """A target at each token. Its id (0) says nothing: the teacher knows what it is to be."""
@@ -83,27 +88,33 @@ class Distillation(Task):
         made = [(np.array(ids, np.int32), cut) for ids, cut in encoded]
         return Encoded([Example(ids, np.zeros(len(ids), np.int32), cut=cut, end_cut=cut) for ids, cut in made])
 
-    def shared(self, section: DistillationConfig, base: Base, load: Callable[..., Any]) -> Shared:
+    def shared(self, section: DistillationConfig, base: Base, load: Callable[..., Any], data: TaskData) -> Shared:
         """The teacher's hidden state at each target.
 
         Raises:
             InputError: the teacher has another vocabulary or width than the members.
         """
         teacher = load(section.teacher, key="task.teacher")
-        _check_teacher(teacher, base, section.teacher)
+        _check_teacher(teacher, base, section)
         return Shared(TEACHER_STATES, HiddenStates(teacher), lambda model, batch: model.features(batch))
 
 
 TASKS.register("distillation", Distillation())
 
 
-def _check_teacher(teacher: Base, student: Base, source: str) -> None:
+def _check_teacher(teacher: Base, student: Base, section: DistillationConfig) -> None:
+    source = section.teacher
     if isinstance(teacher, EncoderDecoder):
         raise InputError(f"task.teacher: {source} is an encoder-decoder, which has no hidden states of a text alone.")
-    for what, of in (
-        ("a vocabulary of {} tokens", lambda m: m.config.vocab),
-        ("hidden states of {} numbers", lambda m: m.config.block.width),
-    ):
-        theirs, ours = of(teacher), of(student)
-        if theirs != ours:
-            raise InputError(f"task.teacher: {source} has {what.format(theirs)}, and the model has {what.format(ours)}.")
+    width = teacher.config.block.width
+    if section.projection is not None and section.projection != width:
+        raise InputError(f"task.projection: {section.projection}, but the hidden states of {source} have {width} numbers.")
+    theirs, ours = teacher.config.vocab, student.config.vocab
+    if theirs != ours:
+        raise InputError(f"task.teacher: {source} has a vocabulary of {theirs} tokens, and the model has a vocabulary of {ours} tokens.")
+    own = student.config.block.width
+    if section.projection is None and width != own:
+        raise InputError(
+            f"task.teacher: {source} has hidden states of {width} numbers, and the model has hidden states of {own} numbers. "
+            f"task.projection: {width} trains a layer from one to the other."
+        )

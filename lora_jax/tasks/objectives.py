@@ -33,6 +33,11 @@ def sums_of(objective: Objective, model: TaskModel, features: jax.Array, batch: 
     return loss, right, more[0] if more else {}
 
 
+def held_out(objective: Any) -> Any:
+    """What members are evaluated by: the objective itself, but for one with a teacher, who is asked in training alone (`held_out`)."""
+    return getattr(objective, "held_out", objective)
+
+
 def total_weight(batch: dict[str, Any]) -> Any:
     """What the mean of a loss is over: the number of a batch's examples where those are counted, else of its targets. NumPy or JAX."""
     return batch.get("example_weights", batch["target_weights"]).sum()
@@ -85,31 +90,117 @@ def summed_cross_entropy(
 
     def chunk_loss(trained: list[Any], features: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, right, loss = chunked.losses(trained, features, ids)
-        loss = jnp.sum(weights * loss)
-        # Right where no other logit is as large: a tie says nothing. Counted, as an argmax over a vocabulary costs as much as its softmax.
-        as_large = jnp.sum(jax.lax.stop_gradient(logits) >= jax.lax.stop_gradient(right)[:, None], axis=-1, dtype=jnp.int32)
-        return loss, jnp.sum(weights * (as_large == 1))
+        return jnp.sum(weights * loss), jnp.sum(weights * _is_right(logits, right))
+
+    return _summed(chunked, chunk_loss, features, ids, weights)
+
+
+def _is_right(logits: jax.Array, right: jax.Array) -> jax.Array:
+    """(n,) whether no other logit is as large as the right one: a tie says nothing. No gradient."""
+    # Counted, as an argmax over a vocabulary costs as much as its softmax.
+    as_large = jnp.sum(jax.lax.stop_gradient(logits) >= jax.lax.stop_gradient(right)[:, None], axis=-1, dtype=jnp.int32)
+    return as_large == 1
+
+
+def summed_distillation(
+    head: Callable[[jax.Array], jax.Array],
+    features: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    teacher: jax.Array,
+    *,
+    temperature: float,
+    alpha: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Summed alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, both distributions softened by T (Hinton et al.,
+    arXiv:1503.02531, section 2). Gradients are taken while logits are at hand, as in `summed_cross_entropy`.
+
+    Args:
+        head, features, ids, weights: as for `summed_cross_entropy`.
+        teacher: what `taught` made of the teacher's logits, (n, ...) float32.
+        temperature: T, the teacher's.
+        alpha: 0 to 1.
+
+    Returns:
+        four float32 scalars, sums over targets times their weights: the loss; and without gradients right predictions, the cross-entropy
+        and the divergence.
+    """
+    chunked = _Chunked.of(head, features)
+
+    def chunk_loss(trained: list[Any], x: jax.Array, ids: jax.Array, weights: jax.Array, teacher: jax.Array) -> tuple[jax.Array, Any]:
+        logits, right, loss = chunked.losses(trained, x, ids)
+        apart = divergence(logits / temperature, teacher)
+        both = alpha * temperature**2 * apart + (1 - alpha) * loss
+        return jnp.sum(weights * both), (jnp.sum(weights * _is_right(logits, right)), jnp.sum(weights * loss), jnp.sum(weights * apart))
+
+    loss, (correct, plain, apart) = _summed(chunked, chunk_loss, features, ids, weights, teacher)
+    return loss, correct, plain, apart
+
+
+def taught(logits: jax.Array, top: int | None) -> jax.Array:
+    """What is kept of a teacher's logits, already divided by the temperature, as float32.
+
+    Args:
+        logits: (n, classes).
+        top: how many classes are told apart, the likeliest ones; all where it is None or not below their number.
+
+    Returns:
+        (n, classes) logarithms of probabilities; or (n, 2 top + 1): those of the likeliest classes, which these are, and of all the rest
+        together.
+    """
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    if top is None or top >= logits.shape[-1]:
+        return logs
+    values, ids = jax.lax.top_k(logs, top)
+    return jnp.concatenate([values, ids.astype(jnp.float32), _rest(logs, ids)], axis=-1)  # a float32 holds ids below 2^24
+
+
+def divergence(logits: jax.Array, teacher: jax.Array) -> jax.Array:
+    """(n,) KL(teacher || student) of logits (n, classes); where the teacher's likeliest classes alone are known, of the distribution over
+    these and all the rest together, which is at most that over all classes."""
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    if teacher.shape[-1] != logits.shape[-1]:
+        top = teacher.shape[-1] // 2
+        ids = teacher[:, top : 2 * top].astype(jnp.int32)
+        logs = jnp.concatenate([jnp.take_along_axis(logs, ids, axis=-1), _rest(logs, ids)], axis=-1)
+        teacher = jnp.concatenate([teacher[:, :top], teacher[:, 2 * top :]], axis=-1)
+    return jnp.sum(jnp.exp(teacher) * (teacher - logs), axis=-1)
+
+
+def _rest(logs: jax.Array, ids: jax.Array) -> jax.Array:
+    """(n, 1): the logarithm of the probability of all classes but `ids` (n, top) together."""
+    others = logs.at[jnp.arange(logs.shape[0])[:, None], ids].set(-jnp.inf)
+    return jax.nn.logsumexp(others, axis=-1, keepdims=True)
+
+
+def _summed(chunked: _Chunked, chunk_loss: Callable[..., tuple[jax.Array, Any]], features: jax.Array, *columns: jax.Array) -> Any:
+    """The sums over chunks of a loss and what comes with it, without a gradient: scalars each.
+
+    Args:
+        chunked: how targets are cut.
+        chunk_loss: (what the readout trains, features of a chunk, columns of a chunk) -> (loss, more).
+        features: (n, width).
+        columns: (n, ...) each, what is known of the targets.
+    """
 
     @jax.custom_vjp
-    def total(trained: list[Any], features: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, correct = jax.lax.map(lambda c: chunk_loss(trained, *c), (features, ids, weights))
-        return losses.sum(), correct.sum()
+    def total(trained: list[Any], features: jax.Array, *columns: jax.Array) -> Any:
+        return jax.tree.map(lambda a: a.sum(), jax.lax.map(lambda c: chunk_loss(trained, *c), (features, *columns)))
 
-    def forward(trained: list[Any], features: jax.Array, ids: jax.Array, weights: jax.Array) -> Any:
+    def forward(trained: list[Any], features: jax.Array, *columns: jax.Array) -> Any:
         def one(grads: list[Any], chunk: tuple[jax.Array, ...]) -> Any:
-            x, i, w = chunk
-            (loss, correct), (more, dx) = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)(trained, x, i, w)
-            return jax.tree.map(jnp.add, grads, more), (loss, correct, dx)
+            found, (more, dx) = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)(trained, *chunk)
+            return jax.tree.map(jnp.add, grads, more), (found, dx)
 
-        grads, (losses, correct, dx) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, trained), (features, ids, weights))
-        return (losses.sum(), correct.sum()), (grads, dx)
+        grads, (found, dx) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, trained), (features, *columns))
+        return jax.tree.map(lambda a: a.sum(), found), (grads, dx)
 
-    def backward(kept: tuple[list[Any], jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> Any:
+    def backward(kept: tuple[list[Any], jax.Array], cotangents: Any) -> Any:
         grads, dx = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), kept)
-        return grads, dx, None, None
+        return grads, dx, *[None] * len(columns)
 
     total.defvjp(forward, backward)
-    return total(chunked.trained, chunked.cut(features), chunked.cut(ids), chunked.cut(weights))
+    return total(chunked.trained, chunked.cut(features), *map(chunked.cut, columns))
 
 
 def target_log_probs(head: Callable[[jax.Array], jax.Array], features: jax.Array, ids: jax.Array) -> jax.Array:

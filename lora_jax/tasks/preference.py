@@ -24,7 +24,7 @@ from ..data.tokens import encode_chat, messages_of, plain_ids, prompt_ids, start
 from ..errors import InputError
 from ..models.decoder import Decoder
 from ..models.heads import LanguageModel, RewardModel
-from .base import Base, Columns, Encoded, Prediction, Rows, Shared, TaskMetrics
+from .base import Base, Columns, Encoded, Prediction, Rows, Shared, TaskData, TaskMetrics
 from .evaluators import Evaluator, register
 from .next_token import NEW_TOKENS, DatedConfig, NextToken, next_token, notes_on, with_end
 from .objectives import Objective, target_log_probs
@@ -185,7 +185,7 @@ class Preference(NextToken):
         assert isinstance(base, Decoder)
         return RewardModel(base, rngs=nnx.Rngs(0)) if section.loss == "reward" else LanguageModel(base)
 
-    def shared(self, section: PreferenceConfig, base: Base, load: Callable[..., Any]) -> Shared | None:
+    def shared(self, section: PreferenceConfig, base: Base, load: Callable[..., Any], data: TaskData) -> Shared | None:
         """The base's own log-probability of each target, where the loss needs them."""
         if section.loss in _WITHOUT_REFERENCE:
             return None

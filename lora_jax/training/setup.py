@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -170,16 +171,18 @@ class Setup:
         placed = place_batch(self.mesh, batch, row_axis=1)
         common = {} if trunk is None else {"trunk": trunk.of_step(step, placed, batch)}
         if (shared := self.shared) is not None:
-            common[shared.name] = shared.of_step(placed, batch, self._pass_over())
+            common[shared.name] = shared.of_step(placed, batch, self.pass_over())
         return placed | common
 
     def held_out_inputs(self, batch: dict[str, np.ndarray], trunk: Trunk | None) -> dict[str, jax.Array]:
         """The same for an evaluation batch, which has no micro axis."""
         placed = place_batch(self.mesh, batch, row_axis=0)
         common = {} if trunk is None else {"trunk": trunk.of_held_out(placed, batch)}
-        return placed | common | ({} if self.shared is None else {self.shared.name: self.shared.of_held_out(placed, batch)})
+        if (shared := self.shared) is not None and shared.held_out:
+            common[shared.name] = shared.of_held_out(placed, batch)
+        return placed | common
 
-    def _pass_over(self) -> Iterator[dict[str, np.ndarray]]:
+    def pass_over(self) -> Iterator[dict[str, np.ndarray]]:
         """Every training example of the run once, in batches that depend on nothing but the plan."""
         plan = cast(BatchPlan, self.plan)
         yield from plan.eval_batches(plan.seen())
@@ -204,7 +207,8 @@ class Setup:
         more = [[column for column in (e.decoder_tokens, e.parts) if column is not None] for e in self.data.parts]
         digests = [arrays_digest([e.tokens, e.targets, e.types, e.values, *m]) for e, m in zip(self.data.parts, more, strict=True)]
         known = {"base": self.fingerprint, "tokenizer": self.tokenizer, **dict(zip(("train", "held_out", "test"), digests, strict=False))}
-        if self.shared is not None and not self.shared.once:  # what is computed once an example is the base's own
+        # What the base itself computes once an example follows from it.
+        if self.shared is not None and not (self.shared.once and getattr(self.shared.model, "base", None) is self.base):
             known["shared"] = fingerprint(self.shared.model)
         return known | {"code": f"lora-jax {importlib.metadata.version('lora-jax')}"}
 
@@ -268,12 +272,15 @@ class Preparer:
             check_data(base, data, known)
 
         # What is computed once for all members.
-        def load(source: str, *, key: str) -> Any:
-            files = BaseFiles(source, dtype=config.model.dtype, key=key)
-            return files.load(mesh) if self._weights else files.model
+        def load(source: str | None, *, key: str, head: str | None = None) -> Any:
+            model = config.model
+            if source is None and not model.transforms and head in (None, task.loaded_head(section)):
+                return base if head is None else loaded
+            files = BaseFiles(source or model.source, dtype=model.dtype, key=key, head=head)
+            return one_copy(files.load(mesh), loaded) if self._reads_weights(config) else files.model
 
         def share() -> SharedProgram | None:
-            found = task.shared(section, base, load)
+            found = task.shared(section, base, load, data)
             return None if found is None else SharedProgram(found, mesh)
 
         shared = self._shared.get(shared_key, share)
@@ -294,6 +301,22 @@ class Preparer:
 
     def _reads_weights(self, config: Config) -> bool:
         return self._weights or bool(config.model.transforms)  # a transform's shapes may depend on the weights
+
+
+def one_copy(model: nnx.Module, of: nnx.Module) -> nnx.Module:
+    """The model with the other's arrays where both hold equal ones, so that they lie in memory once; in place."""
+
+    def arrays(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Variable]:
+        base = model.base if isinstance(model, Classifier) else model
+        return {path: v for path, v in nnx.iter_graph(base) if isinstance(v, nnx.Param)}
+
+    held = arrays(of)
+    for path, variable in arrays(model).items():
+        other = held.get(path)
+        alike = other is not None and (other.shape, other.dtype) == (variable.shape, variable.dtype)
+        if other is not None and alike and bool(jnp.array_equal(variable[...], other[...])):
+            variable.set_value(other[...])
+    return model
 
 
 def check_data(base: Base, data: TaskData, known: Sequence[str] = ()) -> None:

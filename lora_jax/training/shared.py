@@ -33,12 +33,17 @@ class SharedProgram:
 
     Attributes:
         name: of the result in the batch.
+        held_out: whether evaluations have it.
+        disk_gb, facts, numbers: as in `Shared`.
+        asked_to_keep: whether it was seen to that a file keeps it (`trunk_cache.keep_shared`).
         model: the model that computes it.
         once: whether it is computed once an example.
     """
 
     def __init__(self, shared: Shared, mesh: Mesh):
         self.name, self.model, self.once = shared.name, shared.model, shared.once
+        self.held_out, self.disk_gb, self.numbers, self.facts = shared.held_out, shared.disk_gb, shared.numbers, shared.facts
+        self.asked_to_keep = False
         self._mesh, self._function = mesh, shared.function
         self._known: tuple[Known, Known] = ({}, {})  # of training, and of evaluations
         if self.once and not self.name.startswith("target_"):
@@ -77,11 +82,15 @@ class SharedProgram:
         """
         if not self.once:
             return self._step(self._parts[1], batch)
+        return self._placed(values_of(self.known_of(pass_over), host), 1)
+
+    def known_of(self, pass_over: Iterable[HostBatch]) -> Known:
+        """What is computed once of each of the run's examples; on first use it is, `pass_over` as for `of_step`."""
         known = self._known[0]
         if not known:
             for one in pass_over:
                 self._learn(known, one)
-        return self._placed(values_of(known, host), 1)
+        return known
 
     def of_held_out(self, batch: Batch, host: HostBatch) -> jax.Array:
         """(targets, ...): the same for a batch without a micro axis."""
@@ -94,10 +103,15 @@ class SharedProgram:
             values = values_of(known, host)
         return self._placed(values, 0)
 
+    def use(self, known: Known) -> None:
+        """Takes what was computed of the run's examples before."""
+        self._known[0].update(known)
+
     def shape(self, batch: Batch, *, micro: bool) -> jax.ShapeDtypeStruct:
         """The shape of what `of_step` (if `micro`) or `of_held_out` returns, and where it lies; nothing is computed."""
         if self.once:
-            return jax.ShapeDtypeStruct(batch["target_weights"].shape, np.float32, sharding=replicated(self._mesh))
+            tail = () if self.numbers is None else (self.numbers,)
+            return jax.ShapeDtypeStruct((*batch["target_weights"].shape, *tail), np.float32, sharding=replicated(self._mesh))
         found = (self._step if micro else self._held_out).lower(self._parts[1], batch).out_info
         return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=row_sharding(self._mesh, int(micro)))
 
@@ -109,8 +123,8 @@ class SharedProgram:
         return place_batch(self._mesh, {self.name: values}, row_axis=row_axis)[self.name]
 
 
-# A text's tokens as bytes -> (length,) float32, what is kept of each target; NaN at what was no target so far. One text may have other
-# targets in another example: a prompt and its answer may be cut elsewhere.
+# A text's tokens as bytes -> (length, ...) float32, what is kept of each target; NaN at what was no target so far. One text may have
+# other targets in another example: a prompt and its answer may be cut elsewhere.
 Known = dict[bytes, np.ndarray]
 
 
@@ -120,22 +134,25 @@ def keep_values(known: Known, batch: Mapping[str, np.ndarray], values: np.ndarra
     Args:
         known: what is kept so far; in place.
         batch: without a micro axis.
-        values: (targets,) float32, in the order of the batch.
+        values: (targets, ...) float32, in the order of the batch.
     """
-    real = batch["target_weights"] > 0
-    flat = np.full(batch["tokens"].size, np.nan, np.float32)
+    real, tail = batch["target_weights"] > 0, values.shape[1:]
+    flat = np.full((batch["tokens"].size, *tail), np.nan, np.float32)
     flat[batch["target_index"][real]] = values[real]
     for start, stop, name in spans(batch):
-        old = known.setdefault(name, np.full(stop - start, np.nan, np.float32))
+        old = known.setdefault(name, np.full((stop - start, *tail), np.nan, np.float32))
         np.copyto(old, flat[start:stop], where=np.isnan(old))
 
 
 def values_of(known: Known, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What is kept of a batch's targets, (..., targets) float32: NaN of those that nothing is known of, 0 of filler."""
-    flat = np.full(batch["tokens"].size, np.nan, np.float32)
+    """What is kept of a batch's targets, (..., targets, ...) float32: NaN of those that nothing is known of, 0 of filler."""
+    tail = next(iter(known.values())).shape[1:] if known else ()
+    flat = np.full((batch["tokens"].size, *tail), np.nan, np.float32)
     for start, stop, name in spans(batch):
         if name in known:
             flat[start:stop] = known[name]
     index = batch["target_index"]
-    found = np.take_along_axis(flat.reshape(-1, flat.size // (index.size // index.shape[-1])), index.reshape(-1, index.shape[-1]), axis=1)
-    return np.where(batch["target_weights"] > 0, found.reshape(index.shape), np.float32(0))
+    micros = index.size // index.shape[-1]
+    each = flat.reshape(micros, -1, *tail)
+    found = each[np.arange(micros)[:, None], index.reshape(micros, -1)].reshape(*index.shape, *tail)
+    return np.where((batch["target_weights"] > 0).reshape(*index.shape, *[1] * len(tail)), found, np.float32(0))

@@ -12,7 +12,7 @@ import optax
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..models.heads import TaskModel
 from ..parallel.constraints import in_order, targets_by_rows
-from ..tasks.objectives import Means, Objective, sums_of, total_weight
+from ..tasks.objectives import Means, Objective, held_out, sums_of, total_weight
 from ..tasks.on_policy import OnPolicy
 from .optimizer import Hyper, learning_rate, make_optimizer
 
@@ -203,4 +203,4 @@ def eval_step(
     features = model.features(batch)
     answers = model.answers(features)
     answers = None if answers is None else in_order(batch, answers, count)
-    return *sums_of(objective, model, features, batch), answers
+    return *sums_of(held_out(objective), model, features, batch), answers

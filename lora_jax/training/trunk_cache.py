@@ -1,4 +1,5 @@
-"""`training.cache_trunk`: the trunk of every example, computed once and used in all epochs, evaluations and packs.
+"""`training.cache_trunk`: the trunk of every example, computed once and used in all epochs, evaluations and packs. And what a task keeps
+of each example (`tasks.data.Shared`), in files (`keep_shared`).
 
 It is filled before the first step, in one pass, and read-only from then on: in memory, or where that is too little, in a file that
 later runs find again. Losses are, bit for bit, those of computing it anew. That takes a compiled program that gives an example the same
@@ -28,11 +29,12 @@ from ..data.batching import BatchPlan
 from ..models.stack import stacks_of
 from ..parallel.constraints import place_batch
 from ..parallel.mesh import to_host
+from ..weights.provenance import fingerprint
 from .setup import Setup
-from .trunk import Trunk, TrunkFiles, TrunkStore, file_size
+from .trunk import Trunk, TrunkFiles, TrunkStore, file_size, spans
 
-# Its folder, below `tracking.dir`: the runs there share it.
-FOLDER = ".trunk-cache"
+# Their folders, below `tracking.dir`: the runs there share them.
+FOLDER, TEACHER_FOLDER = ".trunk-cache", ".teacher-cache"
 
 _GB = 1e9
 
@@ -99,6 +101,54 @@ _MOVED = "trunk cache: off, because on this device an example's numbers depend, 
 
 class _MovedError(Exception):
     """The check failed: nothing is to be kept."""
+
+
+def keep_shared(setup: Setup, folder: Path, say: Callable[[str], None]) -> None:
+    """Gives what a task computes once an example its file, where the task wants one: read if it is there, else computed and written.
+
+    Args:
+        setup: with what is shared.
+        folder: where files go; made when one is written.
+        say: hears what is kept, or why nothing is.
+    """
+    shared = setup.shared
+    if shared is None or not shared.disk_gb or shared.numbers is None or shared.asked_to_keep:
+        return
+    shared.asked_to_keep = True
+    what = shared.name.removeprefix("target_")
+    if jax.process_count() > 1:
+        return say(f"{what} cache: off, because it works in a single process only")
+    batches = [*setup.pass_over()]
+    lengths: dict[bytes, int] = {}
+    digest = hashlib.sha256()
+    for batch in batches:
+        lengths |= {name: stop - start for start, stop, name in spans(batch)}
+        for key in ("tokens", "positions", "segment_ids", "target_index", "target_weights", "token_types"):
+            digest.update(key.encode() + (batch[key].tobytes() if key in batch else b"-"))
+    shape, model = (sum(lengths.values()), shared.numbers), shared.model
+    own = getattr(model, "base", model)
+    facts = {
+        "teacher": [fingerprint(model), type(model).__name__, repr(getattr(own, "config", "")), shared.facts],
+        "batches": digest.hexdigest(),
+        "mesh": list(setup.mesh.shape.items()),
+        "programs": _programs(),
+    }
+    files, key = TrunkFiles(folder), hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    size = f"{len(lengths):,} texts, {file_size(shape, 4) / 1e6:,.1f} MB"
+    if file_size(shape, 4) > shared.disk_gb * _GB:
+        return say(f"{what} cache: off, because {size} is more than its disk_gb allows")
+    found = files.open(key, shape, 4)
+    if found is not None:
+        cuts = np.split(found.view(np.float32), np.cumsum([*lengths.values()])[:-1])
+        shared.use(dict(zip(lengths, cuts, strict=True)))
+        return say(f"{what} cache: {size}, found in {folder}")
+    known = shared.known_of(batches)
+    try:
+        with files.write(key, shape, 4, limit=int(shared.disk_gb * _GB)) as rows:
+            rows[...] = np.concatenate([known[name] for name in lengths]).view(np.uint32)
+    except OSError as error:
+        return say(f"warning: {what} cache: none is kept, because {folder} cannot hold {size} ({error.strerror})")
+    say(f"{what} cache: {size} in {folder}")
 
 
 def _use(stores: Sequence[TrunkStore], rows: np.ndarray) -> None:
