@@ -31,6 +31,7 @@ from ..models.heads import Classifier
 from ..models.layers import AXES
 from ..models.load import BaseFiles
 from ..models.policy import Policy
+from ..models.transforms.base import apply_shapes, shapes_known
 from ..parallel.constraints import place_batch
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from ..parallel.program import release_freed_memory
@@ -232,7 +233,7 @@ class Preparer:
     """Makes setups. What a config shares with the one before it (base, examples, everything) is not loaded again.
 
     Args:
-        weights: if False, only headers, config and data are read, unless the base is transformed, and parameters are shapes
+        weights: if False, only headers, config and data are read, unless a transform needs the weights, and parameters are shapes
             (`jax.ShapeDtypeStruct`). Such a setup can be planned and compiled for (`packing.cost.PackShapes`), but not trained.
     """
 
@@ -297,10 +298,10 @@ class Preparer:
         model = config.model
         options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
         files = BaseFiles(model.source, **options, head=head, transforms=model.transforms)
-        return files.load(mesh, calibrate) if self._reads_weights(config) else files.model
+        return files.load(mesh, calibrate) if self._reads_weights(config) else apply_shapes(files.model, model.transforms)
 
     def _reads_weights(self, config: Config) -> bool:
-        return self._weights or bool(config.model.transforms)  # a transform's shapes may depend on the weights
+        return self._weights or not shapes_known(config.model.transforms)  # a transform's shapes may depend on the weights
 
 
 def one_copy(model: nnx.Module, of: nnx.Module) -> nnx.Module:

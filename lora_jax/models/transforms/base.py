@@ -14,6 +14,7 @@ from ...config.doors import TRANSFORMS
 from ...config.schema import TransformConfig
 from ...errors import InputError
 from ..encoder_decoder import Base
+from ..heads import Classifier
 from .calibration import Calibrate, CalibrationConfig, Seen
 
 
@@ -72,6 +73,32 @@ class BaseTransform(ABC):
             section: an instance of the class's `section`.
             context: where the model came from and lies.
         """
+
+    def shapes(self, model: Base, section: Any) -> Base:
+        """The transformed base of a model whose parameters are shapes (`jax.ShapeDtypeStruct`), changed in place or another. A transform
+        that does not say it is applied to the weights before a run is planned, and again before it is trained.
+
+        Raises:
+            InputError: as `apply`, as far as shapes decide.
+        """
+        raise NotImplementedError
+
+
+def shapes_known(sections: Sequence[TransformConfig]) -> bool:
+    """Whether all of these say what shapes they give (`BaseTransform.shapes`)."""
+    transforms = [TRANSFORMS.get(section.kind, "model.transforms") for section in sections]
+    return all(type(transform).shapes is not BaseTransform.shapes for transform in transforms)
+
+
+def apply_shapes(model: Base | Classifier, sections: Sequence[TransformConfig]) -> Base | Classifier:
+    """A base, or the one that a head stands on, as all transforms leave it, where parameters are shapes; all of them say theirs."""
+    base: Any = model.base if isinstance(model, Classifier) else model
+    for section in sections:
+        base = TRANSFORMS.get(section.kind, "model.transforms").shapes(base, section)
+    if not isinstance(model, Classifier):
+        return base
+    model.base = base
+    return model
 
 
 def apply_transforms(model: Base, sections: Sequence[TransformConfig], context: TransformContext) -> Base:

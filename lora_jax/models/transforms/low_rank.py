@@ -25,7 +25,7 @@ from ..layers import AXES, Array
 from ..stored import StoredLinear
 from .base import BaseTransform, TransformContext
 from .calibration import CalibrationConfig
-from .weights import linear_layers, put
+from .weights import LinearLayer, linear_layers, put
 
 KEY = "model.transforms: low_rank"
 DAMPING = 1e-6
@@ -95,15 +95,16 @@ class LowRank(BaseTransform):
 
     section = LowRankConfig
 
+    def shapes(self, model: Any, section: LowRankConfig) -> Any:
+        for layer in _layers(model, section):
+            linear, (inputs, outputs) = layer.module, layer.shape
+            lead, rank = linear.kernel.shape[:-2], rank_of(inputs, outputs, section.share)
+            both: Any = [jax.ShapeDtypeStruct((*lead, *own), linear.kernel.dtype) for own in ((inputs, rank), (rank, outputs))]
+            put(model, layer, LowRankLinear(*both, linear.bias, linear.dtype, linear.kernel.get_metadata().get(AXES)))
+        return model
+
     def apply(self, model: Any, section: LowRankConfig, context: TransformContext) -> Any:
-        layers = linear_layers(model, section.skip, KEY)
-        for layer in layers:
-            if layer.of_experts:
-                raise InputError(f"{KEY}.skip: {layer.name} has a weight for each expert, which is not factored: skip it.")
-            if rank_of(*layer.shape, section.share) < 1:
-                inputs, outputs = layer.shape
-                least = (inputs + outputs) / (inputs * outputs)
-                raise InputError(f"{KEY}.share: {section.share:g} leaves {layer.name} no rank; at least {least:.3g}, or skip it.")
+        layers = _layers(model, section)
         seen = {}
         if section.calibration is not None:
             seen = context.calibrated(model, section.calibration, [layer.name for layer in layers], "moment")
@@ -133,6 +134,19 @@ class LowRank(BaseTransform):
             f"{2 * before:,} to {2 * after:,}. {np.mean(lost):.1%} of {measure} is lost (Frobenius norm, mean over {len(lost)} matrices)."
         )
         return model
+
+
+def _layers(model: Any, section: LowRankConfig) -> list[LinearLayer]:
+    """What is factored; `InputError` where that cannot be done."""
+    layers = linear_layers(model, section.skip, KEY)
+    for layer in layers:
+        if layer.of_experts:
+            raise InputError(f"{KEY}.skip: {layer.name} has a weight for each expert, which is not factored: skip it.")
+        if rank_of(*layer.shape, section.share) < 1:
+            inputs, outputs = layer.shape
+            least = (inputs + outputs) / (inputs * outputs)
+            raise InputError(f"{KEY}.share: {section.share:g} leaves {layer.name} no rank; at least {least:.3g}, or skip it.")
+    return layers
 
 
 def rank_of(inputs: int, outputs: int, share: float) -> int:

@@ -20,7 +20,7 @@ from ...config.schema import TransformConfig
 from ...errors import InputError
 from .base import BaseTransform, TransformContext
 from .calibration import CalibrationConfig
-from .weights import linear_layers, set_like
+from .weights import LinearLayer, linear_layers, set_like
 
 KEY = "model.transforms: prune"
 
@@ -39,6 +39,11 @@ class PruneConfig(TransformConfig):
         default_factory=list, description="Linear layers to leave as they are: whole names or their ends. Embeddings and heads always are."
     )
 
+    @property
+    def group(self) -> int | None:
+        """m of the pattern `n:m`."""
+        return None if self.pattern == "unstructured" else int(self.pattern.partition(":")[2])
+
     @model_validator(mode="after")
     def _fits(self) -> PruneConfig:
         if self.method == "wanda" and self.calibration is None:
@@ -55,14 +60,12 @@ class Prune(BaseTransform):
 
     section = PruneConfig
 
+    def shapes(self, model: Any, section: PruneConfig) -> Any:
+        _layers(model, section)
+        return model
+
     def apply(self, model: Any, section: PruneConfig, context: TransformContext) -> Any:
-        layers = linear_layers(model, section.skip, KEY)
-        group = None if section.pattern == "unstructured" else int(section.pattern.partition(":")[2])
-        for layer in layers:
-            if group is not None and layer.shape[0] % group:
-                raise InputError(f"{KEY}.pattern: {layer.name} has {layer.shape[0]} inputs, which {group} does not divide; skip it.")
-            if layer.of_experts and section.calibration is not None:
-                raise InputError(f"{KEY}.method: wanda has no statistics of single experts ({layer.name}): skip them, or take magnitude.")
+        layers, group = _layers(model, section), section.group
         seen = {}
         if section.calibration is not None:
             seen = context.calibrated(model, section.calibration, [layer.name for layer in layers], "squares")
@@ -84,6 +87,17 @@ class Prune(BaseTransform):
             "stored and multiplied as other weights are: the base is no smaller or faster for it."
         )
         return model
+
+
+def _layers(model: Any, section: PruneConfig) -> list[LinearLayer]:
+    """What is pruned; `InputError` where that cannot be done."""
+    layers, group = linear_layers(model, section.skip, KEY), section.group
+    for layer in layers:
+        if group is not None and layer.shape[0] % group:
+            raise InputError(f"{KEY}.pattern: {layer.name} has {layer.shape[0]} inputs, which {group} does not divide; skip it.")
+        if layer.of_experts and section.calibration is not None:
+            raise InputError(f"{KEY}.method: wanda has no statistics of single experts ({layer.name}): skip them, or take magnitude.")
+    return layers
 
 
 def mask_of(weight: np.ndarray, norms: np.ndarray | None, sparsity: float, group: int | None) -> np.ndarray:

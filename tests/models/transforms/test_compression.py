@@ -32,7 +32,7 @@ from lora_jax.parallel.constraints import place_batch
 from lora_jax.parallel.mesh import make_mesh, to_host
 from lora_jax.sweeps.restore import restore_member, run_members
 from lora_jax.sweeps.run import run_sweep
-from lora_jax.training.setup import place_model
+from lora_jax.training.setup import Preparer, place_model
 from lora_jax.training.statistics import calibrate
 from lora_jax.weights.tokenizer import load_tokenizer
 from tests import tiny
@@ -259,6 +259,19 @@ def test_merging_is_faithful_and_identity_holds_at_the_start(name):
     inner = {str(p[-2]): np.asarray(m.kernel[...]) for p, m in modules if p[-1:] == ("merged",)}
     assert all((inner[n][zero] == 0).all() and (inner[n][~zero] != 0).mean() > 0.99 for n, zero in zeros.items())
     assert tiny.relative(tiny.outputs(held, tokens), tiny.outputs(adapted, tokens)) > 1e-3
+
+
+def test_a_run_is_planned_without_weights(hub, tmp_path, monkeypatch):
+    """The shapes of a transformed base are known without it; a head stands on it all the same."""
+    monkeypatch.setattr(loading.BaseFiles, "load", lambda *a, **k: pytest.fail("read weights"))
+    for causal in (False, True):
+        for sections in ([{"kind": "low_rank", "share": 0.5}], listed(hub, "wanda")):
+            setup = Preparer(weights=False)(hub.config(tmp_path, {"model.transforms": sections}, causal=causal))
+            found = {p: v for p, v in nnx.iter_graph(setup.base) if isinstance(v, nnx.Param)}
+            assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in found.values())
+            assert any(p[-1] == "up" for p in found) == (sections[0]["kind"] == "low_rank")
+    with pytest.raises(InputError, match="no rank"):
+        Preparer(weights=False)(hub.config(tmp_path, {"model.transforms": [{"kind": "low_rank", "share": 0.01}]}))
 
 
 def listed(hub: Any, name: str) -> list[dict[str, Any]]:
