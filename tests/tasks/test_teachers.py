@@ -68,7 +68,9 @@ def test_the_loss_and_its_gradient_are_the_papers(monkeypatch, chunk, temperatur
     teacher = taught(jnp.asarray(THEIRS / temperature), top)
 
     def loss(x, w):
-        return summed_distillation(lambda h: h @ w, x, IDS, WEIGHTS, teacher, temperature=temperature, alpha=alpha)[0]
+        return summed_distillation(
+            lambda h: h @ w, x, jnp.asarray(IDS), jnp.asarray(WEIGHTS), teacher, temperature=temperature, alpha=alpha
+        )[0]
 
     value, (dx, dw) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(X, W)
     assert float(value) == pytest.approx(by_hand(X, W, temperature, alpha, top), rel=2e-5)
@@ -104,8 +106,9 @@ def test_its_own_base_unpruned_is_held_once_where_it_is_equal(hub, tmp_path):
     teacher: Any = setup.shared.model
     own, theirs = setup.base.embed.embedding[...], teacher.base.embed.embedding[...]
     assert own.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer()
-    plain = load_model(str(hub.llama))
-    kernels = [np.asarray(m.layers.segments[0].block.mlp.up_proj.kernel[...]) for m in (plain, teacher.base, setup.base)]
+    plain: Any = load_model(str(hub.llama))
+    base: Any = setup.base
+    kernels = [np.asarray(m.layers.segments[0].block.mlp.up_proj.kernel[...]) for m in (plain, teacher.base, base)]
     assert np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
     # Without transforms it is the base itself.
     setup = set_up(causal(hub, tmp_path, {"top_k": 5}, {"model.transforms": []}, name="plain"))

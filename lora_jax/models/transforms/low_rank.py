@@ -62,7 +62,7 @@ class LowRankLinear(StoredLinear):
         axes: logical ones of the weight; None where they have no names.
     """
 
-    def __init__(self, down: Array, up: Array, bias: nnx.Param | None, dtype: Any, axes: tuple[str | None, ...] | None):
+    def __init__(self, down: Any, up: Any, bias: nnx.Param | None, dtype: Any, axes: tuple[str | None, ...] | None):
         self.down, self.up, self.bias, self.dtype = nnx.Param(down), nnx.Param(up), bias, dtype
         if axes is not None:
             self.down.set_metadata(AXES, (*axes[:-1], None))
@@ -99,8 +99,8 @@ class LowRank(BaseTransform):
         for layer in _layers(model, section):
             linear, (inputs, outputs) = layer.module, layer.shape
             lead, rank = linear.kernel.shape[:-2], rank_of(inputs, outputs, section.share)
-            both: Any = [jax.ShapeDtypeStruct((*lead, *own), linear.kernel.dtype) for own in ((inputs, rank), (rank, outputs))]
-            put(model, layer, LowRankLinear(*both, linear.bias, linear.dtype, linear.kernel.get_metadata().get(AXES)))
+            down, up = (jax.ShapeDtypeStruct((*lead, *own), linear.kernel.dtype) for own in ((inputs, rank), (rank, outputs)))
+            put(model, layer, LowRankLinear(down, up, linear.bias, linear.dtype, linear.kernel.get_metadata().get(AXES)))
         return model
 
     def apply(self, model: Any, section: LowRankConfig, context: TransformContext) -> Any:
