@@ -4,7 +4,7 @@
     optimizer.learning_rate * adapter.alpha / adapter.rank < 0.1
     seed in [0, 1] and not rslora
 
-Names are config keys, whole or by their last part. There are comparisons, `in`, `and`, `or`, `not`, brackets, numbers, text, lists and
+Names are config keys, whole or by their last part; of several keys with that part the one nearest the top is meant. There are comparisons, `in`, `and`, `or`, `not`, brackets, numbers, text, lists and
 the four arithmetic operations on numbers; nothing else is understood, so nothing else can happen.
 
 Not on simpleeval: its calls, attributes, subscripts, comprehensions, bit shifts and powers would have to be taken out again and
@@ -122,6 +122,8 @@ class Where:
         keys = [key for key in valid_keys() if key == name or key.endswith(f".{name}")]
         if name in keys:
             return name
+        depth = min((key.count(".") for key in keys), default=0)
+        keys = [key for key in keys if key.count(".") == depth]
         if len(keys) == 1:
             return keys[0]
         if keys:

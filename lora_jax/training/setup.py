@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -43,7 +42,7 @@ from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
 from .optimizer import updates_of
 from .optimizers.base import optimizer_of
-from .shared import SharedProgram
+from .shared import SharedProgram, one_copy
 from .statistics import Seen, calibrate, gather, joined, lacks
 from .trunk import Trunk, trunk_depth
 
@@ -302,22 +301,6 @@ class Preparer:
 
     def _reads_weights(self, config: Config) -> bool:
         return self._weights or not shapes_known(config.model.transforms)  # a transform's shapes may depend on the weights
-
-
-def one_copy(model: nnx.Module, of: nnx.Module) -> nnx.Module:
-    """The model with the other's arrays where both hold equal ones, so that they lie in memory once; in place."""
-
-    def arrays(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Variable]:
-        base = model.base if isinstance(model, Classifier) else model
-        return {path: v for path, v in nnx.iter_graph(base) if isinstance(v, nnx.Param)}
-
-    held = arrays(of)
-    for path, variable in arrays(model).items():
-        other = held.get(path)
-        alike = other is not None and (other.shape, other.dtype) == (variable.shape, variable.dtype)
-        if other is not None and alike and bool(jnp.array_equal(variable[...], other[...])):
-            variable.set_value(other[...])
-    return model
 
 
 def check_data(base: Base, data: TaskData, known: Sequence[str] = ()) -> None:

@@ -7,12 +7,14 @@ from lora_jax.config import schema as sweep_schema
 from lora_jax.config.doors import METHODS, OPTIMIZERS, TASKS, OneOf
 from lora_jax.config.messages import config_schema, leaf_schema, near_keys, section_keys, split_key, valid_keys, why_not_swept
 from lora_jax.errors import InputError
+from lora_jax.tasks.teachers import DistillConfig
 
 
 def test_keys_are_the_schemas_fields():
     sections = {
         "model": schema.ModelConfig,
         "task": list(OneOf(TASKS, "kind").sections().values()),
+        "task.distill": DistillConfig,
         "adapter": list(OneOf(METHODS, "method").sections().values()),
         "optimizer": list(OneOf(OPTIMIZERS, "kind").sections().values()),
         "training": schema.TrainingConfig,
