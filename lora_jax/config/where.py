@@ -4,8 +4,9 @@
     optimizer.learning_rate * adapter.alpha / adapter.rank < 0.1
     seed in [0, 1] and not rslora
 
-Names are config keys, whole or by their last part; of several keys with that part the one nearest the top is meant. There are comparisons, `in`, `and`, `or`, `not`, brackets, numbers, text, lists and
-the four arithmetic operations on numbers; nothing else is understood, so nothing else can happen.
+Names are config keys, whole or by their last part; of several keys with that part the one nearest the top is meant. There are
+comparisons, `in`, `and`, `or`, `not`, brackets, numbers, text, lists and the four arithmetic operations on numbers; nothing else is
+understood, so nothing else can happen.
 
 Not on simpleeval: its calls, attributes, subscripts, comprehensions, bit shifts and powers would have to be taken out again and
 dotted keys put in, in as many lines as are here; and unknown names would be found when a member has a value, not when it is read.

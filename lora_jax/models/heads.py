@@ -350,7 +350,7 @@ class ProjectedStates(HiddenStates):
         classifier: the layer; called as a head's is, it trains like one, with the member's own draw.
     """
 
-    def __init__(self, base: Base, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, base: TextBase, width: int, *, rngs: nnx.Rngs):
         super().__init__(base)
         own = base.config.block.width
         self.classifier = linear(own, width, ("embed", "embed_out"), bias=True, dtype=jnp.float32, rngs=rngs)
