@@ -162,7 +162,7 @@ def _tree() -> _Tree:
                 leaves.setdefault(prefix + name, child)
 
     walk(_schema(), "")
-    return _Tree(leaves, tuple(sections), kinds, own)
+    return _Tree(leaves, tuple(dict.fromkeys(sections)), kinds, own)
 
 
 for _door in (METHODS, INITS, OPTIMIZERS, TASKS, TRANSFORMS):

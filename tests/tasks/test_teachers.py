@@ -104,10 +104,10 @@ def test_its_own_base_unpruned_is_held_once_where_it_is_equal(hub, tmp_path):
     setup = set_up(causal(hub, tmp_path, {"top_k": 5}))
     assert setup.shared is not None and setup.shared.name == TEACHER and setup.shared.numbers == 11
     teacher: Any = setup.shared.model
-    own, theirs = setup.base.embed.embedding[...], teacher.base.embed.embedding[...]
+    base: Any = setup.base
+    own, theirs = base.embed.embedding[...], teacher.base.embed.embedding[...]
     assert own.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer()
     plain: Any = load_model(str(hub.llama))
-    base: Any = setup.base
     kernels = [np.asarray(m.layers.segments[0].block.mlp.up_proj.kernel[...]) for m in (plain, teacher.base, base)]
     assert np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
     # Without transforms it is the base itself.
