@@ -110,10 +110,16 @@ def examples_command(path: Path, overrides: list[str], count: int) -> None:
     data = Preparer(weights=False)(config).data
     if data.collected is not None and not data.collected.rows:
         raise InputError(f"task.kind: '{config.task.kind}' reads no rows that could be shown: {data.collected.said}.")
-    tokenizer, task = load_tokenizer(config.model.source), task_of(config.task)
-    console, train = results_console(), data.train
+    console, train, task = results_console(), data.train, task_of(config.task)
     for line in data.lines():
         console.print(line, markup=False)
+    if not task.tokenized:
+        described: Any = train
+        for number in range(min(count, len(train))):
+            wanted = "" if data.classes is None else f" -> {data.classes[int(train.wanted(number)[0])]}"
+            console.print(f"example {number + 1} of {len(train):,}: {described.described(number)}{wanted}", markup=False)
+        return
+    tokenizer = load_tokenizer(config.model.source)
     console.print("dim: no loss" if console.is_terminal else "{{in braces}}: no loss", markup=False)
     for number in range(min(count, len(train.tokens))):
         ids, targets = train.tokens[number], train.targets[number]

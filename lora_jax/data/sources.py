@@ -64,6 +64,7 @@ def load_rows(
     any_of: Sequence[str] = (),
     optional: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
+    as_files: bool = False,
 ) -> Table:
     """The rows of a source, without those that `drop` names.
 
@@ -78,6 +79,7 @@ def load_rows(
         any_of: of these columns one has to be there; those that are not are not in the table.
         optional: columns of which none has to be there.
         renamed: what the source calls a column -> what it is called here.
+        as_files: whether images of the hub stay the files they are, and classes are given by their names.
 
     Raises:
         InputError: nothing is there, it cannot be read, it has no rows, or a column is missing.
@@ -87,7 +89,7 @@ def load_rows(
     theirs = {new: old for old, new in (renamed or {}).items()}
     asked = list(dict.fromkeys(theirs.get(name, name) for name in wanted))
     if source.startswith("hf://"):
-        names, found, split, named = _from_hub(source, key, splits, asked)
+        names, found, split, named = _from_hub(source, key, splits, asked, as_files=as_files)
         read = (f"{source.removesuffix(f'/{split}') if named else source}, {split}",)
         if split not in splits and not named:
             note = f"{key}: {source} has no {splits[0]} split; '{split}' was taken."
@@ -304,7 +306,9 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(before)
 
 
-def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[str]) -> tuple[list[str], Columns, str, bool]:
+def _from_hub(
+    source: str, key: str, splits: tuple[str, ...], columns: Sequence[str], *, as_files: bool = False
+) -> tuple[list[str], Columns, str, bool]:
     """The names of all columns, the values of those wanted, the split that was read, and whether the source names it."""
     import datasets
 
@@ -324,12 +328,24 @@ def _from_hub(source: str, key: str, splits: tuple[str, ...], columns: Sequence[
             split = next((s for s in ([match[4]] if match[4] else [*splits, *TRAINING]) if s in found), None)
             names = [] if split is None else list(found[split].column_names or ())
             # Its files are mapped: a damaged one shows here.
-            values = {name: list(found[split][name]) for name in columns if name in names}
+            values = {name: _column(found[split], name, as_files=as_files) for name in columns if name in names}
     except Exception as error:  # the hub client raises many unrelated kinds; all mean that the rows cannot be had
         raise InputError(f"{key}: cannot fetch '{source}' ({hub_reason(error)}).") from None
     if split is None:
         raise InputError(f"{key}: '{source}' has no split {match[4] or splits[0]}, only {', '.join(map(str, found))}.")
     return names, values, split, match[4] is not None
+
+
+def _column(rows: Any, name: str, *, as_files: bool) -> list[Any]:
+    """A column of a data set of `datasets`."""
+    import datasets
+
+    feature = rows.features[name]
+    if as_files and isinstance(feature, datasets.Image):
+        return list(rows.cast_column(name, datasets.Image(decode=False))[name])
+    if as_files and isinstance(feature, datasets.ClassLabel):
+        return [None if value is None or value < 0 else feature.int2str(value) for value in rows[name]]
+    return list(rows[name])
 
 
 def split_rows(

@@ -255,7 +255,7 @@ TOP = 5
 class ImageClassifier(Classifier):
     """A base over images with a head for one class each. Called as `model(pixels)` it gives float32 logits (batch, classes).
 
-    A batch holds `pixels`, (rows, height, width, channels) uint8; its targets index the rows.
+    A batch holds `pixels`, (rows, height, width, channels) uint8; a target's index is that of its image's first position.
     """
 
     kind = "image_classification"
@@ -272,13 +272,12 @@ class ImageClassifier(Classifier):
         """(n, width): what the classifier sees, for each target of the batch."""
         pixels, options = self.base.normalised(batch["pixels"]), {"dropout_rng": dropout_rng, "trunk": batch.get("trunk")}
         if self.shape.reads == "first":  # the top layer is then run for these tokens alone
-            tokens = self.base.tokens(pixels.shape[1:3])
-            at = batch["target_index"] * tokens
+            at = batch["target_index"]
             hidden = self.base.hidden(pixels, gather=at, **options).astype(jnp.float32)
-            return self._transform(hidden, Rows(at, (pixels.shape[0], tokens)))
+            return self._transform(hidden, Rows(at, batch["segment_ids"].shape))
         hidden = self.base.hidden(pixels, **options)
         x = self._transform(self.base.pooled(hidden, self.shape.reads))
-        return take_positions(x[:, None], batch["target_index"])
+        return take_positions(x[:, None], batch["target_index"] // batch["segment_ids"].shape[1])
 
     def trunk(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
         """(rows, tokens, width): what enters the base's layers above its lowest cut."""

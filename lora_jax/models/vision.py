@@ -83,6 +83,11 @@ class VisionBase(nnx.Module):
         return 0
 
     @property
+    def layer_sizes(self) -> tuple[int, int]:
+        """Inputs and outputs of one of the base's largest matrices."""
+        return self.config.block.width, self.config.block.hidden
+
+    @property
     def reads(self) -> str:
         """What a head reads where the family says nothing."""
         return "mean"

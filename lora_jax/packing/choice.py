@@ -119,7 +119,7 @@ def _candidates(pack: Pack, setup: Setup) -> list[PackMode]:
 def _keeps_cpu_busy(setup: Setup) -> bool:
     if jax.default_backend() != "cpu":
         return False
-    return setup.plan.batch(0)["tokens"][0].size * setup.layer_sizes[0] >= _BUSY_CPU
+    return setup.plan.batch(0)["segment_ids"][0].size * setup.layer_sizes[0] >= _BUSY_CPU
 
 
 def _first_that_fits(pack: Pack, setup: Setup, trunk: Trunk | None, candidates: list[PackMode]) -> PackMode:

@@ -158,7 +158,7 @@ class PackShapes:
     @functools.cached_property
     def shared_flops(self) -> int:
         """Of what is computed once in an optimizer step, however many members there are."""
-        return 0 if self._trunk is None else count_flops(self._trunk) * self._setup.plan.batch(0)["tokens"].shape[0]
+        return 0 if self._trunk is None else count_flops(self._trunk) * self._setup.plan.batch(0)["segment_ids"].shape[0]
 
     @functools.cached_property
     def evaluation_flops(self) -> tuple[int, int]:
@@ -220,7 +220,7 @@ class PackShapes:
         placed: dict[str, Any] = place_batch(self._setup.mesh, batch, row_axis=row_axis)
         if self._trunk is not None:
             entering = self._trunk.out_avals[0]
-            shape = (*batch["tokens"].shape[:row_axis], *entering.shape)
+            shape = (*batch["segment_ids"].shape[:row_axis], *entering.shape)
             placed["trunk"] = jax.ShapeDtypeStruct(shape, entering.dtype, sharding=row_sharding(self._setup.mesh, row_axis))
         if (shared := self._setup.shared) is not None and (row_axis == 1 or shared.held_out):
             placed[shared.name] = shared.shape({name: placed[name] for name in batch}, micro=row_axis == 1)

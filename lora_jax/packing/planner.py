@@ -71,7 +71,7 @@ class Weights:
         lowest = [[n[s.name][0] if s.stack is not None else depth for s in sites if s.name in n] for n in needs]
         firsts = np.where((ranks[:, below] > 0).any(1), 0, np.array([min(row, default=depth) for row in lowest]))
         # Backward costs twice as much as forward.
-        times, method = 3.0 * setup.plan.batch(0)["tokens"].size, members[0].method
+        times, method = 3.0 * setup.plan.batch(0)["segment_ids"].size, members[0].method
         lines = np.array([_cost_line(method, s, own[own > 0]) for s, own in zip(sites, ranks.T, strict=True)])
         slopes, fixed = times * lines[:, 0], times * lines[:, 1]
         stacked = np.array([s.stack is not None for s in sites])

@@ -109,7 +109,7 @@ def take_positions(x: jax.Array, index: jax.Array | None) -> jax.Array:
 
 
 # Arrays of rows; the targets, which index all rows, are whole everywhere.
-_OF_ROWS = frozenset({"tokens", "segment_ids", "positions", "example_ids", "token_types"})
+_OF_ROWS = frozenset({"tokens", "pixels", "segment_ids", "positions", "example_ids", "token_types"})
 _OF_ROWS |= {f"decoder_{name}" for name in ("tokens", "segment_ids", "positions")}
 
 
@@ -158,7 +158,7 @@ def targets_by_rows(batch: Batch) -> Batch:
     groups = row_groups()
     if groups == 1:
         return batch
-    count, positions = batch["target_index"].shape[0], batch.get("decoder_tokens", batch["tokens"]).size // groups
+    count, positions = batch["target_index"].shape[0], batch.get("decoder_segment_ids", batch["segment_ids"]).size // groups
     room = min(count, positions)
     group = jnp.where(batch["target_weights"] > 0, batch["target_index"] // positions, groups)
     # (groups, room): which target each place gets; `count`, which is none, for filler.

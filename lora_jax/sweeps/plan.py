@@ -344,7 +344,7 @@ def _run_before(config: Config) -> RunDirectory | None:
 
 
 def _product(setup: Setup, members: int) -> tuple[int, int, int]:
-    return members * setup.plan.batch(0)["tokens"][0].size, *setup.layer_sizes
+    return members * setup.plan.batch(0)["segment_ids"][0].size, *setup.layer_sizes
 
 
 def largest_pack_shapes(config: Config) -> tuple[PackShapes, int, PackMemory]:

@@ -65,7 +65,16 @@ def predict_member(
     if not isinstance(section, TaskConfig):
         raise InputError(f"--source: the task of {run} reads no rows.")
     restored = restore_member(run, member, readout=True)
-    tokenizer, model, classes = load_tokenizer(member.config.model.source), restored.model, restored.classes
+    model, classes = restored.model, restored.classes
+    if not task.tokenized:
+        if max_new_tokens is not None:
+            raise InputError(f"--max-new-tokens: the task of {run} generates no text.")
+        asked = task.rows_to_answer(section, getattr(model, "base", None), source, classes)
+        with progress.track(len(asked.numbers), "predicting") as track:
+            answers = [a for a in answer_all(model, asked.examples, asked.batches, batch_size) or [] if a is not None]
+            track.update(len(asked.numbers))
+        return _written(output, asked.numbers, asked.predictions(answers))
+    tokenizer = load_tokenizer(member.config.model.source)
     rows, labelled = rows_to_predict(task, section, source, classes)
     base: Any = getattr(model, "base", None)
     prompts = (task.source_prompts if isinstance(base, EncoderDecoder) else task.prompts)(section, rows, tokenizer)
@@ -87,7 +96,11 @@ def predict_member(
             track.update(len(rows))
     if not labelled:
         made = [dataclasses.replace(one, reference=None, score=None) for one in made]
-    write_atomic(output, "".join(_line(int(number), one) + "\n" for number, one in zip(rows.numbers, made, strict=True)))
+    return _written(output, rows.numbers, made)
+
+
+def _written(output: Path, numbers: np.ndarray, made: Sequence[Prediction]) -> Predicted:
+    write_atomic(output, "".join(_line(int(number), one) + "\n" for number, one in zip(numbers, made, strict=True)))
     scores = [one.score for one in made if one.score is not None]
     return Predicted(output, len(made), float(np.mean(scores)) if scores else None)
 
@@ -104,7 +117,24 @@ def _answers(model: Any, examples: Sequence[Example], batch_size: int, *, per_ex
     if not kept:
         return found
     some = Examples.of([examples[i] for i in kept])
-    plan = BatchPlan(some, some, batch_size=min(batch_size, len(kept)), per_example=per_example, steps=1)
+    own = answer_all(model, some, BatchPlan, batch_size, per_example=per_example)
+    if own is None:
+        return None
+    for i, one in zip(kept, own, strict=True):
+        found[i] = one
+    return found
+
+
+def answer_all(model: Any, some: Any, batches: Any, batch_size: int, *, per_example: bool = True) -> list[np.ndarray] | None:
+    """What the model answers at each example's targets, in order; None where it answers nothing.
+
+    Args:
+        some: the examples, at least one.
+        batches: makes their batches, as `BatchPlan` does.
+    """
+    if not len(some):
+        return []
+    plan = batches(some, some, batch_size=min(batch_size, len(some)), per_example=per_example, steps=1)
     graphdef, state = nnx.split(nnx.view(model, raise_if_not_found=False, deterministic=True), graph=True)
 
     @jax.jit
@@ -112,10 +142,7 @@ def _answers(model: Any, examples: Sequence[Example], batch_size: int, *, per_ex
         own = nnx.merge(graphdef, state)
         return own.answers(own.features(batch))
 
-    batches = [answer(state, batch) for batch in plan.eval_batches()]
-    if batches[0] is None:
+    answered = [answer(state, batch) for batch in plan.eval_batches()]
+    if answered[0] is None:
         return None
-    own = by_example(plan.eval_groups(), some, [np.asarray(batch) for batch in batches])
-    for i, one in zip(kept, own, strict=True):
-        found[i] = one
-    return found
+    return by_example(plan.eval_groups(), some, [np.asarray(batch) for batch in answered])

@@ -146,7 +146,7 @@ def restore_member(run: Path, member: Member, *, readout: bool = False) -> Resto
     base = loaded.base if isinstance(loaded, Classifier) else loaded
     if classes is None and task.needs_classes(section, decoder=base.is_decoder):
         raise InputError(f"{folder}: does not record its classes; list them, in order, as task.labels in {run / 'config.yaml'}.")
-    tokenizer = load_tokenizer(config.model.source) if task.own_data(section) is None else None
+    tokenizer = load_tokenizer(config.model.source) if task.tokenized else None
     words = task.class_tokens(section, classes, tokenizer, decoder=base.is_decoder) if readout else None
     model = loaded if isinstance(loaded, Classifier) else task.model(section, base, classes, words)
     spec = resolve(model, config.adapter)

@@ -300,9 +300,9 @@ def describe_setup(config: Config, setup: Setup) -> str:
     facts, data = setup.plan.summary, setup.data
     if (collected := data.collected) is not None:
         return f"{config.model.source}: {setup.steps} training steps; {collected.said}"
-    test = "" if data.test is None else f" and {len(data.test.tokens):,} test"
+    test = "" if data.test is None else f" and {len(data.test):,} test"
     return (
-        f"{config.model.source}: {len(data.train.tokens):,} training{',' if test else ' and'} {len(data.held_out.tokens):,} held-out{test} "
+        f"{config.model.source}: {len(data.train):,} training{',' if test else ' and'} {len(data.held_out):,} held-out{test} "
         "examples, "
         f"{setup.steps} steps of {config.training.batch_size}; batches of {facts['rows']} x {facts['length']} tokens, "
         f"{100 * facts['padding_share']:.1f} % padding (one example per row: {100 * facts['dynamic_padding_share']:.0f} %)"

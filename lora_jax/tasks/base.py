@@ -19,13 +19,13 @@ from ..data.prompts import Prompts
 from ..errors import InputError
 from ..models.add_head import add_head
 from ..models.encoder_decoder import Base
-from .data import Columns, Encoded, Prediction, Rows, Shared, TaskData, TaskMetrics
+from .data import Columns, Encoded, Prediction, Rows, Shared, TaskData, TaskMetrics, ToAnswer
 from .objectives import OBJECTIVES, Objective
 from .on_policy import OnPolicy
 
 # What other files take from here, too.
 __all__ = [
-    "Base", "Columns", "Encoded", "HeadTaskConfig", "Prediction", "Rows", "Shared", "Task", "TaskData", "TaskMetrics",
+    "Base", "Columns", "Encoded", "HeadTaskConfig", "Prediction", "Rows", "Shared", "Task", "TaskData", "TaskMetrics", "ToAnswer",
     "objective_of", "one_or_all", "task_of", "task_section",
 ]  # fmt: skip
 
@@ -52,6 +52,7 @@ class Task(ABC):
         next_token: whether a target is the token that follows, where that follows from the task alone.
         by_row: whether a row's examples depend on that row alone, are tokens and targets, and nothing but these is known of them: they
             may then be made a part of the rows at a time, and kept in files.
+        tokenized: whether its rows are read with the base's tokenizer; else `own_data` reads them.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task(ABC):
     loss_keys: frozenset[str] = frozenset()
     next_token: bool = False
     by_row: bool = False
+    tokenized: bool = True
 
     @abstractmethod
     def columns(self, section: Any) -> Columns:
@@ -215,9 +217,29 @@ class Task(ABC):
             raise TypeError(f"the task '{self.name}' names no head, and makes no model of its own")
         return add_head(base, self.head, len(classes or ()), rngs=nnx.Rngs(0))
 
-    def own_data(self, section: Any) -> TaskData | None:
-        """The data of a task that reads no rows; None where they are rows of a source, read with the base's tokenizer."""
-        return None
+    def own_data(self, section: Any, base: Any, known: tuple[str, ...]) -> TaskData:
+        """The data of a task that is not `tokenized`.
+
+        Args:
+            base: that is adapted.
+            known: the classes of a head that was loaded; none of a new one.
+
+        Raises:
+            InputError: the source or a row will not do.
+        """
+        raise TypeError(f"the task '{self.name}' reads its rows with a tokenizer")
+
+    def rows_to_answer(self, section: Any, base: Any, source: str, classes: tuple[str, ...] | None) -> ToAnswer:
+        """The rows of a source that a trained model is asked about, of a task that is not `tokenized`; they need not say what is right.
+
+        Args:
+            source: in the forms of `task.source`.
+            classes: as `classes` gave them.
+
+        Raises:
+            InputError: the source or a row will not do, or the task answers nothing.
+        """
+        raise InputError(f"--source: the task '{self.name}' reads no rows.")
 
     def collected(self, section: Any) -> Collected | None:
         """What members collect of rows, where a task that reads rows is on-policy."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ..data.batching import Example, Examples, Scorer
+from ..data.batching import BatchPlan, Example, Examples, Scorer
 from ..data.episodes import Collected
 from ..data.sources import Taken
 
@@ -145,6 +145,25 @@ class Shared:
 
 
 @dataclasses.dataclass(frozen=True)
+class ToAnswer:
+    """Rows that a trained model is asked about.
+
+    Attributes:
+        numbers: (rows,) the number each has in its source.
+        labelled: whether they say what is right.
+        examples: of those that can be asked about, in the order of the rows.
+        batches: makes their batches, as `TaskData.batches`.
+        predictions: of the answers at each example's targets, in order, the prediction of each row.
+    """
+
+    numbers: np.ndarray
+    labelled: bool
+    examples: Any
+    batches: Any
+    predictions: Callable[[list[np.ndarray]], list[Prediction]]
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskData:
     """A task's data.
 
@@ -159,6 +178,7 @@ class TaskData:
         notes: what else of the data is to be known.
         tokenizer: makes texts of what is decoded.
         collected: what the members of an on-policy task collect and are evaluated on; None where they read batches.
+        batches: makes the batches of a run; it is called, and gives them, as `BatchPlan` does. `Examples` has the face of its examples.
     """
 
     train: Examples
@@ -172,6 +192,7 @@ class TaskData:
     test: Examples | None = None
     tokenizer: Any = None
     collected: Collected | None = None
+    batches: Any = BatchPlan
 
     @property
     def parts(self) -> tuple[Examples, ...]:

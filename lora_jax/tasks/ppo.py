@@ -175,6 +175,7 @@ class PPO(Task):
     """What is learned of what the policy itself does."""
 
     name, section = "ppo", PPOConfig
+    tokenized = False
 
     def columns(self, section: PPOConfig) -> Columns:
         """None: there are no rows."""
@@ -196,7 +197,7 @@ class PPO(Task):
         """Rollouts."""
         return Rollouts(section)
 
-    def own_data(self, section: PPOConfig) -> TaskData:
+    def own_data(self, section: PPOConfig, base: Any, known: tuple[str, ...]) -> TaskData:
         """The evaluated episodes; there are no training examples."""
         said = (
             f"{section.environments} environments of {section.title} for each member, {section.rollout} steps of each a training step; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 from collections import Counter
@@ -75,7 +76,7 @@ def prepare(
 def _make(
     task: Task, section: TaskConfig, tokenizer: Any, decoder: bool, known: tuple[str, ...], shift: Shift | None, writer: Writer | None
 ) -> TaskData:
-    parts, tables = _split(task, section)
+    parts, tables = split(task, section, functools.partial(_load, task, section))
     training = parts[0]
     classes = task.classes(section, training.rows, known)
     for part in parts[1:]:
@@ -85,7 +86,7 @@ def _make(
 
     said: list[str] = []
 
-    def examples(part: _Part) -> tuple[Examples, Taken]:
+    def examples(part: Part) -> tuple[Examples, Taken]:
         def encode(at: np.ndarray) -> Encoded:
             rows = part.rows.take(at)
             if shift is not None:
@@ -219,7 +220,7 @@ def rows_to_predict(task: Task, section: TaskConfig, source: str, classes: tuple
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """Rows that are trained on, held out, or kept for the test.
 
     Attributes:
@@ -239,16 +240,20 @@ class _Part:
     notes: tuple[str, ...] = ()
 
 
-def _split(task: Task, section: TaskConfig) -> tuple[list[_Part], dict[str, Table]]:
+# The rows and the table of a source, its config key, the names of the split wanted of it, and what its columns are called here.
+Loader = Callable[[str, str, tuple[str, ...], Mapping[str, str]], tuple[Rows, Table]]
+
+
+def split(task: Task, section: TaskConfig, load: Loader) -> tuple[list[Part], dict[str, Table]]:
     """Training, held-out and, where the section has them, test rows; and the tables they are of, by config key."""
     columns, seed = task.columns(section), section.split_seed
     rows, tables, origin = {}, {}, np.array([], np.int64)
     sources = {"task.source": (section.source, TRAINING), "task.eval_source": (section.eval_source, HELD_OUT)}
     for key, (source, splits) in (sources | {"task.test_source": (section.test_source, TEST)}).items():
         if key == "task.source" and section.sources:
-            rows[key], tables[key], origin = _mixture(task, section, columns)
+            rows[key], tables[key], origin = _mixture(section, load)
         elif source is not None:
-            rows[key], tables[key] = _load(task, section, columns, source, key, splits, section.columns)
+            rows[key], tables[key] = load(source, key, splits, section.columns)
     for name in columns.any_of:
         if not any(name in table.columns for table in tables.values()):
             raise InputError(f"task: no source has a column '{name}', only {', '.join(n for n in columns.any_of if n != name)}.")
@@ -273,7 +278,7 @@ def _split(task: Task, section: TaskConfig) -> tuple[list[_Part], dict[str, Tabl
         train_at = mixed_rows(train_at, origin, weights, size=section.train_size, seed=seed)
         shares = np.bincount(origin[train_at], minlength=len(weights))
         notes = tuple(f"training: {n:,} rows of {one.source}" for n, one in zip(shares.tolist(), section.sources, strict=True))
-    parts = [_Part("training", first, train_at, "task.source", notes=notes)]
+    parts = [Part("training", first, train_at, "task.source", notes=notes)]
     wanted = [("held-out", "task.eval_source", section.eval_size, held_at), ("test", "task.test_source", section.test_size, test_at)]
     for name, key, size, at in wanted:
         if key not in rows:
@@ -282,17 +287,17 @@ def _split(task: Task, section: TaskConfig) -> tuple[list[_Part], dict[str, Tabl
             at = sample_rows(len(rows[key]), size=None if size == "all" else size, seed=seed)
         if len(at):
             own = [texts[key][i] for i in at]
-            parts.append(_Part(name, rows[key], at, key, sum(text in seen for text in own)))
+            parts.append(Part(name, rows[key], at, key, sum(text in seen for text in own)))
             seen.update(own)
     return parts, tables
 
 
-def _mixture(task: Task, section: TaskConfig, columns: Columns) -> tuple[Rows, Table, np.ndarray]:
+def _mixture(section: TaskConfig, load: Loader) -> tuple[Rows, Table, np.ndarray]:
     """The rows of all of `task.sources`, one after the other, and of which source each is."""
     found = []
     for one in section.sources:
         renamed = {**section.columns, **one.columns}
-        found.append(_load(task, section, columns, one.source, "task.sources", TRAINING, renamed))
+        found.append(load(one.source, "task.sources", TRAINING, renamed))
     rows, tables = [own for own, _ in found], [table for _, table in found]
     for own, one in zip(rows, section.sources, strict=True):
         if own.columns.keys() != rows[0].columns.keys():
@@ -307,8 +312,9 @@ def _mixture(task: Task, section: TaskConfig, columns: Columns) -> tuple[Rows, T
 
 
 def _load(
-    task: Task, section: TaskConfig, columns: Columns, source: str, key: str, splits: tuple[str, ...], renamed: Mapping[str, str]
+    task: Task, section: TaskConfig, source: str, key: str, splits: tuple[str, ...], renamed: Mapping[str, str]
 ) -> tuple[Rows, Table]:
+    columns = task.columns(section)
     options = {
         "drop": section.drop,
         "renamed": renamed,

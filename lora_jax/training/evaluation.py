@@ -143,7 +143,7 @@ def _scores(
     groups: Sequence[np.ndarray], examples: Examples, answers: Sequence[np.ndarray], evaluators: Sequence[Evaluator]
 ) -> dict[str, np.ndarray]:
     """The metrics computed from answers, each (members,); `answers` has one array (members, targets, ...) per batch."""
-    wanted = [examples.wanted(i) for i in range(len(examples.tokens))] if evaluators else []
+    wanted = [examples.wanted(i) for i in range(len(examples))] if evaluators else []
     scores = []
     for member in range(len(answers[0])):
         given = by_example(groups, examples, [batch[member] for batch in answers])

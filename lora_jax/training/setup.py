@@ -25,12 +25,13 @@ from ..data.store import FOLDER, TokenFiles, largest
 from ..errors import InputError
 from ..generation.generate import context_length
 from ..models.encoder import Encoder
-from ..models.encoder_decoder import Base, EncoderDecoder, Generative
+from ..models.encoder_decoder import Base, EncoderDecoder, Generative, TextBase
 from ..models.heads import Classifier
 from ..models.layers import AXES
 from ..models.load import BaseFiles
 from ..models.policy import Policy
 from ..models.transforms.base import apply_shapes, shapes_known
+from ..models.vision import VisionBase
 from ..parallel.constraints import place_batch
 from ..parallel.mesh import make_mesh, parameter_sharding, place
 from ..parallel.program import release_freed_memory
@@ -38,7 +39,7 @@ from ..tasks.base import TaskData, TaskMetrics, objective_of, task_of
 from ..tasks.objectives import Objective
 from ..tasks.on_policy import OnPolicy
 from ..tasks.prepare import prepare
-from ..weights.provenance import arrays_digest, fingerprint, tokenizer_digest
+from ..weights.provenance import fingerprint, tokenizer_digest
 from ..weights.tokenizer import load_tokenizer
 from .optimizer import updates_of
 from .optimizers.base import optimizer_of
@@ -190,6 +191,8 @@ class Setup:
     @property
     def layer_sizes(self) -> tuple[int, int]:
         """Inputs and outputs of one of the base's largest matrices."""
+        if isinstance(self.base, VisionBase):
+            return self.base.layer_sizes
         if isinstance(self.base, Policy):
             shape: Any = self.base.config
             return max(shape.layers.values(), key=lambda sizes: sizes[0] * sizes[1])
@@ -203,9 +206,7 @@ class Setup:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Part (`tracking.state.IDENTITY`) -> digest of what members of this setup are trained and evaluated on."""
-        # Examples that are one text each are digested as they were before there were others.
-        more = [[column for column in (e.decoder_tokens, e.parts) if column is not None] for e in self.data.parts]
-        digests = [arrays_digest([e.tokens, e.targets, e.types, e.values, *m]) for e, m in zip(self.data.parts, more, strict=True)]
+        digests = [examples.digest for examples in self.data.parts]
         known = {"base": self.fingerprint, "tokenizer": self.tokenizer, **dict(zip(("train", "held_out", "test"), digests, strict=False))}
         # What the base itself computes once an example follows from it.
         if self.shared is not None and not (self.shared.once and getattr(self.shared.model, "base", None) is self.base):
@@ -258,8 +259,10 @@ class Preparer:
 
         # The examples.
         def examples() -> tuple[TaskData, str]:
-            if (own := task.own_data(section)) is not None:
-                return own, ""
+            if not task.tokenized:
+                return task.own_data(section, base, known), ""
+            if isinstance(base, VisionBase):
+                raise InputError(f"task.kind: '{section.kind}' reads texts, but {config.model.source} is a model over images.")
             assert isinstance(section, TaskConfig)
             tokenizer = load_tokenizer(config.model.source)
             shift = Shift(base.config.start) if isinstance(base, EncoderDecoder) else None
@@ -268,7 +271,7 @@ class Preparer:
             return found, tokenizer_digest(tokenizer)
 
         data, tokenizer = self._data.get(data_key, examples)
-        if data.collected is None or data.collected.rows:
+        if task.tokenized:
             check_data(base, data, known)
 
         # What is computed once for all members.
@@ -303,7 +306,7 @@ class Preparer:
         return self._weights or not shapes_known(config.model.transforms)  # a transform's shapes may depend on the weights
 
 
-def check_data(base: Base, data: TaskData, known: Sequence[str] = ()) -> None:
+def check_data(base: TextBase, data: TaskData, known: Sequence[str] = ()) -> None:
     """Checks that model and data fit together, before anything is compiled.
 
     Args:
@@ -355,7 +358,7 @@ def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan | EpisodePlan
             if mesh.shape[axis] > 1:
                 raise InputError(f"mesh.{axis}: {why} mesh.sweep splits the members.")
         return collected.plan(data.parts, training.model_dump())
-    return BatchPlan(
+    return data.batches(
         data.train,
         data.held_out,
         batch_size=training.batch_size,

@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from ..data.examples import spans
 from ..models.heads import Classifier
 from ..parallel.constraints import in_order, place_batch, row_sharding, targets_by_rows
 from ..parallel.mesh import replicated, to_host
 from ..parallel.program import Program, compiler_options
 from ..tasks.base import Shared
 from .step import Batch
-from .trunk import spans
 
 HostBatch = dict[str, np.ndarray]
 

@@ -111,7 +111,7 @@ def train_step(
         return jax.tree.map(jnp.add, carry, (loss, correct, grads)), more
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
-    (loss, correct, grads), more = jax.lax.scan(micro_step, zero, (jnp.arange(batch["tokens"].shape[0]), batch))
+    (loss, correct, grads), more = jax.lax.scan(micro_step, zero, (jnp.arange(batch["segment_ids"].shape[0]), batch))
     means = {name: value.sum() / weight.sum() for name, (value, weight) in more.items()}
     new, loss, norm = _updated(part, state, fixed, loss, grads, step)
     return new, Metrics(loss, correct, norm, learning_rate(fixed.hyper, step), means)

@@ -10,7 +10,6 @@ of its content: two processes that write the same file replace it by itself, and
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import socket
 import zlib
@@ -34,29 +33,6 @@ from ..parallel.program import Program
 from .step import Batch
 
 
-def spans(batch: Mapping[str, np.ndarray]) -> Iterator[tuple[int, int, bytes]]:
-    """The texts of a batch: where each starts and stops in the flattened tokens, and its tokens (and their types) as bytes.
-
-    >>> batch = {"tokens": np.array([[7, 8, 9, 0]], np.int32), "segment_ids": np.array([[1, 1, 2, 0]], np.int32)}
-    >>> [(start, stop) for start, stop, _ in spans(batch)]
-    [(0, 2), (2, 3)]
-    """
-    tokens, segments = batch["tokens"].reshape(-1), batch["segment_ids"].reshape(-1)
-    types = batch["token_types"].reshape(-1) if "token_types" in batch else None
-    begins = np.ones(segments.size + 1, bool)
-    begins[1:-1] = segments[1:] != segments[:-1]
-    begins[:: batch["tokens"].shape[-1]] = True
-    bounds = np.flatnonzero(begins)
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        if segments[start]:
-            yield start, stop, _name(tokens[start:stop], None if types is None else types[start:stop])
-
-
-def _name(tokens: np.ndarray, types: np.ndarray | None) -> bytes:
-    parts = [tokens] if types is None else [tokens, types]
-    return b"".join(np.asarray(part, np.int32).tobytes() for part in parts)
-
-
 class TrunkStore:
     """The activations of some examples.
 
@@ -75,13 +51,11 @@ class TrunkStore:
     def __init__(self, examples: Examples, width: int, dtype: np.dtype):
         self._where: dict[bytes, int] = {}
         self.tokens = 0
-        self.pairs = examples.types is not None
-        for i, (tokens, types) in enumerate(zip(examples.tokens, examples.types or itertools.repeat(None))):
-            for text in examples.texts(i):
-                name = _name(tokens[text], None if types is None else types[text])
-                if name not in self._where:
-                    self._where[name] = self.tokens
-                    self.tokens += text.stop - text.start
+        self.pairs, self._spans = examples.types is not None, examples.spans
+        for name, length in examples.named():
+            if name not in self._where:
+                self._where[name] = self.tokens
+                self.tokens += length
         self.width, self.dtype = width, np.dtype(dtype)
         self.nbytes = self.tokens * width * self.dtype.itemsize
         self.hits = self.misses = 0
@@ -105,7 +79,7 @@ class TrunkStore:
         """Takes the activations of a batch's examples, (..., rows, length, width)."""
         assert self._rows is not None
         flat = trunk.reshape(-1, self.width)
-        for start, stop, name in spans(batch):
+        for start, stop, name in self._spans(batch):
             at = self._where.get(name)
             if at is not None:
                 self._rows[at : at + stop - start] = flat[start:stop]
@@ -113,15 +87,15 @@ class TrunkStore:
     def get(self, batch: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """(..., rows, length, width): a batch's activations, 0 at padding; None if an example of it is not kept."""
         assert self._rows is not None
-        flat = np.zeros((batch["tokens"].size, self.width), self.dtype)
-        for start, stop, name in spans(batch):
+        flat = np.zeros((batch["segment_ids"].size, self.width), self.dtype)
+        for start, stop, name in self._spans(batch):
             at = self._where.get(name)
             if at is None:
                 self.misses += 1
                 return None
             flat[start:stop] = self._rows[at : at + stop - start]
         self.hits += 1
-        return flat.reshape(*batch["tokens"].shape, self.width)
+        return flat.reshape(*batch["segment_ids"].shape, self.width)
 
 
 _CHUNK = 1 << 24
@@ -285,7 +259,7 @@ class Trunk:
 
         def of_step(frozen: Arrays, batch: Batch, step: jax.Array) -> jax.Array:
             dropout_rng = jax.random.fold_in(jax.random.key(data_seed), step)
-            micros = (jnp.arange(batch["tokens"].shape[0]), batch)
+            micros = (jnp.arange(batch["segment_ids"].shape[0]), batch)
             return jax.lax.map(lambda m: _run(part, own, frozen, m[1], jax.random.fold_in(dropout_rng, m[0])), micros)
 
         def of_held_out(frozen: Arrays, batch: Batch) -> jax.Array:

@@ -56,6 +56,8 @@ def keep_trunk(trunk: Trunk, setup: Setup, training: TrainingConfig, folder: Pat
     trunk.asked_to_keep = True
     if getattr(setup.base, "dropout", 0.0):
         return say("trunk cache: off, because the base's own dropout (model.dropout) changes the trunk in every step")
+    if setup.data.train.varies:
+        return say("trunk cache: off, because every epoch sees the training examples otherwise (they are augmented)")
     if jax.process_count() > 1:
         return say("trunk cache: off, because it works in a single process only, and the batches are split over several")
     batch = setup.plan.batch(0)
@@ -65,7 +67,7 @@ def keep_trunk(trunk: Trunk, setup: Setup, training: TrainingConfig, folder: Pat
     stores = [TrunkStore(examples, layout.shape[-1], layout.dtype) for examples in (seen, held_out)]
     shape = (sum(s.tokens for s in stores), layout.shape[-1])
     size, itemsize = sum(s.nbytes for s in stores), stores[0].dtype.itemsize
-    what = f"{trunk.depth} layers of {len(seen.tokens) + len(held_out.tokens):,} examples, {size / 1e6:,.1f} MB"
+    what = f"{trunk.depth} layers of {len(seen) + len(held_out):,} examples, {size / 1e6:,.1f} MB"
     fill = functools.partial(_fill, trunk, setup, stores)
     if size <= training.trunk_memory_gb * _GB:
         rows = np.empty(shape, f"u{itemsize}")
@@ -167,7 +169,7 @@ def _fill(trunk: Trunk, setup: Setup, stores: Sequence[TrunkStore], rows: np.nda
         return to_host(trunk.of_step(0, place_batch(mesh, batch, row_axis=1)))
 
     micros = plan.eval_batches(plan.seen())
-    together = plan.batch(0)["tokens"].shape[0]
+    together = plan.batch(0)["segment_ids"].shape[0]
     for start in range(0, len(micros), together):
         chosen = (micros[start : start + together] * together)[:together]
         batch = {name: np.stack([m[name] for m in chosen]) for name in chosen[0]}
@@ -199,7 +201,7 @@ def _key(trunk: Trunk, setup: Setup, stores: Sequence[TrunkStore], batch: dict[s
         "depth": trunk.depth,
         "scanned": [stack.scan for stack in stacks_of(setup.base)],
         "examples": tokens.hexdigest(),
-        "batch": [batch["tokens"].shape, str(stores[0].dtype)],
+        "batch": [batch["segment_ids"].shape, str(stores[0].dtype)],
         "mesh": list(setup.mesh.shape.items()),
         "programs": _programs(),
     }

@@ -1,0 +1,223 @@
+"""One class for each image, by a head over a vision transformer or a convolutional net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ..config.doors import TASKS
+from ..config.schema import TaskConfig
+from ..config.types import Bytes, Fraction, NonNegativeFloat, PositiveInt
+from ..data.batching import Scorer
+from ..data.image_batches import Augment, ImageCache, ImageExamples, ImagePlan
+from ..data.images import BrokenImage, StoredImage, check_images, fitted, load_images, values_of
+from ..data.sources import HELD_OUT, ROW, TEST, Table, Taken
+from ..errors import InputError
+from ..models.vision import VisionBase
+from ..weights.pixels import PixelSpec
+from .base import Columns, Encoded, HeadTaskConfig, Prediction, Rows, TaskData, TaskMetrics, ToAnswer
+from .classification import Labelled, class_f1
+from .evaluators import Evaluator, register
+from .prepare import Part, split
+
+register(Evaluator("top5_accuracy", True, percent=True))
+TOP5 = 5
+
+_Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class ImageClassificationConfig(HeadTaskConfig):
+    kind: Literal["image_classification"] = Field(default="image_classification", description="A class for each image.")
+    image: str = Field(default="image", description="Image column of a table: files' bytes, paths, or datasets' Image.")
+    label: str = Field(default="label", description="Label column of a table. In a folder of folders, their names are the labels.")
+    labels: list[str] | None = Field(default=None, description="Class names in order. Default: those in the data, sorted.")
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="Side, or [height, width], in pixels that images are resized and cut to. Default: the model's own."
+    )
+    random_crop: tuple[_Share, _Share] | None = Field(
+        default=None, description="In training, a random part of so large a share of the area, [least, most], resized. Default: the centre."
+    )
+    flip: Fraction = Field(default=0.0, description="In training, the probability that an image is mirrored.")
+    color_jitter: Fraction = Field(default=0.0, description="In training, brightness, contrast and saturation change by up to this share.")
+    mixup: NonNegativeFloat = Field(default=0.0, description="Mixup (arXiv:1710.09412): a of Beta(a, a). 0: off.")
+    cache_bytes: Bytes = Field(default=2 * 10**9, description="Decoded images that are kept, in bytes or as 2GB.")
+    cache: Literal["memory", "file"] = Field(default="memory", description="Where they are kept; file: in the temporary folder.")
+    workers: PositiveInt = Field(default=4, description="Threads that decode images.")
+    skip_broken: bool = Field(default=False, description="Leave out images that cannot be decoded, and say how many, instead of an error.")
+
+    @model_validator(mode="after")
+    def _images(self) -> ImageClassificationConfig:
+        if self.max_length != TaskConfig.model_fields["max_length"].default:  # a written config has every key
+            raise ValueError("'max_length' counts tokens of texts; for images give 'image_size'")
+        if self.random_crop is not None and self.random_crop[0] > self.random_crop[1]:
+            raise ValueError(f"'random_crop' is [least, most], got {list(self.random_crop)}")
+        return self
+
+    @property
+    def augment(self) -> Augment:
+        """What changes images at random."""
+        return Augment(self.random_crop, self.flip, self.color_jitter, self.mixup)
+
+
+class ImageClassification(Labelled):
+    """A class for each image."""
+
+    name, section, head, targets = "image_classification", ImageClassificationConfig, "image_classification", 1
+    tokenized = False
+
+    def columns(self, section: ImageClassificationConfig) -> Columns:
+        """Images and labels."""
+        return Columns((section.image, section.label), targets=(section.label,), nonempty=(section.label,))
+
+    def encode(self, section: Any, rows: Rows, tokenizer: Any, *, decoder: bool, classes: tuple[str, ...] | None) -> Encoded:
+        """Images are not read with a tokenizer.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"the task '{self.name}' reads no texts")
+
+    def metrics(self, section: ImageClassificationConfig, classes: tuple[str, ...] | None) -> TaskMetrics:
+        """Accuracy, and whether the right class is among five where there are more; recorded are the classes' F1 and the confusion."""
+        more = ("top5_accuracy",) if classes is not None and len(classes) > TOP5 else ()
+        tables = ("confusion", "class_f1")
+        return TaskMetrics(("loss", "accuracy", *more, "macro_f1"), "accuracy", training=("accuracy",), tables=tables)
+
+    def check_base(self, section: ImageClassificationConfig, base: Any, source: str) -> None:
+        """The base is one over images, and takes images of this size."""
+        if not isinstance(base, VisionBase):
+            raise InputError(f"model.source: {source} is no model over images, which task.kind: {self.name} needs.")
+        spec = _spec(section, base)
+        if base.tokens(spec.size) < 1:
+            raise InputError(f"task.image_size: {spec.size[0]} x {spec.size[1]} pixels are too few for the model.")
+
+    def own_data(self, section: ImageClassificationConfig, base: Any, known: tuple[str, ...]) -> TaskData:
+        """Images of the sources, split; each is decoded once here, so that a broken one shows before anything is trained."""
+        reader = _Reader(section, base)
+        parts, tables = split(self, section, reader.load)
+        training = parts[0]
+        classes = self.classes(section, training.rows, known)
+        for part in parts[1:]:
+            if part.key != training.key:
+                self.check_held_out(section, part.rows, classes)
+        metrics = self.metrics(section, classes)
+        notes = [*(table.note for table in tables.values()), *reader.notes]
+
+        def examples(part: Part) -> tuple[ImageExamples, Taken]:
+            rows = part.rows.take(part.at)
+            ids = np.array([classes.index(label) for label in rows.columns[section.label]], np.int32)
+            missing = [name for i, name in enumerate(classes) if i not in set(ids.tolist())]
+            if missing:
+                shown = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
+                notes.append(f"{part.name}: no image of {len(missing)} of the {len(classes)} classes: {shown}.")
+            own = section.augment if part is training else Augment()
+            made = reader.examples(rows.columns[section.image], ids, own, _scorer(ids, len(classes)))
+            beside = 0 if part is not training else sum(len(other.at) for other in parts[1:] if other.key == training.key)
+            dropped = dict(tables[part.key].dropped) if part is training or part.key != training.key else {}
+            counts = {"others": part.others, "sampled": len(part.at) < len(part.rows) - beside}
+            return made, Taken(part.name, part.rows.source, len(part.rows), len(part.at), 0, dropped, **counts)
+
+        made = [examples(part) for part in parts]
+        test = made[2][0] if len(made) > 2 else None
+        every: list[Any] = [one[0] for one in made]
+        taken, said = tuple(one[1] for one in made), tuple(dict.fromkeys(note for note in notes if note))
+        return TaskData(every[0], every[1], metrics, classes, None, True, taken, said, test, batches=ImagePlan)  # pyright: ignore[reportArgumentType]
+
+    def rows_to_answer(self, section: ImageClassificationConfig, base: Any, source: str, classes: tuple[str, ...] | None) -> ToAnswer:
+        """Images of a source, with or without labels; what is broken is answered with nothing where `skip_broken` says so."""
+        assert classes is not None
+        reader = _Reader(section, base)
+        table = load_images(source, key="--source", image=section.image, label=section.label, splits=TEST + HELD_OUT, labelled=False)
+        images, labels = table[section.image], table.columns.get(section.label)
+        if labels is not None:
+            self.check_held_out(section, Rows(source, {section.label: labels}, np.array(table[ROW])), classes)
+        broken = reader.broken(images, "--source")
+        there = [i for i, error in enumerate(broken) if error is None]
+        ids = np.array([classes.index(labels[i]) if labels is not None else 0 for i in there], np.int32)
+
+        def predictions(answers: list[np.ndarray]) -> list[Prediction]:
+            given = {i: classes[int(answer[0][0])] for i, answer in zip(there, answers, strict=True)}
+            right = labels or [None] * len(images)
+            scores = [None if label is None else float(given.get(i) == label) for i, label in enumerate(right)]
+            return [Prediction(image.name, given.get(i), right[i], scores[i]) for i, image in enumerate(images)]
+
+        examples = reader.examples([images[i] for i in there], ids, Augment(), None)
+        return ToAnswer(np.array(table[ROW]), labels is not None, examples, ImagePlan, predictions)
+
+
+TASKS.register("image_classification", ImageClassification())
+
+
+def _spec(section: ImageClassificationConfig, base: VisionBase) -> PixelSpec:
+    """How images are prepared: as the checkpoint says, at the size that the section asks for."""
+    size = section.image_size
+    return base.pixels if size is None else base.pixels.at((size, size) if isinstance(size, int) else size)
+
+
+class _Reader:
+    """Reads a section's images for a base.
+
+    Attributes:
+        notes: what was left out.
+    """
+
+    def __init__(self, section: ImageClassificationConfig, base: VisionBase):
+        self._section, self._spec, self.notes = section, _spec(section, base), list[str]()
+        self._length = base.tokens(self._spec.size)
+        self._cache = ImageCache(section.cache_bytes, in_file=section.cache == "file")
+
+    def load(self, source: str, key: str, splits: tuple[str, ...]) -> tuple[Rows, Table]:
+        """The rows of a source that can be decoded."""
+        section = self._section
+        table = load_images(source, key=key, image=section.image, label=section.label, splits=splits, drop=section.drop)
+        broken = self.broken(table[section.image], key)
+        lost = sum(error is not None for error in broken)
+        if lost:
+            first = next(error for error in broken if error is not None)
+            self.notes.append(f"{key}: {lost} of {len(broken)} images are broken and left out (task.skip_broken), the first: {first}")
+        keep = np.array([i for i, error in enumerate(broken) if error is None], np.int64)
+        if not len(keep):
+            raise InputError(f"{key}: none of the images of {source} can be decoded.")
+        columns = {name: values for name, values in table.columns.items() if name != ROW}
+        return Rows(source, columns, np.array(table[ROW])).take(keep), table
+
+    def broken(self, images: Sequence[StoredImage], key: str) -> list[BrokenImage | None]:
+        """What is the matter with each image; `InputError` for the first one unless the section skips them."""
+        spec, whole = self._spec, self._section.random_crop is not None
+
+        def look(image: StoredImage) -> None:
+            if whole:
+                self._cache.get(image, "whole", lambda: values_of(image.decode(spec.channels)))
+            else:
+                self._cache.get(image, "fitted", lambda: values_of(fitted(image.decode(spec.channels), spec)))
+
+        found = check_images(images, look, workers=self._section.workers)
+        first = next((error for error in found if error is not None), None)
+        if first is not None and not self._section.skip_broken:
+            raise InputError(f"{key}: {first} task.skip_broken: true leaves such images out.")
+        return found
+
+    def examples(self, images: Sequence[StoredImage], ids: np.ndarray, augment: Augment, score: Scorer | None) -> ImageExamples:
+        """Images as examples."""
+        return ImageExamples(list(images), ids, self._spec, self._length, self._cache, augment, score, self._section.workers)
+
+
+def _scorer(right: np.ndarray, classes: int) -> Callable[[Sequence[np.ndarray]], dict[str, Any]]:
+    """Scores answers, the likeliest classes of each image: as `confusion_scorer`, and `top5_accuracy`.
+
+    Args:
+        right: (n,) the classes.
+        classes: how many there are.
+    """
+
+    def score(answers: Sequence[np.ndarray]) -> dict[str, Any]:
+        likeliest = np.stack([answer[0] for answer in answers])  # (n, up to five)
+        counts = np.zeros((classes, classes), np.int64)
+        np.add.at(counts, (right, likeliest[:, 0]), 1)
+        f1, top5 = class_f1(counts), float((likeliest == right[:, None]).any(1).mean())
+        return {"macro_f1": float(np.nanmean(f1)), "confusion": counts, "class_f1": f1, "top5_accuracy": top5}
+
+    return score
