@@ -13,12 +13,13 @@ import pytest
 
 from experiments.fuzz import bits_of_run, differing
 from lora_jax.data.batching import Examples
+from lora_jax.data.examples import spans
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.constraints import place_batch
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.training import trunk_cache as trunk_cache
 from lora_jax.training.setup import set_up
-from lora_jax.training.trunk import TrunkFiles, TrunkStore, file_size, spans
+from lora_jax.training.trunk import TrunkFiles, TrunkStore, file_size
 from lora_jax.training.trunk_cache import FOLDER, keep_trunk
 from tests import tiny
 
