@@ -41,13 +41,12 @@ def save_vision(folder: Path, model_type: str = "vit", *, depth: int = 3, **more
 
 
 def squares(count: int, *, seed: int = 0, side: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
-    """(count, side, side, 3) uint8 noise that is bright on the left, on the right or at the top, and which (count,)."""
+    """(count, side, side, 3) uint8 noise that is red, green or blue, and which (count,)."""
     random = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     images = random.integers(0, 90, (count, side, side, 3))
     for image, label in zip(images, labels, strict=True):
-        half = (slice(None), slice(None, side // 2)) if label == 0 else (slice(None), slice(side // 2, None))
-        image[half if label < 2 else slice(None, side // 2)] += 140
+        image[..., label] += 140
     return images.astype(np.uint8), labels
 
 
@@ -63,7 +62,7 @@ def save_folders(folder: Path, count: int = 12, *, split: str = "train", side: i
     from PIL import Image
 
     for i, (image, label) in enumerate(zip(*squares(count, side=side), strict=True)):
-        place = folder / split / ("left", "right", "top")[label]
+        place = folder / split / ("blue", "green", "red")[label]
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(place / f"{i}.png")
     return folder

@@ -214,7 +214,8 @@ class _LazyBatches(Sequence[Batch]):
         return len(self._groups)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._make(self._groups[index])
+        found = self._groups[index]
+        return [self._make(group) for group in found] if isinstance(index, slice) else self._make(found)
 
 
 class ImagePlan:

@@ -88,6 +88,11 @@ class VisionBase(nnx.Module):
         return self.config.block.width, self.config.block.hidden
 
     @property
+    def smallest(self) -> int:
+        """Pixels of the smallest side of an image that it takes."""
+        return 1
+
+    @property
     def reads(self) -> str:
         """What a head reads where the family says nothing."""
         return "mean"

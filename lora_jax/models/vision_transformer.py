@@ -144,6 +144,11 @@ class VisionTransformer(VisionBase):
         return self.config.detection_tokens
 
     @property
+    def smallest(self) -> int:
+        """A patch."""
+        return max(self.config.patch)
+
+    @property
     def reads(self) -> str:
         """The class token where there is one."""
         return "first" if self.config.class_token else "mean"

@@ -91,8 +91,10 @@ class ImageClassification(Labelled):
         if not isinstance(base, VisionBase):
             raise InputError(f"model.source: {source} is no model over images, which task.kind: {self.name} needs.")
         spec = _spec(section, base)
-        if base.tokens(spec.size) < 1:
-            raise InputError(f"task.image_size: {spec.size[0]} x {spec.size[1]} pixels are too few for the model.")
+        if min(spec.size) < base.smallest:
+            raise InputError(
+                f"task.image_size: {spec.size[0]} x {spec.size[1]} pixels are too few: the model takes {base.smallest} or more."
+            )
 
     def own_data(self, section: ImageClassificationConfig, base: Any, known: tuple[str, ...]) -> TaskData:
         """Images of the sources, split; each is decoded once here, so that a broken one shows before anything is trained."""

@@ -17,7 +17,7 @@ from lora_jax.weights.pixels import PixelSpec, read_pixel_spec
 from tests.tiny_images import save_folders, squares
 
 SPEC = PixelSpec((16, 16))
-NAMES = ("left", "right", "top")
+NAMES = ("blue", "green", "red")
 
 
 def decoded(table):
