@@ -154,61 +154,6 @@ class Examples:
 
 
 def spans(batch: Mapping[str, np.ndarray]) -> Iterator[tuple[int, int, bytes]]:
-        """Where each text of a batch starts and stops in the flattened positions, and its name."""
-        return spans(batch)
-
-    def named(self) -> Iterator[tuple[bytes, int]]:
-        """Of every text the same name, and how many tokens it has."""
-        for i, tokens in enumerate(self.tokens):
-            types = None if self.types is None else self.types[i]
-            for text in self.texts(i):
-                yield _name(tokens[text], None if types is None else types[text]), text.stop - text.start
-
-    def take(self, chosen: Sequence[int]) -> Examples:
-        """The examples at these indices, without what scores them all."""
-
-        def own(column: list[np.ndarray] | None) -> list[np.ndarray] | None:
-            return None if column is None else [column[i] for i in chosen]
-
-        tokens, targets = ([column[i] for i in chosen] for column in (self.tokens, self.targets))
-        values, fed, parts = own(self.values), own(self.decoder_tokens), own(self.parts)
-        return Examples(tokens, targets, own(self.types), values=values, decoder_tokens=fed, parts=parts)
-
-    def texts(self, index: int) -> list[slice]:
-        """Where in an example's tokens each of its texts stands."""
-        starts = [0] if self.parts is None else self.parts[index][:, 0].tolist()
-        return [slice(start, stop) for start, stop in itertools.pairwise([*starts, len(self.tokens[index])])]
-
-    @functools.cached_property
-    def longest_text(self) -> int:
-        """Tokens of the longest text: positions count from the start of a text."""
-        if self.parts is None:
-            return int(self.sizes.max())
-        return max(text.stop - text.start for i in range(len(self.tokens)) for text in self.texts(i))
-
-    def wanted(self, index: int) -> np.ndarray:
-        """What is to be predicted at an example's targets, in order: (targets,) int32 ids, or (targets, width) float32 values."""
-        targets = self.targets[index]
-        return targets[targets != NO_TARGET] if self.values is None else self.values[index]
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """(n,) int64 tokens of each."""
-        return np.array([len(t) for t in self.tokens], np.int64)
-
-    @functools.cached_property
-    def sizes(self) -> np.ndarray:
-        """(n, kinds) int64: the tokens of each, and the decoder's in a second column where there are any."""
-        columns = [self.tokens, *(() if self.decoder_tokens is None else (self.decoder_tokens,))]
-        return np.array([[len(t) for t in tokens] for tokens in columns], np.int64).T
-
-    @functools.cached_property
-    def target_counts(self) -> np.ndarray:
-        """(n,) int64 positions of each that have a target."""
-        return np.array([int((t != NO_TARGET).sum()) for t in self.targets], np.int64)
-
-
-def spans(batch: Mapping[str, np.ndarray]) -> Iterator[tuple[int, int, bytes]]:
     """The texts of a batch: where each starts and stops in the flattened tokens, and its tokens (and their types) as bytes.
 
     >>> batch = {"tokens": np.array([[7, 8, 9, 0]], np.int32), "segment_ids": np.array([[1, 1, 2, 0]], np.int32)}

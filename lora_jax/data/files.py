@@ -209,3 +209,15 @@ def _parquet(file: io.BytesIO, columns: Sequence[str], where: str) -> tuple[list
             values = [None if value is None else WrittenNumber(str(np.float32(value))) for value in values]
         found[name] = values
     return names, found
+
+
+def hub_column(rows: Any, name: str, *, as_files: bool) -> list[Any]:
+    """A column of a data set of `datasets`."""
+    import datasets
+
+    feature = rows.features[name]
+    if as_files and isinstance(feature, datasets.Image):
+        return list(rows.cast_column(name, datasets.Image(decode=False))[name])
+    if as_files and isinstance(feature, datasets.ClassLabel):
+        return [None if value is None or value < 0 else feature.int2str(value) for value in rows[name]]
+    return list(rows[name])

@@ -13,7 +13,7 @@ import io
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ def load_images(
     label: str,
     splits: tuple[str, ...] = TRAINING,
     drop: dict[str, list[str]] | None = None,
+    renamed: Mapping[str, str] | None = None,
     labelled: bool = True,
 ) -> Table:
     """The rows of a source: in the column `image` a `StoredImage` each, in `label` the name of its class.
@@ -164,6 +165,7 @@ def load_images(
         image, label: columns of a table; of other sources they name what is found.
         splits: names, best first, of the split wanted of a source that has several.
         drop: as `task.drop`.
+        renamed: what a table calls a column -> what it is called here.
         labelled: whether there must be labels; the table has no such column where there are none.
 
     Raises:
@@ -182,7 +184,7 @@ def load_images(
             return _without_dropped(columns, drop or {}, label, files, source)
     optional = () if labelled else (label,)
     named = {image: "task.image", label: "task.label"}
-    options = {"drop": drop, "splits": splits, "named_by": named, "optional": optional, "as_files": True}
+    options = {"drop": drop, "splits": splits, "named_by": named, "optional": optional, "as_files": True, "renamed": renamed}
     table = load_rows(source, key=key, columns=[image, label], **options)
     folder = Path(table.files[0]).parent if not source.startswith("hf://") else Path()
     rows = zip(table[ROW], table[image], strict=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import InputError, hint
 from ..weights.load import hub_or_cache, hub_reason, resolve
-from .files import KINDS, Columns, as_text, kind_of, read_columns
+from .files import KINDS, Columns, as_text, hub_column, kind_of, read_columns
 
 # What a split is called in file names and on the hub; the first that is there is taken.
 TRAINING = ("train", "training")
@@ -328,24 +328,12 @@ def _from_hub(
             split = next((s for s in ([match[4]] if match[4] else [*splits, *TRAINING]) if s in found), None)
             names = [] if split is None else list(found[split].column_names or ())
             # Its files are mapped: a damaged one shows here.
-            values = {name: _column(found[split], name, as_files=as_files) for name in columns if name in names}
+            values = {name: hub_column(found[split], name, as_files=as_files) for name in columns if name in names}
     except Exception as error:  # the hub client raises many unrelated kinds; all mean that the rows cannot be had
         raise InputError(f"{key}: cannot fetch '{source}' ({hub_reason(error)}).") from None
     if split is None:
         raise InputError(f"{key}: '{source}' has no split {match[4] or splits[0]}, only {', '.join(map(str, found))}.")
     return names, values, split, match[4] is not None
-
-
-def _column(rows: Any, name: str, *, as_files: bool) -> list[Any]:
-    """A column of a data set of `datasets`."""
-    import datasets
-
-    feature = rows.features[name]
-    if as_files and isinstance(feature, datasets.Image):
-        return list(rows.cast_column(name, datasets.Image(decode=False))[name])
-    if as_files and isinstance(feature, datasets.ClassLabel):
-        return [None if value is None or value < 0 else feature.int2str(value) for value in rows[name]]
-    return list(rows[name])
 
 
 def split_rows(

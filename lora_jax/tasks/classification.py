@@ -51,7 +51,7 @@ class ClassificationConfig(LabelledConfig):
 class Labelled(Task):
     """What tasks with named classes share: which classes there are, and that every label is one of them."""
 
-    def classes(self, section: LabelledConfig, rows: Rows, known: tuple[str, ...]) -> tuple[str, ...]:
+    def classes(self, section: Any, rows: Rows, known: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `task.labels`, of a loaded head, or all labels of the rows, sorted."""
         if section.labels is not None and known and len(known) != len(section.labels):
             raise InputError(f"task.labels: {len(section.labels)} classes; the model's head has {len(known)}: {', '.join(known)}.")
@@ -71,15 +71,15 @@ class Labelled(Task):
             )
         return classes
 
-    def check_held_out(self, section: LabelledConfig, rows: Rows, classes: tuple[str, ...] | None) -> None:
+    def check_held_out(self, section: Any, rows: Rows, classes: tuple[str, ...] | None) -> None:
         """`InputError` for a label that is no class."""
         _check_labels(rows, section.label, classes or ())
 
-    def named_classes(self, section: LabelledConfig) -> tuple[str, ...] | None:
+    def named_classes(self, section: Any) -> tuple[str, ...] | None:
         """Those of `task.labels`."""
         return tuple(section.labels) if section.labels else None
 
-    def needs_classes(self, section: LabelledConfig, *, decoder: bool) -> bool:
+    def needs_classes(self, section: Any, *, decoder: bool) -> bool:
         """The head has an output for each."""
         return True
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from ..config.doors import TASKS
-from ..config.schema import TaskConfig
-from ..config.types import Bytes, Fraction, NonNegativeFloat, PositiveInt
+from ..config.types import Bytes, Fraction, NonNegativeFloat, PositiveInt, TaskConfig
 from ..data.batching import Scorer
 from ..data.image_batches import Augment, ImageCache, ImageExamples, ImagePlan
 from ..data.images import BrokenImage, StoredImage, check_images, fitted, load_images, values_of
@@ -52,6 +51,8 @@ class ImageClassificationConfig(HeadTaskConfig):
     def _images(self) -> ImageClassificationConfig:
         if self.max_length != TaskConfig.model_fields["max_length"].default:  # a written config has every key
             raise ValueError("'max_length' counts tokens of texts; for images give 'image_size'")
+        if self.token_cache != TaskConfig.model_fields["token_cache"].default:
+            raise ValueError("'token_cache' keeps tokens of texts; of images 'cache' and 'cache_bytes' say what is kept")
         if self.random_crop is not None and self.random_crop[0] > self.random_crop[1]:
             raise ValueError(f"'random_crop' is [least, most], got {list(self.random_crop)}")
         return self
@@ -106,7 +107,7 @@ class ImageClassification(Labelled):
             if part.key != training.key:
                 self.check_held_out(section, part.rows, classes)
         metrics = self.metrics(section, classes)
-        notes = [*(table.note for table in tables.values()), *reader.notes]
+        notes = [*(table.note for table in tables.values()), *(note for part in parts for note in part.notes), *reader.notes]
 
         def examples(part: Part) -> tuple[ImageExamples, Taken]:
             rows = part.rows.take(part.at)
@@ -171,10 +172,11 @@ class _Reader:
         self._length = base.tokens(self._spec.size)
         self._cache = ImageCache(section.cache_bytes, in_file=section.cache == "file")
 
-    def load(self, source: str, key: str, splits: tuple[str, ...]) -> tuple[Rows, Table]:
+    def load(self, source: str, key: str, splits: tuple[str, ...], renamed: Mapping[str, str]) -> tuple[Rows, Table]:
         """The rows of a source that can be decoded."""
         section = self._section
-        table = load_images(source, key=key, image=section.image, label=section.label, splits=splits, drop=section.drop)
+        options = {"splits": splits, "drop": section.drop, "renamed": renamed}
+        table = load_images(source, key=key, image=section.image, label=section.label, **options)
         broken = self.broken(table[section.image], key)
         lost = sum(error is not None for error in broken)
         if lost:

@@ -1,5 +1,6 @@
 """The trunk cache: equal bits with and without, nothing stale, nothing damaged, and a run that goes on where there is no room."""
 
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import json
