@@ -26,6 +26,7 @@ register(Evaluator("top5_accuracy", True, percent=True))
 TOP5 = 5
 
 _Share = Annotated[float, Field(gt=0, le=1)]
+_TWO = Field(min_length=2, max_length=2)
 
 
 class ImageClassificationConfig(HeadTaskConfig):
@@ -33,10 +34,10 @@ class ImageClassificationConfig(HeadTaskConfig):
     image: str = Field(default="image", description="Image column of a table: files' bytes, paths, or datasets' Image.")
     label: str = Field(default="label", description="Label column of a table. In a folder of folders, their names are the labels.")
     labels: list[str] | None = Field(default=None, description="Class names in order. Default: those in the data, sorted.")
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+    image_size: PositiveInt | Annotated[list[PositiveInt], _TWO] | None = Field(
         default=None, description="Side, or [height, width], in pixels that images are resized and cut to. Default: the model's own."
     )
-    random_crop: tuple[_Share, _Share] | None = Field(
+    random_crop: Annotated[list[_Share], _TWO] | None = Field(
         default=None, description="In training, a random part of so large a share of the area, [least, most], resized. Default: the centre."
     )
     flip: Fraction = Field(default=0.0, description="In training, the probability that an image is mirrored.")
@@ -54,13 +55,14 @@ class ImageClassificationConfig(HeadTaskConfig):
         if self.token_cache != TaskConfig.model_fields["token_cache"].default:
             raise ValueError("'token_cache' keeps tokens of texts; of images 'cache' and 'cache_bytes' say what is kept")
         if self.random_crop is not None and self.random_crop[0] > self.random_crop[1]:
-            raise ValueError(f"'random_crop' is [least, most], got {list(self.random_crop)}")
+            raise ValueError(f"'random_crop' is [least, most], got {self.random_crop}")
         return self
 
     @property
     def augment(self) -> Augment:
         """What changes images at random."""
-        return Augment(self.random_crop, self.flip, self.color_jitter, self.mixup)
+        crop = None if self.random_crop is None else (self.random_crop[0], self.random_crop[1])
+        return Augment(crop, self.flip, self.color_jitter, self.mixup)
 
 
 class ImageClassification(Labelled):
@@ -157,7 +159,7 @@ TASKS.register("image_classification", ImageClassification())
 def _spec(section: ImageClassificationConfig, base: VisionBase) -> PixelSpec:
     """How images are prepared: as the checkpoint says, at the size that the section asks for."""
     size = section.image_size
-    return base.pixels if size is None else base.pixels.at((size, size) if isinstance(size, int) else size)
+    return base.pixels if size is None else base.pixels.at((size, size) if isinstance(size, int) else (size[0], size[1]))
 
 
 class _Reader:
