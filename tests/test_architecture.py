@@ -148,8 +148,8 @@ def test_the_examples_of_the_page_register_one_thing_at_each_door() -> None:
 
 
 # Registered names that also mean something else (a package, a tokenizer of GGUF, a plain word): as a string they prove nothing.
-# Words that mean something else too: of these, transformers calls its heads by the names of three tasks (`models/layers.HeadShape`).
-HEADS = {"classification", "token_classification", "question_answering"}
+# Words that mean something else too: of these, transformers calls its heads by the names of tasks (`models/layers.HeadShape`).
+HEADS = {"classification", "token_classification", "question_answering", "image_classification", "object_detection"}
 COMMON = HEADS | {"full", "head", "default", "gaussian", "hf", "peft", "distillation", "bert", "llama", "gpt2", "qwen2", "gemma", "mistral"}
 COMMON |= {"generation", "translation", "gguf"}
 DOORS = ("METHODS", "INITS", "OPTIMIZERS", "TASKS", "FAMILIES", "TRANSFORMS", "EXPORTERS")

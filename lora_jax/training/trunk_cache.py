@@ -26,12 +26,13 @@ import lora_jax.models
 
 from ..config.schema import TrainingConfig
 from ..data.batching import BatchPlan
+from ..data.examples import spans
 from ..models.stack import stacks_of
 from ..parallel.constraints import place_batch
 from ..parallel.mesh import to_host
 from ..weights.provenance import fingerprint
 from .setup import Setup
-from .trunk import Trunk, TrunkFiles, TrunkStore, file_size, spans
+from .trunk import Trunk, TrunkFiles, TrunkStore, file_size
 
 # Their folders, below `tracking.dir`: the runs there share them.
 FOLDER, TEACHER_FOLDER = ".trunk-cache", ".teacher-cache"

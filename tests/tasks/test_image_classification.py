@@ -189,7 +189,7 @@ def test_bad_input_is_named(folder):
     (place / "train" / "blue" / "text.jpg").write_text("no image")
     assert "text.jpg: no image that can be decoded" in (said := error(task__source=str(place))) and "task.skip_broken" in said
     own = {"task__source": str(place), "task__eval_source": None, "task__eval_size": 3, "training__steps": 1}
-    done = call("train", write(folder, "skipped", task__skip_broken=True, **own))
+    done = call("train", write(folder, "skipped", task__skip_broken=True, task__cache_bytes=1000, **own))
     assert "1 of 13 images are broken and left out" in done.out + done.err
     (place / "val" / "down").mkdir(parents=True)
     (place / "train" / "blue" / "text.jpg").replace(place / "val" / "down" / "0.png")
