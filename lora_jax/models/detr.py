@@ -27,6 +27,7 @@ class DetrConfig:
         encoder, block: the layers of the encoder and of the decoder, of one width.
         encoder_depth, depth: how many of each.
         queries: how many objects are looked for.
+        timm: whether files have the net under timm's names.
     """
 
     backbone: Any
@@ -36,6 +37,7 @@ class DetrConfig:
     encoder_depth: int
     depth: int
     queries: int
+    timm: bool = False
 
     @property
     def channels(self) -> int:
@@ -55,8 +57,8 @@ class Detr(VisionBase):
         width, dtype = config.block.width, config.block.dtype
         self.backbone = config.net(config.backbone, rngs=rngs)
         self.input_proj = nnx.Conv(config.backbone.outputs, width, (1, 1), dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.encoder = Stack(lambda r: Block(config.encoder, rngs=r), config.encoder_depth, rngs=rngs)
-        self.decoder = Stack(lambda r: Block(config.block, rngs=r), config.depth, rngs=rngs)
+        self.encoder = _Half(config.encoder, config.encoder_depth, rngs=rngs)
+        self.decoder = _Half(config.block, config.depth, rngs=rngs)
         self.final_norm = norm_of(config.block, width, rngs=rngs)
         self.query_embed = nnx.Param(jax.random.normal(rngs.params(), (config.queries, width), dtype))
         self.query_embed.set_metadata(AXES, (None, "embed"))
@@ -74,14 +76,14 @@ class Detr(VisionBase):
         places = jnp.asarray(sine_places(height, across, width))[None]
         keys = [None if dropout_rng is None else jax.random.fold_in(dropout_rng, half) for half in range(2)]
         context = dataclasses.replace(self._context(height * across, keys[0]), places=places)
-        source = self.encoder(context.drop(found.reshape(rows, -1, width), 0, 3), context)
+        source = self.encoder.layers(context.drop(found.reshape(rows, -1, width), 0, 3), context)
         queries = gathered(self.query_embed[...], self.query_embed.get_metadata().get(AXES))
         seen = jnp.ones((rows, 1, config.queries, height * across), bool)
         context = dataclasses.replace(
             self._context(config.queries, keys[1]), places=queries[None], source=source, source_mask=seen, source_places=places
         )
         x = jnp.zeros((rows, config.queries, width), source.dtype)
-        return self.final_norm(self.decoder(x, context))
+        return self.final_norm(self.decoder.layers(x, context))
 
     def pooled(self, hidden: Array, reads: str) -> Array:
         """(batch, width) float32: the mean over the queries."""
@@ -99,6 +101,13 @@ class Detr(VisionBase):
         segments = jnp.ones((1, length), jnp.int32)
         options = {"causal": False, "dropout_rng": dropout_rng, "dropout": self.dropout}
         return make_context((LayerType(),), segments, jnp.zeros_like(segments), **options)
+
+
+class _Half(nnx.Module):
+    """The encoder's or the decoder's layers."""
+
+    def __init__(self, block: BlockConfig, depth: int, *, rngs: nnx.Rngs):
+        self.layers = Stack(lambda r: Block(block, rngs=r), depth, rngs=rngs)
 
 
 def sine_places(rows: int, columns: int, width: int) -> np.ndarray:

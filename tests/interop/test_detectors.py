@@ -1,4 +1,4 @@
-"""YOLOS beside transformers: logits, boxes, files."""
+"""YOLOS and DETR beside transformers: logits, boxes, files."""
 
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,41 @@ from tests import tiny
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore::lora_jax.errors.InputWarning")]
 
+NETS: dict[str, dict[str, Any]] = {
+    "basic": {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 2, 1, 1], "layer_type": "basic"},
+    "bottleneck": {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1], "layer_type": "bottleneck"},
+}
 CASES: dict[str, dict[str, Any]] = {
     "layer positions": {"image_size": [32, 48], "use_mid_position_embeddings": True, "num_hidden_layers": 3},
     "no layer positions": {"image_size": [40, 40], "use_mid_position_embeddings": False, "qkv_bias": False, "hidden_act": "relu"},
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_boxes_and_files_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+def drawn(case: str) -> Any:
+    """transformers' detector, all its weights and statistics drawn at random."""
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "intermediate_size": 40}
-    options: Any = sizes | {"num_detection_tokens": 7, "num_labels": 5} | CASES[case]
-    config = transformers.YolosConfig(**options)
+    sizes |= {"num_detection_tokens": 7}
+    if case in NETS:
+        net = transformers.ResNetConfig(embedding_size=8, out_features=["stage4"], **NETS[case])
+        sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 24, "decoder_ffn_dim": 40, "num_queries": 7}
+        sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 4, "backbone_config": net}
+    options: Any = sizes | {"num_labels": 5} | CASES.get(case, {})
     torch.manual_seed(0)
-    theirs = transformers.YolosForObjectDetection(config).eval()
+    model = (transformers.DetrForObjectDetection if case in NETS else transformers.YolosForObjectDetection)(
+        (transformers.DetrConfig if case in NETS else transformers.YolosConfig)(**options)
+    ).eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand_like(buffer))
+    return model
+
+
+@pytest.mark.parametrize("case", [*CASES, *NETS])
+def test_logits_boxes_and_files_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    theirs = drawn(case)
     theirs.save_pretrained(tmp_path / "theirs")
     with tiny.quick_compile():
         model: Any = load_model(str(tmp_path / "theirs"), head="object_detection")
@@ -49,4 +68,4 @@ def test_logits_boxes_and_files_are_those_of_transformers(case: str, tmp_path: P
         assert set(a.keys()) == set(b.keys())
         assert all(a.get_tensor(name).tobytes() == b.get_tensor(name).tobytes() for name in a.keys())  # noqa: SIM118
     again = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "ours")
-    assert type(again) is transformers.YolosForObjectDetection
+    assert type(again) is type(theirs)
