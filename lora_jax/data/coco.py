@@ -32,6 +32,11 @@ class Objects:
     def __len__(self) -> int:
         return len(self.classes)
 
+    @classmethod
+    def none(cls) -> Objects:
+        """No object."""
+        return _objects([])
+
 
 @dataclasses.dataclass(frozen=True)
 class CocoFile:

@@ -204,10 +204,10 @@ def _jittered(values: np.ndarray, most: float, random: np.random.Generator) -> n
     return values_of(image)
 
 
-class _LazyBatches(Sequence[Batch]):
+class LazyBatches(Sequence[Batch]):
     """Batches that are made when they are asked for: all of an evaluation's images at once could fill the memory."""
 
-    def __init__(self, groups: Sequence[np.ndarray], make: Callable[[np.ndarray], Batch]):
+    def __init__(self, groups: Sequence[Any], make: Callable[[Any], Batch]):
         self._groups, self._make = groups, make
 
     def __len__(self) -> int:
@@ -282,7 +282,7 @@ class ImagePlan:
             pixels = np.stack(list(self._pool.map(of.pixels, group.tolist())))
             return self._assembled(pixels, of.classes[group][:, None], np.ones((len(group), 1), np.float32))
 
-        return _LazyBatches(self.eval_groups(of), make)
+        return LazyBatches(self.eval_groups(of), make)
 
     def eval_groups(self, examples: ImageExamples | None = None) -> list[np.ndarray]:
         """Which examples are in each of `eval_batches`."""

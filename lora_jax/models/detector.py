@@ -102,8 +102,9 @@ class Detector(Classifier):
         return found[..., :-4], found[..., -4:]
 
     def features(self, batch: Mapping[str, Array], dropout_rng: Array | None = None) -> Array:
-        """(images, queries, width) float32: the last hidden states of the detection tokens."""
-        return self._found(self.base.normalised(batch["pixels"]), dropout_rng=dropout_rng, trunk=batch.get("trunk"))
+        """(targets, queries, width) float32: the last hidden states of each target's image."""
+        found = self._found(self.base.normalised(batch["pixels"]), dropout_rng=dropout_rng, trunk=batch.get("trunk"))
+        return found[batch["target_index"] // batch["segment_ids"].shape[-1]]
 
     def readout(self) -> Callable[[Array], Array]:
         """(..., width) -> (..., classes + 5): the class logits, then the box."""

@@ -9,51 +9,36 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ..config.doors import TASKS
-from ..config.types import Bytes, Fraction, NonNegativeFloat, PositiveInt, TaskConfig
-from ..data.batching import Scorer
-from ..data.image_batches import Augment, ImageCache, ImageExamples, ImagePlan
-from ..data.images import BrokenImage, StoredImage, check_images, fitted, load_images, values_of
+from ..config.types import NonNegativeFloat
+from ..data.image_batches import Augment, ImageExamples, ImagePlan
+from ..data.images import load_images
 from ..data.sources import HELD_OUT, ROW, TEST, Table, Taken
 from ..errors import InputError
 from ..models.vision import VisionBase
-from ..weights.pixels import PixelSpec
-from .base import Columns, Encoded, HeadTaskConfig, Prediction, Rows, TaskData, TaskMetrics, ToAnswer
+from .base import Columns, Encoded, Prediction, Rows, TaskData, TaskMetrics, ToAnswer
 from .classification import Labelled, class_f1
 from .evaluators import Evaluator, register
+from .images import TWO, ImagesConfig, Reader, pixel_spec
 from .prepare import Part, split
 
 register(Evaluator("top5_accuracy", True, percent=True))
 TOP5 = 5
 
 _Share = Annotated[float, Field(gt=0, le=1)]
-_TWO = Field(min_length=2, max_length=2)
 
 
-class ImageClassificationConfig(HeadTaskConfig):
+class ImageClassificationConfig(ImagesConfig):
     kind: Literal["image_classification"] = Field(default="image_classification", description="A class for each image.")
     image: str = Field(default="image", description="Image column of a table: files' bytes, paths, or datasets' Image.")
     label: str = Field(default="label", description="Label column of a table. In a folder of folders, their names are the labels.")
     labels: list[str] | None = Field(default=None, description="Class names in order. Default: those in the data, sorted.")
-    image_size: PositiveInt | Annotated[list[PositiveInt], _TWO] | None = Field(
-        default=None, description="Side, or [height, width], in pixels that images are resized and cut to. Default: the model's own."
-    )
-    random_crop: Annotated[list[_Share], _TWO] | None = Field(
+    random_crop: Annotated[list[_Share], TWO] | None = Field(
         default=None, description="In training, a random part of so large a share of the area, [least, most], resized. Default: the centre."
     )
-    flip: Fraction = Field(default=0.0, description="In training, the probability that an image is mirrored.")
-    color_jitter: Fraction = Field(default=0.0, description="In training, brightness, contrast and saturation change by up to this share.")
     mixup: NonNegativeFloat = Field(default=0.0, description="Mixup (arXiv:1710.09412): a of Beta(a, a). 0: off.")
-    cache_bytes: Bytes = Field(default=2 * 10**9, description="Decoded images that are kept, in bytes or as 2GB.")
-    cache: Literal["memory", "file"] = Field(default="memory", description="Where they are kept; file: in the temporary folder.")
-    workers: PositiveInt = Field(default=4, description="Threads that decode images.")
-    skip_broken: bool = Field(default=False, description="Leave out images that cannot be decoded, and say how many, instead of an error.")
 
     @model_validator(mode="after")
-    def _images(self) -> ImageClassificationConfig:
-        if self.max_length != TaskConfig.model_fields["max_length"].default:  # a written config has every key
-            raise ValueError("'max_length' counts tokens of texts; for images give 'image_size'")
-        if self.token_cache != TaskConfig.model_fields["token_cache"].default:
-            raise ValueError("'token_cache' keeps tokens of texts; of images 'cache' and 'cache_bytes' say what is kept")
+    def _crop(self) -> ImageClassificationConfig:
         if self.random_crop is not None and self.random_crop[0] > self.random_crop[1]:
             raise ValueError(f"'random_crop' is [least, most], got {self.random_crop}")
         return self
@@ -93,7 +78,7 @@ class ImageClassification(Labelled):
         """The base is one over images, and takes images of this size."""
         if not isinstance(base, VisionBase):
             raise InputError(f"model.source: {source} is no model over images, which task.kind: {self.name} needs.")
-        spec = _spec(section, base)
+        spec = pixel_spec(section, base)
         if min(spec.size) < base.smallest:
             raise InputError(
                 f"task.image_size: {spec.size[0]} x {spec.size[1]} pixels are too few: the model takes {base.smallest} or more."
@@ -101,8 +86,14 @@ class ImageClassification(Labelled):
 
     def own_data(self, section: ImageClassificationConfig, base: Any, known: tuple[str, ...]) -> TaskData:
         """Images of the sources, split; each is decoded once here, so that a broken one shows before anything is trained."""
-        reader = _Reader(section, base)
-        parts, tables = split(self, section, reader.load)
+        reader = Reader(section, base)
+
+        def load(source: str, key: str, splits: tuple[str, ...], renamed: Mapping[str, str]) -> tuple[Rows, Table]:
+            options = {"splits": splits, "drop": section.drop, "renamed": renamed}
+            table = load_images(source, key=key, image=section.image, label=section.label, **options)
+            return reader.kept(table, source, key, section.image)
+
+        parts, tables = split(self, section, load)
         training = parts[0]
         classes = self.classes(section, training.rows, known)
         for part in parts[1:]:
@@ -134,7 +125,7 @@ class ImageClassification(Labelled):
     def rows_to_answer(self, section: ImageClassificationConfig, base: Any, source: str, classes: tuple[str, ...] | None) -> ToAnswer:
         """Images of a source, with or without labels; what is broken is answered with nothing where `skip_broken` says so."""
         assert classes is not None
-        reader = _Reader(section, base)
+        reader = Reader(section, base)
         table = load_images(source, key="--source", image=section.image, label=section.label, splits=TEST + HELD_OUT, labelled=False)
         images, labels = table[section.image], table.columns.get(section.label)
         if labels is not None:
@@ -154,61 +145,6 @@ class ImageClassification(Labelled):
 
 
 TASKS.register("image_classification", ImageClassification())
-
-
-def _spec(section: ImageClassificationConfig, base: VisionBase) -> PixelSpec:
-    """How images are prepared: as the checkpoint says, at the size that the section asks for."""
-    size = section.image_size
-    return base.pixels if size is None else base.pixels.at((size, size) if isinstance(size, int) else (size[0], size[1]))
-
-
-class _Reader:
-    """Reads a section's images for a base.
-
-    Attributes:
-        notes: what was left out.
-    """
-
-    def __init__(self, section: ImageClassificationConfig, base: VisionBase):
-        self._section, self._spec, self.notes = section, _spec(section, base), list[str]()
-        self._length = base.tokens(self._spec.size)
-        self._cache = ImageCache(section.cache_bytes, in_file=section.cache == "file")
-
-    def load(self, source: str, key: str, splits: tuple[str, ...], renamed: Mapping[str, str]) -> tuple[Rows, Table]:
-        """The rows of a source that can be decoded."""
-        section = self._section
-        options = {"splits": splits, "drop": section.drop, "renamed": renamed}
-        table = load_images(source, key=key, image=section.image, label=section.label, **options)
-        broken = self.broken(table[section.image], key)
-        lost = sum(error is not None for error in broken)
-        if lost:
-            first = next(error for error in broken if error is not None)
-            self.notes.append(f"{key}: {lost} of {len(broken)} images are broken and left out (task.skip_broken), the first: {first}")
-        keep = np.array([i for i, error in enumerate(broken) if error is None], np.int64)
-        if not len(keep):
-            raise InputError(f"{key}: none of the images of {source} can be decoded.")
-        columns = {name: values for name, values in table.columns.items() if name != ROW}
-        return Rows(source, columns, np.array(table[ROW])).take(keep), table
-
-    def broken(self, images: Sequence[StoredImage], key: str) -> list[BrokenImage | None]:
-        """What is the matter with each image; `InputError` for the first one unless the section skips them."""
-        spec, whole = self._spec, self._section.random_crop is not None
-
-        def look(image: StoredImage) -> None:
-            if whole:
-                self._cache.get(image, "whole", lambda: values_of(image.decode(spec.channels)))
-            else:
-                self._cache.get(image, "fitted", lambda: values_of(fitted(image.decode(spec.channels), spec)))
-
-        found = check_images(images, look, workers=self._section.workers)
-        first = next((error for error in found if error is not None), None)
-        if first is not None and not self._section.skip_broken:
-            raise InputError(f"{key}: {first} task.skip_broken: true leaves such images out.")
-        return found
-
-    def examples(self, images: Sequence[StoredImage], ids: np.ndarray, augment: Augment, score: Scorer | None) -> ImageExamples:
-        """Images as examples."""
-        return ImageExamples(list(images), ids, self._spec, self._length, self._cache, augment, score, self._section.workers)
 
 
 def _scorer(right: np.ndarray, classes: int) -> Callable[[Sequence[np.ndarray]], dict[str, Any]]:

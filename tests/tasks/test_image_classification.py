@@ -11,6 +11,7 @@ import pytest
 from experiments.fuzz import bits_of_run, differing
 from lora_jax.config.load import load_config
 from lora_jax.config.schema import MeshConfig
+from lora_jax.errors import Stopped
 from lora_jax.models.load import load_model
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.constraints import place_batch
@@ -148,7 +149,8 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_went_through(folder, monke
     options = SWEEP | {"task__random_crop": [0.4, 1.0], "task__flip": 0.5, "task__color_jitter": 0.2, "tracking__checkpoint_every": 2}
     whole, broken = (load_config(write(folder, name, **options)) for name in ("whole", "broken"))
     run_sweep(whole, progress=Progress(enabled=False))
-    with pytest.raises(BaseException), stop_at(5):  # noqa: B017 - however a stop is told
+    stop_at(monkeypatch, 5)
+    with pytest.raises(Stopped):
         run_sweep(broken, progress=Progress(enabled=False))
     run_sweep(broken, progress=Progress(enabled=False))
     assert not differing(bits_of_run(folder / "runs" / "whole"), bits_of_run(folder / "runs" / "broken"))

@@ -1,0 +1,96 @@
+"""Batches of images with objects in them: as of images, and for each image the classes and boxes of its objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .batching import Batch
+from .coco import Objects
+from .image_batches import ImageExamples, ImagePlan, LazyBatches
+
+# Numbers of an object: whether it is one, its class, and centre x, centre y, width and height in [0, 1].
+WIDTH = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectExamples(ImageExamples):
+    """Images with objects; all of an image is seen, so that its sides may be stretched.
+
+    Attributes:
+        objects: of each image.
+        sizes: (width, height) of each, in the pixels that boxes are in.
+        most: how many objects there is room for.
+    """
+
+    objects: Sequence[Objects] = ()
+    sizes: Sequence[tuple[int, int]] = ()
+    most: int = 1
+
+    @classmethod
+    def of(cls, images: ImageExamples, objects: Sequence[Objects], sizes: Sequence[tuple[int, int]], *, most: int) -> ObjectExamples:
+        """Images with what is in them."""
+        own: dict[str, Any] = {field.name: getattr(images, field.name) for field in dataclasses.fields(images)}
+        return cls(**own, objects=objects, sizes=sizes, most=most)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits of all that is learned of."""
+        whole = hashlib.sha256(ImageExamples.digest.func(self).encode())
+        for found in self.objects:
+            for array in (found.classes, found.boxes, found.crowd):
+                whole.update(array.tobytes())
+        return whole.hexdigest()[:16]
+
+    def take(self, chosen: Sequence[int]) -> ObjectExamples:
+        """The examples at these indices, without what scores them all."""
+        own = {name: [getattr(self, name)[i] for i in chosen] for name in ("images", "objects", "sizes")}
+        return dataclasses.replace(self, **own, classes=self.classes[list(chosen)], score=None)
+
+    def values(self, index: int, seed: Sequence[int] | None = None) -> np.ndarray:
+        """(most * WIDTH,) float32: the objects of an image, as it is seen with this seed; boxes around groups are left out."""
+        found, (width, height) = self.objects[index], self.sizes[index]
+        boxes = found.boxes / np.array([width, height, width, height], np.float32)
+        boxes = np.concatenate([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], axis=1)
+        if seed is not None and self.augment.flip:
+            # The first number that `augmented` draws with the seed says whether the image is mirrored.
+            drawn = np.random.default_rng(np.random.SeedSequence(list(seed))).random()
+            boxes[:, 0] = 1 - boxes[:, 0] if drawn < self.augment.flip else boxes[:, 0]
+        rows = np.concatenate([np.ones((len(found), 1)), found.classes[:, None], boxes], axis=1)[~found.crowd]
+        return np.pad(rows, [(0, self.most - len(rows)), (0, 0)]).astype(np.float32).reshape(-1)
+
+    def described(self, index: int) -> str:
+        """An example in a line, for a person to read."""
+        return f"{ImageExamples.described(self, index)}, {len(self.objects[index])} objects"
+
+
+class ObjectPlan(ImagePlan):
+    """The batches of a run over `ObjectExamples`: those of an `ImagePlan`, and `target_values`, (targets, most * WIDTH) float32."""
+
+    _train: ObjectExamples
+    _held_out: ObjectExamples
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a 0-based step; its arrays have a leading micro-batch axis."""
+        epoch, chosen = self._chosen(int(step))
+        found = np.stack([self._train.values(i, [self._seed, epoch, i]) for i in chosen.tolist()])
+        return super().batch(step) | {"target_values": np.stack([self._filled(part) for part in np.split(found, self._accumulate)])}
+
+    def eval_batches(self, examples: ImageExamples | None = None) -> Sequence[Batch]:
+        """Every held-out example (or those given) exactly once, in order, without the micro axis."""
+        of, groups = examples or self._held_out, self.eval_groups(examples)
+        assert isinstance(of, ObjectExamples)
+        plain = super().eval_batches(examples)
+
+        def make(number: int) -> Batch:
+            return plain[number] | {"target_values": self._filled(np.stack([of.values(i) for i in groups[number].tolist()]))}
+
+        return LazyBatches(range(len(groups)), make)
+
+    def _filled(self, values: np.ndarray) -> np.ndarray:
+        return np.pad(values, [(0, self.targets - len(values)), (0, 0)])
