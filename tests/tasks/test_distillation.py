@@ -105,7 +105,7 @@ def test_what_cannot_teach_is_refused(hub, tmp_path, teachers):
         ({"task.teacher": None}, "task.teacher: missing"),
         ({"task.text": None}, "task.text: missing"),
         ({"task.prompt": "text"}, "'task.prompt' belongs to causal_lm"),
-        ({"task.label": "label"}, "'task.label' belongs to classification or "),
+        ({"task.label": "tag"}, "'task.label' belongs to classification or "),
     ]
     for change, words in bad:
         with pytest.raises(InputError, match=words):

@@ -192,7 +192,8 @@ def test_bad_input_is_told(hub, folders, tmp_path, changes, told):
 
 
 def test_an_encoder_decoder_is_no_teacher():
-    from lora_jax.tasks.distillation import _check_teacher
+    from lora_jax.tasks.distillation import DistillationConfig, _check_teacher
 
+    section = DistillationConfig(source="texts.txt", text="text", teacher="hf://org/t5")
     with pytest.raises(InputError, match="is an encoder-decoder"):
-        _check_teacher(tiny_pairs.base(), tiny.encoder(2), "hf://org/t5")
+        _check_teacher(tiny_pairs.base(), tiny.encoder(2), section)
