@@ -114,7 +114,8 @@ def test_running_statistics_are_part_of_the_base() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["efficientnet", pytest.param("resnet", marks=pytest.mark.slow), pytest.param("convnext", marks=pytest.mark.long)]
+    "name",
+    [pytest.param("resnet", marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.long) for n in ("efficientnet", "convnext"))],
 )
 def test_adapters_start_as_the_base_and_merge(name: str) -> None:
     model, x = classifier(name), jnp.asarray(np.random.default_rng(0).standard_normal((2, SIDE, SIDE, 3)), jnp.float32)
@@ -130,7 +131,7 @@ def test_adapters_start_as_the_base_and_merge(name: str) -> None:
     np.testing.assert_array_equal(tiny.outputs(unmerge(merge(adapted)), x, bits=True), tiny.outputs(adapted, x, bits=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pack_equals_its_solo_runs_and_compiles_once() -> None:
     model = classifier("resnet")
     members = [

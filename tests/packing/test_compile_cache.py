@@ -54,7 +54,7 @@ def run(*arguments):
     return found.get("hit", 0), found.get("miss", 0), ended.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_its_run_and_a_resume_compile_once(hub, tmp_path):
     config, folder = hub.write(tmp_path, CHANGES), tmp_path / "runs"
     hits, misses, _ = run("sweep", config, "--plan")

@@ -184,7 +184,7 @@ def test_two_processes_have_the_losses_of_one(hub, tmp_path, one_process, mesh):
     assert [row["status"] for row in csv.DictReader((run / "results.csv").open())] == ["finished"] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_stopped_and_one_goes_on(hub, tmp_path):
     steps = {"training.steps": 400, "training.eval_every": 0, "training.batch_size": 8}
     path = written(hub, tmp_path, {"data": 8}, **steps)

@@ -68,6 +68,7 @@ def trained(monkeypatch):
     return found
 
 
+@pytest.mark.long
 def test_at_most_three_training_programs(hub, tmp_path, trained):
     outcome = run_sweep(hub.config(tmp_path, changes()))
     assert [r.status for r in outcome.results] == ["finished"] * MEMBERS and {r.steps for r in outcome.results} == {STEPS}

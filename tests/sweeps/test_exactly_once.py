@@ -17,7 +17,7 @@ from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import read_state
 from tests import tiny
 
-pytestmark = [pytest.mark.usefixtures("compile_cache"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("compile_cache"), pytest.mark.long]
 
 CHANGES = {
     "training.steps": 6,

@@ -245,7 +245,7 @@ def test_the_fingerprint_of_a_rounded_base_is_known_from_the_whole_one(hub):
     assert fingerprint(whole, like=rounded) == fingerprint(rounded) != fingerprint(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_checkpoints_move_between_meshes(hub, whole, tmp_path, monkeypatch):
     """Stopped on one mesh, ended on another: the same losses. Without dropout, whose noise follows the batch's padded shape."""
     one = {"sweep": {"grid": {"adapter.rank": [2, 3]}}, "adapter.dropout": 0.0, "model.dropout": 0.0}
@@ -343,7 +343,7 @@ def test_kills_change_no_bit(hub, whole, tmp_path, kills):
     assert curves(run) == curves(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_disk_leaves_what_was_saved(hub, tmp_path):
     """A disk of 1.5 MB: the run ends with a clear word, and goes on from its last checkpoint once there is room."""

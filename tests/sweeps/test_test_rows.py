@@ -73,6 +73,7 @@ def test_rows_of_the_source(hub, tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_alone_in_parts_and_stopped_between(hub, tmp_path, test_file, monkeypatch):
     def config(name):
         return hub.config(tmp_path, {"sweep": SWEEP, "task.test_source": str(test_file)}, name=name)
@@ -99,7 +100,7 @@ def test_alone_in_parts_and_stopped_between(hub, tmp_path, test_file, monkeypatc
     assert tests(run_sweep(config("resumed"))) == tests(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_halving_chooses_without_them(hub, tmp_path, test_file):
     sweep = SWEEP | {"halving": {"rungs": [3]}}
     changes = {"sweep": sweep, "task.test_source": str(test_file), "training.pack": "scan"}

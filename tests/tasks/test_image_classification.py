@@ -131,6 +131,7 @@ def test_the_mesh_is_invisible(folder, kind):
 SWEEP = {"adapter__layers": "last:1", "sweep": {"grid": {"adapter.rank": [1, 2]}}, "training__steps": 8, "training__eval_every": 4}
 
 
+@pytest.mark.slow
 def test_the_trunk_cache_changes_no_bit(folder):
     runs = []
     for name, cache in (("without", "off"), ("with", "on")):

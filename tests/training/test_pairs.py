@@ -131,8 +131,8 @@ ARCHITECTURES = {"t5": "T5ForConditionalGeneration", "bart": "BartForConditional
 SWEEP = {"training.cache_trunk": "on", "tracking.checkpoint_every": 2, "sweep": {"grid": {"adapter.layers": ["decoder:all", "last:1"]}}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a_run_stops_and_goes_on(hub, folders, tmp_path, monkeypatch, family):
     changes = {"model.source": str(folders[family]), "adapter.targets": "attention", **SWEEP}
     if family == "t5":  # evaluated by what the members write, all at once

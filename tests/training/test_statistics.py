@@ -168,7 +168,7 @@ def test_a_saved_adapter_stands_on_its_own(whole, monkeypatch):
     assert np.abs(site.lora_a0[...]).max() > 0 and not np.array_equal(site.lora_a0[...], site.lora_a[...])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_run_goes_on_from_the_start_it_had(hub, whole, tmp_path, monkeypatch):
     config = hub.config(tmp_path, SWEEP)
     stop_at(monkeypatch, 3)

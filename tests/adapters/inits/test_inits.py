@@ -187,7 +187,7 @@ def test_a_member_starts_as_the_base(case: dict[str, Any]) -> None:
     assert np.abs(site.lora_a[...]).max() + np.abs(site.lora_b[...]).max() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pack_equals_its_solo_runs_whatever_its_members_inits() -> None:
     model, steps = tiny.classifier(2), 8
     own = [("pissa", 2), ("olora", 3), ({"kind": "loftq", "rounding": "int8"}, 1), ("milora", 4)]

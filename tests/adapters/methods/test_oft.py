@@ -81,7 +81,7 @@ def test_coft_keeps_each_block_within_its_bound(share: bool) -> None:
     np.testing.assert_allclose(site.method.projected(small, site.block[...], site.eps[...]), small, rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
