@@ -166,6 +166,7 @@ def test_arrays_one_after_the_other():
         ragged[4]
 
 
+@pytest.mark.slow
 def test_a_run_with_kept_tokens_has_the_bits_of_one_without(hub, tmp_path):
     (tmp_path / "runs").mkdir()
     results = []

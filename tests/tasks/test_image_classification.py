@@ -157,6 +157,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_went_through(folder, monke
     assert not differing(bits_of_run(folder / "runs" / "whole"), bits_of_run(folder / "runs" / "broken"))
 
 
+@pytest.mark.slow
 def test_from_images_to_predictions_and_an_export(folder):
     save_folders(folder / "photos", 30, side=20)
     save_folders(folder / "photos", 9, split="val", side=20)
