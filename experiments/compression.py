@@ -18,6 +18,10 @@ about half an hour.
 
 from __future__ import annotations
 
+if __name__ == "compression":
+    # JAX asks for Python 3.14's standard package of this name first, and finds what lies beside the script that runs.
+    raise ImportError("experiments/compression.py is a script")
+
 import argparse
 import json
 import math
