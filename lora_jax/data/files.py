@@ -11,6 +11,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import lzma
 import sys
 import zlib
@@ -22,12 +23,14 @@ import numpy as np
 
 from ..errors import InputError
 from ..weights.checkpoint import parse_json
+from .columns import AT_ONCE
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
 _UNREADABLE = (OSError, EOFError, ValueError, csv.Error, zlib.error, lzma.LZMAError, RecursionError)
 
 Columns = dict[str, list[Any]]
+Pieces = Iterator[tuple[list[str], Columns]]
 
 
 class WrittenNumber(float):
@@ -67,15 +70,18 @@ def kind_of(path: Path) -> str | None:
     return name.suffix.lower() if name.suffix.lower() in KINDS else None
 
 
-def read_columns(path: Path, columns: Sequence[str], key: str) -> tuple[list[str], Columns]:
-    """The names of all columns of a file, and the values of those wanted that it has.
+def read_pieces(path: Path, columns: Sequence[str], key: str) -> Pieces:
+    """Some rows after the others: the names of all columns so far, and the values of those wanted.
 
-    A row of a JSON file that lacks a key has None there.
+    A row of a JSON file that lacks a key has None there, also of a key that no row has; other files give no column that they have not.
 
     Args:
         path: a file of one of `KINDS`, also compressed (.gz, .bz2).
         columns: which are wanted.
         key: the config key the path came from, for messages.
+
+    Yields:
+        At least once. Columns are no longer than `AT_ONCE`.
 
     Raises:
         InputError: not a kind of data file, or it cannot be read whole: the message names the file and the line.
@@ -90,10 +96,11 @@ def read_columns(path: Path, columns: Sequence[str], key: str) -> tuple[list[str
                 raise InputError(f"{key}: {path} is empty.")
             file.seek(0)
             if kind == ".parquet":
-                return _parquet(io.BytesIO(file.read()), columns, f"{key}: {path}")
+                yield from _parquet(io.BytesIO(file.read()) if path.suffix.lower() in _OPENERS else file, columns)
+                return
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # pyright: ignore[reportArgumentType]
             read = {".csv": _csv, ".tsv": _tsv, ".jsonl": _json_lines, ".json": _json, ".txt": _lines}[kind]
-            return read(text, columns, f"{key}: {path}")
+            yield from read(text, columns, f"{key}: {path}")
     except InputError:
         raise
     except _UNREADABLE as error:
@@ -101,7 +108,7 @@ def read_columns(path: Path, columns: Sequence[str], key: str) -> tuple[list[str
         raise InputError(f"{key}: cannot read {path} as {kind[1:]}: {reason}") from None
 
 
-def _csv(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], Columns]:
+def _csv(file: IO[str], columns: Sequence[str], where: str) -> Pieces:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(file, strict=True)
 
@@ -118,7 +125,7 @@ def _csv(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], 
     return _table(rows(), columns, where)
 
 
-def _tsv(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], Columns]:
+def _tsv(file: IO[str], columns: Sequence[str], where: str) -> Pieces:
     """Tabs part fields and line ends rows. Quotation marks around a whole field are its quoting, any others are its text."""
 
     def field(text: str) -> str:
@@ -130,7 +137,7 @@ def _tsv(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], 
     return _table(((n, [field(f) for f in row.split("\t")] if row else []) for n, row in enumerate(rows, 1)), columns, where)
 
 
-def _table(rows: Iterator[tuple[int, list[str]]], columns: Sequence[str], where: str) -> tuple[list[str], Columns]:
+def _table(rows: Iterator[tuple[int, list[str]]], columns: Sequence[str], where: str) -> Pieces:
     """Columns of (line, fields), the first being the header; blank lines are passed over."""
     header: list[str] = next((fields for _, fields in rows if fields), [])
     if not header:
@@ -138,18 +145,27 @@ def _table(rows: Iterator[tuple[int, list[str]]], columns: Sequence[str], where:
     if twice := next((name for name in header if header.count(name) > 1), None):
         raise InputError(f"{where}: two columns are called '{twice}'.")
     wanted = {name: header.index(name) for name in columns if name in header}
-    found: Columns = {name: [] for name in wanted}
-    for line, fields in rows:
-        if not fields:
-            continue
-        if len(fields) != len(header):
-            raise InputError(f"{where}: line {line} has {len(fields)} fields, and the header names {len(header)} columns.")
-        for name, place in wanted.items():
-            found[name].append(fields[place])
-    return header, found
+    filled = ((line, fields) for line, fields in rows if fields)
+    for piece in _cut(filled):
+        found: Columns = {name: [] for name in wanted}
+        for line, fields in piece:
+            if len(fields) != len(header):
+                raise InputError(f"{where}: line {line} has {len(fields)} fields, and the header names {len(header)} columns.")
+            for name, place in wanted.items():
+                found[name].append(fields[place])
+        yield header, found
 
 
-def _json_lines(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], Columns]:
+def _cut(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    """At most `AT_ONCE` rows at a time; at least one list, which may be empty."""
+    piece = list(itertools.islice(rows, AT_ONCE))
+    while True:
+        yield piece
+        if not (piece := list(itertools.islice(rows, AT_ONCE))):
+            return
+
+
+def _json_lines(file: IO[str], columns: Sequence[str], where: str) -> Pieces:
     def rows() -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -161,7 +177,7 @@ def _json_lines(file: IO[str], columns: Sequence[str], where: str) -> tuple[list
     return _objects(rows(), columns, where)
 
 
-def _json(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], Columns]:
+def _json(file: IO[str], columns: Sequence[str], where: str) -> Pieces:
     """A list of objects; or objects one a line, as some files of this name have them."""
     if file.read(4096).lstrip()[:1] == "{":
         file.seek(0)
@@ -170,45 +186,49 @@ def _json(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str],
     return _objects(((f"entry {number}", entry) for number, entry in enumerate(_parse(file.read()), 1)), columns, where)
 
 
-def _objects(rows: Iterator[tuple[str, Any]], columns: Sequence[str], where: str) -> tuple[list[str], Columns]:
+def _objects(rows: Iterator[tuple[str, Any]], columns: Sequence[str], where: str) -> Pieces:
     names: dict[str, None] = {}
-    found: Columns = {name: [] for name in columns}
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: {place} is a {type(row).__name__}, not an object with a value for each column.")
-        names |= dict.fromkeys(row)
-        for name, values in found.items():
-            values.append(row.get(name))
-    return list(names), {name: values for name, values in found.items() if name in names}
+    for piece in _cut(rows):
+        found: Columns = {name: [] for name in columns}
+        for place, row in piece:
+            if not isinstance(row, dict):
+                raise InputError(f"{where}: {place} is a {type(row).__name__}, not an object with a value for each column.")
+            names |= dict.fromkeys(row)
+            for name, values in found.items():
+                values.append(row.get(name))
+        yield list(names), found
 
 
 def _parse(text: str) -> Any:
     return parse_json(text, parse_float=WrittenNumber, parse_constant=WrittenNumber)
 
 
-def _lines(file: IO[str], columns: Sequence[str], where: str) -> tuple[list[str], Columns]:
-    lines = [line.rstrip("\r\n") for line in file]
-    return ["text"], {"text": lines} if "text" in columns else {}
+def _lines(file: IO[str], columns: Sequence[str], where: str) -> Pieces:
+    for piece in _cut(line.rstrip("\r\n") for line in file):
+        yield ["text"], {"text": piece} if "text" in columns else {}
 
 
-def _parquet(file: io.BytesIO, columns: Sequence[str], where: str) -> tuple[list[str], Columns]:
+def _parquet(file: Any, columns: Sequence[str]) -> Pieces:
     import pyarrow.compute
     import pyarrow.parquet  # takes a while to import, and few files are of this kind
 
-    names = pyarrow.parquet.read_schema(file).names
-    file.seek(0)
-    table = pyarrow.parquet.read_table(file, columns=[name for name in columns if name in names])
-    found: Columns = {}
-    for name in table.column_names:
-        column = table.column(name)
-        if pyarrow.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        plain = pyarrow.types.is_temporal(column.type) or pyarrow.types.is_decimal(column.type)
-        values = (pyarrow.compute.cast(column, pyarrow.string()) if plain else column).to_pylist()
-        if pyarrow.types.is_float32(column.type):  # 0.1, and not the 0.10000000149011612 that is nearest to it
-            values = [None if value is None else WrittenNumber(str(np.float32(value))) for value in values]
-        found[name] = values
-    return names, found
+    whole = pyarrow.parquet.ParquetFile(file)
+    names = whole.schema_arrow.names
+    wanted = [name for name in columns if name in names]
+    empty = whole.schema_arrow.empty_table().select(wanted)
+    batches = itertools.chain((pyarrow.Table.from_batches([b]) for b in whole.iter_batches(AT_ONCE, columns=wanted)), [empty])
+    for table in batches:
+        found: Columns = {}
+        for name in table.column_names:
+            column = table.column(name)
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            plain = pyarrow.types.is_temporal(column.type) or pyarrow.types.is_decimal(column.type)
+            values = (pyarrow.compute.cast(column, pyarrow.string()) if plain else column).to_pylist()
+            if pyarrow.types.is_float32(column.type):  # 0.1, and not the 0.10000000149011612 that is nearest to it
+                values = [None if value is None else WrittenNumber(str(np.float32(value))) for value in values]
+            found[name] = values
+        yield names, found
 
 
 def hub_column(rows: Any, name: str, *, as_files: bool) -> list[Any]:

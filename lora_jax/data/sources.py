@@ -16,7 +16,8 @@ import numpy as np
 
 from ..errors import InputError, hint
 from ..weights.load import hub_or_cache, hub_reason, resolve
-from .files import KINDS, Columns, as_text, hub_column, kind_of, read_columns
+from .columns import chained, new_column
+from .files import KINDS, Columns, Pieces, as_text, hub_column, kind_of, read_pieces
 
 # What a split is called in file names and on the hub; the first that is there is taken.
 TRAINING = ("train", "training")
@@ -28,7 +29,7 @@ ROW = "#row"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, a list a column.
+    """Rows, a column after the other.
 
     Attributes:
         columns: name -> values, `ROW` among them.
@@ -38,13 +39,13 @@ class Table:
         note: what was read in place of the split asked for; "" where that was there.
     """
 
-    columns: Columns
+    columns: dict[str, Any]
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     values: dict[str, set[str]] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     note: str = ""
 
-    def __getitem__(self, column: str) -> list[Any]:
+    def __getitem__(self, column: str) -> Any:
         return self.columns[column]
 
     @property
@@ -65,6 +66,7 @@ def load_rows(
     optional: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
     as_files: bool = False,
+    folder: Path | None = None,
 ) -> Table:
     """The rows of a source, without those that `drop` names.
 
@@ -80,6 +82,7 @@ def load_rows(
         optional: columns of which none has to be there.
         renamed: what the source calls a column -> what it is called here.
         as_files: whether images of the hub stay the files they are, and classes are given by their names.
+        folder: where the rows are kept in files of this process; None keeps them in memory.
 
     Raises:
         InputError: nothing is there, it cannot be read, it has no rows, or a column is missing.
@@ -91,15 +94,33 @@ def load_rows(
     if source.startswith("hf://"):
         names, found, split, named = _from_hub(source, key, splits, asked, as_files=as_files)
         read = (f"{source.removesuffix(f'/{split}') if named else source}, {split}",)
+        pieces = iter([(names, found)])
         if split not in splits and not named:
             note = f"{key}: {source} has no {splits[0]} split; '{split}' was taken."
     else:
         files = files_of(source, key, splits)
-        names, found = _joined([(file, *read_columns(file, asked, key)) for file in files], key)
+        pieces = _of_files(files, asked, key)
         read = tuple(str(file.resolve()) for file in files)
-    if renamed:
-        names, found = _renamed(source, renamed, names, found)
-    count = len(next(iter(found.values()), []))
+    names, count, numbers = list[str](), 0, [np.array([], np.int64)]
+    table = {name: new_column(folder) for name in dict.fromkeys(columns)}
+    dropped, present = Counter[tuple[str, str]](), {column: set[str]() for column in drop}
+    for known, piece in pieces:
+        names, own = known, {(renamed or {}).get(name, name): values for name, values in piece.items()}
+        kept = np.ones(len(next(iter(own.values()), [])), bool)
+        for column, values in drop.items():
+            for row, value in enumerate(map(as_text, own.get(column, []))):
+                if value in values:
+                    kept[row] = False
+                    dropped[column, str(value)] += 1
+                if value is not None:
+                    present[column].add(value)
+        chosen = np.flatnonzero(kept)
+        for name in table.keys() & own.keys():
+            table[name].extend(own[name] if kept.all() else [own[name][i] for i in chosen.tolist()])
+        numbers.append(count + chosen + 1)
+        count += len(kept)
+    names = _renamed(source, renamed or {}, names)
+    found = {name for name in wanted if name in names}
     if not count and found:
         raise InputError(f"{key}: {source} has no rows.")
     if any_of and not any(column in found for column in any_of):
@@ -110,19 +131,13 @@ def load_rows(
         if column not in found and column not in (*any_of, *optional):
             where = (named_by or {}).get(column, "task") if column in columns else "task.drop"
             raise InputError(f"{where}: {source} has no column '{column}'. {hint(column, names)} Columns: {', '.join(names)}.")
-    kept, dropped = np.ones(count, bool), Counter[tuple[str, str]]()
-    texts = {column: [as_text(value) for value in found[column]] for column in drop}
-    for column, values in drop.items():
-        for row, value in enumerate(texts[column]):
-            if value in values:
-                kept[row] = False
-                dropped[column, str(value)] += 1
-    if not kept.any():
+    at = np.concatenate(numbers)
+    if not len(at):
         raise InputError(f"task.drop: drops every row of {source}.")
-    chosen = np.flatnonzero(kept).tolist()
-    table = {name: [found[name][i] for i in chosen] for name in dict.fromkeys(columns) if name in found}
-    present = {column: {value for value in values if value is not None} for column, values in texts.items()}
-    return Table(table | {ROW: [i + 1 for i in chosen]}, dropped, present, read, note)
+    rows: dict[str, Any] = {name: values for name, values in table.items() if name in found}
+    rows[ROW] = at.tolist() if folder is None else at
+    by_column = Counter({pair: dropped[pair] for column in drop for pair in dropped if pair[0] == column})
+    return Table(rows, by_column, present, read, note)
 
 
 def files_of(source: str, key: str, splits: tuple[str, ...]) -> list[Path]:
@@ -135,14 +150,14 @@ def files_of(source: str, key: str, splits: tuple[str, ...]) -> list[Path]:
     return _files_in(path, key, splits) if path.is_dir() else [path]
 
 
-def _renamed(source: str, renamed: Mapping[str, str], names: Sequence[str], found: Columns) -> tuple[list[str], Columns]:
-    """Names and columns by their new names; `InputError` where there is no such column, or another has the new name."""
+def _renamed(source: str, renamed: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    """The new names of all columns; `InputError` where there is no such column, or another has the new name."""
     for old, new in renamed.items():
         if old not in names:
             raise InputError(f"task.columns: {source} has no column '{old}'. {hint(old, names)} Columns: {', '.join(names)}.")
         if new in names and new not in renamed:
             raise InputError(f"task.columns: {source} has a column '{new}' beside '{old}', which is to be called so.")
-    return [renamed.get(name, name) for name in names], {renamed.get(name, name): values for name, values in found.items()}
+    return [renamed.get(name, name) for name in names]
 
 
 def joined(tables: Sequence[Table]) -> Table:
@@ -152,32 +167,10 @@ def joined(tables: Sequence[Table]) -> Table:
         dropped.update(table.dropped)
         for column, present in table.values.items():
             values.setdefault(column, set()).update(present)
-    columns = {name: list(itertools.chain.from_iterable(t[name] for t in tables)) for name in tables[0].columns}
+    columns = {name: chained([table[name] for table in tables]) for name in tables[0].columns if name != ROW}
+    columns[ROW] = list(itertools.chain.from_iterable(table[ROW] for table in tables))
     note = "\n".join(table.note for table in tables if table.note)
     return Table(columns, dropped, values, tuple(file for table in tables for file in table.files), note)
-
-
-def mixed_rows(at: np.ndarray, origin: np.ndarray, weights: Sequence[float], *, size: int | None, seed: int) -> np.ndarray:
-    """Training rows of several sources, each with its share: whole passes over a source's rows, and the first of them once more.
-
-    Args:
-        at: (n,) indices of training rows, in a seeded order.
-        origin: (rows,) which source each row is of.
-        weights: of the sources; shares are in proportion.
-        size: how many rows there are to be; as many as there are by default.
-        seed: of their order.
-
-    >>> mixed_rows(np.arange(6), np.array([0, 0, 0, 0, 1, 1]), [1.0, 2.0], size=None, seed=0).tolist()
-    [4, 5, 0, 5, 1, 4]
-    """
-    total, shares = len(at) if size is None else size, np.array(weights) / np.sum(weights)
-    counts = np.floor(total * shares).astype(int)
-    counts[np.argsort(-(total * shares - counts), kind="stable")[: total - counts.sum()]] += 1
-    own = [at[origin[at] == number] for number in range(len(weights))]
-    if (empty := next((number for number, rows in enumerate(own) if not len(rows)), None)) is not None:
-        raise InputError(f"task.sources: of source {empty + 1} no row is left to train on.")
-    chosen = np.concatenate([np.resize(rows, count) for rows, count in zip(own, counts, strict=True)])
-    return np.random.default_rng(np.random.SeedSequence([seed, 0x313])).permutation(chosen)
 
 
 def check_tables(tables: Mapping[str, Table], drop: dict[str, list[str]]) -> None:
@@ -279,18 +272,22 @@ def _files_in(folder: Path, key: str, splits: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _joined(parts: Sequence[tuple[Path, list[str], Columns]], key: str) -> tuple[list[str], Columns]:
-    """Columns of several files one after the other; `InputError` where one lacks a column that another has."""
-    (first, names, found), *others = parts
-    for file, own, columns in others:
-        if columns.keys() != found.keys():
-            unlike = next(iter(columns.keys() ^ found.keys()))
+def _of_files(files: Sequence[Path], asked: Sequence[str], key: str) -> Pieces:
+    """The rows of several files, one after the other; `InputError` where one lacks a column that another has."""
+    names: dict[str, None] = {}
+    first: set[str] | None = None
+    for file in files:
+        own: list[str] = []
+        for own, piece in read_pieces(file, asked, key):
+            yield list(names | dict.fromkeys(own)), piece
+        names |= dict.fromkeys(own)
+        there = set(asked) & set(own)
+        first = there if first is None else first
+        if there != first:
             raise InputError(
-                f"{key}: the files in {file.parent} differ in their columns: '{unlike}' is not in both {first.name} and {file.name}."
+                f"{key}: the files in {file.parent} differ in their columns: '{min(there ^ first)}' is not in both {files[0].name} and "
+                f"{file.name}."
             )
-        found = {name: values + columns[name] for name, values in found.items()}
-        names = list(dict.fromkeys([*names, *own]))
-    return names, found
 
 
 @contextlib.contextmanager
@@ -334,61 +331,3 @@ def _from_hub(
     if split is None:
         raise InputError(f"{key}: '{source}' has no split {match[4] or splits[0]}, only {', '.join(map(str, found))}.")
     return names, values, split, match[4] is not None
-
-
-def split_rows(
-    texts: Sequence[str], *, held_out: int, train: int | None, seed: int, test: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of the training, the held-out and the test rows, each in a seeded order.
-
-    Rows with equal text go to one part: equal rows in training and evaluation would flatter the figures. The held-out rows are the same
-    whether there are test rows or not.
-
-    Args:
-        texts: what makes a row; (n,).
-        held_out: how many rows are held out.
-        train: at most so many rows are trained on; all others by default.
-        seed: of the choice.
-        test: how many are test rows.
-
-    Raises:
-        InputError: too few rows.
-    """
-    count = len(texts)
-    if held_out >= count:
-        raise InputError(f"task.eval_size: {held_out} of {count} rows leaves no row to train on.")
-    if held_out + test >= count:
-        beside = f", of which {held_out} are held out," if held_out else ""
-        raise InputError(f"task.test_size: {test} of {count} rows{beside} leaves no row to train on.")
-    order = np.random.default_rng(np.random.SeedSequence([seed, 0x5911])).permutation(count)
-    numbers: dict[str, int] = {}  # of the texts, in the order that they come in
-    group = np.fromiter((numbers.setdefault(texts[int(i)], len(numbers)) for i in order), np.int64, count)
-    del numbers
-    by_text = np.argsort(group, kind="stable")
-    order, group, sizes = order[by_text], group[by_text], np.bincount(group)
-    # Held out from the front of the shuffled texts until there are enough; a text with too many copies stays in training.
-    part = np.zeros(len(sizes), np.int8)
-    if _fill(part, sizes, range(len(sizes)), held_out, 1) < held_out:
-        raise InputError(f"task.eval_size: the texts repeat so often that {held_out} rows cannot be held out without their copies.")
-    # Test rows from the back: then the training rows that `train` leaves are the same, too.
-    if _fill(part, sizes, range(len(sizes) - 1, -1, -1), test, 2) < test:
-        raise InputError(f"task.test_size: the texts repeat so often that {test} rows cannot be kept for the test without their copies.")
-    training, held, kept = (order[part[group] == number] for number in range(3))
-    backwards = np.argsort(-group[part[group] == 2], kind="stable")
-    return training[:train], held, kept[backwards]
-
-
-def _fill(part: np.ndarray, sizes: np.ndarray, order: Iterable[int], size: int, number: int) -> int:
-    """Gives the first free groups that have at most `size` rows together a number, in place; returns how many rows they have."""
-    count = 0
-    for group in order:
-        if count == size:
-            break
-        if not part[group] and count + sizes[group] <= size:
-            part[group], count = number, count + int(sizes[group])
-    return count
-
-
-def sample_rows(count: int, *, size: int | None, seed: int) -> np.ndarray:
-    """`size` row indices of `count` in a seeded order; all of them where `size` is None or larger."""
-    return np.random.default_rng(np.random.SeedSequence([seed, 0x5A3])).permutation(count)[:size]

@@ -182,11 +182,12 @@ class Writer:
         folder: an empty one.
 
     Attributes:
+        folder: as given.
         facts: what is said of it; JSON values.
     """
 
     def __init__(self, folder: Path):
-        self._folder, self.facts = folder, dict[str, Any]()
+        self.folder, self.facts = folder, dict[str, Any]()
         self._files: dict[str, IO[bytes]] = {}
         self._ends: dict[str, list[np.ndarray]] = {}
         self._totals: dict[str, int] = {}
@@ -199,7 +200,7 @@ class Writer:
 
     def _append(self, name: str, arrays: list[np.ndarray]) -> None:
         if name not in self._files:
-            self._files[name] = (self._folder / f"{name}.raw").open("wb")
+            self._files[name] = (self.folder / f"{name}.raw").open("wb")
             self._ends[name], self._totals[name] = [], 0
         self._files[name].write(np.concatenate(arrays).astype("<i4", copy=False).tobytes())
         ends = self._totals[name] + np.cumsum([len(a) for a in arrays], dtype=np.int64)
@@ -211,16 +212,16 @@ class Writer:
         crcs = {}
         for name, file in self._files.items():
             file.close()
-            raw = self._folder / f"{name}.raw"
+            raw = self.folder / f"{name}.raw"
             numbers = np.memmap(raw, "<i4", "r")
-            np.save(self._folder / f"{name}.numbers.npy", numbers, allow_pickle=False)
+            np.save(self.folder / f"{name}.numbers.npy", numbers, allow_pickle=False)
             ends = np.concatenate(self._ends[name])
-            np.save(self._folder / f"{name}.ends.npy", ends, allow_pickle=False)
+            np.save(self.folder / f"{name}.ends.npy", ends, allow_pickle=False)
             crcs[name] = [_crc(numbers), _crc(ends)]
             del numbers
             raw.unlink()
         said = json.dumps({"facts": self.facts, "columns": crcs})
-        (self._folder / "facts.json").write_text(said, encoding="utf-8")
+        (self.folder / "facts.json").write_text(said, encoding="utf-8")
 
     def abandon(self) -> None:
         """Closes what is open."""

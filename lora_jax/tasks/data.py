@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The columns of a source as lists, checked.
+    """The columns of a source, checked.
 
     Attributes:
         source: where they were read, for messages.
@@ -51,7 +51,7 @@ class Rows:
     """
 
     source: str
-    columns: Mapping[str, list[Any]]
+    columns: Mapping[str, Sequence[Any]]
     numbers: np.ndarray
 
     def __len__(self) -> int:

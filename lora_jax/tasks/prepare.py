@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from ..config.schema import TaskConfig
 from ..config.types import size_text
 from ..data.batching import NO_TARGET, Examples
+from ..data.columns import AT_ONCE, chained, like, row_names
 from ..data.files import as_text
 from ..data.pairs import Shift
 from ..data.sources import (
@@ -28,18 +30,13 @@ from ..data.sources import (
     files_of,
     joined,
     load_rows,
-    mixed_rows,
-    sample_rows,
-    split_rows,
 )
+from ..data.split import mixed_rows, sample_rows, split_rows
 from ..data.store import FORMAT, KEPT_FROM, TokenFiles, Writer, file_digest
 from ..errors import InputError, RunError
 from ..weights.provenance import tokenizer_digest
 from ..weights.tokenizer import check_text
 from .base import Columns, Encoded, Rows, Task, TaskData, task_of
-
-# Rows that are tokenised at a time where their tokens go to a file.
-_AT_ONCE = 20_000
 
 
 def prepare(
@@ -76,7 +73,7 @@ def prepare(
 def _make(
     task: Task, section: TaskConfig, tokenizer: Any, decoder: bool, known: tuple[str, ...], shift: Shift | None, writer: Writer | None
 ) -> TaskData:
-    parts, tables = split(task, section, functools.partial(_load, task, section))
+    parts, tables = split(task, section, functools.partial(_load, task, section, None if writer is None else writer.folder))
     training = parts[0]
     classes = task.classes(section, training.rows, known)
     for part in parts[1:]:
@@ -97,7 +94,7 @@ def _make(
         if writer is None:
             pieces = [encode(part.at)]
         else:
-            pieces = (encode(part.at[start : start + _AT_ONCE]) for start in range(0, len(part.at), _AT_ONCE))
+            pieces = (encode(part.at[start : start + AT_ONCE]) for start in range(0, len(part.at), AT_ONCE))
         counted, kept, encoded = Counter[str](), [], Encoded([])
         for encoded in pieces:
             own = [e for e in encoded.examples if (e.targets != NO_TARGET).any()]
@@ -272,7 +269,7 @@ def split(task: Task, section: TaskConfig, load: Loader) -> tuple[list[Part], di
         held_at = test_at = np.array([], np.int64)
     check_tables(tables, section.drop)
 
-    seen = {texts["task.source"][i] for i in train_at}
+    seen = texts["task.source"][train_at]
     notes = ()
     if weights:
         train_at = mixed_rows(train_at, origin, weights, size=section.train_size, seed=seed)
@@ -286,9 +283,9 @@ def split(task: Task, section: TaskConfig, load: Loader) -> tuple[list[Part], di
         else:
             at = sample_rows(len(rows[key]), size=None if size == "all" else size, seed=seed)
         if len(at):
-            own = [texts[key][i] for i in at]
-            parts.append(Part(name, rows[key], at, key, sum(text in seen for text in own)))
-            seen.update(own)
+            own = texts[key][at]
+            parts.append(Part(name, rows[key], at, key, int(np.isin(own, seen).sum())))
+            seen = np.concatenate([seen, own])
     return parts, tables
 
 
@@ -306,13 +303,13 @@ def _mixture(section: TaskConfig, load: Loader) -> tuple[Rows, Table, np.ndarray
     files = [file for table in tables for file in table.files]
     if twice := next((file for file in files if files.count(file) > 1), None):
         raise InputError(f"task.sources: {twice} is read twice; give it a larger weight.")
-    columns_of = {name: [value for own in rows for value in own.columns[name]] for name in rows[0].columns}
+    columns_of = {name: chained([own.columns[name] for own in rows]) for name in rows[0].columns}
     numbers, origin = np.concatenate([own.numbers for own in rows]), np.repeat(np.arange(len(rows)), [len(own) for own in rows])
     return Rows(" + ".join(own.source for own in rows), columns_of, numbers), joined(tables), origin
 
 
 def _load(
-    task: Task, section: TaskConfig, source: str, key: str, splits: tuple[str, ...], renamed: Mapping[str, str]
+    task: Task, section: TaskConfig, folder: Path | None, source: str, key: str, splits: tuple[str, ...], renamed: Mapping[str, str]
 ) -> tuple[Rows, Table]:
     columns = task.columns(section)
     options = {
@@ -321,6 +318,7 @@ def _load(
         "splits": splits,
         "any_of": columns.any_of,
         "named_by": _named_by(section, columns),
+        "folder": folder,
     }
     table = load_rows(source, key=key, columns=list(columns.names), **options)
     return _read(task, section, columns, source, key, table), table
@@ -352,7 +350,9 @@ def _read(task: Task, section: TaskConfig, columns: Columns, source: str, key: s
         return check_text(text, f"{key}: row {number} of {source}: '{name}'")
 
     there = [name for name in columns.names if name in table.columns]
-    found = {name: [read(name, int(n), value) for n, value in zip(numbers, table[name], strict=True)] for name in there}
+    found = {name: like(table[name]) for name in there}
+    for name, column in found.items():
+        column.extend(read(name, int(n), value) for n, value in zip(numbers, table[name], strict=True))
     return task.read(section, Rows(source, found, numbers), key)
 
 
@@ -363,7 +363,6 @@ def _texts_in(value: Any) -> Iterator[str]:
         yield from _texts_in(inner)
 
 
-def _inputs(columns: Columns, rows: Rows) -> list[str]:
-    """What makes two rows copies of one another: all columns that are no targets."""
-    inputs = [v for n, v in rows.columns.items() if n not in columns.targets]
-    return ["\x1f".join(map(str, values)) for values in zip(*inputs, strict=True)]
+def _inputs(columns: Columns, rows: Rows) -> np.ndarray:
+    """What makes two rows copies of one another: the names of their columns that are no targets."""
+    return row_names([values for name, values in rows.columns.items() if name not in columns.targets])

@@ -33,7 +33,8 @@ from ..adapters.sites import Site, find_sites
 from ..config.schema import MeshConfig
 from ..data.batching import BatchPlan, Example, Examples
 from ..data.files import as_text
-from ..data.sources import load_rows, sample_rows
+from ..data.sources import load_rows
+from ..data.split import sample_rows
 from ..data.tokens import encoder_texts, plain_ids, start_ids, with_start
 from ..errors import InputError
 from ..models.decoder import Decoder

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from lora_jax.data.sources import load_rows, mixed_rows
+from lora_jax.data.sources import load_rows
+from lora_jax.data.split import mixed_rows
 from lora_jax.tasks.base import task_section
 from lora_jax.tasks.prepare import prepare
 from lora_jax.weights.tokenizer import load_tokenizer

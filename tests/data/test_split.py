@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.data.sources import sample_rows, split_rows
+from lora_jax.data.split import sample_rows, split_rows
 from lora_jax.errors import InputError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import socket
@@ -10,9 +11,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from lora_jax.data import columns, files
 from lora_jax.data.batching import BatchPlan
 from lora_jax.data.store import Ragged, TokenFiles, counts_of, largest, lengths_of
-from lora_jax.errors import InputWarning
+from lora_jax.errors import InputError, InputWarning
 from lora_jax.tasks import prepare as preparing
 from lora_jax.tasks.base import task_section
 from lora_jax.tasks.prepare import prepare
@@ -40,11 +42,12 @@ def lines(tmp_path):
 @pytest.fixture
 def made(lines, tokenizer, tmp_path, monkeypatch):
     """`made(**keys)`: the data of the file's lines, through files, a few rows at a time; and how often it was tokenised."""
-    monkeypatch.setattr(preparing, "_AT_ONCE", 9)
+    for module in (preparing, columns, files):
+        monkeypatch.setattr(module, "AT_ONCE", 9)
     store = TokenFiles(tmp_path / "cache")
 
     def data(*, kept=True, **keys):
-        section = task_section(**KEYS | {"source": str(lines)} | keys)
+        section = task_section(**KEYS | ({} if "sources" in keys else {"source": str(lines)}) | keys)
         with mock.patch.object(preparing, "_make", side_effect=preparing._make) as make:
             found = prepare(section, tokenizer, decoder=True, store=store if kept else None)
         return found, make.call_count
@@ -144,10 +147,73 @@ def test_small_files_are_kept_where_the_config_says_so(made, tmp_path):
         assert isinstance(made(token_cache="auto")[0].train.tokens, Ragged)
 
 
-def test_pairs_of_texts_are_kept_too(tokenizer, tmp_path, hub):
-    keys = {"kind": "causal_lm", "source": str(hub.questions), "prompt": "prompt", "response": "response", "eval_size": 5}
-    found = [prepare(task_section(**keys, token_cache=c), tokenizer, decoder=True, store=TokenFiles(tmp_path / "c")) for c in ("on", "off")]
-    assert arrays_digest([found[0].train.tokens, found[0].train.targets]) == arrays_digest([found[1].train.tokens, found[1].train.targets])
+def of_kinds(hub, folder):
+    """Sections over CSV, JSON lines and Parquet, with columns renamed, rows dropped and sources mixed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "parts").mkdir()
+    rows = [json.loads(line) for line in hub.questions.read_text().splitlines()]
+    for name, part in (("a", rows[:35]), ("b", rows[35:])):
+        (folder / "parts" / f"train-{name}.jsonl").write_text(
+            "".join(json.dumps(row | {"kind": row["response"][:3]}) + "\n" for row in part)
+        )
+    pq.write_table(pa.table({"text": [row["prompt"] for row in rows], "n": range(60)}), folder / "rows.parquet")
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("q", "a"), *((row["prompt"] + "\nand", row["response"]) for row in rows)])
+    pairs = {"prompt": "prompt", "response": "response"}
+    written = {"source": str(folder / "pairs.csv"), "columns": {"q": "prompt", "a": "response"}}
+    mixed = [{"source": str(hub.questions), "weight": 1.0}, written | {"weight": 2.0}]
+    return {
+        "csv": written | pairs,
+        "folder": {"source": str(folder / "parts"), "drop": {"kind": ["red"]}, **pairs},
+        "chats": {"source": str(hub.questions), "messages": "messages", "max_length": 64},
+        "parquet": {"source": str(folder / "rows.parquet"), "text": "text"},
+        "mixture": {"sources": mixed, **pairs},
+    }
+
+
+@pytest.mark.parametrize("which", ["csv", "folder", "chats", "parquet", "mixture"])
+def test_rows_of_every_kind_are_read_in_pieces(made, hub, tmp_path, which):
+    keys = {"text": None, "max_length": 24} | of_kinds(hub, tmp_path)[which]
+    found, plain = (made(kept=kept, **keys)[0] for kept in (True, False))
+    assert isinstance(found.train.tokens, Ragged) and found.taken == plain.taken and found.notes[:-1] == plain.notes
+    for own, other in zip(found.parts, plain.parts, strict=True):
+        assert arrays_digest([own.tokens, own.targets]) == arrays_digest([other.tokens, other.targets])
+
+
+def test_a_column_in_a_file_is_the_list_that_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "AT_ONCE", 3)
+    values = [
+        "a",
+        "",
+        None,
+        "\ud800 \u00e9\x00",
+        [{"role": "user", "content": "x"}],
+        {"n": [1, True, None]},
+        2.5,
+        files.WrittenNumber("1e3"),
+        b"x",
+    ]
+    column = columns.FileColumn(tmp_path)
+    column.extend(iter(values[:4]))
+    column.extend(values[4:])
+    assert list(column) == values == [column[i] for i in range(9)] and column[-1] == b"x" and column[2:4] == values[2:4]
+    assert str(column[7]) == "1e3" and type(column[5]["n"][1]) is bool and not list(tmp_path.iterdir())
+    with pytest.raises(IndexError):
+        column[9]
+    again = columns.chained([column, column])
+    assert isinstance(again, columns.FileColumn) and list(again) == values * 2
+
+
+def test_a_wrong_row_is_told_in_whatever_piece_it_is(made, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a film"}\n' * 25 + '{"text": 3.50}\n' + '{"txt": "a"}\n')
+    for kept in (True, False):
+        with pytest.raises(InputError, match="row 27 of .* has no 'text'"):
+            made(kept=kept, source=str(tmp_path / "rows.jsonl"))
+        with pytest.raises(InputError, match="no column 'texts'. Did you mean 'text'"):
+            made(kept=kept, source=str(tmp_path / "rows.jsonl"), text="texts")
+    assert not entries(tmp_path)
 
 
 def test_what_cannot_be_kept_is_told(hub, tmp_path):
