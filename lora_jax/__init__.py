@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .adapters.bank import AdapterBank as AdapterBank
     from .adapters.describe import describe as describe
     from .adapters.inject import inject as inject
+    from .adapters.members import inject_members as inject_members
     from .adapters.merge import merge as merge
     from .adapters.merge import unmerge as unmerge
     from .adapters.mixed import with_rows as with_rows
@@ -57,6 +58,7 @@ _NAMES = {
     "fit": "sweeps.run",
     "generate": "generation.generate",
     "inject": "adapters.inject",
+    "inject_members": "adapters.members",
     "load_config": "config.load",
     "load_model": "models.load",
     "load_peft": "interop.peft.load",

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from ..adapters.inject import draw_head, fill_member, inject_layout
 from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
+from ..adapters.members import Window, own_windows
 from ..adapters.methods.base import Method, method_of
 from ..adapters.parameters import Statistics
 from ..adapters.partition import Arrays, Partition, member_shardings, own_shapes, partition, stack_members, update_mask
@@ -30,8 +31,6 @@ from ..training.optimizer import eval_params, hyper_of
 from ..training.step import MemberFixed, MemberState, init_member
 from .execution import VMAP, PackMode, PackPrograms
 
-# An index into one array of a member; None: the member uses no part of the array.
-Window = tuple[Any, ...] | None
 # Number of batches -> (site name, layer) -> what the layer saw of them.
 Gathered = Mapping[int, Mapping[tuple[str, int], Statistics]]
 # Packs of one key and one setup compile to equal programs.
@@ -159,21 +158,7 @@ class Pack:
 
         The rest is padding: ranks beyond the member's own, layers below its lowest.
         """
-        layout = unite(model, [self.specs[index]])
-        own, method, common = {s.site.name: s for s in layout.sites}, layout.method, layout.shared()
-        shared = {s.site.name: s for s in self.structure.sites}
-        found: dict[str, Window] = {}
-        for name in dict.fromkeys((*self.part.labels, *self.part.parameters)):
-            if (array := self.part.parameters.get(name)) is None:
-                found[name] = (...,)
-            elif not array.site:
-                found[name] = common[array.name].own if array.name in common else None
-            elif (alone := own.get(array.site)) is None:
-                found[name] = None
-            else:
-                layers = () if alone.layers is None else (slice(alone.first - shared[array.site].first, None),)
-                found[name] = (*layers, *method.padded(alone.site, alone.extent)[array.name].own)
-        return found
+        return own_windows(model, self.part, self.structure, self.specs[index])
 
     def member_arrays(self, model: nnx.Module, index: int, arrays: Arrays) -> dict[str, Any]:
         """One member's part of arrays that it trains or keeps, (members, ...), in the shapes it has alone, on the host."""
