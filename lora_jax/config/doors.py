@@ -124,19 +124,23 @@ class OneOf:
             self._without_defaults_of_others, core_schema.tagged_union_schema(choices, discriminator=self._tag)
         )
 
-    def _without_defaults_of_others(self, value: Any) -> Any:
-        """The keys without those of other kinds that hold their default: run directories of older versions say the keys of every kind."""
+    def defaults_of_others(self, value: Any) -> list[str]:
+        """The keys of a section that its kind does not have and that hold the default of another kind's."""
         sections = self.sections()
         tag = self._tag(value)
         own = sections.get(tag) if isinstance(value, dict) and isinstance(tag, str) else None
         if own is None:
-            return value
+            return []
 
         def says_nothing(key: str, held: Any) -> bool:
             others = [section.model_fields[key] for section in sections.values() if key in section.model_fields]
             return any(held is None if field.is_required() else held == field.get_default(call_default_factory=True) for field in others)
 
-        return {key: held for key, held in value.items() if key in own.model_fields or not says_nothing(key, held)}
+        return [key for key, held in value.items() if key not in own.model_fields and says_nothing(key, held)]
+
+    def _without_defaults_of_others(self, value: Any) -> Any:
+        """The section without them: run directories of older versions say the keys of every kind. `load_config` says so of a person's."""
+        return {key: held for key, held in value.items() if key not in found} if (found := self.defaults_of_others(value)) else value
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return handler(schema) if self.sections() else {"type": "object"}

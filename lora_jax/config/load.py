@@ -14,9 +14,21 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, warn
 from .doors import SECTION_LISTS, OneOf
-from .messages import Problem, default_of, kinds_of_sections, leaf_schema, problems, report, section_keys, show, split_key, why_not_swept
+from .messages import (
+    Problem,
+    belongs_to,
+    default_of,
+    kinds_of_sections,
+    leaf_schema,
+    problems,
+    report,
+    section_keys,
+    show,
+    split_key,
+    why_not_swept,
+)
 from .renamed import renamed
 from .schema import SOURCE, Config
 from .types import Section
@@ -26,7 +38,7 @@ from .yaml import Path, dump, parse
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = (), *, of_run: bool = False) -> Config:
     """The config in a YAML file, with `key=value` overrides applied.
 
     Relative paths in the file are looked up in the file's folder first, then in the working directory; for paths in overrides it is the
@@ -35,6 +47,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     Args:
         path: the YAML file.
         overrides: dotted keys and YAML values, such as `adapter.rank=4`; later ones win.
+        of_run: it is a run directory's own: older versions wrote there the keys of every kind of a section.
 
     Raises:
         InputError: the file, an override or a value is wrong.
@@ -50,11 +63,26 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     data = apply_overrides(data, overrides, origins)
     data = _located(data, FilePath(file).parent, origins)
     config = _validated(data, file, origins)
+    if not of_run:
+        _say_without_effect(data, file, origins)
     _check_not_swept(config, _keys_set(overrides), file)
     found = _sweep_problems(config)
     if found:
         raise InputError(report(found, file, origins))
     return config
+
+
+def _say_without_effect(data: Mapping[str, Any], file: str, origins: Mapping[Path, str]) -> None:
+    """A warning of keys that only another kind of a section has, which have passed because they hold its default."""
+    found = []
+    for section, field in Config.model_fields.items():
+        for of in (one for one in field.metadata if isinstance(one, OneOf)):
+            for key in of.defaults_of_others(data.get(section)):
+                whose, kind = " and ".join(belongs_to(f"{section}.{key}")), data[section].get(of.key, of.default)
+                text = f"{section}.{key} has no effect: it is a key of {section}.{of.key} {whose}, and this one is {kind}."
+                found.append(Problem((section, key), text))
+    if found:
+        warn(report(found, file, origins))
 
 
 def apply_overrides(

@@ -40,7 +40,7 @@ def run_members(run: Path) -> list[Member]:
         InputError: it is none.
     """
     check_run(run)
-    config = load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml", of_run=True)
     known = read_state(run).members  # of all sweeps of this run; older versions wrote none
     if known:
         return [Member(name, settings, with_values(config, settings, where=str(run / STATE))) for name, settings in known.items()]

@@ -1,11 +1,13 @@
 """Configs are read, overridden, copied with other values, written and compared."""
 
+import warnings
+
 import pytest
 from pydantic import ValidationError
 
 from lora_jax.config.load import apply_overrides, dump_config, load_config, with_values
 from lora_jax.config.schema import Config
-from lora_jax.errors import InputError
+from lora_jax.errors import InputError, InputWarning
 
 TEXT = """\
 name: a
@@ -146,6 +148,33 @@ def test_a_config_of_an_older_version_says_the_keys_of_every_kind():
     values["task"]["stride"] = 16
     with pytest.raises(ValidationError, match="stride"):
         Config.model_validate(values)
+
+
+OTHERS = """\
+name: a
+model: {source: m.gguf}
+task:
+  kind: causal_lm
+  source: x.csv
+  text: t
+  label: label
+training: {steps: 10}
+"""
+
+
+def test_a_key_of_another_kind_that_holds_its_default_is_said(tmp_path):
+    """It would be refused with another value; what a run directory of an older version holds is passed over."""
+    file = tmp_path / "c.yaml"
+    file.write_text(OTHERS)
+    with pytest.warns(InputWarning) as said:
+        load_config(file, ["optimizer.momentum=0.9"])
+    (text,) = {str(w.message) for w in said}
+    assert text.startswith(f"{file}: 2 problems\n  line 7: task.label has no effect: it is a key of task.kind ")
+    assert "image_classification" in text and "and this one is causal_lm." in text
+    assert "override 'optimizer.momentum=0.9': optimizer.momentum has no effect" in text and text.endswith("and this one is adamw.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_config(file, of_run=True)
 
 
 SWEPT = """\
