@@ -51,7 +51,8 @@ def pack_trained(members: Members, steps: int = 6) -> Any:
     def run(trainable: Any, settings: Any, masks: Any) -> Any:
         def step(carry: Any, _: Any) -> Any:
             trainable, state = carry
-            grads = jax.grad(lambda t: loss_of(members.parts.merge(t, settings, members.parts.frozen, training=True)))(trainable)
+            grads: Any = jax.grad(lambda t: loss_of(members.parts.merge(t, settings, members.parts.frozen, training=True)))(trainable)
+            updates: Any
             updates, state = adam.update({n: g * masks.get(n, 1) for n, g in grads.items()}, state, trainable)
             updates = {n: u * masks.get(n, 1) for n, u in updates.items()}
             return (optax.apply_updates(trainable, updates), state), None

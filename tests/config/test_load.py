@@ -32,7 +32,7 @@ def path(tmp_path):
 def test_values_and_defaults(path):
     config = load_config(path)
     assert config.optimizer.learning_rate == 1e-3
-    assert config.task.labels == ["no", "yes"]
+    assert config.task.labels == ["no", "yes"]  # pyright: ignore[reportAttributeAccessIssue]
     assert config.adapter.rank == 8
     assert config.sweep is not None and config.sweep.grid == {"adapter.dropout": [0.1, 0.2], "optimizer.b1": [0.8, 0.9]}
 
