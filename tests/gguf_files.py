@@ -47,7 +47,7 @@ def write_gguf(
     Args:
         config: what `config.json` says.
         tensors: under Hugging Face's names, in PyTorch's layout.
-        kinds: how modules are quantised, by the end of their name in GGUF (`attn_q`).
+        kinds: how modules are quantised, by their name in GGUF (`blk.0.attn_q`) or its end (`attn_q`).
         extra: more metadata; replaces what is of the same key.
         name: `general.name`.
     """
@@ -69,7 +69,8 @@ def write_gguf(
         found = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         assert found is not None, hf_name
         value = _converted(arch, hf_name, value, heads, kv_heads)
-        kind = (kinds or {}).get(found.removesuffix(".weight").rpartition(".")[2]) if found.endswith(".weight") else None
+        stem, asked = found.removesuffix(".weight"), kinds or {}
+        kind = asked.get(stem, asked.get(stem.rpartition(".")[2])) if found.endswith(".weight") else None
         if kind is None:
             writer.add_tensor(found, np.ascontiguousarray(value))
         else:

@@ -36,6 +36,10 @@ class Merged(nnx.Module):
         """The output projection with the base's weight, as unmerged."""
         return self.original.attend(query)
 
+    def projection(self) -> Callable[[jax.Array], jax.Array]:
+        """Likewise, as `models.layers.Embedding` has it."""
+        return self.original.projection()
+
     @property
     def embedding(self) -> nnx.Param:
         """The base's weights, as unmerged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -79,6 +79,10 @@ class SiteModule(nnx.Module):
     def attend(self, query: jax.Array) -> jax.Array:
         """An embedding's output projection with the base's weights: an adapter on the embedding leaves it as it is (so does PEFT)."""
         return self.base.attend(query)
+
+    def projection(self) -> Callable[[jax.Array], jax.Array]:
+        """Likewise, as `models.layers.Embedding` has it."""
+        return self.base.projection()
 
     @property
     def embedding(self) -> nnx.Param:

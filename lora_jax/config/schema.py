@@ -172,6 +172,13 @@ class ModelConfig(Section):
         default=0.0,
         description="Dropout of the base during training (embeddings, attention, outputs of sublayers). Shared by all members.",
     )
+    quantized: Literal["dequantize", "keep"] = Field(
+        default="dequantize",
+        description=(
+            "What becomes of weights that the file holds quantised (blocks of GGUF, float8 with scales): dequantised when they are read, "
+            "or kept in memory as they are and dequantised a layer at a time where they are used."
+        ),
+    )
     transforms: list[Annotated[TransformConfig, SECTION_LISTS["model", "transforms"]]] = Field(
         default_factory=list,
         description="What is done to the base once it is loaded, in this order: [{kind: ..., ...}]; each kind has keys of its own.",

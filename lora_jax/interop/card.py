@@ -105,6 +105,8 @@ def _facts(config: Config, result: MemberResult, base: str, classes: Sequence[st
     task, training, optimizer = config.task, config.training, config.optimizer
     changed = [section.model_dump(exclude_none=True) for section in config.model.transforms]
     facts = {"base": code(base)} | ({"base transforms": code(json.dumps(changed))} if changed else {}) | {"method": config.adapter.method}
+    if config.model.quantized == "keep":
+        facts["base weights"] = "as quantised in its file"
     facts |= _adapter_facts(config.adapter) if adapted else {}
     facts |= {
         "trained parameters": f"{result.parameters:,}",

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import nnx
 
-from ..parallel.constraints import gathered, take_positions
+from ..parallel.constraints import take_positions
 from ..weights.provenance import Origin
 from .block import Block, Context, make_context
 from .cache import Cache, slots_for
-from .layers import AXES, Array, BlockConfig, HeadShape, LayerType, embedding, linear, norm_of, row_layout
+from .layers import Array, BlockConfig, HeadShape, LayerType, embedding, linear, norm_of, row_layout
 from .stack import Stack
 
 
@@ -213,10 +213,7 @@ class Decoder(nnx.Module):
         return logits
 
     def _projection(self) -> Callable[[Array], Array]:
-        if not self.config.tied:
-            return self.lm_head
-        table = gathered(self.embed.embedding[...], self.embed.embedding.get_metadata().get(AXES))
-        return lambda hidden: jnp.dot(hidden, table.astype(hidden.dtype).T)
+        return self.embed.projection() if self.config.tied else self.lm_head
 
     def untie(self) -> None:
         """Gives a tied projection weights of its own, equal to the embedding's: from here on the two may differ."""

@@ -322,14 +322,13 @@ class EncoderDecoder(nnx.Module):
     def readout(self) -> Callable[[Array], Array]:
         """`head` with its weights at hand: on a mesh, gathered when this is called and not each time that is called."""
         config = self.config
-        if config.tied:
-            table = gathered(self.embed.embedding[...], self.embed.embedding.get_metadata().get(AXES))
+        project = self.embed.projection() if config.tied else self.lm_head
         bias = self.logit_bias[...] if config.logit_bias else None
 
         def logits(hidden: Array) -> Array:
             # The hidden states are scaled, as T5 does it, and not the logits.
             x = hidden if config.logit_scale == 1.0 else hidden * jnp.asarray(config.logit_scale, hidden.dtype)
-            out = jnp.dot(x, table.astype(x.dtype).T) if config.tied else self.lm_head(x)
+            out = project(x)
             return out if bias is None else out + bias.reshape(-1)
 
         return logits

@@ -8,13 +8,14 @@ has the axis `layers` in front. Names: `vocab`, `embed` (the residual width), `h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..parallel.constraints import look_up, take_positions
+from ..parallel.constraints import gathered, look_up, take_positions
 from .positions import Relative, Rotary
 
 # The kinds of head a base can bear, beside a decoder's own vocabulary projection; a config's `task.kind` says the same words.
@@ -207,6 +208,11 @@ class Embedding(nnx.Embed):
     def __call__(self, tokens: Array) -> Array:
         """(rows, length) int32 -> (rows, length, width)."""
         return look_up(self.embedding[...], self.embedding.get_metadata().get(AXES), tokens).astype(self.dtype)
+
+    def projection(self) -> Callable[[Array], Array]:
+        """(..., width) -> (..., rows): the product with every row. On a mesh the table is gathered when this is called."""
+        table = gathered(self.embedding[...], self.embedding.get_metadata().get(AXES))
+        return lambda hidden: jnp.dot(hidden, table.astype(hidden.dtype).T)
 
 
 def embedding(rows: int, width: int, axis: str, *, dtype: Any, rngs: nnx.Rngs) -> Embedding:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..config.schema import TransformConfig
 from ..errors import InputError, warn
-from ..parallel.mesh import parameter_sharding
+from ..parallel.mesh import parameter_sharding, place
 from ..weights.load import HUB_FILES, open_checkpoint, resolve
 from ..weights.pixels import read_pixel_spec
 from ..weights.provenance import Origin
@@ -28,6 +28,7 @@ from .encoder_decoder import EncoderDecoder, Generative
 from .families import check_config, find_family, gguf_architectures
 from .families.base import HEAD_CLASSES, Family, Head, Weight, size
 from .heads import Classifier
+from .held import hold
 from .layers import AXES, HeadShape
 from .policy import Policy
 from .stack import stacks_of
@@ -49,6 +50,7 @@ class BaseFiles:
         key: what to call the source in error messages.
         head: the kind of trained head to load with it (`models/layers.py`), if any.
         transforms: sections of what is done to the base once it is loaded (`models/transforms/`), in this order.
+        quantized: `keep` leaves what the checkpoint holds quantised so in memory (`models/held.py`); `dequantize` does not.
 
     Attributes:
         model: the base, or with a head the `Classifier`, before any transform; its parameters are shapes (`jax.ShapeDtypeStruct`).
@@ -68,6 +70,7 @@ class BaseFiles:
         key: str = "model.source",
         head: str | None = None,
         transforms: Sequence[TransformConfig] = (),
+        quantized: str = "dequantize",
     ):
         self._source, self._transforms = source, transforms
         self._checkpoint = open_checkpoint(source, key=key, architectures=gguf_architectures())
@@ -122,6 +125,11 @@ class BaseFiles:
         self._table = {path: weight.found(names) for path, weight in table.items()}
         self._carried = {n for n in names if family.carried and re.fullmatch(family.carried, n.removeprefix(prefix))}
         self._check_tensors(names - self._carried, {name.partition(".")[0] for h in heads.values() for name in h.modules.values()})
+        self._held = {}
+        if quantized == "keep":
+            inside = () if self.model is self.base else ("base",)
+            held = hold(self.base, self._table, "".join(f"{part}." for part in inside), self._checkpoint, self._where)
+            self._held = {(*inside, *path): weight for path, weight in held.items()}
         base = self.base
         if isinstance(base, Policy) and dropout:
             raise InputError(f"model.dropout: {dropout:g}, but the policy {source} has none.")
@@ -178,9 +186,16 @@ class BaseFiles:
         """
         self._check_tied()
         (graphdef, state), filled = nnx.split(self.model), []
+        held: tuple[Any, dict[str, np.ndarray]] = ((), {})
         for path, variable in nnx.to_flat_state(state):
             axes = variable.get_metadata().get(AXES, (None,) * len(variable.shape))
             sharding = None if mesh is None else parameter_sharding(mesh, variable.shape, axes)
+            if path[:-1] in self._held and path[-1] != "bias":
+                if held[0] != path[:-1]:  # the arrays of one layer follow one another
+                    held = path[:-1], self._held[path[:-1]].read()
+                array = held[1].pop(str(path[-1]))
+                filled.append((path, variable.replace(jnp.asarray(array) if sharding is None else place(array, sharding))))
+                continue
             filled.append((path, variable.replace(self._read(self._weight(path), variable.shape, variable.dtype, sharding))))
         model = nnx.merge(graphdef, nnx.from_flat_state(filled))
         options = (self._transforms, TransformContext(self._source, mesh, calibrate))
@@ -250,8 +265,8 @@ class BaseFiles:
                 continue
             inner = (*(slice(*bounds) for bounds in box[lead:-1]), slice(start, stop))
             array = self._checkpoint.read_slice(name, weight.as_stored(inner))
-            place = piece * wanted[-1] + start - first
-            index = (*(i - lo for i, (lo, _) in zip(at, box, strict=False)), ..., slice(place, place + stop - start))
+            begin = piece * wanted[-1] + start - first
+            index = (*(i - lo for i, (lo, _) in zip(at, box, strict=False)), ..., slice(begin, begin + stop - start))
             part[index] = array.transpose(weight.oriented(range(array.ndim)))
         if sharding is None:
             return jax.block_until_ready(jnp.asarray(part))
@@ -295,6 +310,7 @@ class _Options(TypedDict, total=False):
     key: str
     mesh: Mesh | None
     transforms: Sequence[TransformConfig]
+    quantized: str
     calibrate: Calibrate | None
 
 
@@ -321,6 +337,7 @@ def load_model(
     mesh: Mesh | None = None,
     head: str | None = None,
     transforms: Sequence[TransformConfig] = (),
+    quantized: str = "dequantize",
     calibrate: Calibrate | None = None,
 ) -> Base | Classifier:
     """A pretrained base: `BaseFiles(source, ...).load(mesh)`, which says what the other arguments are.
@@ -337,8 +354,8 @@ def load_model(
         InputError: the source does not exist, the `model_type` is unsupported, files are damaged, tensors are missing or of wrong
             shapes, or there is no such head.
     """
-    options = {"dtype": dtype, "remat": remat, "scan_layers": scan_layers, "dropout": dropout, "key": key}
-    return BaseFiles(source, **options, head=head, transforms=transforms).load(mesh, calibrate)
+    options: dict[str, Any] = {"dtype": dtype, "remat": remat, "scan_layers": scan_layers, "dropout": dropout, "key": key}
+    return BaseFiles(source, **options, head=head, transforms=transforms, quantized=quantized).load(mesh, calibrate)
 
 
 def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:

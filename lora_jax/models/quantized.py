@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..parallel.constraints import by_rows
+from ..parallel.constraints import by_rows, gathered, rows_shared
 from ..parallel.mesh import parameter_sharding, place, to_host
 from ..weights.quantized import QuantFormat
 from .experts import ExpertLinear, grouped_matmul
@@ -25,6 +25,10 @@ from .stored import StoredEmbedding, StoredLinear
 
 # Metadata key of the arrays of a quantised weight: they are no numbers to train.
 QUANTIZED = "quantized"
+# The tables of tokens, which a base may hold quantised.
+TABLES = ("embed", "source_embed")
+# Weights of a vocabulary's matrix that are dequantised at once at the most (8 MiB in float32): such a matrix is larger than a layer.
+SLICE = 2 * 1024 * 1024
 
 
 class Held:
@@ -64,12 +68,20 @@ class Held:
         assert self.axes is not None
         first, second = self.axes[-2:]
         lead = () if name in self.form.whole else self.axes[:-2]
-        along = {"in": first, "out": second, None: None} if self.inputs_first else {"out": first, "in": second, None: None}
-        return (*lead, *(along[axis] for axis in self.form.axes[name]))
+        along = {"in": first, "out": second} if self.inputs_first else {"out": first, "in": second}
+        return (*lead, *(along.get(axis or "", axis) for axis in self.form.axes[name]))
 
     def arrays(self) -> dict[str, Array]:
         """The arrays, by the format's names."""
         return {name: getattr(self, name)[...] for name in self.names}
+
+    def at_hand(self) -> dict[str, Array]:
+        """The arrays of one matrix, where a layer is run: those that hold the whole stack are cut down to it, and gathered on a mesh."""
+        arrays, own = self.arrays(), {}
+        for name, array in self.form.picked(arrays).items():
+            of_stack = self.axes is not None and array.ndim < arrays[name].ndim
+            own[name] = gathered(array, self.axes_of(name)[1:]) if of_stack else array
+        return own
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -77,6 +89,17 @@ class Held:
         name = next(name for name in self.names if name not in self.form.whole)
         shape = getattr(self, name).shape
         return tuple(shape[: len(shape) - len(self.form.axes[name])])
+
+    @property
+    def slices(self) -> int:
+        """In how many parts the matrix is dequantised to be multiplied by: several of a vocabulary's, unless devices share its rows."""
+        of_vocabulary = self.axes is not None and self.axes[-1 if self.inputs_first else -2] == "vocab"
+        if not of_vocabulary or rows_shared():
+            return 1
+        outputs = self.sizes[0]
+        least = -(-math.prod(self.sizes) // SLICE)
+        # Equal parts, where there are such.
+        return next((count for count in range(least, min(2 * least, outputs)) if outputs % count == 0), least)
 
     def matrix(self, layer: int | None = None) -> Array:
         """(..., outputs, inputs) of the module's dtype: of one layer, or of all."""
@@ -88,7 +111,9 @@ class Held:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _matrix(form: QuantFormat, lead: int, dtype: Any, arrays: dict[str, Array]) -> Array:
-    decode = form.decode
+    def decode(arrays: Mapping[str, Array]) -> Array:
+        return form.decode(form.picked(arrays))
+
     for _ in range(lead):
         decode = jax.vmap(decode, in_axes=({name: None if name in form.whole else 0 for name in arrays},))
     return decode(arrays).astype(dtype)
@@ -119,7 +144,7 @@ class QuantizedLinear(Held, StoredLinear):
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         """(..., inputs) -> (..., outputs)."""
-        y: Array = _product(self.form, x.astype(self.dtype or x.dtype), self.arrays())
+        y: Array = _product(self.form, self.slices, x.astype(self.dtype or x.dtype), self.at_hand())
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     @property
@@ -178,7 +203,12 @@ class QuantizedEmbedding(Held, StoredEmbedding):
 
     def attend(self, query: Array) -> Array:
         """(..., width) -> (..., rows): the product with every row."""
-        return _product(self.form, query.astype(self.dtype), self.arrays())
+        return self.projection()(query.astype(self.dtype))
+
+    def projection(self) -> Callable[[Array], Array]:
+        """`attend` with its codes at hand."""
+        arrays = {name: gathered(array, self.axes and self.axes_of(name)) for name, array in self.arrays().items()}
+        return lambda hidden: _product(self.form, self.slices, hidden, arrays)
 
     @property
     def embedding_shape(self) -> tuple[int, ...]:
@@ -199,18 +229,59 @@ def _weight(form: QuantFormat, arrays: Mapping[str, Array], dtype: Any) -> Array
     return form.decode(arrays).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(form: QuantFormat, x: Array, arrays: dict[str, Array]) -> Array:
-    """x (..., inputs) times the matrix that the arrays stand for: (..., outputs)."""
-    return jax.lax.dot_general(x, _weight(form, arrays, x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(form: QuantFormat, slices: int, x: Array, arrays: dict[str, Array]) -> Array:
+    """x (..., inputs) times the matrix that the arrays stand for, of which `slices` parts are made one after another: (..., outputs)."""
+
+    def part(weight: Array) -> Array:
+        return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+    if slices == 1:
+        return part(_weight(form, arrays, x.dtype))
+
+    def put_in(y: Array, first: Array | int, weight: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(y, part(weight), first, y.ndim - 1)
+
+    return _by_slices(form, slices, arrays, x.dtype, jnp.zeros((*x.shape[:-1], _outputs(form, arrays)), x.dtype), put_in)
 
 
-def _product_forward(form: QuantFormat, x: Array, arrays: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-    return _product(form, x, arrays), arrays
+def _product_forward(form: QuantFormat, slices: int, x: Array, arrays: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    return _product(form, slices, x, arrays), arrays
 
 
-def _product_backward(form: QuantFormat, arrays: dict[str, Array], dy: Array) -> tuple[Array, None]:
-    return jnp.matmul(dy, _weight(form, arrays, dy.dtype)), None
+def _product_backward(form: QuantFormat, slices: int, arrays: dict[str, Array], dy: Array) -> tuple[Array, None]:
+    if slices == 1:
+        return jnp.matmul(dy, _weight(form, arrays, dy.dtype)), None
+
+    def add(dx: Array, first: Array | int, weight: Array) -> Array:
+        return dx + jnp.matmul(jax.lax.dynamic_slice_in_dim(dy, first, len(weight), dy.ndim - 1), weight)
+
+    inputs = jax.eval_shape(form.decode, arrays).shape[1]
+    return _by_slices(form, slices, arrays, dy.dtype, jnp.zeros((*dy.shape[:-1], inputs), dy.dtype), add), None
+
+
+def _outputs(form: QuantFormat, arrays: Mapping[str, Array]) -> int:
+    return jax.eval_shape(form.decode, arrays).shape[0]
+
+
+def _by_slices(
+    form: QuantFormat,
+    slices: int,
+    arrays: dict[str, Array],
+    dtype: Any,
+    start: Array,
+    step: Callable[[Array, Array | int, Array], Array],
+) -> Array:
+    """What `step` makes of `start` and each part of the rows of a matrix in turn, which it is given with the number of its first row."""
+    outputs = _outputs(form, arrays)
+    count = -(-outputs // slices)
+    whole = outputs // count
+
+    def one(i: Array | int, found: Array, rows: int = count) -> Array:
+        return step(found, i * count, _weight(form, form.rows(arrays, i * count, rows), dtype))
+
+    found = jax.lax.fori_loop(0, whole, one, start)
+    return found if outputs == whole * count else one(whole, found, outputs - whole * count)
 
 
 _product.defvjp(_product_forward, _product_backward)

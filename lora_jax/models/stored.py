@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -67,6 +68,10 @@ class StoredEmbedding(nnx.Module):
 
     dtype: Any
 
+    def projection(self) -> Callable[[Array], Array]:
+        """(..., width) -> (..., rows): the product with every row. On a mesh the table is gathered when this is called."""
+        raise NotImplementedError
+
     @property
     def embedding_shape(self) -> tuple[int, ...]:
         """(rows, width)."""
@@ -107,6 +112,17 @@ def weight_axes(module: Any, weight: str) -> tuple[str | None, ...] | None:
 def weight_shape(module: Any, weight: str) -> tuple[int, ...]:
     """The shape of a module's weight, likewise."""
     return getattr(module, f"{weight}_shape") if isinstance(module, Stored) else getattr(module, weight).shape
+
+
+def put(model: Any, path: Sequence[Any], module: nnx.Module) -> None:
+    """Puts a module where another stands in a model."""
+    owner = model
+    for part in path[:-1]:
+        owner = owner[part] if isinstance(part, int) else getattr(owner, part)
+    if isinstance(path[-1], int):
+        owner[path[-1]] = module
+    else:
+        setattr(owner, path[-1], module)
 
 
 def dense(module: Any) -> Any:

@@ -45,6 +45,12 @@ def weights_cut() -> bool:
     return mesh is not None and mesh.shape["fsdp"] > 1
 
 
+def rows_shared() -> bool:
+    """Whether devices share the outputs of a weight, each having its own."""
+    mesh = _ambient()
+    return mesh is not None and mesh.shape["tensor"] > 1
+
+
 def looked_up(axes: Sequence[str | None] | None) -> bool:
     """Whether a parameter is a vocabulary's table of vectors: not gathered to be looked up, only to project to the vocabulary."""
     return axes is not None and axes[0] == "vocab"

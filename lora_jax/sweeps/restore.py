@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -142,7 +143,8 @@ def restore_member(run: Path, member: Member, *, readout: bool = False) -> Resto
     folder, config = adapter_folder_of(run, member), member.config
     section, task = config.task, task_of(config.task)
     classes = saved_classes(folder) or task.named_classes(section)
-    loaded = load_model(config.model.source, head=task.loaded_head(section), transforms=config.model.transforms, calibrate=calibrate)
+    options: dict[str, Any] = {"transforms": config.model.transforms, "quantized": config.model.quantized, "calibrate": calibrate}
+    loaded = load_model(config.model.source, head=task.loaded_head(section), **options)
     base = loaded.base if isinstance(loaded, Classifier) else loaded
     if classes is None and task.needs_classes(section, decoder=base.is_decoder):
         raise InputError(f"{folder}: does not record its classes; list them, in order, as task.labels in {run / 'config.yaml'}.")
@@ -172,7 +174,7 @@ def _fingerprint_as_trained(base: nnx.Module, config: Config, head: str | None) 
     model = config.model
     if model.dtype == "float32":
         return fingerprint(base)
-    files = BaseFiles(model.source, dtype=model.dtype, head=head, transforms=model.transforms)
+    files = BaseFiles(model.source, dtype=model.dtype, head=head, transforms=model.transforms, quantized=model.quantized)
     if not model.transforms:
         return fingerprint(base, files.base)
     loaded = files.load(calibrate=calibrate)

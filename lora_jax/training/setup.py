@@ -299,7 +299,7 @@ class Preparer:
     def _load(self, config: Config, mesh: Mesh, head: str | None) -> Base | Classifier:
         model = config.model
         options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
-        files = BaseFiles(model.source, **options, head=head, transforms=model.transforms)
+        files = BaseFiles(model.source, **options, head=head, transforms=model.transforms, quantized=model.quantized)
         return files.load(mesh, calibrate) if self._reads_weights(config) else apply_shapes(files.model, model.transforms)
 
     def _reads_weights(self, config: Config) -> bool:

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import InputError, hint, warn
+from .quantized import QuantFormat
 
 
 class Checkpoint(ABC):
@@ -69,6 +70,23 @@ class Checkpoint(ABC):
     @abstractmethod
     def _read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
         """The same, whatever the numbers are."""
+
+    def quantised(self, name: str) -> str:
+        """How the tensor is stored, where that is quantised; else nothing."""
+        return ""
+
+    def held(self, name: str, *, transposed: bool = False) -> QuantFormat | None:
+        """The format in which the tensor, a matrix (outputs, inputs), is stored quantised and can stay so; None where it is not.
+
+        Args:
+            name: of the tensor.
+            transposed: whether Hugging Face has it as (inputs, outputs).
+        """
+        return None
+
+    def read_held(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of the format that `held` gives, the matrix's rows in Hugging Face's order."""
+        raise self._missing(name)
 
     def file(self, name: str) -> Path:
         """The file that the tensor lies in."""

@@ -133,6 +133,9 @@ class FourBit(QuantFormat):
             absmax = jnp.asarray(DYNAMIC)[absmax] * scale + arrays["absmax_mean"]
         return {"codes": codes, "absmax": absmax}
 
+    def rows(self, arrays: Mapping[str, Array], first: Array | int, count: int) -> Arrays:
+        return self.take(arrays, first + jnp.arange(count))
+
     def _absmax(self, arrays: Mapping[str, Array]) -> Array:
         absmax = arrays["absmax"]
         if "absmax_scale" not in arrays:

@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
 
 from ..errors import InputError, hint
 from .checkpoint import Checkpoint, GGUFArchitecture, GGUFWeight, slice_bounds
+from .gguf_blocks import KINDS, Blocks
 from .gguf_config import NOT_WEIGHTS, gguf_config
 from .gguf_header import GGUFHeader, GGUFTensor, dequantized, read_gguf, stored_rows
+from .quantized import QuantFormat
 
 _CHUNK = 1 << 18  # elements dequantised at once: small beside a tensor, large beside the cost of a call
 
@@ -84,6 +87,21 @@ class GGUFCheckpoint(Checkpoint):
             chosen = slice(start, stop) if order is None else order[start:stop]
             out[start - first : stop - first] = dequantized(tensor, raw[chosen])[:, *inner]
         return out
+
+    def quantised(self, name: str) -> str:
+        kind = self._tensor(name)[0].kind
+        return kind.name if GGML_QUANT_SIZES[kind][0] > 1 else ""  # others are no blocks
+
+    def held(self, name: str, *, transposed: bool = False) -> QuantFormat | None:
+        tensor, weight = self._tensor(name)
+        kept = tensor.kind.name in KINDS and len(tensor.shape) == 2 and weight.transposed == transposed and not weight.added
+        return Blocks(tensor.kind.name) if kept else None
+
+    def read_held(self, name: str) -> dict[str, np.ndarray]:
+        tensor, weight = self._tensor(name)
+        order = row_order(weight, self.config, tensor.shape[0], f"{self.path}: '{tensor.name}'")
+        raw = stored_rows(tensor, tensor.shape[0])
+        return Blocks(tensor.kind.name).stored(np.array(raw if order is None else raw[order]))
 
     def _tensor(self, name: str) -> tuple[GGUFTensor, GGUFWeight]:
         if name not in self._tensors:

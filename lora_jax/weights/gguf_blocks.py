@@ -54,11 +54,11 @@ def _halves(nibbles: Array) -> Array:
 
 
 def _q4_0(p: Parts) -> Array:
-    return _float(p["scale"]) * (_float(_halves(p["codes"])) - 8)
+    return _float(p["delta"]) * (_float(_halves(p["codes"])) - 8)
 
 
 def _q4_1(p: Parts) -> Array:
-    return _float(p["scale"]) * _float(_halves(p["codes"])) + _float(p["least"])
+    return _float(p["delta"]) * _float(_halves(p["codes"])) + _float(p["least"])
 
 
 def _fifth(high: Array) -> Array:
@@ -67,15 +67,15 @@ def _fifth(high: Array) -> Array:
 
 
 def _q5_0(p: Parts) -> Array:
-    return _float(p["scale"]) * (_float(_halves(p["codes"]) | _fifth(p["high"]) << 4) - 16)
+    return _float(p["delta"]) * (_float(_halves(p["codes"]) | _fifth(p["high"]) << 4) - 16)
 
 
 def _q5_1(p: Parts) -> Array:
-    return _float(p["scale"]) * _float(_halves(p["codes"]) | _fifth(p["high"]) << 4) + _float(p["least"])
+    return _float(p["delta"]) * _float(_halves(p["codes"]) | _fifth(p["high"]) << 4) + _float(p["least"])
 
 
 def _q8_0(p: Parts) -> Array:
-    return _float(p["codes"]) * _float(p["scale"])
+    return _float(p["codes"]) * _float(p["delta"])
 
 
 def _six_bits(p: Parts) -> tuple[Array, Array]:
@@ -83,7 +83,7 @@ def _six_bits(p: Parts) -> tuple[Array, Array]:
     scales, least, upper = jnp.split(p["scales"], 3, -1)
     of_scale = jnp.concatenate([scales & 63, (upper & 15) | ((scales >> 2) & 48)], -1)
     of_least = jnp.concatenate([least & 63, (upper >> 4) | ((least >> 2) & 48)], -1)
-    return _float(p["scale"]) * _float(of_scale), _float(p["least"]) * _float(of_least)
+    return _float(p["delta"]) * _float(of_scale), _float(p["least"]) * _float(of_least)
 
 
 def _pairs_of_32(codes: Array) -> Array:
@@ -108,10 +108,10 @@ def _q6_k(p: Parts) -> Array:
     low = _shifted(p["low"].reshape(*lead, 2, 64), (0, 4), 15).reshape(*lead, 8, 32)
     high = _shifted(p["high"].reshape(*lead, 2, 32), (0, 2, 4, 6), 3).reshape(*lead, 8, 32)
     codes = (_float(low | high << 4) - 32).reshape(*lead, 16, 16)
-    return _joined((_float(p["scale"]) * _float(p["scales"]))[..., None] * codes)
+    return _joined((_float(p["delta"]) * _float(p["scales"]))[..., None] * codes)
 
 
-_HALF = {"scale": ("float16", 1)}
+_HALF = {"delta": ("float16", 1)}
 _LEAST = {"least": ("float16", 1)}
 _KINDS = {
     "Q4_0": _Kind(32, _HALF | {"codes": ("uint8", 16)}, _q4_0),
@@ -150,7 +150,7 @@ class Blocks(QuantFormat):
         check_blocks(_KINDS[self.kind].size, inputs, where)
 
     def encode(self, weight: Array) -> Arrays:
-        raise InputError(f"{self.label}: nothing here quantises to a type of GGUF: such blocks come from files.")
+        raise InputError(f"{self.label}: nothing here quantises to this type: such blocks come from files.")
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         return _joined(_KINDS[self.kind].decode(arrays))

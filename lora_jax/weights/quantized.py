@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..errors import InputError, nearest_numbers
 
@@ -27,8 +28,8 @@ class QuantFormat(ABC):
     """How a matrix is held. Formats are plain values: two with equal fields are the same.
 
     Attributes:
-        axes: name of an array -> what each of its axes runs along: `out`, `in` (in blocks, bytes or as it is) or None. An array whose
-            first axis is `out` holds the rows of the matrix one by one.
+        axes: name of an array -> what each of its axes runs along: `out`, `in` (in blocks, bytes or as it is), `layers` or None. An array
+            whose first axis is `out` holds the rows of the matrix one by one.
         whole: names of arrays that all matrices of a stack have in common, so that there are no layers in front of them.
     """
 
@@ -52,9 +53,21 @@ class QuantFormat(ABC):
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         """The matrix (outputs, inputs) float32 that these arrays stand for."""
 
+    def picked(self, arrays: Mapping[str, Array]) -> Arrays:
+        """The arrays of one matrix, which all other functions take: of `arrays` those in `whole` may hold all matrices of a stack."""
+        return dict(arrays)
+
     def take(self, arrays: Mapping[str, Array], rows: Array) -> Arrays:
         """The arrays of some rows of the matrix, which `decode` takes: those at `rows`, (n,) int32."""
         return {name: jnp.take(array, rows, axis=0) for name, array in arrays.items()}
+
+    def rows(self, arrays: Mapping[str, Array], first: Array | int, count: int) -> Arrays:
+        """The arrays of `count` rows of the matrix from `first` on, which `decode` takes."""
+        return {name: jax.lax.dynamic_slice_in_dim(array, first, count) for name, array in arrays.items()}
+
+    def joins(self, outputs: int) -> bool:
+        """Whether the arrays of matrices with so many outputs, put one after another, are those of all their outputs."""
+        return True
 
     def shapes(self, outputs: int, inputs: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of a matrix of this shape, as shapes."""
@@ -187,9 +200,15 @@ class Float8(QuantFormat):
         return codes.astype(jnp.float32) * (scales if scales.ndim < 2 else self._spread(scales, codes.shape))
 
     def take(self, arrays: Mapping[str, Array], rows: Array) -> Arrays:
-        codes, scales = arrays["codes"], arrays["scales"]
-        spread = self._spread(scales, codes.shape)
-        return {"codes": jnp.take(codes, rows, axis=0).astype(jnp.float32) * jnp.take(spread, rows, axis=0), "scales": jnp.float32(1)}
+        codes, (outputs, inputs) = arrays["codes"], self._block(arrays["codes"].shape)
+        scales = jnp.repeat(jnp.take(arrays["scales"], rows // outputs, axis=0), inputs, axis=1)[:, : codes.shape[1]]
+        return {"codes": jnp.take(codes, rows, axis=0).astype(jnp.float32) * scales, "scales": jnp.float32(1)}
+
+    def rows(self, arrays: Mapping[str, Array], first: Array | int, count: int) -> Arrays:
+        return self.take(arrays, first + jnp.arange(count))
+
+    def joins(self, outputs: int) -> bool:
+        return self.block[0] > 0 and outputs % self.block[0] == 0
 
     def _block(self, shape: tuple[int, ...]) -> tuple[int, int]:
         outputs, inputs = self.block
@@ -199,3 +218,73 @@ class Float8(QuantFormat):
         """A scale for each weight: (outputs, inputs)."""
         outputs, inputs = self._block(shape)
         return jnp.repeat(jnp.repeat(scales, outputs, axis=0)[: shape[0]], inputs, axis=1)[:, : shape[1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed(QuantFormat):
+    """The matrices of a stack of layers, in several formats: files spend more bits on some layers than on others.
+
+    Each format's arrays hold the layers that have it, under the names `array_0`, `array_1`, ...; `place` says of a layer which format it
+    has, and where among those layers it is.
+
+    Attributes:
+        forms: the formats.
+        of_layer: for each layer the index of its own.
+    """
+
+    forms: tuple[QuantFormat, ...]
+    of_layer: tuple[int, ...]
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        """Of all arrays."""
+        own = {f"{name}_{i}": ("layers", *axes) for i, form in enumerate(self.forms) for name, axes in form.axes.items()}
+        return {"place": (None,), **own}
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """All but `place`."""
+        return frozenset(self.axes) - {"place"}
+
+    @property
+    def label(self) -> str:
+        return " and ".join(form.label for form in self.forms)
+
+    def check(self, outputs: int, inputs: int, where: str) -> None:
+        for form in self.forms:
+            form.check(outputs, inputs, where)
+
+    def encode(self, weight: Array) -> Arrays:
+        raise InputError(f"{self.label}: a matrix by itself has one format.")
+
+    def picked(self, arrays: Mapping[str, Array]) -> Arrays:
+        """Of the layer's own format its arrays; of the others those of some other layer, which nothing reads."""
+        place = arrays["place"]
+        one = {n: jax.lax.dynamic_index_in_dim(a, place[1], keepdims=False) for n, a in arrays.items() if n != "place"}
+        return {"place": place, **one}
+
+    def decode(self, arrays: Mapping[str, Array]) -> Array:
+        def one(i: int, form: QuantFormat) -> Callable[[], Array]:
+            return lambda: form.decode({name: arrays[f"{name}_{i}"] for name in form.axes})
+
+        return jax.lax.switch(arrays["place"][0], [one(i, form) for i, form in enumerate(self.forms)])
+
+    def places(self) -> np.ndarray:
+        """(layers, 2) int32."""
+        return np.array([(form, self.of_layer[:layer].count(form)) for layer, form in enumerate(self.of_layer)], np.int32)
+
+    def stacked_shapes(self, outputs: int, inputs: int, layers: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of a stack, as shapes."""
+        found = {"place": jax.ShapeDtypeStruct((layers, 2), np.int32)}
+        for i, form in enumerate(self.forms):
+            for name, shape in form.shapes(outputs, inputs).items():
+                found[f"{name}_{i}"] = jax.ShapeDtypeStruct((self.of_layer.count(i), *shape.shape), shape.dtype)
+        return found
+
+    def stack(self, layers: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of a stack from those of its layers."""
+        found = {"place": self.places()}
+        for i, form in enumerate(self.forms):
+            own = [arrays for arrays, of in zip(layers, self.of_layer, strict=True) if of == i]
+            found |= {f"{name}_{i}": np.stack([arrays[name] for arrays in own]) for name in form.axes}
+        return found

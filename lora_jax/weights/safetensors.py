@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from ..errors import InputError, warn
 from .checkpoint import Checkpoint, parse_json, plain_names, read_json, slice_bounds
+from .quantized import Float8, QuantFormat
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -106,6 +107,22 @@ class SafetensorsCheckpoint(Checkpoint):
         values = _read_part(entry, slice_bounds(entry.shape, index))
         return values if scale is None else values.astype(np.float32) * scale.part(slice_bounds(entry.shape, index))
 
+    def quantised(self, name: str) -> str:
+        return self._entry(name).dtype.name if name in self._scales else ""
+
+    def held(self, name: str, *, transposed: bool = False) -> QuantFormat | None:
+        scale, entry = self._scales.get(name), self._entry(name)
+        if scale is None or len(entry.shape) != 2 or transposed:
+            return None
+        rows, inputs = scale.block
+        return Float8(entry.dtype.name, (rows, inputs))
+
+    def read_held(self, name: str) -> dict[str, np.ndarray]:
+        entry, scale = self._entry(name), self._scales[name]
+        codes, scales = (_read_part(of, [(0, size) for size in of.shape]) for of in (entry, scale.entry))
+        counts = [-(-size // block) for size, block in zip(entry.shape, scale.block, strict=True)]
+        return {"codes": codes, "scales": scales.astype(np.float32).reshape(counts)}
+
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
             raise self._missing(name)
@@ -188,7 +205,8 @@ def _scales(path: Path, entries: Mapping[str, TensorEntry], config: Mapping[str,
     if told.get("transform_config"):
         raise InputError(f"{path}: quantization_config.transform_config rotates activations, which is not done here. {instead}.")
     if scales:
-        warn(f"{path}: {len(scales)} float8 weights are multiplied by their scales and no longer quantised; nor are activations.")
+        when = "as they are read, or with model.quantized: keep where they are used"
+        warn(f"{path}: {len(scales)} float8 weights are multiplied by their scales, {when}; activations are not quantised.")
     elif plain:
         warn(f"{path}: {len(plain)} weights are float8 without scales, and read as they are.")
     elif said:

@@ -22,10 +22,10 @@ from ...config.schema import TransformConfig
 from ...errors import InputError
 from ...parallel.mesh import parameter_sharding, place
 from ..layers import AXES, Array
-from ..stored import StoredLinear
+from ..stored import StoredLinear, put
 from .base import BaseTransform, TransformContext
 from .calibration import CalibrationConfig
-from .weights import LinearLayer, linear_layers, put
+from .weights import LinearLayer, linear_layers
 
 KEY = "model.transforms: low_rank"
 DAMPING = 1e-6
@@ -100,7 +100,7 @@ class LowRank(BaseTransform):
             linear, (inputs, outputs) = layer.module, layer.shape
             lead, rank = linear.kernel.shape[:-2], rank_of(inputs, outputs, section.share)
             down, up = (jax.ShapeDtypeStruct((*lead, *own), linear.kernel.dtype) for own in ((inputs, rank), (rank, outputs)))
-            put(model, layer, LowRankLinear(down, up, linear.bias, linear.dtype, linear.kernel.get_metadata().get(AXES)))
+            put(model, layer.path, LowRankLinear(down, up, linear.bias, linear.dtype, linear.kernel.get_metadata().get(AXES)))
         return model
 
     def apply(self, model: Any, section: LowRankConfig, context: TransformContext) -> Any:
@@ -125,7 +125,7 @@ class LowRank(BaseTransform):
                 parts = (place(a, parameter_sharding(context.mesh, a.shape, n)) for a, n in zip((down, up), named, strict=True))
             factors = [jnp.asarray(part) for part in parts]
             before, after = before + linear.kernel.size, after + down.size + up.size
-            put(model, layer, LowRankLinear(factors[0], factors[1], linear.bias, linear.dtype, axes))
+            put(model, layer.path, LowRankLinear(factors[0], factors[1], linear.bias, linear.dtype, axes))
         whole = sum(v.size for _, v in nnx.iter_graph(model) if isinstance(v, nnx.Param))
         measure = "what they give for the calibration rows" if seen else "their weights"
         context.notes.append(

@@ -13,13 +13,14 @@ from ...config.types import PositiveInt, size_text
 from ...errors import InputError
 from ...weights.four_bit import FourBit
 from ...weights.quantized import QuantFormat, WholeNumbers
-from ..quantized import held_bytes, quantized
+from ..quantized import TABLES, held_bytes, quantized
+from ..stored import put
 from .base import BaseTransform, TransformContext
-from .weights import LinearLayer, linear_layers, put
+from .weights import LinearLayer, linear_layers
 
 KEY = "model.transforms: quantize"
-# The projection to the vocabulary that has weights of its own, and the tables of tokens.
-PROJECTION, TABLES = "lm_head", ("embed", "source_embed")
+# The projection to the vocabulary that has weights of its own.
+PROJECTION = "lm_head"
 
 
 class QuantizeConfig(TransformConfig):
@@ -83,7 +84,7 @@ class Quantize(BaseTransform):
             layers += tables
         before = held_bytes(model)
         for layer in layers:
-            put(model, layer, quantized(layer.module, form, mesh=context.mesh))
+            put(model, layer.path, quantized(layer.module, form, mesh=context.mesh))
         sizes = f"the base's {size_text(before)} became {size_text(held_bytes(model))}"
         context.notes.append(f"quantised ({form.label}): {len(layers)} kinds of layers; {sizes}.")
         return model

@@ -78,7 +78,8 @@ def linear_layers(base: Any, skip: Sequence[str], key: str) -> list[LinearLayer]
         if any(_ends(own, entry) for own in names[name] for entry in skip):
             continue
         if isinstance(module, StoredLinear):
-            raise InputError(f"{key}: a transform listed before this one holds {name} in another form than one array: list this one first.")
+            why = "a transform listed before this one (list this one first), or model.quantized: keep"
+            raise InputError(f"{key}: {name} is held in another form than one array, by {why}.")
         found.append(LinearLayer(name, path, module))
     for entry in skip:
         if not any(_ends(own, entry) for both in names.values() for own in both):
@@ -91,17 +92,6 @@ def linear_layers(base: Any, skip: Sequence[str], key: str) -> list[LinearLayer]
 
 def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
-
-
-def put(base: Any, layer: LinearLayer, module: nnx.Module) -> None:
-    """Puts a module in a layer's place, in the base's."""
-    owner = base
-    for part in layer.path[:-1]:
-        owner = owner[part] if isinstance(part, int) else getattr(owner, part)
-    if isinstance(layer.path[-1], int):
-        owner[layer.path[-1]] = module
-    else:
-        setattr(owner, layer.path[-1], module)
 
 
 def set_like(variable: nnx.Variable, value: np.ndarray) -> None:
