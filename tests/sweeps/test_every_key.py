@@ -107,6 +107,7 @@ OTHERS = {
     "task.messages", "task.date", "task.target", "task.source_language", "task.target_language", "task.chat", "task.system",
     "task.max_new_tokens", "task.decoded_rows", "task.metrics", "task.temperature", "task.top_p",
     "model.transforms",  # tests/models/transforms
+    "model.quantized",  # tests/models/test_held.py
     # tests/tasks/test_teachers.py
     "task.distill.teacher", "task.distill.temperature", "task.distill.alpha", "task.distill.top_k", "task.distill.disk_gb",
     "task.projection",
