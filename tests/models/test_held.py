@@ -167,9 +167,10 @@ def test_merging_over_blocks_is_faithful(blocks):
 def test_a_vocabulary_is_multiplied_by_in_slices(form, rows, monkeypatch):
     random = np.random.default_rng(0)
     table = jnp.asarray(random.standard_normal((rows, 64)), jnp.float32)
-    arrays: Any = (
-        jax.jit(form.encode)(table) if not isinstance(form, Blocks) else form.stored(gguf.quants.quantize(np.asarray(table), Kind.Q8_0))
-    )
+    if isinstance(form, Blocks):
+        arrays: Any = form.stored(gguf.quants.quantize(np.asarray(table), Kind.Q8_0))
+    else:
+        arrays = jax.jit(form.encode)(table)
     held = quantized.QuantizedEmbedding(form, arrays, rows, 64, axes=("vocab", "embed"), dtype=jnp.float32)
     x = jnp.asarray(random.standard_normal((3, 5, 64)), jnp.float32)
 

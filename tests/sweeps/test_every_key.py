@@ -10,6 +10,7 @@ import hashlib
 import json
 import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -178,7 +179,7 @@ def test_what_trains(hub, tmp_path, key):
 
 def fingerprint(config):
     """Everything a set-up decides."""
-    setup = set_up(config)
+    setup: Any = set_up(config)
     plan, base = setup.plan, setup.model.base
 
     def digest(batch):
@@ -262,7 +263,7 @@ def test_the_ways_to_generate_texts(hub, tmp_path):
     def decided(way):
         data = Preparer(weights=False)(hub.config(tmp_path, {"task": way}, causal=True)).data
         learned = [(t.tolist(), y.tolist()) for t, y in zip(data.train.tokens, data.train.targets, strict=True)]
-        prompts = data.held_out.prompts
+        prompts: Any = data.held_out.prompts
         chosen = (prompts.max_new_tokens, prompts.temperature, prompts.top_p, prompts.seed)
         return [learned, data.metrics, [t.tolist() for t in prompts.tokens], chosen]
 
@@ -279,7 +280,7 @@ def test_the_ways_to_answer_questions(hub, tmp_path):
     # How long an answer may be shows where the logits say a longer one: from the first of the context's tokens to its last.
     spans = []
     for most in (1, 30):
-        held_out = set_up(hub.config(tmp_path, {"task": task | {"max_answer": most}})).data.held_out
+        held_out: Any = set_up(hub.config(tmp_path, {"task": task | {"max_answer": most}})).data.held_out
         ends = [np.stack([-np.arange(n), np.arange(n)]).astype(np.float32) for n in held_out.lengths]
         spans.append(held_out.score(ends))
     assert spans[0] != spans[1]
