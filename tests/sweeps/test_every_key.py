@@ -157,7 +157,7 @@ def test_traced_numbers_change_the_losses(hub, tmp_path):
     assert len({static_key(c) for c in configs}) == 1
     setup = set_up(base)
     pack = Pack.build(setup.model, configs, setup.steps, setup.mesh)
-    listener = types.SimpleNamespace(
+    listener: Any = types.SimpleNamespace(
         on_start=lambda step: None, on_save=lambda step: None, on_train=lambda *_: None, on_eval=lambda *_: None
     )
     losses = train_pack(pack, setup, eval_every=0, log_every=100, listener=listener).final["loss"]
