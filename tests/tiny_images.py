@@ -20,6 +20,7 @@ HF: dict[str, dict[str, Any]] = {
     "vit": {"intermediate_size": 64},
     "dinov2": {"mlp_ratio": 2},
     "siglip_vision_model": {"intermediate_size": 64},
+    "resnet": {"hidden_size": None, "embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"},
 }
 
 
@@ -27,6 +28,7 @@ def save_vision(folder: Path, model_type: str = "vit", *, depth: int = 3, **more
     """A random base of width 32 for images of 16 pixels, as a Hugging Face folder."""
     hf = {"model_type": model_type, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": depth, "image_size": SIDE}
     hf |= {"patch_size": 4} | HF[model_type] | more
+    hf = {key: value for key, value in hf.items() if value is not None}
     family = find_family(hf, "tests")
     base = family.model(family.config(hf, jnp.float32), rngs=nnx.Rngs(0))
     base.origin = nnx.static(Origin.of("", hf, ""))

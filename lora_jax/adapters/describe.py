@@ -19,6 +19,7 @@ from ..config.doors import METHODS
 from ..config.schema import AdapterConfig
 from ..errors import InputError
 from .inject import site_modules
+from .labels import STATISTIC
 from .layout import resolve
 from .methods.base import Method
 from .partition import partition
@@ -84,10 +85,10 @@ def describe(model: nnx.Module) -> Trainable:
         shape = (*(() if site.experts is None else (site.experts,)), site.inputs, max(ranks), site.outputs)
         rows.append(TrainableRow(name, module.method.name, layers, shape, count))
     for name, label in part.labels.items():
-        if name not in part.parameters:
+        if name not in part.parameters and label != STATISTIC:
             array = part.trainable[name]
             rows.append(TrainableRow(name, label, None, tuple(array.shape), array.size))
-    frozen = sum(a.size for a in part.frozen.values())
+    frozen = sum(a.size for a in part.frozen.values()) + sum(part.trainable[n].size for n, of in part.labels.items() if of == STATISTIC)
     return Trainable(tuple(rows), frozen + sum(r.count for r in rows))
 
 

@@ -19,13 +19,13 @@ from flax import nnx
 
 from ..config.schema import AdapterConfig
 from ..errors import InputError, nearest
-from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT
+from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT, UPDATED
 from ..models.quantized import QUANTIZED
 from ..models.stack import Stack
 from ..models.stored import StoredLinear
 from ..parallel.mesh import to_host
 from .contraction import GENERAL, flat_kernel
-from .labels import FROZEN, label_of
+from .labels import FROZEN, STATISTIC, label_of
 from .layout import Layout, ResolvedAdapter, ResolvedSite, SiteLayout, label_table, resolve, unite
 from .methods.base import AdaptedSite
 from .parameters import PARAMETER, AdapterSetting, SiteData, Statistics, variable_of
@@ -136,6 +136,9 @@ def _label(model: nnx.Module, layout: Layout) -> bool:
             continue
         # A user's batch statistics and random keys are variables too, but nothing to train.
         label = label_of(name, table) if isinstance(variable, nnx.Param) else FROZEN
+        if variable.get_metadata().get(UPDATED, False):
+            variable.set_metadata(LABEL, STATISTIC)
+            continue
         if label != FROZEN and variable.get_metadata().get(QUANTIZED, False):
             raise InputError(
                 f"{name.rpartition('.')[0]}: the adapter's config trains it as it is, and its weight is quantised, which has no gradient. "

@@ -9,6 +9,8 @@ from ..errors import nearest
 from ..models.layers import HEAD_MODULES
 
 FROZEN = "frozen"
+# Running statistics, which a member keeps as its own: the forward pass updates them, no gradient does.
+STATISTIC = "statistic"
 # The labels of a base's parameters and of low-rank factors; the optimizer always has a transform for each.
 TRAINABLE = ("adapter_a", "adapter_b", "head", "saved", "norm", "bias", "full")
 

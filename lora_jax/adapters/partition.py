@@ -26,7 +26,7 @@ from ..models.stored import weight_axes, weight_shape
 from ..parallel.constraints import gathered, looked_up
 from ..parallel.mesh import AnyMesh, parameter_sharding, place
 from .inject import LABEL
-from .labels import FROZEN
+from .labels import FROZEN, STATISTIC
 from .layout import Layout, ResolvedAdapter, SiteLayout
 from .merge import Merged, strip
 from .methods.base import AdaptedSite, Method
@@ -70,7 +70,7 @@ class Partition:
         dropout_keys: names of the settings that are dropout keys.
         method: of the adapted sites; None where there are none.
         adapted: names of the adapted sites.
-        trainable: float32 arrays that are differentiated.
+        trainable: float32 arrays that are differentiated; and running statistics (label `statistic`), which a forward pass updates.
         settings: untrained numbers of a member (scales, dropout rates).
         frozen: everything else, which is the base.
     """
@@ -122,6 +122,12 @@ class Partition:
             if site in self.adapted:
                 setattr(found.setdefault(site, SiteArrays(**common)), last, array)
         return found
+
+    def statistics(self, model: nnx.Module) -> Arrays:
+        """The running statistics as a forward pass of a model that `merge` made has left them."""
+        names = [name for name, label in self.labels.items() if label == STATISTIC]
+        held = dict(nnx.to_flat_state(nnx.state(model))) if names else {}
+        return {name: held[self.paths[name]].get_value() for name in names}
 
     def _at_hand(self, name: str, array: jax.Array) -> jax.Array:
         axes = self.axes.get(name)

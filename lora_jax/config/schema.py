@@ -179,6 +179,13 @@ class ModelConfig(Section):
             "or kept in memory as they are and dequantised a layer at a time where they are used."
         ),
     )
+    train_batch_stats: bool = Field(
+        default=False,
+        description=(
+            "Batch norms normalise training batches by their own mean and variance and go on with their running statistics, as in "
+            "PyTorch's train mode. Each member keeps running statistics of its own. false: they use those of the checkpoint throughout."
+        ),
+    )
     transforms: list[Annotated[TransformConfig, SECTION_LISTS["model", "transforms"]]] = Field(
         default_factory=list,
         description="What is done to the base once it is loaded, in this order: [{kind: ..., ...}]; each kind has keys of its own.",

@@ -1,4 +1,4 @@
-"""Layers of convolutional nets: convolutions of all kinds, batch norms with the statistics of pretraining, and pooling."""
+"""Layers of convolutional nets: convolutions of all kinds, batch norms with running statistics or a batch's own, and pooling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .layers import Array
+from ..errors import InputError
+from .layers import UPDATED, Array
 
 # Zeros before and behind the rows and columns; or TensorFlow's "same", which depends on the size.
 Padding = tuple[tuple[int, int], tuple[int, int]] | str
@@ -66,17 +67,54 @@ class DepthwiseConv(nnx.Conv):
 
 
 class BatchNorm(nnx.Module):
-    """(x - mean) / sqrt(var + eps) * scale + bias of each channel, with the running statistics of pretraining; in float32."""
+    """(x - mean) / sqrt(var + eps) * scale + bias of each channel (arXiv:1502.03167), in float32.
+
+    Mean and variance are the running statistics, as pretraining left them. Once `train` was called, they are in training those of the
+    batch, over which gradients flow; the running statistics, of which the variance is the unbiased one, go on as PyTorch's do.
+
+    Attributes:
+        momentum: how much of the running statistics a batch makes up.
+        use_running_average: whether the running statistics are used and stay; evaluation always does so (`nnx.view`).
+    """
 
     def __init__(self, channels: int, eps: float):
         self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
         self.mean, self.var = nnx.BatchStat(jnp.zeros(channels)), nnx.BatchStat(jnp.ones(channels))
-        self.eps = eps
+        self.eps, self.momentum, self.use_running_average = eps, 0.1, True
+
+    def train(self, momentum: float) -> None:
+        """From here on the statistics of a batch are used in training, and each member of a pack keeps running ones of its own."""
+        self.momentum, self.use_running_average = momentum, False
+        for statistic in (self.mean, self.var):
+            statistic.set_metadata(UPDATED, True)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view(model, use_running_average=True)` calls."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
     def __call__(self, x: Array) -> Array:
-        """(..., channels) -> the same."""
-        gain = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.eps)
-        return (x.astype(jnp.float32) * gain + (self.bias[...] - self.mean[...] * gain)).astype(x.dtype)
+        """(..., channels) -> the same.
+
+        Raises:
+            InputError: of a batch's statistics, where it has one value a channel.
+        """
+        mean, var = (self.mean[...], self.var[...]) if self.use_running_average else self._of_batch(x)
+        gain = self.scale[...] * jax.lax.rsqrt(var + self.eps)
+        return (x.astype(jnp.float32) * gain + (self.bias[...] - mean * gain)).astype(x.dtype)
+
+    def _of_batch(self, x: Array) -> tuple[Array, Array]:
+        values, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+        count = x.size // x.shape[-1]
+        if count < 2:
+            raise InputError(
+                "model.train_batch_stats: a batch norm is given one value a channel, whose variance is 0. "
+                "Raise training.batch_size / training.accumulate or task.image_size."
+            )
+        mean, var = values.mean(axes), values.var(axes)
+        for running, own in ((self.mean, mean), (self.var, var * (count / (count - 1)))):
+            running.set_value((1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(own))
+        return mean, var
 
 
 class Blocks(nnx.Module):

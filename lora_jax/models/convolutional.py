@@ -1,7 +1,7 @@
 """Convolutional nets over images: ResNet (arXiv:1512.03385), EfficientNet (arXiv:1905.11946) and ConvNeXt (arXiv:2201.03545).
 
-Their layers differ in shape: each is a module of its own, `blocks.0`, `blocks.1`, ..., and none is stacked. Batch norms are frozen: in
-training as in evaluation they use the running statistics of the checkpoint. Nothing is dropped.
+Their layers differ in shape: each is a module of its own, `blocks.0`, `blocks.1`, ..., and none is stacked. Batch norms use the running
+statistics of the checkpoint, in training as in evaluation, unless `model.train_batch_stats` says otherwise. Nothing is dropped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ class ConvolutionalNet(VisionBase):
     """What the nets have in common: a stem, blocks, and the mean over the last feature map for a head."""
 
     blocks: Blocks
+    drops = False
+
+    @property
+    def batch_norms(self) -> list[BatchNorm]:
+        """All of them."""
+        return [module for _, module in nnx.iter_modules(self) if isinstance(module, BatchNorm)]
 
     def stem(self, x: Array) -> Array:
         """What the blocks are given."""
@@ -169,7 +175,7 @@ class EfficientNetConfig:
         outputs: of the convolution after the last block.
         channels: of an image.
         activation: of all convolutions but the blocks' last.
-        norm_eps: of the batch norms.
+        norm_eps, norm_momentum: of the batch norms.
         dtype: of the weights and convolutions.
     """
 
@@ -180,6 +186,7 @@ class EfficientNetConfig:
     channels: int = 3
     activation: str = "silu"
     norm_eps: float = 1e-3
+    norm_momentum: float = 0.1
     dtype: Any = jnp.float32
 
 

@@ -71,6 +71,8 @@ AXES = "axes"
 # are given to the scan as its inputs, so that their gradient is stacked by it. All others hold every layer of the stack and are
 # indexed.
 PER_SEGMENT = "per_segment"
+# Likewise, of a running statistic that a forward pass in training updates (value True): each member has its own.
+UPDATED = "updated"
 # Likewise, of a variable that all layers of a stack see whole: it has no layers in front.
 OF_ALL_LAYERS = "of_all_layers"
 

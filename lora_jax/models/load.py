@@ -47,6 +47,7 @@ class BaseFiles:
         remat: what each layer keeps for the backward pass: `none` (all but weight slices), `dots` (matmul results), `full` (its input).
         scan_layers: one loop over the layers; otherwise each is compiled by itself (`Stack.scan`).
         dropout: rate of the model's own dropout while training: on the embeddings, attention's weights and each sub-layer's output.
+        train_batch_stats: whether batch norms use each batch's own statistics while training, and update their running ones.
         key: what to call the source in error messages.
         head: the kind of trained head to load with it (`models/layers.py`), if any.
         transforms: sections of what is done to the base once it is loaded (`models/transforms/`), in this order.
@@ -67,6 +68,7 @@ class BaseFiles:
         remat: str = "dots",
         scan_layers: bool = True,
         dropout: float = 0.0,
+        train_batch_stats: bool = False,
         key: str = "model.source",
         head: str | None = None,
         transforms: Sequence[TransformConfig] = (),
@@ -133,6 +135,14 @@ class BaseFiles:
         base = self.base
         if isinstance(base, Policy) and dropout:
             raise InputError(f"model.dropout: {dropout:g}, but the policy {source} has none.")
+        if isinstance(base, VisionBase) and dropout and not base.drops:
+            raise InputError(f"model.dropout: {dropout:g}, but the convolutional net {source} has none.")
+        if train_batch_stats:
+            norms = base.batch_norms if isinstance(base, VisionBase) else []
+            if not norms:
+                raise InputError(f"model.train_batch_stats: true, but {source} has no batch norms that could be trained.")
+            for norm in norms:
+                norm.train(getattr(base.config, "norm_momentum", norm.momentum))
         for stack in stacks_of(base):
             stack.remat, stack.scan = remat, scan_layers
         base.dropout = dropout
@@ -307,6 +317,7 @@ class _Options(TypedDict, total=False):
     remat: str
     scan_layers: bool
     dropout: float
+    train_batch_stats: bool
     key: str
     mesh: Mesh | None
     transforms: Sequence[TransformConfig]
@@ -333,6 +344,7 @@ def load_model(
     remat: str = "dots",
     scan_layers: bool = True,
     dropout: float = 0.0,
+    train_batch_stats: bool = False,
     key: str = "model.source",
     mesh: Mesh | None = None,
     head: str | None = None,
@@ -355,7 +367,8 @@ def load_model(
             shapes, or there is no such head.
     """
     options: dict[str, Any] = {"dtype": dtype, "remat": remat, "scan_layers": scan_layers, "dropout": dropout, "key": key}
-    return BaseFiles(source, **options, head=head, transforms=transforms, quantized=quantized).load(mesh, calibrate)
+    options |= {"transforms": transforms, "quantized": quantized, "train_batch_stats": train_batch_stats}
+    return BaseFiles(source, **options, head=head).load(mesh, calibrate)
 
 
 def class_names(hf: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from ..weights.pixels import PixelSpec
 from ..weights.provenance import Origin
+from .convolution import BatchNorm
 from .layers import Array, HeadShape
 
 
@@ -22,13 +23,15 @@ class VisionBase(nnx.Module):
     Attributes:
         config: the same.
         pixels: how images become what it is given.
-        dropout: rate of the model's own dropout, in calls that are given `dropout_rng`; what has none of its own ignores it.
+        dropout: rate of the model's own dropout, in calls that are given `dropout_rng`; 0 of a model that has none (`drops`).
         site_aliases: site path -> Hugging Face module path with `{i}` for the layer, so that those names work as targets.
         head_shapes: kind of head -> its shape, where the family has one of its own.
         origin: the checkpoint it was loaded from, if it was.
     """
 
     is_decoder = False
+    # Whether there is anything that `dropout` applies to.
+    drops = True
 
     def __init__(self, config: Any):
         self.config = nnx.static(config)
@@ -76,6 +79,11 @@ class VisionBase(nnx.Module):
     def tokens(self, size: tuple[int, int]) -> int:
         """How many positions an image of (height, width) has: what a batch's size is counted in."""
         raise NotImplementedError
+
+    @property
+    def batch_norms(self) -> list[BatchNorm]:
+        """Those whose statistics may be trained."""
+        return []
 
     @property
     def queries(self) -> int:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..adapters.inject import draw_head, fill_member, inject_layout
+from ..adapters.labels import STATISTIC
 from ..adapters.layout import Layout, ResolvedAdapter, resolve, unite
 from ..adapters.members import Window, own_windows
 from ..adapters.methods.base import Method, method_of
@@ -187,7 +188,7 @@ def trainable_count(part: Partition, spec: ResolvedAdapter, structure: Layout) -
     total = sum(spec.method.count(sites[name], int(rank)) for name, own in spec.sites.items() for rank in own.ranks if rank)
     mask = update_mask(part, spec, structure) or {}
     for name, array in part.trainable.items():
-        if name not in part.parameters:
+        if name not in part.parameters and part.labels[name] != STATISTIC:
             layers = float(jnp.mean(mask[name])) if name in mask else 1.0
             total += round(array.size * layers)
     return total

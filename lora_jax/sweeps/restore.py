@@ -143,8 +143,9 @@ def restore_member(run: Path, member: Member, *, readout: bool = False) -> Resto
     folder, config = adapter_folder_of(run, member), member.config
     section, task = config.task, task_of(config.task)
     classes = saved_classes(folder) or task.named_classes(section)
-    options: dict[str, Any] = {"transforms": config.model.transforms, "quantized": config.model.quantized, "calibrate": calibrate}
-    loaded = load_model(config.model.source, head=task.loaded_head(section), **options)
+    of, head = config.model, task.loaded_head(section)
+    options: dict[str, Any] = {"transforms": of.transforms, "quantized": of.quantized, "train_batch_stats": of.train_batch_stats}
+    loaded = load_model(of.source, head=head, calibrate=calibrate, **options)
     base = loaded.base if isinstance(loaded, Classifier) else loaded
     if classes is None and task.needs_classes(section, decoder=base.is_decoder):
         raise InputError(f"{folder}: does not record its classes; list them, in order, as task.labels in {run / 'config.yaml'}.")

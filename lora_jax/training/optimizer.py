@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ..adapters.labels import FROZEN, TRAINABLE
+from ..adapters.labels import FROZEN, STATISTIC, TRAINABLE
 from ..adapters.methods.base import Method
 from ..adapters.parameters import SiteArrays
 from ..adapters.partition import Arrays, Partition
@@ -112,9 +112,9 @@ def make_optimizer(hyper: Hyper, part: Partition, sites: Mapping[str, SiteArrays
 
         return optimizer.group(Group(part, rate, hyper.weight_decay, decayed, hyper.numbers, hyper.shapes))
 
-    own = sorted(set(labels.values()) - {*TRAINABLE, FROZEN})  # of methods that have other groups
+    own = sorted(set(labels.values()) - {*TRAINABLE, FROZEN, STATISTIC})  # of methods that have other groups
     groups: dict[Hashable, optax.GradientTransformation] = {label: group(label) for label in (*TRAINABLE, *own)}
-    groups[FROZEN] = optax.set_to_zero()
+    groups |= {FROZEN: optax.set_to_zero(), STATISTIC: optax.set_to_zero()}
     chained = [optax.clip_by_global_norm(hyper.clip_norm)]
     if method is not None and type(method).preconditioned is not Method.preconditioned:
         chained.append(optax.stateless(lambda grads, _: method.preconditioned(cast(Any, grads), sites or {})))
@@ -132,7 +132,7 @@ def eval_params(part: Partition, hyper: Hyper, state: Any, trainable: Arrays) ->
     """
     found = dict(trainable)
     if hyper.optimizer.averages:
-        for label in sorted(set(part.labels.values()) - {FROZEN}):
+        for label in sorted(set(part.labels.values()) - {FROZEN, STATISTIC}):
             own = {name: trainable[name] for name, of in part.labels.items() if of == label}
             found |= hyper.optimizer.averaged(state[-1].inner_states[label].inner_state, own)
     return found

@@ -298,8 +298,9 @@ class Preparer:
 
     def _load(self, config: Config, mesh: Mesh, head: str | None) -> Base | Classifier:
         model = config.model
-        options = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
-        files = BaseFiles(model.source, **options, head=head, transforms=model.transforms, quantized=model.quantized)
+        options: dict[str, Any] = {"dtype": model.dtype, "remat": model.remat, "scan_layers": model.scan_layers, "dropout": model.dropout}
+        options |= {"train_batch_stats": model.train_batch_stats, "transforms": model.transforms, "quantized": model.quantized}
+        files = BaseFiles(model.source, **options, head=head)
         return files.load(mesh, calibrate) if self._reads_weights(config) else apply_shapes(files.model, model.transforms)
 
     def _reads_weights(self, config: Config) -> bool:
@@ -358,6 +359,10 @@ def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan | EpisodePlan
             if mesh.shape[axis] > 1:
                 raise InputError(f"mesh.{axis}: {why} mesh.sweep splits the members.")
         return collected.plan(data.parts, training.model_dump())
+    if config.model.train_batch_stats and training.batch_size // training.accumulate % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise InputError(
+            "model.train_batch_stats: no row of a batch may be empty: training.batch_size must divide by mesh.data x mesh.fsdp."
+        )
     return data.batches(
         data.train,
         data.held_out,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..adapters.labels import STATISTIC
 from ..adapters.partition import Arrays, Partition, with_dropout_keys
 from ..models.heads import TaskModel
 from ..parallel.constraints import in_order, targets_by_rows
@@ -98,22 +99,25 @@ def train_step(
         return _collect_and_update(part, objective, state, fixed, frozen, batch, step, key)
     total = jnp.maximum(total_weight(batch), 1.0)
 
-    def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Means]]:
+    def loss_of(trainable: Arrays, micro: Batch, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Means, Arrays]]:
         settings = with_dropout_keys(part, fixed.settings, jax.random.fold_in(key, index))
         model = cast(TaskModel, part.merge(trainable, settings, frozen, training=True))
         features = model.features(micro, jax.random.fold_in(dropout_rng, index))
         loss, correct, more = sums_of(objective, model, features, micro)
-        return loss / total, (correct / total, more)
+        return loss / total, (correct / total, more, part.statistics(cast(Any, model)))
 
     def micro_step(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, Means]:
-        index, rows = micro
-        (loss, (correct, more)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, targets_by_rows(rows), index)
-        return jax.tree.map(jnp.add, carry, (loss, correct, grads)), more
+        (sums, running), (index, rows) = carry, micro
+        now = {**state.trainable, **running}
+        (loss, (correct, more, running)), grads = jax.value_and_grad(loss_of, has_aux=True)(now, targets_by_rows(rows), index)
+        return (jax.tree.map(jnp.add, sums, (loss, correct, grads)), running), more
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
-    (loss, correct, grads), more = jax.lax.scan(micro_step, zero, (jnp.arange(batch["segment_ids"].shape[0]), batch))
+    running = {name: array for name, array in state.trainable.items() if part.labels[name] == STATISTIC}
+    numbered = (jnp.arange(batch["segment_ids"].shape[0]), batch)
+    ((loss, correct, grads), running), more = jax.lax.scan(micro_step, (zero, running), numbered)
     means = {name: value.sum() / weight.sum() for name, (value, weight) in more.items()}
-    new, loss, norm = _updated(part, state, fixed, loss, grads, step)
+    new, loss, norm = _updated(part, state, fixed, loss, grads, step, running)
     return new, Metrics(loss, correct, norm, learning_rate(fixed.hyper, step), means)
 
 
@@ -149,12 +153,13 @@ def _collect_and_update(
 
 
 def _updated(
-    part: Partition, state: MemberState, fixed: MemberFixed, loss: jax.Array, grads: Arrays, step: jax.Array
+    part: Partition, state: MemberState, fixed: MemberFixed, loss: jax.Array, grads: Arrays, step: jax.Array, running: Arrays | None = None
 ) -> tuple[MemberState, jax.Array, jax.Array]:
     """One optimizer step; a member whose loss or gradient is not finite keeps its last state and stops for good.
 
     Args:
         step: int32 scalar, how many optimizer steps were before this one.
+        running: the running statistics after the step's batch, where it has changed them.
 
     Returns:
         the new state, the loss with the method's penalty, and the norm of the gradient.
@@ -172,7 +177,7 @@ def _updated(
     optimizer = make_optimizer(fixed.hyper, part, sites)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
     updates = _masked(cast(Arrays, updates), fixed.mask)
-    trainable, kept_by_method = cast(Arrays, optax.apply_updates(state.trainable, updates)), state.method
+    trainable, kept_by_method = {**cast(Arrays, optax.apply_updates(state.trainable, updates)), **(running or {})}, state.method
     if part.method is not None and part.method.has_state:
         kept_by_method, trainable = part.method.after_step(kept_by_method, trainable, grads, sites, step, fixed.hyper.steps)
     new = MemberState(trainable, optimizer_state, state.alive, kept_by_method, state.rollout)

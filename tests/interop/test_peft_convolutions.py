@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ from lora_jax.config.doors import METHODS
 from lora_jax.packing.pack import Pack
 from tests import tiny
 from tests.interop.test_convolutional_families import CASES, computed, pixels_of, shake
-from tests.interop.test_peft_curve import TOLERANCE, config, our_curve
+from tests.interop.test_peft_curve import TOLERANCE, config
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]  # PEFT warns of much that is meant
 
@@ -117,10 +118,12 @@ def test_what_peft_would_not_compute_is_refused(tmp_path: Path) -> None:
         save_peft(adapted, tmp_path / "no")
 
 
-def test_a_training_curve_of_a_resnet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", [False, True], ids=["running statistics", "batch statistics"])
+def test_a_training_curve_of_a_resnet(train: bool, tmp_path: Path) -> None:
+    """Batch norms with their running statistics, or with each batch's own: PyTorch's train mode."""
     steps, rate = 20, 3e-3
     base = saved("resnet-basic", tmp_path / "base")
-    model: Any = load_model(str(tmp_path / "base"), head="image_classification")
+    model: Any = load_model(str(tmp_path / "base"), head="image_classification", train_batch_stats=train)
     pack = Pack.build(model, [config({"rank": 3, "alpha": 6, "targets": "convolutions"}, {"learning_rate": rate})], steps)
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["convolution"], modules_to_save=["classifier"]))
     trainable = {name: np.asarray(a[0]) for name, a in pack.state.trainable.items()}
@@ -144,10 +147,14 @@ def test_a_training_curve_of_a_resnet(tmp_path: Path) -> None:
         }
         for p, y in zip(pixels, labels, strict=True)
     ]
-    found = our_curve(pack, batches)
+    state, found = pack.state, []
+    for i, batch in enumerate(batches):
+        inputs = {k: v[None] for k, v in batch.items()}
+        state, metrics = pack.programs.train(state, pack.fixed, pack.part.frozen, inputs, np.int32(i))
+        found.append(float(metrics.loss[0]))
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
-    theirs.eval()  # batch norms with their running statistics
+    theirs.train(train)
     wanted = []
     for p, y in zip(pixels, labels, strict=True):
         x = torch.from_numpy(np.asarray(model.base.normalised(p)).transpose(0, 3, 1, 2).copy())
@@ -159,3 +166,16 @@ def test_a_training_curve_of_a_resnet(tmp_path: Path) -> None:
         wanted.append(loss.item())
     assert abs(wanted[0] - wanted[-1]) > 0.05
     np.testing.assert_allclose(found, wanted, rtol=max(1e-3, TOLERANCE))
+    running = {name: a[0] for name, a in state.trainable.items() if name.endswith((".mean", ".var"))}
+    assert bool(running) == train
+    if train:
+        tensors = [t.numpy() for n, t in theirs.named_buffers() if n.endswith(("running_mean", "running_var"))]
+        own, their_own = (sorted(float(np.sum(a)) for a in each) for each in (running.values(), tensors))
+        np.testing.assert_allclose(own, their_own, rtol=1e-3, atol=1e-3)
+        with pytest.raises(InputError, match="running statistics of its own"):
+            save_peft(
+                pack.part.merge(
+                    *(jax.tree.map(lambda a: a[0], t) for t in (state.trainable, pack.fixed.settings)), pack.part.frozen, training=False
+                ),
+                tmp_path / "no",
+            )

@@ -109,6 +109,7 @@ OTHERS = {
     "task.max_new_tokens", "task.decoded_rows", "task.metrics", "task.temperature", "task.top_p",
     "model.transforms",  # tests/models/transforms
     "model.quantized",  # tests/models/test_held.py
+    "model.train_batch_stats",  # tests/training/test_batch_stats.py
     # tests/tasks/test_teachers.py
     "task.distill.teacher", "task.distill.temperature", "task.distill.alpha", "task.distill.top_k", "task.distill.disk_gb",
     "task.projection",

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from ...adapters.inject import LABEL, recall, site_modules
+from ...adapters.labels import STATISTIC
 from ...adapters.merge import plain, strip
 from ...adapters.methods.base import AdaptedSite, Method
 from ...adapters.sites import Site
@@ -70,6 +71,9 @@ class Adapter:
     """
 
     def __init__(self, model: nnx.Module):
+        labels = (v.get_metadata().get(LABEL) for _, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable))
+        if STATISTIC in labels:
+            raise InputError("model.train_batch_stats: the member has running statistics of its own, which no adapter of PEFT holds.")
         self.model = model = plain(model)
         record = recall(model)
         self.foreign: dict[str, Any] = json.loads(record.foreign) if record and record.foreign else {}

@@ -57,7 +57,8 @@ def _config(hf: Mapping[str, Any], dtype: Any) -> EfficientNetConfig:
     top = rounded(1280, width, divisor)
     if size(hf, "hidden_dim", 2560) != top:
         raise InputError(f"config.json: hidden_dim = {hf.get('hidden_dim', 2560)} is not the {top} channels of the last convolution.")
-    options = {"activation": activation(hf, "hidden_act", "swish"), "norm_eps": hf.get("batch_norm_eps", 1e-3), "dtype": dtype}
+    options = {"activation": activation(hf, "hidden_act", "swish"), "norm_eps": hf.get("batch_norm_eps", 1e-3)}
+    options |= {"norm_momentum": hf.get("batch_norm_momentum", 0.99), "dtype": dtype}
     return EfficientNetConfig(tuple(found), rounded(32, width, divisor), even(0, 1), top, size(hf, "num_channels", 3), **options)
 
 
@@ -83,7 +84,7 @@ def _timm_config(hf: Mapping[str, Any], dtype: Any) -> EfficientNetConfig:
             inputs = outputs
     top = 1280 if lite else rounded(1280, width)
     act = "relu6" if lite else "silu"
-    return EfficientNetConfig(tuple(found), stem, pads(3), top, options.channels, act, options.norm_eps, dtype)
+    return EfficientNetConfig(tuple(found), stem, pads(3), top, options.channels, act, options.norm_eps, dtype=dtype)
 
 
 def _weights(config: EfficientNetConfig) -> dict[str, Weight]:
