@@ -172,10 +172,6 @@ def test_a_training_curve_of_a_resnet(train: bool, tmp_path: Path) -> None:
         tensors = [t.numpy() for n, t in theirs.named_buffers() if n.endswith(("running_mean", "running_var"))]
         own, their_own = (sorted(float(np.sum(a)) for a in each) for each in (running.values(), tensors))
         np.testing.assert_allclose(own, their_own, rtol=1e-3, atol=1e-3)
+        trainable, settings = (jax.tree.map(lambda a: a[0], tree) for tree in (state.trainable, pack.fixed.settings))
         with pytest.raises(InputError, match="running statistics of its own"):
-            save_peft(
-                pack.part.merge(
-                    *(jax.tree.map(lambda a: a[0], t) for t in (state.trainable, pack.fixed.settings)), pack.part.frozen, training=False
-                ),
-                tmp_path / "no",
-            )
+            save_peft(pack.part.merge(trainable, settings, pack.part.frozen, training=False), tmp_path / "no")
