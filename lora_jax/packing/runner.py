@@ -21,7 +21,7 @@ from ..training.checkpoint import PackCheckpoints, Saved
 from ..training.loop import Outcome, StepTrace, train_pack
 from ..training.setup import Setup
 from ..training.trunk import Trunk
-from ..training.trunk_cache import FOLDER, TEACHER_FOLDER, keep_shared, keep_trunk
+from ..training.trunk_cache import FOLDER, keep_shared, keep_trunk
 from .choice import PackModes, check_fits
 from .execution import VMAP, PackPrograms, configured_mode
 from .pack import Member, Pack, repack
@@ -99,7 +99,7 @@ class PackRun:
         before = trunk.compiled if trunk is not None else 0
         if config.training.cache_trunk == "on":
             self._keep(trunk, config)
-        keep_shared(self.setup, Path(config.tracking.dir) / TEACHER_FOLDER, self.progress.print)
+        keep_shared(self.setup, Path(config.tracking.dir), self.progress.print)
         if (said := self.modes.settle([m.name for m in members], pack, self.setup, trunk)) is not None:
             self.progress.print(f"{self.title}: {said}")
         if known is not None and known.mode == pack.programs.mode:

@@ -17,7 +17,7 @@ from flax import nnx
 from pydantic import Field, model_validator
 
 from ..config.doors import TASKS
-from ..config.types import PositiveFloat
+from ..config.types import NonNegativeFloat, PositiveFloat
 from ..data.batching import NO_TARGET, Example
 from ..data.prompts import Prompts
 from ..data.tokens import encode_chat, messages_of, plain_ids, prompt_ids, start_ids, with_start
@@ -87,6 +87,11 @@ class PreferenceConfig(DatedConfig):
     orpo_lambda: PositiveFloat | None = Field(default=None, description="Of orpo: weight of the odds ratio. Default: 0.1.")
     desirable_weight: PositiveFloat | None = Field(default=None, description="Of kto: weight of desirable responses. Default: 1.")
     undesirable_weight: PositiveFloat | None = Field(default=None, description="Of kto: weight of undesirable responses. Default: 1.")
+
+    disk_gb: NonNegativeFloat = Field(
+        default=1.0,
+        description="How large the files of the base's log-probabilities may become, in .reference-cache below tracking.dir; 0: none.",
+    )
 
     @model_validator(mode="after")
     def _columns(self) -> PreferenceConfig:
@@ -190,7 +195,7 @@ class Preference(NextToken):
         if section.loss in _WITHOUT_REFERENCE:
             return None
         assert isinstance(base, Decoder)
-        return Shared(REFERENCE, LanguageModel(base), _reference, once=True)
+        return Shared(REFERENCE, LanguageModel(base), _reference, once=True, disk_gb=section.disk_gb)
 
     def stand_in(self, section: PreferenceConfig, column: str, row: Mapping[str, Any], classes: tuple[str, ...] | None) -> Any:
         """Any response, of the prompt's kind; a reward head has to have real ones."""

@@ -86,11 +86,15 @@ class SharedProgram:
             return self._step(self._parts[1], batch)
         return self._placed(values_of(self.known_of(pass_over), host), 1)
 
-    def known_of(self, pass_over: Iterable[HostBatch]) -> Known:
-        """What is computed once of each of the run's examples; on first use it is, `pass_over` as for `of_step`."""
-        known = self._known[0]
+    def known_of(self, batches: Iterable[HostBatch], *, held_out: bool = False) -> Known:
+        """What is computed once of each of the run's examples, or of the held-out ones; on first use it is.
+
+        Args:
+            batches: without a micro axis, that hold all of them; of held-out ones those of an evaluation.
+        """
+        known = self._known[held_out]
         if not known:
-            for one in pass_over:
+            for one in batches:
                 self._learn(known, one)
         return known
 
@@ -105,9 +109,9 @@ class SharedProgram:
             values = values_of(known, host)
         return self._placed(values, 0)
 
-    def use(self, known: Known) -> None:
-        """Takes what was computed of the run's examples before."""
-        self._known[0].update(known)
+    def use(self, known: Known, *, held_out: bool = False) -> None:
+        """Takes what was computed of the run's examples, or of the held-out ones, before."""
+        self._known[held_out].update(known)
 
     def shape(self, batch: Batch, *, micro: bool) -> jax.ShapeDtypeStruct:
         """The shape of what `of_step` (if `micro`) or `of_held_out` returns, and where it lies; nothing is computed."""

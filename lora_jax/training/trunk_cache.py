@@ -9,6 +9,7 @@ they did when the cache was filled, are computed and compared before anything is
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -32,10 +33,11 @@ from ..parallel.constraints import place_batch
 from ..parallel.mesh import to_host
 from ..weights.provenance import fingerprint
 from .setup import Setup
+from .shared import SharedProgram
 from .trunk import Trunk, TrunkFiles, TrunkStore, file_size
 
-# Their folders, below `tracking.dir`: the runs there share them.
-FOLDER, TEACHER_FOLDER = ".trunk-cache", ".teacher-cache"
+# The trunks' folder, below `tracking.dir`: the runs there share it.
+FOLDER = ".trunk-cache"
 
 _GB = 1e9
 
@@ -107,51 +109,81 @@ class _MovedError(Exception):
 
 
 def keep_shared(setup: Setup, folder: Path, say: Callable[[str], None]) -> None:
-    """Gives what a task computes once an example its file, where the task wants one: read if it is there, else computed and written.
+    """Gives what a task computes once an example its files, where the task wants them: read if they are there, else computed and written.
 
     Args:
         setup: with what is shared.
-        folder: where files go; made when one is written.
+        folder: `tracking.dir`. The files go into a folder of theirs in it, `.teacher-cache` of a teacher's.
         say: hears what is kept, or why nothing is.
     """
     shared = setup.shared
-    if shared is None or not shared.disk_gb or shared.numbers is None or shared.asked_to_keep:
+    if shared is None or not shared.once or not shared.disk_gb or shared.asked_to_keep:
         return
     shared.asked_to_keep = True
     what = shared.name.removeprefix("target_")
     if jax.process_count() > 1:
         return say(f"{what} cache: off, because it works in a single process only")
-    batches = [*setup.pass_over()]
-    lengths: dict[bytes, int] = {}
-    digest = hashlib.sha256()
-    for batch in batches:
-        lengths |= {name: stop - start for start, stop, name in spans(batch)}
-        for key in ("tokens", "positions", "segment_ids", "target_index", "target_weights", "token_types"):
-            digest.update(key.encode() + (batch[key].tobytes() if key in batch else b"-"))
-    shape, model = (sum(lengths.values()), shared.numbers), shared.model
-    own = getattr(model, "base", model)
-    facts = {
-        "teacher": [fingerprint(model), type(model).__name__, repr(getattr(own, "config", "")), shared.facts],
-        "batches": digest.hexdigest(),
-        "mesh": list(setup.mesh.shape.items()),
-        "programs": _programs(),
-    }
-    files, key = TrunkFiles(folder), hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    size = f"{len(lengths):,} texts, {file_size(shape, 4) / 1e6:,.1f} MB"
-    if file_size(shape, 4) > shared.disk_gb * _GB:
+    held_out = [_Kept.of(setup, "held-out", cast(BatchPlan, setup.plan).eval_batches())] if shared.held_out else []
+    parts = [_Kept.of(setup, "", [*setup.pass_over()]), *held_out]
+    texts, total = sum(len(part.lengths) for part in parts), sum(file_size(part.shape, 4) for part in parts)
+    size = f"{texts:,} texts, {total / 1e6:,.1f} MB"
+    if total > shared.disk_gb * _GB:
         return say(f"{what} cache: off, because {size} is more than its disk_gb allows")
-    found = files.open(key, shape, 4)
-    if found is not None:
-        cuts = np.split(found.view(np.float32), np.cumsum([*lengths.values()])[:-1])
-        shared.use(dict(zip(lengths, cuts, strict=True)))
-        return say(f"{what} cache: {size}, found in {folder}")
-    known = shared.known_of(batches)
-    try:
-        with files.write(key, shape, 4, limit=int(shared.disk_gb * _GB)) as rows:
-            rows[...] = np.concatenate([known[name] for name in lengths]).view(np.uint32)
-    except OSError as error:
-        return say(f"warning: {what} cache: none is kept, because {folder} cannot hold {size} ({error.strerror})")
-    say(f"{what} cache: {size} in {folder}")
+    files = TrunkFiles(folder / f".{what}-cache")
+    found = [files.open(part.key, part.shape, 4) for part in parts]
+    for number, (part, rows) in enumerate(zip(parts, found, strict=True)):
+        if rows is not None:
+            values = rows.view(np.float32).reshape(len(rows), *part.tail)
+            cuts = np.split(values, np.cumsum([*part.lengths.values()])[:-1])
+            shared.use(dict(zip(part.lengths, cuts, strict=True)), held_out=bool(number))
+            continue
+        known = shared.known_of(part.batches, held_out=bool(number))
+        try:
+            with files.write(part.key, part.shape, 4, limit=int(shared.disk_gb * _GB)) as rows:
+                rows[...] = np.concatenate([known[name] for name in part.lengths]).reshape(part.shape).view(np.uint32)
+        except OSError as error:
+            return say(f"warning: {what} cache: none is kept, because {files.folder} cannot hold {size} ({error.strerror})")
+    there = all(rows is not None for rows in found)
+    say(f"{what} cache: {size}{', found' if there else ''} in {files.folder}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """A file of what is computed once of each example of some batches.
+
+    Attributes:
+        batches: without a micro axis.
+        lengths: name of a text -> its tokens, in the order of the file.
+        shape: (tokens, numbers).
+        tail: the shape of what is kept of a target.
+        key: 32 hex digits of everything that the numbers follow from. Tokenizer, template and data are in the batches.
+    """
+
+    batches: list[dict[str, np.ndarray]]
+    lengths: dict[bytes, int]
+    shape: tuple[int, int]
+    tail: tuple[int, ...]
+    key: str
+
+    @classmethod
+    def of(cls, setup: Setup, part: str, batches: list[dict[str, np.ndarray]]) -> _Kept:
+        shared = cast(SharedProgram, setup.shared)
+        lengths: dict[bytes, int] = {}
+        digest = hashlib.sha256(part.encode())
+        for batch in batches:
+            lengths |= {name: stop - start for start, stop, name in spans(batch)}
+            for key in ("tokens", "positions", "segment_ids", "target_index", "target_ids", "target_weights", "token_types"):
+                digest.update(key.encode() + (batch[key].tobytes() if key in batch else b"-"))
+        own = getattr(shared.model, "base", shared.model)
+        facts = {
+            "model": [fingerprint(shared.model), type(shared.model).__name__, repr(getattr(own, "config", "")), shared.facts],
+            "batches": digest.hexdigest(),
+            "mesh": list(setup.mesh.shape.items()),
+            "programs": _programs(),
+        }
+        tail = () if shared.numbers is None else (shared.numbers,)
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        return cls(batches, lengths, (sum(lengths.values()), shared.numbers or 1), tail, key)
 
 
 def _use(stores: Sequence[TrunkStore], rows: np.ndarray) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from experiments.fuzz import bits_of_run, differing
 from lora_jax.data.batching import NO_TARGET
@@ -21,6 +24,7 @@ from lora_jax.tasks.prepare import prepare
 from lora_jax.training.evaluation import evaluate_pack
 from lora_jax.training.setup import Preparer, set_up
 from lora_jax.training.shared import keep_values, values_of
+from lora_jax.training.trunk_cache import keep_shared
 from lora_jax.weights.tokenizer import load_tokenizer
 from tests import tiny
 from tests.stopping import stop_at
@@ -250,6 +254,58 @@ def test_reference_log_probabilities_are_the_bases(hub, rows, tmp_path):
     assert len(calls) == len(setup.plan.eval_batches(setup.plan.seen())) + 1
 
 
+def references_of(made, folder):
+    """(the reference array of a training and of a held-out batch, how often the base was asked, what was said) of a new set-up."""
+    calls, said = [], []
+    setup: Any = set_up(made)
+    program = setup.shared._held_out
+    setup.shared.__dict__["_held_out"] = lambda *a: calls.append(1) or program(*a)
+    keep_shared(setup, folder, said.append)
+    batch, held_out = setup.plan.batch(1), setup.plan.eval_batches()[0]
+    arrays = setup.step_inputs(1, batch, None), setup.held_out_inputs(held_out, None)
+    return [np.asarray(inputs["target_reference"]) for inputs in arrays], len(calls), said
+
+
+def test_what_is_kept_on_disk_is_what_would_be_computed_and_nothing_else_is_used(hub, rows, tmp_path):
+    """Found by a later run of the same base, tokens and batches; not where one of them is another, or a file is not whole."""
+    made = config(hub, tmp_path / "a", rows)
+    without, asked, said = references_of(config(hub, tmp_path / "b", rows, disk_gb=0), tmp_path)
+    assert asked == 5 + 1 and not said and not (tmp_path / ".reference-cache").exists()  # of the run, and one held-out
+    first, asked, said = references_of(made, tmp_path)
+    assert asked == 5 + 2 and f"reference cache: 110 texts, 0.0 MB in {tmp_path / '.reference-cache'}" in said
+    again, asked, said = references_of(made, tmp_path)
+    assert asked == 0 and "found in" in said[0]
+    assert tiny.arrays_equal(without, first) and tiny.arrays_equal(first, again)
+
+    # Another base, other tokens, other batches.
+    weights = load_file(hub.llama / "model.safetensors")
+    shutil.copytree(hub.llama, tmp_path / "base")
+    save_file({name: a * 1.01 for name, a in weights.items()}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "texts.jsonl").write_text((rows / "texts.jsonl").read_text().replace(" good", " fine"))
+    for other in (
+        config(hub, tmp_path / "c", rows, {"model.source": str(tmp_path / "base")}),
+        config(hub, tmp_path / "d", tmp_path / "rows"),
+    ):
+        found, asked, _ = references_of(other, tmp_path)
+        assert asked == 5 + 2 and not tiny.arrays_equal(found, first)
+    assert references_of(config(hub, tmp_path / "e", rows, {"training.batch_size": 4}), tmp_path)[1] > 7
+
+    # Files that are damaged, half-written, or cut.
+    files = tmp_path / ".reference-cache"
+    keys = [path for path in sorted(files.iterdir(), key=lambda path: path.stat().st_mtime)]
+    for path in keys:
+        whole = bytearray(path.read_bytes())
+        whole[-3] ^= 4
+        path.write_bytes(whole)
+    assert references_of(made, tmp_path)[1] == 5 + 2 and references_of(made, tmp_path)[1] == 0
+    for path in files.glob("*.npy"):
+        path.rename(files / f".{path.stem.partition('-')[0]}.{socket.gethostname()}.{2**22 + 1}.part")
+    found, asked, _ = references_of(made, tmp_path)
+    assert asked == 5 + 2 and tiny.arrays_equal(found, first) and not list(files.glob("*.part"))
+    assert "more than its disk_gb allows" in references_of(config(hub, tmp_path / "f", rows, disk_gb=1e-9), tmp_path)[2][0]
+
+
 def test_what_is_kept_outlives_another_loss_and_no_other_batches(hub, rows, tmp_path):
     prepare_one = Preparer(weights=False)
     shared = [
@@ -365,7 +421,7 @@ def test_the_mesh_is_invisible(hub, rows, tmp_path, packed, loss, mesh):
 
 @SLOW
 def test_a_resumed_run_has_the_bits_it_would_have_had(hub, rows, tmp_path, monkeypatch):
-    """Stopped in the second epoch: the base's log-probabilities are computed again, in the same batches."""
+    """Stopped in the second epoch; without a file, the base's log-probabilities are computed again, in the same batches."""
     changes = ALONE | {"training.steps": 9, "training.eval_every": 4, "tracking.checkpoint_every": 3}
     whole = run_sweep(config(hub, tmp_path / "whole", rows, changes))
     stop_at(monkeypatch, 5)
