@@ -266,6 +266,7 @@ def references_of(made, folder):
     return [np.asarray(inputs["target_reference"]) for inputs in arrays], len(calls), said
 
 
+@pytest.mark.slow
 def test_what_is_kept_on_disk_is_what_would_be_computed_and_nothing_else_is_used(hub, rows, tmp_path):
     """Found by a later run of the same base, tokens and batches; not where one of them is another, or a file is not whole."""
     made = config(hub, tmp_path / "a", rows)
