@@ -230,7 +230,7 @@ def test_other_rows_that_are_wrong(hub, tokenizer, rows, tmp_path):
 
 def test_reference_log_probabilities_are_the_bases(hub, rows, tmp_path):
     """Of the batches that training and evaluation see, against the base's own logits, text by text; computed once."""
-    setup = set_up(config(hub, tmp_path, rows, {"training.accumulate": 2}))
+    setup: Any = set_up(config(hub, tmp_path, rows, {"training.accumulate": 2}))
     base = load_model(str(hub.llama))
     calls = []
     program = setup.shared._held_out
