@@ -1,4 +1,4 @@
-"""Reading a compiled program's text: which collectives it has, of how many bytes, and whether they are inside a loop."""
+"""Reading a compiled program's text: which collectives it has, of how many bytes, and whether they are inside a loop; which arrays."""
 
 from __future__ import annotations
 
@@ -69,6 +69,18 @@ def collectives(text: str) -> list[Collective]:
 def reduced_bytes(found: list[Collective]) -> int:
     """Bytes of one device that one run of the program adds up over devices."""
     return sum(c.bytes * c.trips for c in found if c.kind in ("all-reduce", "reduce-scatter"))
+
+
+def float_arrays(text: str) -> set[tuple[int, ...]]:
+    """Shapes of the arrays of floats that a compiled program makes: results of instructions, but for what is inside of a fusion."""
+    inside, found, name = set(re.findall(r" fusion\(.*?calls=%?([\w.\-]+)", text)), set(), ""
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = head[1]
+        made = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (?:f32|bf16|f16)\[([\d,]*)\]\S* ([\w\-]+)\(", line)
+        if made and name not in inside and made[2] not in ("parameter", "get-tuple-element", "bitcast"):
+            found.add(tuple(int(n) for n in made[1].split(",") if n))
+    return found
 
 
 def _computations(text: str) -> dict[str, list[str]]:

@@ -27,7 +27,7 @@ from ..adapters.partition import ORIGINAL, Partition, member_shardings, own_shap
 from ..config.schema import Config
 from ..parallel.constraints import place_batch, row_sharding
 from ..parallel.mesh import parameter_sharding
-from ..parallel.program import Program, program_bytes
+from ..parallel.program import program_bytes
 from ..tasks.objectives import Objective
 from ..tasks.on_policy import OnPolicy
 from ..training.optimizer import hyper_of
@@ -200,18 +200,31 @@ class PackShapes:
     def memory(self, members: int) -> PackMemory:
         """Compiles the training and the evaluation of so many members, and asks what they take; nothing is run or placed."""
         setup, part = self._setup, self.part
-        stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((members, *np.shape(a)), a.dtype), (part.trainable, self._fixed))
-        state = jax.eval_shape(jax.vmap(lambda t, f: init_member(part, t, f, self._objective)), *stacked)
-        state, fixed = self._placed((state, stacked[1]))
-        programs = PackPrograms(part, self._config.training.data_seed, setup.mesh, self._mode, objective=self._objective)
+        state, fixed = self._members(members)
         batch, held_out = self._batch(setup.plan.batch(0), 1), self._batch(setup.plan.eval_batches()[0], 0)
-        train = _memory_of(programs.train, state, fixed, part.frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
-        evaluate = _memory_of(programs.evaluate, state.trainable, fixed.settings, part.frozen, held_out)
+        train = program_bytes(self.compiled_step(members)) or 0
+        evaluate = program_bytes(self._programs.evaluate.lower(state.trainable, fixed.settings, part.frozen, held_out).compile()) or 0
         base, own = _bytes(part.frozen), _bytes((state, fixed))
         shared = _bytes(batch)
         # An evaluation needs less in the way of arguments; what it needs beside them counts where training has gone already.
         needed = max(train - base - own - shared, evaluate - base - _bytes((state.trainable, fixed.settings)) - _bytes(held_out))
         return PackMemory(base, shared, own + _bytes(state.trainable), max(0, needed))
+
+    def compiled_step(self, members: int) -> Any:
+        """The training step of so many members, compiled (`jax.stages.Compiled`), to look at: nothing is run or placed."""
+        batch = self._batch(self._setup.plan.batch(0), 1)
+        arguments = (*self._members(members), self.part.frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
+        return self._programs.train.lower(*arguments).compile()
+
+    @property
+    def _programs(self) -> PackPrograms:
+        return PackPrograms(self.part, self._config.training.data_seed, self._setup.mesh, self._mode, objective=self._objective)
+
+    def _members(self, count: int) -> tuple[MemberState, MemberFixed]:
+        """Of so many members, as shapes."""
+        stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *np.shape(a)), a.dtype), (self.part.trainable, self._fixed))
+        state = jax.eval_shape(jax.vmap(lambda t, f: init_member(self.part, t, f, self._objective)), *stacked)
+        return self._placed((state, stacked[1]))
 
     def _placed(self, tree: Any) -> Any:
         return jax.tree.map(_laid, tree, member_shardings(self.part, self._setup.mesh, tree))
@@ -255,10 +268,6 @@ def _base_sharding(part: Partition, name: str, mesh: Mesh) -> NamedSharding:
 
 def _laid(array: Any, sharding: NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
-def _memory_of(program: Program, *args: Any) -> int:
-    return program_bytes(program.lower(*args).compile()) or 0
 
 
 def _bytes(tree: Any) -> int:

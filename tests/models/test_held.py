@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from lora_jax.models import load as loading
 from lora_jax.models import quantized
 from lora_jax.models.heads import LanguageModel
 from lora_jax.models.quantized import Held, held_bytes
+from lora_jax.packing.cost import PackShapes
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.constraints import place_batch
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.sweeps.run import run_sweep
+from lora_jax.training.setup import Preparer
 from lora_jax.weights.four_bit import FourBit
 from lora_jax.weights.gguf_blocks import Blocks
 from lora_jax.weights.provenance import fingerprint
@@ -36,6 +39,7 @@ from lora_jax.weights.quantized import Float8, Mixed, WholeNumbers
 from lora_jax.weights.safetensors import Tensor, write_safetensors
 from tests import tiny
 from tests.gguf_files import write_gguf
+from tests.hlo import float_arrays
 from tests.stopping import stop_at
 from tests.tiny_hub import call
 
@@ -197,6 +201,20 @@ def in_float8(tensors: dict[str, np.ndarray], ends: tuple[str, ...]) -> dict[str
         else:
             found[name] = value
     return found
+
+
+@pytest.mark.slow
+def test_a_step_makes_no_weight_whole(hub, tmp_path, monkeypatch):
+    """Of its arrays of floats none is all layers of a weight, nor the vocabulary's matrix; the test would find it."""
+    transforms = [{"kind": "quantize", "block": 32, "embeddings": True}]
+    config = hub.config(tmp_path, {"model.transforms": transforms, "adapter.targets": "all-linear"}, causal=True)
+    setup: Any = Preparer(weights=False)(config)
+    table = setup.base.embed.embedding_shape
+    whole = {s for shape in ((3, 32, 64), (3, 32, 32), (3, 16, 32), table) for s in itertools.permutations(shape)}
+    for size, found in ((quantized.SLICE, {table}), (200, set())):
+        monkeypatch.setattr(quantized, "SLICE", size)
+        made = float_arrays(PackShapes(setup, [config]).compiled_step(1).as_text())
+        assert {tuple(sorted(shape)) for shape in made & whole} == {tuple(sorted(shape)) for shape in found}
 
 
 def test_experts_and_a_trained_head(hub, tmp_path):

@@ -89,5 +89,8 @@ class Quantize(BaseTransform):
         context.notes.append(f"quantised ({form.label}): {len(layers)} kinds of layers; {sizes}.")
         return model
 
+    def shapes(self, model: Any, section: QuantizeConfig) -> Any:
+        return self.apply(model, section, TransformContext(""))
+
 
 TRANSFORMS.register("quantize", Quantize())

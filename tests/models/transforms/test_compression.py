@@ -265,7 +265,7 @@ def test_a_run_is_planned_without_weights(hub, tmp_path, monkeypatch):
     """The shapes of a transformed base are known without it; a head stands on it all the same."""
     monkeypatch.setattr(loading.BaseFiles, "load", lambda *a, **k: pytest.fail("read weights"))
     for causal in (False, True):
-        for sections in ([{"kind": "low_rank", "share": 0.5}], listed(hub, "wanda")):
+        for sections in ([{"kind": "low_rank", "share": 0.5}], listed(hub, "wanda"), listed(hub, "nf4")):
             setup = Preparer(weights=False)(hub.config(tmp_path, {"model.transforms": sections}, causal=causal))
             found = {p: v for p, v in nnx.iter_graph(setup.base) if isinstance(v, nnx.Param)}
             assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in found.values())
