@@ -187,7 +187,7 @@ def process_facts(base: str, rows: int) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bases", nargs="*", choices=list(BASES), default=list(BASES), help="of SmolLM2-135M")
     parser.add_argument("--large", nargs="*", choices=list(BASES), default=list(BASES), help="of the 1B-shaped Llama")
     parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens in a batch")

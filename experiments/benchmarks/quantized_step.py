@@ -74,7 +74,7 @@ def in_turn(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bases", nargs="+", choices=[name for name in BASES if name != "float32"], default=["nf4", "int8", "q4_1"])
     parser.add_argument("--steps", type=int, default=7, help="of each base that count")
     parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens in a batch")
