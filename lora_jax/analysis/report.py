@@ -14,8 +14,10 @@ import yaml
 from ..errors import InputError
 from ..tasks.evaluators import Evaluator
 from ..tracking.files import read_json, write_atomic
+from ..tracking.panels import PICTURE
 from ..tracking.progress import clock_time
 from ..tracking.results import MemberResult, read_run
+from ..tracking.rundir import member_folder
 from ..tracking.state import read_state
 from .compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of, tested
 from .heatmap import heatmap_png
@@ -51,6 +53,7 @@ def write_report(
     summary: Mapping[str, Any] | None = None,
     metric: Evaluator | None = None,
     reference: Mapping[str, Any] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes the page.
 
@@ -63,6 +66,7 @@ def write_report(
         summary: Figures of the whole run: `compiled_programs`, `seconds`, and `data`, what became of its rows; unknown ones are left out.
         metric: What to compare by; `primary_metric` by default.
         reference: Swept key -> value of what members are compared with, as in `mark_best`; the best setting by default.
+        pictures: Member -> a PNG of a few examples with its answers; that of the best member is shown.
 
     Raises:
         InputError: The members have no metric in common.
@@ -83,6 +87,13 @@ def write_report(
     if len(rates_of(rows)) > 1 and len(tuned) > 1:
         parts += ["<h2>Each at its best learning rate</h2>", _table(tuned, metric, reference), _notes(rate_notes(tuned, rows))]
     parts += ["<h2>Members</h2>", _table(rows, metric, reference), _notes(footnotes(results, rows))]
+    shown = [m.name for row in sorted(rows, key=lambda row: not row.is_best) for m in row.members if m.name in (pictures or {})]
+    if pictures and shown:
+        source = base64.b64encode(pictures[shown[0]]).decode()
+        others = f" {PICTURE} in the folder of each other member shows its own." if len(shown) > 1 else ""
+        about_picture = f"{shown[0]} at its last evaluation, on the first validation images.{others}"
+        parts += ["<h2>Predictions</h2>", f'<p class="about">{escape(about_picture)}</p>']
+        parts.append(f'<img alt="{escape(about_picture)}" src="data:image/png;base64,{source}">')
     if isinstance(data := (summary or {}).get("data"), list):
         parts += ["<h2>Data</h2>", _notes([str(line) for line in data])]
     if environment:
@@ -110,6 +121,7 @@ def report_run(run_dir: Path | str) -> Path:
     environment = read_json(run_dir / "environment.json") if (run_dir / "environment.json").exists() else {}
     text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     config = read_config(run_dir)
+    files = {r.name: run_dir / member_folder(r.name) / PICTURE for r in results}
     return write_report(
         run_dir / "report.html",
         results,
@@ -118,6 +130,7 @@ def report_run(run_dir: Path | str) -> Path:
         environment=environment,
         summary=read_state(run_dir).summary,
         reference=(config.get("sweep") or {}).get("reference"),
+        pictures={name: file.read_bytes() for name, file in files.items() if file.is_file()},
     )
 
 

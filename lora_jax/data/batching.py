@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .examples import NO_TARGET, Example, Examples, Scorer
+from .examples import NO_TARGET, Example, Examples, Painter, Scorer
 from .order import balance, best_fit, epoch_order, rows_needed
 
 # What other files take from here, too.
-__all__ = ["NO_TARGET", "Batch", "BatchPlan", "Example", "Examples", "Scorer"]
+__all__ = ["NO_TARGET", "Batch", "BatchPlan", "Example", "Examples", "Painter", "Scorer"]
 
 Batch = dict[str, np.ndarray]
 

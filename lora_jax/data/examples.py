@@ -18,6 +18,8 @@ NO_TARGET = -1
 
 # What was answered at each example's targets, in order -> metric -> value: a number, or an array (`TaskMetrics.tables`).
 Scorer = Callable[[Sequence[np.ndarray]], dict[str, Any]]
+# The same answers shown with a few of the examples: a PNG.
+Painter = Callable[[Sequence[np.ndarray]], bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Examples:
         prompts: what is decoded when a model is evaluated on these; None where nothing is.
         decoder_tokens: a (target length,) int32 array for each, to which the targets belong; None where no encoder-decoder sees them.
         parts: a (parts, 2) int32 array for each, as in `Example`; None where each is one text.
+        picture: shows answers; None where there is nothing to see.
     """
 
     tokens: Sequence[np.ndarray]
@@ -71,6 +74,7 @@ class Examples:
     prompts: Prompts | None = None
     decoder_tokens: Sequence[np.ndarray] | None = None
     parts: list[np.ndarray] | None = None
+    picture: Painter | None = None
 
     @classmethod
     def of(cls, examples: Sequence[Example], score: Scorer | None = None, prompts: Prompts | None = None) -> Examples:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..weights.pixels import INTERPOLATIONS, PixelSpec
-from .batching import DATA_ORDER, Batch, Scorer
+from .batching import DATA_ORDER, Batch, Painter, Scorer
 from .images import StoredImage, fitted, values_of
 from .order import epoch_order
 
@@ -94,6 +94,7 @@ class ImageExamples:
         cache: of what is decoded.
         augment: of training steps.
         score: the task's own metrics.
+        picture: shows a few images with answers.
         workers: threads that decode.
     """
 
@@ -105,6 +106,7 @@ class ImageExamples:
     augment: Augment = Augment()
     score: Scorer | None = None
     workers: int = 4
+    picture: Painter | None = None
     prompts = types = values = None
 
     def __len__(self) -> int:
@@ -134,7 +136,9 @@ class ImageExamples:
 
     def take(self, chosen: Sequence[int]) -> ImageExamples:
         """The examples at these indices, without what scores them all."""
-        return dataclasses.replace(self, images=[self.images[i] for i in chosen], classes=self.classes[list(chosen)], score=None)
+        return dataclasses.replace(
+            self, images=[self.images[i] for i in chosen], classes=self.classes[list(chosen)], score=None, picture=None
+        )
 
     def pixels(self, index: int) -> np.ndarray:
         """(height, width, channels) uint8: an image as evaluations see it."""
@@ -185,14 +189,27 @@ def _picture(values: np.ndarray) -> Any:
 
 def _random_crop(image: Any, area: tuple[float, float], spec: PixelSpec, random: np.random.Generator) -> Any:
     """A random part of an image, resized to `spec.size`."""
+    window = crop_window(image.size, area, random)
+    if window is None:
+        return fitted(image, spec)
+    left, top, width, height = window
     size = spec.size[1], spec.size[0]
+    return image.resize(size, INTERPOLATIONS.index(spec.interpolation), (left, top, left + width, top + height))
+
+
+def crop_window(size: tuple[int, int], area: tuple[float, float], random: np.random.Generator) -> tuple[int, int, int, int] | None:
+    """Left, top, width and height of a random part of an image; None of one so long that no such part fits.
+
+    Args:
+        size: (width, height) of the image.
+        area: as `Augment.crop`.
+    """
     for _ in range(10):
-        share, ratio = random.uniform(*area) * image.width * image.height, math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        share, ratio = random.uniform(*area) * size[0] * size[1], math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
         width, height = round(math.sqrt(share * ratio)), round(math.sqrt(share / ratio))
-        if 0 < width <= image.width and 0 < height <= image.height:
-            left, top = int(random.integers(image.width - width + 1)), int(random.integers(image.height - height + 1))
-            return image.resize(size, INTERPOLATIONS.index(spec.interpolation), (left, top, left + width, top + height))
-    return fitted(image, spec)  # an image so long that no such part fits
+        if 0 < width <= size[0] and 0 < height <= size[1]:
+            return int(random.integers(size[0] - width + 1)), int(random.integers(size[1] - height + 1)), width, height
+    return None
 
 
 def _jittered(values: np.ndarray, most: float, random: np.random.Generator) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from ..parallel.processes import is_writer
 from ..tasks.evaluators import EVALUATORS
 from ..tracking import MemberResult, MemberWriter, NullWriter, Progress, RunDirectory, write_atomic
-from ..tracking.panels import confusion_png, samples_table
+from ..tracking.panels import PICTURE, confusion_png, samples_table
 from ..training.adapter_files import adapter_identity, save_adapter
 from ..training.evaluation import Tested
 from ..training.loop import Outcome
@@ -96,6 +96,13 @@ class Recorder:
         if (prompts := self.setup.data.held_out.prompts) is not None:
             for writer, own in zip(self.writers, texts, strict=True):
                 writer.text(step, "eval/samples", samples_table(prompts.inputs, prompts.references, own))
+
+    def on_pictures(self, step: int, pictures: list[bytes]) -> None:
+        """A panel of examples with answers; the newest for the report too."""
+        for member, writer, png in zip(self.members, self.writers, pictures, strict=True):
+            writer.image(step, "eval/predictions", png)
+            if is_writer():
+                write_atomic(self.run.member(member.name) / PICTURE, png)
 
     def _numbers(self, metrics: dict[str, np.ndarray], index: int) -> dict[str, float]:
         """A member's metrics, without its tables."""

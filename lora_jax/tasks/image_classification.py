@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ..config.doors import TASKS
 from ..config.types import NonNegativeFloat
@@ -18,13 +19,11 @@ from ..models.vision import VisionBase
 from .base import Columns, Encoded, Prediction, Rows, TaskData, TaskMetrics, ToAnswer
 from .classification import Labelled, class_f1
 from .evaluators import Evaluator, register
-from .images import TWO, ImagesConfig, Reader, pixel_spec
+from .images import ImagesConfig, Reader, pixel_spec
 from .prepare import Part, split
 
 register(Evaluator("top5_accuracy", True, percent=True))
 TOP5 = 5
-
-_Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class ImageClassificationConfig(ImagesConfig):
@@ -32,22 +31,12 @@ class ImageClassificationConfig(ImagesConfig):
     image: str = Field(default="image", description="Image column of a table: files' bytes, paths, or datasets' Image.")
     label: str = Field(default="label", description="Label column of a table. In a folder of folders, their names are the labels.")
     labels: list[str] | None = Field(default=None, description="Class names in order. Default: those in the data, sorted.")
-    random_crop: Annotated[list[_Share], TWO] | None = Field(
-        default=None, description="In training, a random part of so large a share of the area, [least, most], resized. Default: the centre."
-    )
     mixup: NonNegativeFloat = Field(default=0.0, description="Mixup (arXiv:1710.09412): a of Beta(a, a). 0: off.")
-
-    @model_validator(mode="after")
-    def _crop(self) -> ImageClassificationConfig:
-        if self.random_crop is not None and self.random_crop[0] > self.random_crop[1]:
-            raise ValueError(f"'random_crop' is [least, most], got {self.random_crop}")
-        return self
 
     @property
     def augment(self) -> Augment:
         """What changes images at random."""
-        crop = None if self.random_crop is None else (self.random_crop[0], self.random_crop[1])
-        return Augment(crop, self.flip, self.color_jitter, self.mixup)
+        return dataclasses.replace(super().augment, mixup=self.mixup)
 
 
 class ImageClassification(Labelled):

@@ -21,6 +21,7 @@ from .base import HeadTaskConfig, Rows
 
 # A list of two numbers.
 TWO = Field(min_length=2, max_length=2)
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class ImagesConfig(HeadTaskConfig):
@@ -28,6 +29,9 @@ class ImagesConfig(HeadTaskConfig):
 
     image_size: PositiveInt | Annotated[list[PositiveInt], TWO] | None = Field(
         default=None, description="Side, or [height, width], in pixels that images are resized and cut to. Default: the model's own."
+    )
+    random_crop: Annotated[list[Share], TWO] | None = Field(
+        default=None, description="In training, a random part of so large a share of the area, [least, most], resized. Default: none."
     )
     flip: Fraction = Field(default=0.0, description="In training, the probability that an image is mirrored.")
     color_jitter: Fraction = Field(default=0.0, description="In training, brightness, contrast and saturation change by up to this share.")
@@ -42,12 +46,15 @@ class ImagesConfig(HeadTaskConfig):
             raise ValueError("'max_length' counts tokens of texts; for images give 'image_size'")
         if self.token_cache != TaskConfig.model_fields["token_cache"].default:
             raise ValueError("'token_cache' keeps tokens of texts; of images 'cache' and 'cache_bytes' say what is kept")
+        if self.random_crop is not None and self.random_crop[0] > self.random_crop[1]:
+            raise ValueError(f"'random_crop' is [least, most], got {self.random_crop}")
         return self
 
     @property
     def augment(self) -> Augment:
         """What changes images at random."""
-        return Augment(flip=self.flip, jitter=self.color_jitter)
+        crop = None if self.random_crop is None else (self.random_crop[0], self.random_crop[1])
+        return Augment(crop, self.flip, self.color_jitter)
 
 
 def pixel_spec(section: ImagesConfig, base: VisionBase, *, whole: bool = False) -> PixelSpec:

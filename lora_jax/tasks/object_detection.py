@@ -27,6 +27,7 @@ from ..models.vision import VisionBase
 from ..weights.load import resolve
 from .base import Columns, Encoded, Prediction, Rows, Task, TaskData, TaskMetrics, ToAnswer
 from .detection_metrics import coco_scores, detections
+from .detection_pictures import IMAGES, detections_png
 from .evaluators import Evaluator, register
 from .images import ImagesConfig, Reader
 from .objectives import Means, Objective
@@ -47,6 +48,7 @@ class ObjectDetectionConfig(ImagesConfig):
     no_object: NonNegativeFloat = Field(default=0.1, description="Weight of the cross-entropy where there is no object.")
     box_weight: NonNegativeFloat = Field(default=5.0, description="Weight of the L1 distance of boxes, in the loss and in the matching.")
     giou_weight: NonNegativeFloat = Field(default=2.0, description="Weight of 1 - GIoU of boxes, in the loss and in the matching.")
+    min_visible: Fraction = Field(default=0.3, description="Share of an object's box that `random_crop` must leave for it to count.")
     min_score: Fraction = Field(default=LEAST_SCORE, description="Least probability of the objects that predictions name.")
 
 
@@ -144,7 +146,8 @@ class ObjectDetection(Task):
             objects, sizes = [o.objects for o in found], [o.size for o in found]
             scorer = _scorer(objects, sizes, len(names))
             plain = reader.examples(rows.columns["image"], np.zeros(len(found), np.int32), own, scorer)
-            made = ObjectExamples.of(plain, objects, sizes, most=max(most, 1))
+            picture = _drawing(plain.images, found, names, section.min_score) if part is parts[1] else None
+            made = ObjectExamples.of(plain, objects, sizes, most=max(most, 1), visible=section.min_visible, picture=picture)
             beside = 0 if part is not training else sum(len(other.at) for other in parts[1:] if other.key == training.key)
             counts = {"others": part.others, "sampled": len(part.at) < len(part.rows) - beside}
             return made, Taken(part.name, part.rows.source, len(part.rows), len(part.at), 0, {}, **counts)
@@ -242,6 +245,20 @@ def _scorer(objects: Sequence[Objects], sizes: Sequence[tuple[int, int]], classe
         return coco_scores(sizes, wanted, [detections(a[0, :, :-4], a[0, :, -4:]) for a in answers], classes)
 
     return score
+
+
+def _drawing(
+    images: Sequence[StoredImage], found: Sequence[_Found], classes: Sequence[str], least: float
+) -> Callable[[Sequence[np.ndarray]], bytes]:
+    """Draws answers, as `_scorer` is given them, on the first images."""
+
+    def picture(answers: Sequence[np.ndarray]) -> bytes:
+        right = [[(o["class"], o["box"]) for o in _written(own, classes)] for own in found[:IMAGES]]
+        said = [_named(a[0], own.size, classes, least) for a, own in zip(answers[:IMAGES], found[:IMAGES], strict=True)]
+        labelled = [[(f"{o['class']} {o['score']:.2f}", o["box"]) for o in reversed(one)] for one in said]
+        return detections_png(images[:IMAGES], right, labelled, least=least)
+
+    return picture
 
 
 def _named(answer: np.ndarray, size: tuple[int, int], classes: Sequence[str], least: float) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from io import BytesIO
 
 import numpy as np
 
+# The file in a member's folder with a few examples and what it answered at its last evaluation.
+PICTURE = "predictions.png"
 # Samples of a panel, and characters of a text in it.
 SAMPLES, CHARACTERS = 6, 1200
 # With more classes than this their names and counts could not be read.

@@ -55,6 +55,7 @@ def evaluate_pack(
     trunk: Trunk | None = None,
     sums: list[tuple[float, np.ndarray, np.ndarray]] | None = None,
     texts: list[list[str]] | None = None,
+    pictures: list[bytes] | None = None,
 ) -> dict[str, np.ndarray]:
     """Every member's metrics (`TaskMetrics.held_out`) on the held-out examples, or on `examples`: name -> (members,) array.
 
@@ -68,6 +69,7 @@ def evaluate_pack(
         trunk: as in `train_pack`.
         sums: gets the targets (or examples, where those are counted), summed loss and right predictions, (members,) each, of every batch.
         texts: gets what each member generated, a text for each of `Examples.prompts`.
+        pictures: gets `Examples.picture` of each member's answers, where there is one.
     """
     examples = setup.data.held_out if examples is None else examples
     evaluators = [EVALUATORS.get(name, "task.kind") for name in setup.metrics.held_out]
@@ -86,7 +88,11 @@ def evaluate_pack(
             sums.append((float(total_weight(batch)), np.asarray(scalars[0]), np.asarray(scalars[1])))
     loss, right = (np.sum([np.asarray(s[i]) for s in of_batches], axis=0) / weight for i in range(2))
     means = _means([s[2] for s in of_batches])
-    scores = _scores(setup.plan.eval_groups(examples), examples, answers, of_answers) if answers else {}
+    groups = setup.plan.eval_groups(examples)
+    scores = _scores(groups, examples, answers, of_answers) if answers else {}
+    if pictures is not None and examples.picture is not None:
+        members = range(len(pack.configs))
+        pictures += [examples.picture(by_example(groups, examples, [batch[member] for batch in answers])) for member in members]
     if examples.prompts is not None:
         generated = decode_pack(pack, setup, trainable, examples.prompts)
         scores |= _scores_of_texts(generated, examples.prompts, evaluators)

@@ -45,6 +45,9 @@ class Listener(Protocol):
     def on_texts(self, step: int, texts: list[list[str]]) -> None:
         """What each member generated in that evaluation, where the task is evaluated by texts: one for each of `Examples.prompts`."""
 
+    def on_pictures(self, step: int, pictures: list[bytes]) -> None:
+        """A PNG of each member's answers in that evaluation, where its examples can be shown (`Examples.picture`)."""
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -168,12 +171,15 @@ def train_pack(
             clock.pause()
             arrays = pack.eval_params(state)
             texts: list[list[str]] = []
-            final = evaluate_pack(pack, setup, arrays, trunk=trunk, texts=texts)
+            pictures: list[bytes] = []
+            final = evaluate_pack(pack, setup, arrays, trunk=trunk, texts=texts, pictures=pictures)
             if best.offer(done, final, arrays) and checkpoints is not None and best.arrays is not None:
                 checkpoints.save_best(done, best.arrays)
             listener.on_eval(done, final)
             if texts:
                 listener.on_texts(done, texts)
+            if pictures:
+                listener.on_pictures(done, pictures)
             clock.resume()
         if checkpoints is not None:
             stopping = done < last and stop(done)

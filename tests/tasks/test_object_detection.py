@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,20 @@ pytest.importorskip("pycocotools")
 from experiments.fuzz import bits_of_run, differing
 from lora_jax.config.load import load_config
 from lora_jax.config.schema import MeshConfig
+from lora_jax.data.coco import Objects
+from lora_jax.data.image_batches import Augment, ImageCache, ImageExamples, crop_window
+from lora_jax.data.images import StoredImage
+from lora_jax.data.object_batches import ObjectExamples
 from lora_jax.errors import Stopped
 from lora_jax.packing.pack import Pack
 from lora_jax.parallel.constraints import place_batch
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tasks.base import task_of
+from lora_jax.tasks.detection_pictures import RIGHT, SAID
 from lora_jax.tracking import Progress
 from lora_jax.training.setup import place_model, set_up
+from lora_jax.weights.pixels import PixelSpec
 from tests import tiny
 from tests.stopping import stop_at
 from tests.tiny_hub import call
@@ -161,6 +169,58 @@ def test_boxes_follow_a_mirrored_image(folder):
     real = before[:, 0] > 0
     np.testing.assert_allclose(after[real, 2], 1 - before[real, 2], rtol=1e-6)
     np.testing.assert_array_equal(after[:, [0, 1, 3, 4, 5]], before[:, [0, 1, 3, 4, 5]])
+
+
+def test_boxes_follow_a_random_crop(tmp_path):
+    """Beside the bright pixels of the crop; an object of which too little is left does not count."""
+    from PIL import Image
+
+    canvas = np.zeros((90, 120, 3), np.uint8)
+    canvas[30:60, 20:80] = 255
+    Image.fromarray(canvas).save(tmp_path / "a.png")
+    found = Objects(np.array([1], np.int32), np.array([[20, 30, 60, 30]], np.float32), np.array([1800], np.float32), np.array([False]))
+    spec, augment = PixelSpec((128, 128), squash=True, interpolation="bilinear"), Augment((0.1, 0.5), flip=0.5)
+    plain = ImageExamples([StoredImage("a", tmp_path / "a.png")], np.zeros(1, np.int32), spec, 1, ImageCache(10**6), augment)
+    examples = ObjectExamples.of(plain, [found], [(120, 90)], most=1, visible=0.4)
+    counts = [0, 0]
+    for number in range(40):
+        seed = [5, number]
+        window = crop_window((120, 90), (0.1, 0.5), np.random.default_rng(np.random.SeedSequence(seed)))
+        assert window is not None
+        left, top, width, height = window
+        share = (canvas[top : top + height, left : left + width, 0] > 0).sum() / 1800
+        row, bright = examples.values(0, seed), examples.augmented(0, seed)[..., 0] > 127
+        counts[int(row[0])] += 1
+        assert (row[0] == 1) == (share >= 0.4)
+        if row[0]:
+            rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+            edges = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / 128
+            np.testing.assert_allclose([*(row[2:4] - row[4:] / 2), *(row[2:4] + row[4:] / 2)], edges, atol=0.02)
+            assert row[1] == 1
+        else:
+            assert not row.any()
+    assert min(counts) > 5
+
+
+@pytest.mark.slow
+def test_a_few_validation_images_are_drawn_with_what_is_found(folder):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"sweep": {"grid": {"adapter.rank": [1, 2]}}, "task__min_score": 0.0, "task__random_crop": [0.3, 1.0]}
+    done = call("sweep", write(folder, "drawn", **options))
+    assert done.code == 0, done.err
+    run, drawn = folder / "runs" / "drawn", []
+    for file in sorted(run.glob("*/results.json")):
+        drawn.append((file.parent / "predictions.png").read_bytes())
+        images = EventAccumulator(str(file.parent)).Reload().Images("eval/predictions")
+        assert [image.step for image in images] == [2, 4] and images[-1].encoded_image_string == drawn[-1]
+        picture = np.asarray(Image.open(io.BytesIO(drawn[-1])).convert("RGB")).reshape(-1, 3)
+        for color in (RIGHT, SAID):
+            assert (picture == color).all(-1).sum() > 500
+    page = (run / "report.html").read_text()
+    assert len(drawn) == 2 and sum(base64.b64encode(png).decode() in page for png in drawn) == 1
+    assert "at its last evaluation, on the first validation images" in page
 
 
 @pytest.mark.slow
