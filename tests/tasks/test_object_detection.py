@@ -161,8 +161,9 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_went_through(folder, monke
 
 
 def test_boxes_follow_a_mirrored_image(folder):
-    setup = set_up(load_config(write(folder, "flips", task__flip=0.99)))
+    setup = set_up(load_config(write(folder, "flips", task__flip=0.99, task__min_visible=0.4)))
     examples: Any = setup.data.train
+    assert examples.visible == 0.4
     plain, mirrored = examples.pixels(0), examples.augmented(0, [1])
     np.testing.assert_array_equal(mirrored, plain[:, ::-1])
     before, after = (examples.values(0, seed).reshape(-1, 6) for seed in (None, [1]))
