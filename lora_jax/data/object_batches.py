@@ -47,7 +47,8 @@ class ObjectExamples(ImageExamples):
     ) -> ObjectExamples:
         """Images with what is in them."""
         own: dict[str, Any] = {field.name: getattr(images, field.name) for field in dataclasses.fields(images)}
-        return cls(**own | {"picture": picture}, objects=objects, sizes=sizes, most=most, visible=visible)
+        own["picture"] = picture
+        return cls(**own, objects=objects, sizes=sizes, most=most, visible=visible)
 
     @functools.cached_property
     def digest(self) -> str:

@@ -33,7 +33,7 @@ def detections_png(
     from PIL import Image, ImageDraw, ImageFont
 
     font: Any = ImageFont.load_default(_TEXT)
-    tiles = [_tile(image, *boxes, font) for image, *boxes in zip(images, right, said, strict=True)]
+    tiles = [_tile(image, wanted, given, font) for image, wanted, given in zip(images, right, said, strict=True)]
     columns = min(COLUMNS, len(tiles))
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in row) + _LINE + _GAP for row in rows]

@@ -88,9 +88,9 @@ def evaluate_pack(
             sums.append((float(total_weight(batch)), np.asarray(scalars[0]), np.asarray(scalars[1])))
     loss, right = (np.sum([np.asarray(s[i]) for s in of_batches], axis=0) / weight for i in range(2))
     means = _means([s[2] for s in of_batches])
-    groups = setup.plan.eval_groups(examples)
+    groups = setup.plan.eval_groups(examples) if answers else []
     scores = _scores(groups, examples, answers, of_answers) if answers else {}
-    if pictures is not None and examples.picture is not None:
+    if pictures is not None and answers and examples.picture is not None:
         members = range(len(pack.configs))
         pictures += [examples.picture(by_example(groups, examples, [batch[member] for batch in answers])) for member in members]
     if examples.prompts is not None:

@@ -280,7 +280,8 @@ def test_the_parts_of_the_loss_weigh_as_the_config_says(folder):
 
     def loss(**weights):
         section: Any = load_config(write(folder, "weights", **weights)).task
-        total, _, means = task_of(section).loss(section)(model, found, batch)
+        objective: Any = task_of(section).loss(section)
+        total, _, means = objective(model, found, batch)
         parts.update({name: float(value) / 2 for name, (value, _) in means.items()})
         return float(total) / 2
 
