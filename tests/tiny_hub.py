@@ -125,7 +125,7 @@ def write_hub(folder: Path) -> TinyHub:
     names = ("bert", "llama", "reviews.csv", "questions.jsonl", "tags.jsonl", "facts.jsonl")
     hub = TinyHub(*(folder / name for name in names))
     _write_bert(hub.bert)
-    _write_llama(hub.llama)
+    write_llama(hub.llama)
     rng = np.random.default_rng(0)
     rows = [_review(rng, i) for i in range(120)]
     hub.reviews.write_text(
@@ -167,8 +167,10 @@ def _fact(rng: np.random.Generator, number: int) -> dict[str, Any]:
     }
 
 
-def _tokenizer(folder: Path, first: tuple[str, ...], unknown: str, special: tuple[str, ...] = ()) -> Tokenizer:
-    vocabulary = {word: i for i, word in enumerate([*first, *special, *WORDS])}
+def _tokenizer(
+    folder: Path, first: tuple[str, ...], unknown: str, special: tuple[str, ...] = (), words: tuple[str, ...] = WORDS
+) -> Tokenizer:
+    vocabulary = {word: i for i, word in enumerate([*first, *special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (*first, *special)])
@@ -206,13 +208,14 @@ def _write_bert(folder: Path) -> None:
     _write_model(folder, config, shapes, {f"{n}.weight" for n in norms}, {f"{n}.bias" for n in norms})
 
 
-def _write_llama(folder: Path) -> None:
+def write_llama(folder: Path, words: tuple[str, ...] = WORDS) -> None:
+    """A random decoder of 3 layers, whose tokenizer knows these words."""
     folder.mkdir(parents=True)
     first = ("<unk>", "</s>")
-    _tokenizer(folder, first, "<unk>", CHAT_TOKENS).save(str(folder / "tokenizer.json"))
+    _tokenizer(folder, first, "<unk>", CHAT_TOKENS, words).save(str(folder / "tokenizer.json"))
     names = {"eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHAT, "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    vocabulary = len(first) + len(CHAT_TOKENS) + len(WORDS)
+    vocabulary = len(first) + len(CHAT_TOKENS) + len(words)
     config = {
         "model_type": "llama", "hidden_size": WIDTH, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": HIDDEN,
         "num_hidden_layers": DEPTH, "vocab_size": vocabulary, "hidden_act": "silu", "tie_word_embeddings": True,

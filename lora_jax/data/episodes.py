@@ -24,21 +24,24 @@ class Collected(ABC):
         said: what it is, for a person to read.
         given: keys of `training` that say something of it.
         rows: whether examples are rows of a source, which can be shown.
+        cut: whether a batch can be cut over the devices of a mesh.
         room: tokens that are added to those of an example.
     """
 
     said: str
     given: frozenset[str] = frozenset()
     rows: bool = False
+    cut: bool = False
     room: int
 
     @abstractmethod
-    def plan(self, parts: Sequence[Examples], training: Mapping[str, Any]) -> EpisodePlan | PromptPlan:
+    def plan(self, parts: Sequence[Examples], training: Mapping[str, Any], *, row_multiple: int = 1) -> EpisodePlan | PromptPlan:
         """The batches of a run.
 
         Args:
             parts: training and held-out examples, and test examples where there are any.
             training: the keys of the config's section.
+            row_multiple: by how many devices rows are shared; 1 unless `cut`.
 
         Raises:
             InputError: a key will not do.
@@ -66,7 +69,7 @@ class Episodes(Collected):
         """The evaluated episodes as examples, each of its number alone; `score` as in `Examples`."""
         return Examples([np.array([i], np.int32) for i in range(self.evaluated)], [np.zeros(1, np.int32)] * self.evaluated, score=score)
 
-    def plan(self, parts: Sequence[Examples], training: Mapping[str, Any]) -> EpisodePlan:
+    def plan(self, parts: Sequence[Examples], training: Mapping[str, Any], *, row_multiple: int = 1) -> EpisodePlan:
         """Of so many training steps."""
         return EpisodePlan(self, steps=training["steps"] + training["extend_steps"], seed=training["data_seed"])
 
@@ -141,14 +144,21 @@ class PromptRows(Collected):
     evaluated: int
     said: str
     given = frozenset({"batch_size", "epochs"})
-    rows = True
+    rows = cut = True
 
-    def plan(self, parts: Sequence[Examples], training: Mapping[str, Any]) -> PromptPlan:
+    def plan(self, parts: Sequence[Examples], training: Mapping[str, Any], *, row_multiple: int = 1) -> PromptPlan:
         """Of so many training steps, or passes over the prompts."""
         size = training["batch_size"]
+        if size % row_multiple:
+            raise InputError(f"training.batch_size: {size}, which {row_multiple} devices (mesh.data * mesh.fsdp) cannot share evenly.")
         if size * self.completions % self.parts:
             raise InputError(
                 f"task.minibatches: {self.parts} must divide training.batch_size * task.completions ({size * self.completions})."
+            )
+        if size * self.completions // self.parts % row_multiple:
+            raise InputError(
+                f"task.minibatches: of {size * self.completions // self.parts} completions each, which {row_multiple} devices "
+                "(mesh.data * mesh.fsdp) cannot share evenly."
             )
         options = {"steps": training["steps"], "epochs": training["epochs"], "extra_steps": training["extend_steps"]}
         return PromptPlan(parts, batch_size=size, evaluated=self.evaluated, seed=training["data_seed"], **options)

@@ -28,6 +28,7 @@ from ..generation.decoding import DecodingParams, continued
 from ..generation.sampling import Sampling
 from ..generation.special import stop_tokens
 from ..models.decoder import Decoder
+from ..parallel.constraints import by_rows
 from .base import Base, Columns, Encoded, Prediction, Rows, TaskData, TaskMetrics, one_or_all
 from .generated import METRICS, Generated, GeneratedConfig, Names
 from .objectives import target_log_probs
@@ -172,7 +173,9 @@ class Groups(OnPolicy):
         """Completions with their advantages and log-probabilities, arrays (prompts * completions, ...), and which each update learns of."""
         section, judge = self._section, self._judge
         assert judge is not None
-        tokens, mask, prompts = (jnp.repeat(batch[name][0], section.completions, axis=0) for name in ("tokens", "segment_ids", "prompts"))
+        # On a mesh each device has its own rows, of all that is computed of completions.
+        columns = (batch[name][0] for name in ("tokens", "segment_ids", "prompts"))
+        tokens, mask, prompts = (by_rows(jnp.repeat(column, section.completions, axis=0)) for column in columns)
         sampling = Sampling(section.sampling_temperature)
         seeds = jax.random.bits(jax.random.fold_in(key, 1), prompts.shape, jnp.uint32)
         new, real = self._complete(model, tokens, mask, seeds, sampling)
@@ -207,7 +210,7 @@ class Groups(OnPolicy):
     def part(self, collected: Tree, index: jax.Array) -> Tree:
         """A minibatch."""
         found, chosen, _ = collected
-        return jax.tree.map(lambda a: a[chosen[index]], found)
+        return jax.tree.map(lambda a: by_rows(a[chosen[index]]), found)
 
     def loss(self, model: Any, part: Tree) -> jax.Array:
         """`grpo_loss` of a minibatch."""
@@ -234,7 +237,7 @@ class Groups(OnPolicy):
         new = continued(base, tokens, mask, params, sampling.method, self._section.max_new_tokens)
         ends = jnp.isin(new, stop)
         real = jnp.cumsum(ends, axis=1) - ends == 0
-        return jnp.where(real, new, pad), real
+        return by_rows(jnp.where(real, new, pad)), by_rows(real)
 
     def _log_probs(self, model: Any, seen: Tree) -> jax.Array:
         """(rows, max_new_tokens) float32: of each token of the completions, at the temperature that they were sampled at."""

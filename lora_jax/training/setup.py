@@ -355,10 +355,10 @@ def _plan(config: Config, data: TaskData, mesh: Mesh) -> BatchPlan | EpisodePlan
                 raise InputError(f"training.{key}: {why}")
         if training.steps is None and "epochs" not in collected.given:
             raise InputError(f"training.epochs: {why} Give training.steps.")
-        for axis in ("data", "fsdp"):
+        for axis in () if collected.cut else ("data", "fsdp"):
             if mesh.shape[axis] > 1:
                 raise InputError(f"mesh.{axis}: {why} mesh.sweep splits the members.")
-        return collected.plan(data.parts, training.model_dump())
+        return collected.plan(data.parts, training.model_dump(), row_multiple=mesh.shape["data"] * mesh.shape["fsdp"])
     if config.model.train_batch_stats and training.batch_size // training.accumulate % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise InputError(
             "model.train_batch_stats: no row of a batch may be empty: training.batch_size must divide by mesh.data x mesh.fsdp."

@@ -53,7 +53,7 @@ def changes(hub):
         task = {"kind": "grpo", "source": str(hub.questions), "prompt": "prompt", "response": "response", "reward": "contains:good"}
         task |= {"eval_size": 10, "max_length": 16, "max_new_tokens": 5, "completions": 3, "update_epochs": 2, "minibatches": 2}
         more = {"training.batch_size": 4, "training.steps": 4, "training.eval_every": 2, "adapter.targets": "all-linear"}
-        others = {k for k in keys if "." in k or k in ("adapter", "sweep")}
+        others = {k for k in keys if "." in k or k in ("adapter", "sweep", "mesh")}
         return {"task": task | {k: v for k, v in keys.items() if k not in others}} | more | {k: keys[k] for k in others}
 
     return made_of
@@ -172,12 +172,17 @@ def test_members_of_a_pack_write_and_learn_as_alone(config, chosen, mode):
             np.testing.assert_allclose(arrays[i][name], array, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.long
-def test_members_on_several_devices_write_as_on_one(config):
-    one = trained(set_up(config()), members_of(config()))
-    changed = config(**{"mesh.sweep": 2})
+MESHES = [{"data": 4}, {"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sweep": 2, "data": 2}, {"sweep": 2}]
+
+
+@pytest.mark.parametrize("mesh", [pytest.param(m, marks=pytest.mark.slow if m == MESHES[3] else pytest.mark.long) for m in MESHES], ids=str)
+def test_members_on_several_devices_write_as_on_one(config, mesh):
+    """Wherever prompts, completions, the base and the members lie: figures, texts and weights agree."""
+    rows = {"training.batch_size": 8}
+    one = trained(set_up(config(**rows)), members_of(config(**rows)))
+    changed = config(mesh=mesh, **rows)
     setup = set_up(changed)
-    assert setup.mesh.shape["sweep"] == 2
+    assert setup.mesh.size == np.prod(list(mesh.values()))
     several = trained(setup, members_of(changed))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(several), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
@@ -356,7 +361,8 @@ def test_every_number_changes_what_is_learned(config, keys):
         ({"max_new_tokens": 16}, ["'max_new_tokens' (16) must be below 'max_length' (16)"]),
         ({"training.batch_size": 52}, ["training.batch_size: 52", "only 50"]),
         ({"training.accumulate": 2}, ["training.accumulate: not with task.kind 'grpo'"]),
-        ({"mesh.data": 2}, ["mesh.data: not with task.kind 'grpo'", "mesh.sweep"]),
+        ({"mesh.data": 3}, ["training.batch_size: 4, which 3 devices", "mesh.data * mesh.fsdp"]),
+        ({"mesh.fsdp": 4, "minibatches": 6}, ["task.minibatches: of 2 completions each, which 4 devices"]),
         ({"model.dropout": 0.1}, ["model.dropout: not with task.kind 'grpo'"]),
         ({"adapter.init": "eva"}, ["the init reads training batches"]),
     ],
