@@ -211,7 +211,7 @@ def test_a_step_learns_of_its_own_completions_and_the_base(config, method):
     model, tokenizer, alone = adapted.base, setup.data.tokenizer, cast(Any, setup.base)
     rewards, lengths = [], []
     for row in range(12):
-        wanted = setup.data.train.tokens[batch["prompts"][0][row // 3]]
+        wanted = setup.data.train.tokens[int(batch["prompts"][0][row // 3])]
         tokens = found["tokens"][row][found["mask"][row] > 0]
         length = int(found["weights"][row].sum())
         assert tokens[: len(wanted)].tolist() == wanted.tolist() and len(tokens) == len(wanted) + length
