@@ -1,5 +1,7 @@
 """YOLOS and DETR beside transformers: logits, boxes, files."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_jax.interop.hf import save_pretrained
 from lora_jax.models.load import load_model
@@ -69,3 +72,48 @@ def test_logits_boxes_and_files_are_those_of_transformers(case: str, tmp_path: P
         assert all(a.get_tensor(name).tobytes() == b.get_tensor(name).tobytes() for name in a.keys())  # noqa: SIM118
     again = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "ours")
     assert type(again) is type(theirs)
+
+
+def test_a_backbone_under_timms_names(tmp_path: Path) -> None:
+    """Older files of DETR name the backbone as timm does; timm itself cannot be imported here, so its names are written down."""
+    net = transformers.ResNetConfig(
+        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", out_features=["stage4"]
+    )
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    options |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5, "num_labels": 3}
+    theirs = transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=net, **options)).eval()
+    with torch.no_grad():
+        for name, buffer in theirs.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand_like(buffer))
+    theirs.save_pretrained(tmp_path)
+    names = {
+        r"embedder\.embedder\.convolution\.": "conv1.", r"embedder\.embedder\.normalization\.": "bn1.",
+        r"encoder\.stages\.(\d)\.layers\.(\d)\.shortcut\.convolution\.": r"layer@\1.\2.downsample.0.",
+        r"encoder\.stages\.(\d)\.layers\.(\d)\.shortcut\.normalization\.": r"layer@\1.\2.downsample.1.",
+        r"encoder\.stages\.(\d)\.layers\.(\d)\.layer\.(\d)\.convolution\.": r"layer@\1.\2.conv@\3.",
+        r"encoder\.stages\.(\d)\.layers\.(\d)\.layer\.(\d)\.normalization\.": r"layer@\1.\2.bn@\3.",
+    }  # fmt: skip
+
+    def renamed(name: str) -> str:
+        for old, new in names.items():
+            name = re.sub(old, new, name)
+        return re.sub(r"@(\d)", lambda m: str(int(m[1]) + 1), name)  # timm counts from 1
+
+    file = tmp_path / "model.safetensors"
+    tensors = {renamed(name): tensor for name, tensor in load_file(file).items()}
+    assert "model.backbone.conv_encoder.model.layer4.1.bn2.running_var" in tensors
+    save_file(tensors, file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    pixels = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
+    for own in (None, {"model_type": "timm_backbone", "backbone": "resnet18.a1_in1k"}):
+        config |= {"backbone_config": own, "backbone": "resnet18", "use_timm_backbone": True}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        model: Any = load_model(str(tmp_path), head="object_detection")
+    with tiny.quick_compile():
+        logits, boxes = jax.jit(lambda x: model(x))(pixels)
+    np.testing.assert_allclose(logits, wanted.logits.numpy(), atol=1e-4)
+    np.testing.assert_allclose(boxes, wanted.pred_boxes.numpy(), atol=1e-4)
