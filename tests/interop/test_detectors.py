@@ -19,6 +19,7 @@ from lora_jax.interop.hf import save_pretrained
 from lora_jax.models.load import load_model
 from tests import tiny
 
+transformers: Any = transformers  # its own types do not know what the configs take
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore::lora_jax.errors.InputWarning")]
 
 NETS: dict[str, dict[str, Any]] = {

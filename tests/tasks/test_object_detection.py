@@ -266,6 +266,48 @@ def test_bad_input_is_named(folder):
     assert "no JSON file in COCO's form" in error(task__source=str(folder / "images" / "train0.png"))
 
 
+def test_odd_images_boxes_without_an_area_and_classes_missing_in_a_part(folder):
+    """One pixel, grey, 16-bit and CMYK images are seen as the model takes them; what is left out or missing is said."""
+    from PIL import Image
+
+    place = folder / "odd"
+    place.mkdir(exist_ok=True)
+    ramp = np.arange(100, dtype=np.uint16).reshape(10, 10)
+    pictures = {
+        "one.png": Image.new("RGB", (1, 1), (200, 0, 0)),
+        "grey.png": Image.fromarray(ramp.astype(np.uint8)),
+        "deep.png": Image.fromarray(ramp * 257),
+        "print.tiff": Image.new("CMYK", (10, 10), (0, 255, 255, 0)),
+    }
+    images, annotations = [], []
+    for i, (name, picture) in enumerate(pictures.items()):
+        picture.save(place / name)
+        images.append({"id": i, "file_name": name, "width": picture.width, "height": picture.height})
+        annotations.append({"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, picture.width, picture.height]})
+    annotations += [
+        {"id": 8, "image_id": 1, "category_id": 2, "bbox": [3, 3, 0, 4]},
+        {"id": 9, "image_id": 1, "category_id": 1, "bbox": [8, 8, 9, 9]},
+    ]
+    found = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]}
+    (place / "val.json").write_text(json.dumps(found))
+    setup = set_up(load_config(write(folder, "odd", task__eval_source=str(place / "val.json"), task__eval_size="all")))
+    said = "\n".join(setup.data.notes)
+    assert "1 boxes of val.json without an area left out" in said and "1 boxes of val.json cut to their image" in said
+    assert "held-out: no object of 1 of the 2 classes: blue" in said
+    examples: Any = setup.data.held_out
+    at = {Path(image.name).name: i for i, image in enumerate(examples.images)}
+    one, grey, deep, red = (examples.pixels(at[name]) for name in pictures)
+    assert (one == [200, 0, 0]).all() and one.shape == (SIDE, SIDE, 3)
+    assert np.array_equal(grey, deep) and np.ptp(grey.reshape(-1, 3), axis=1).max() == 0
+    assert red[..., 0].min() > 200 and red[..., 1:].max() < 60
+    np.testing.assert_allclose(examples.values(at["one.png"]).reshape(-1, 6)[0], [1, 0, 0.5, 0.5, 1, 1])
+    np.testing.assert_allclose(examples.values(at["grey.png"]).reshape(-1, 6)[:2, 2:], [[0.5, 0.5, 1, 1], [0.9, 0.9, 0.2, 0.2]], rtol=1e-6)
+
+    (place / "one.png").write_text("no image")
+    done = call("train", write(folder, "text", task__eval_source=str(place / "val.json")))
+    assert done.code == 2 and "one.png: no image that can be decoded" in done.err and "Traceback" not in done.err
+
+
 def test_the_parts_of_the_loss_weigh_as_the_config_says(folder):
     random, parts = np.random.default_rng(0), {}
     found = np.concatenate([random.normal(size=(2, 6, 3)), random.uniform(0.1, 0.9, (2, 6, 4))], axis=-1).astype(np.float32)
