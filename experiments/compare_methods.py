@@ -40,7 +40,18 @@ MATCHED = 1.1
 # The middle of a method's rates, and the factor from one to the next.
 CENTRE, FACTOR = 4e-3, 4.0
 # Few numbers, or numbers far from what they scale, take larger steps; what multiplies a whole weight takes smaller ones.
-CENTRES = {"ia3": 1.6e-2, "lora_xs": 1.6e-2, "road": 1.6e-2, "tinylora": 1.6e-2, "vera": 1.6e-2, "c3a": 1.6e-2, "oft": 1e-3}
+# AdaLoRA's and HiRA's were at 4e-3 in a first run, where the largest rate had the best validation accuracy.
+CENTRES = {
+    "adalora": 1.6e-2,
+    "hira": 1.6e-2,
+    "ia3": 1.6e-2,
+    "lora_xs": 1.6e-2,
+    "road": 1.6e-2,
+    "tinylora": 1.6e-2,
+    "vera": 1.6e-2,
+    "c3a": 1.6e-2,
+    "oft": 1e-3,
+}
 # Options that a method's size, or what it is, depends on.
 # LoKr's default factor leaves it small at any rank; AdaLoRA starts at the others' size, and ends at PEFT's two thirds of it.
 OPTIONS: dict[str, dict[str, Any]] = {"lokr": {"decompose_factor": 4}, "adalora": {"target_r": 5}}
@@ -66,6 +77,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=1000, help="test rows; half as many validate")
+    parser.add_argument("--retry", nargs="+", default=(), metavar="MEMBER", help="members that failed, to train again (* for any)")
     parser.add_argument("--name", help="of the run; default: compare_methods, with the base")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results/ and figures/")
@@ -73,8 +85,8 @@ def main() -> None:
     name = args.name or ("compare_methods" if args.base == "minilm" else f"compare_methods_{args.base}")
     config = base_config(args, name)
     sized = sizes(nnx.clone(lora_jax.load_model(config.model.source)), args.methods or adapting())
-    outcome = lora_jax.sweep(with_members(config, members(sized, args.rates, args.seeds)))
-    found = findings(outcome.results, sized)
+    outcome = lora_jax.sweep(with_members(config, members(sized, args.rates, args.seeds)), retry=args.retry)
+    found = findings(outcome.results, sized, args.rates)
     found["run"] = {key: getattr(args, key) for key in ("base", "rates", "seeds", "steps", "rows")} | {"reference": REFERENCE}
     page = args.out / "results" / f"{name}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -159,23 +171,27 @@ def with_members(config: lora_jax.Config, points: list[dict[str, Any]]) -> lora_
     return type(config).model_validate(config.model_dump() | {"sweep": {"members": points, "max_pack": each, "max_padding": 0.9}})
 
 
-def findings(results: list[MemberResult], sized: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """For each method: validation accuracy by rate, the rate it chooses, and test accuracy there; and its difference from the reference."""
+def findings(results: list[MemberResult], sized: dict[str, dict[str, Any]], rates: int) -> dict[str, Any]:
+    """For each method: validation accuracy by rate, the rate it chooses, and test accuracy there; and its difference from the reference.
+
+    A run that goes on after a grid was moved still has the members of the old one: they do not count.
+    """
     by: dict[str, dict[float, list[MemberResult]]] = {name: {} for name in sized}
     for result in results:
         name = result.settings["adapter.method"]
-        if name in by and result.settings["adapter.rank"] == sized[name]["rank"]:
-            by[name].setdefault(float(result.settings["optimizer.learning_rate"]), []).append(result)
+        rate = float(result.settings["optimizer.learning_rate"])
+        if name in by and result.settings["adapter.rank"] == sized[name]["rank"] and rate in rates_of(name, rates):
+            by[name].setdefault(rate, []).append(result)
     found: dict[str, Any] = {}
     chosen: dict[str, dict[int, MemberResult]] = {}
-    for name, rates in by.items():
-        valid = {rate: _mean([_validation(r) for r in some]) for rate, some in sorted(rates.items())}
+    for name, own_rates in by.items():
+        valid = {rate: _mean([_validation(r) for r in some]) for rate, some in sorted(own_rates.items())}
         usable = {rate: mean for rate, mean in valid.items() if not math.isnan(mean)}
         own: dict[str, Any] = {key: sized[name][key] for key in ("rank", "parameters", "matched")}
         own["validation"] = {f"{rate:g}": None if math.isnan(mean) else mean for rate, mean in valid.items()}
         if usable:
             best = max(usable, key=lambda rate: usable[rate])
-            tests = {r.settings["training.seed"]: r for r in rates[best]}
+            tests = {r.settings["training.seed"]: r for r in own_rates[best]}
             chosen[name] = tests
             estimate = Estimate.of([r.test["accuracy"] for r in tests.values()])
             own |= {"rate": best, "at_the_end": best in (min(valid), max(valid)), "test": estimate.mean, "half_width": estimate.half_width}
@@ -236,7 +252,7 @@ def written(found: dict[str, Any], figure: str) -> str:
         f"- Not told apart from LoRA: {_listed(open_)}. That is no proof of equality: the intervals say how large a difference may be.",
         f"- Not of LoRA's size ({methods[REFERENCE]['parameters']:,} parameters), and so no fair comparison: {_listed(unmatched)}.",
         f"- Best at an end of its rates, so perhaps better beyond: {_listed(ended)}.",
-        f"- Diverged at every rate: {_listed([name for name in methods if name not in scored])}.",
+        f"- Without a result, as every rate diverged or failed: {_listed([name for name in methods if name not in scored])}.",
         "",
         f"![Difference from LoRA of each method, with its interval; validation accuracy by learning rate]({figure})",
         "",

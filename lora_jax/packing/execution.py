@@ -81,11 +81,15 @@ class PackMode:
 
 
 def _cut(part: Partition, mesh: Mesh | None, tree: Any, devices: int, rounds: int) -> Any:
-    """(members, ...) as (rounds, members of a round, ...): each round takes equally many from each device's members."""
+    """(members, ...) as (rounds, members of a round, ...): each round takes equally many from each device's members.
+
+    Sizes are written out, because an array may be empty (LoKr has none of the factors it does without), and then -1 stands for none.
+    """
 
     def leaf(a: jax.Array) -> jax.Array:
-        grouped = a.reshape(devices, rounds, -1, *a.shape[1:])
-        return jnp.swapaxes(grouped, 0, 1).reshape(rounds, -1, *a.shape[1:])
+        size = a.shape[0] // (devices * rounds)
+        grouped = a.reshape(devices, rounds, size, *a.shape[1:])
+        return jnp.swapaxes(grouped, 0, 1).reshape(rounds, devices * size, *a.shape[1:])
 
     cut = jax.tree.map(leaf, tree)
     if mesh is None or devices == 1:
@@ -96,8 +100,8 @@ def _cut(part: Partition, mesh: Mesh | None, tree: Any, devices: int, rounds: in
 
 def _joined(a: jax.Array, devices: int) -> jax.Array:
     """The inverse of `_cut`."""
-    grouped = a.reshape(a.shape[0], devices, -1, *a.shape[2:])
-    return jnp.swapaxes(grouped, 0, 1).reshape(-1, *a.shape[2:])
+    grouped = a.reshape(a.shape[0], devices, a.shape[1] // devices, *a.shape[2:])
+    return jnp.swapaxes(grouped, 0, 1).reshape(a.shape[0] * a.shape[1], *a.shape[2:])
 
 
 VMAP, SCAN = PackMode(), PackMode(1)

@@ -348,6 +348,7 @@ def sweep(
     *,
     solo: bool = False,
     fresh: bool = False,
+    retry: Sequence[str] = (),
 ) -> SweepOutcome:
     """Trains all members of a sweep, in packs.
 
@@ -357,11 +358,12 @@ def sweep(
         values: as in `fit`; `{"name": "other"}` gives a run directory of its own.
         solo: train each member alone.
         fresh: rename an old run directory of this name instead of resuming it.
+        retry: names (or patterns, `*`) of members that failed or diverged, to train again.
 
     Raises:
-        InputError: a value is not valid, or is of a key that is swept.
+        InputError: a value is not valid, or is of a key that is swept; no failed member has a name in `retry`.
     """
-    return run_sweep(_loaded(config, values or {}, grid, "sweep"), solo=solo, fresh=fresh, progress=Progress())
+    return run_sweep(_loaded(config, values or {}, grid, "sweep"), solo=solo, fresh=fresh, retry=retry, progress=Progress())
 
 
 def _loaded(

@@ -60,11 +60,11 @@ def made_up(better: float) -> list[MemberResult]:
 
 def test_findings_of_made_up_results(tmp_path):
     sized = {name: {"rank": 8, "parameters": 100, "matched": name == "lora", "settings": {}} for name in ("lora", "dora")}
-    found = experiment.findings(made_up(0.1), sized)
+    found = experiment.findings(made_up(0.1), sized, 5)
     lora, dora = found["methods"]["lora"], found["methods"]["dora"]
     assert lora["rate"] == 0.004 and lora["validation"]["0.016"] is None  # a rate at which a seed diverged is not chosen
     assert dora["rate"] == 0.016 and dora["difference"]["holds"] and dora["difference"]["mean"] == pytest.approx(0.1, abs=0.02)
-    assert not experiment.findings(made_up(0.0), sized)["methods"]["dora"]["difference"]["holds"]
+    assert not experiment.findings(made_up(0.0), sized, 5)["methods"]["dora"]["difference"]["holds"]
     found["run"] = {"base": "minilm", "rates": 2, "seeds": 3, "steps": 4, "rows": 640, "reference": "lora"}
     page = experiment.written(found, "figure.png")
     assert "- Better than LoRA: dora." in page and "no fair comparison: dora (100)." in page

@@ -151,3 +151,12 @@ class TestChoice:
         monkeypatch.setattr(pack_choice, "_BUSY_CPU", 1)
         chosen = choose(self._pack(short), short, None)
         assert chosen.mode == SCAN and "keeps the CPU busy" in chosen.why
+
+
+@pytest.mark.parametrize("mode", [VMAP, SCAN, PackMode(2)])
+def test_a_member_may_have_empty_arrays(mode):
+    """LoKr has none of the factors it does without: arrays of no numbers, which are cut into rounds as others are."""
+    tree = {"b": jnp.arange(15.0).reshape(5, 3), "none": jnp.zeros((5, 0, 4))}
+    done = mode.over_members(lambda member: {"b": member["b"] * 2, "none": member["none"] + 1}, None, None)(tree)
+    np.testing.assert_array_equal(done["b"], tree["b"] * 2)
+    assert done["none"].shape == (5, 0, 4)
