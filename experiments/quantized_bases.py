@@ -6,9 +6,10 @@ The bases are one checkpoint: its own Q4_1 and Q8_0 blocks in memory as they are
 in float32, and those quantised again, to int8 by output channel and to nf4 with double-quantised scales, the table of tokens too. Over each
 the same members train in one pack: every rank with every seed, and one whose learning rate is 1e-30, which tells the perplexity before.
 
-Told of each base are its bytes, the bytes that its pack takes while it trains, as compiled, tokens of all members a second, and perplexities
-over held-out reviews with 95 % intervals over seeds; `vs_float32` is paired by rank and seed. With --peft, PEFT over bitsandbytes' nf4 trains
-the first rank with each seed, one after the other, on the same examples in an order of its own. It needs the `[interop]` extra.
+Told of each base are its bytes, the bytes that its pack takes while it trains, as compiled, tokens of all members a second, and
+perplexities over held-out reviews with 95 % intervals over seeds; `vs_float32` is paired by rank and seed. With --peft, PEFT over
+bitsandbytes' nf4 trains the first rank with each seed, one after the other, on the same examples in an order of its own. It needs the
+`[interop]` extra.
 
 Figures are written to results/quantized_bases.json and figures/quantized_bases.png. Stopped in between, the same command goes on; another
 size needs another --name. The default size takes about 30 minutes on 2 idle cores, --peft about 10 more.
@@ -76,10 +77,8 @@ def main() -> None:
         taken = f"{own['base_bytes'] / 1e6:.0f} MB, its pack {own['pack_bytes'] / 1e6:.0f} MB"
         print(f"{name}: {taken}, {own['tokens_per_second']:.0f} tokens/s; perplexity {own['before']:.1f}, after {after}")
     if args.peft:
-        own = found["peft"]
-        print(
-            f"PEFT, nf4: {own['base_bytes'] / 1e6:.0f} MB, {own['tokens_per_second']:.0f} tokens/s; rank {own['rank']} {text(own['after'])}"
-        )
+        own, after = found["peft"], text(found["peft"]["after"])
+        print(f"PEFT, nf4: {own['base_bytes'] / 1e6:.0f} MB, {own['tokens_per_second']:.0f} tokens/s; rank {own['rank']} {after}")
     path = args.out / "results" / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
@@ -154,14 +153,15 @@ def text(own: dict[str, Any]) -> str:
 
 
 def peft(args: argparse.Namespace) -> dict[str, Any]:
-    """PEFT's members over bitsandbytes' nf4 of the same weights: a process that has not imported JAX trains them."""
+    """PEFT's members over bitsandbytes' nf4 of the same weights, trained in a process of their own."""
     data = Preparer(weights=False)(members_of(config_of(args))[0].config).data
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lora_jax.save_pretrained(lora_jax.load_model(SOURCE), folder / "base")
         for part, examples in (("train", data.train), ("held_out", data.held_out)):
-            arrays = {"tokens": np.concatenate(examples.tokens), "targets": np.concatenate(examples.targets)}
-            np.savez(folder / f"{part}.npz", lengths=examples.lengths, nothing=NO_TARGET, **arrays)
+            tokens, targets = np.concatenate(examples.tokens), np.concatenate(examples.targets)
+            targets = np.where(targets == NO_TARGET, -100, targets)  # PyTorch's
+            np.savez(folder / f"{part}.npz", tokens=tokens, targets=targets, lengths=examples.lengths)
         told = ["--ranks", str(args.ranks[0]), "--seeds", str(args.seeds), "--steps", str(args.steps)]
         command = [sys.executable, __file__, "--peft-here", str(folder), *told]
         members = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
@@ -180,14 +180,13 @@ def peft_member(folder: Path, rank: int, seed: int, steps: int) -> dict[str, flo
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
     form = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     base = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=form, dtype=torch.float32, device_map="cpu")
-    tied = {p.data_ptr(): p.numel() * p.element_size() for p in base.parameters()}
+    held = {p.data_ptr(): p.numel() * p.element_size() for p in base.parameters()}
     model: Any = get_peft_model(base, LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     def read(part: str) -> list[tuple[Any, Any]]:
         data = np.load(folder / f"{part}.npz")
         cuts = np.cumsum(data["lengths"])[:-1]
-        targets = np.where(data["targets"] == data["nothing"], -100, data["targets"])
-        pairs = zip(np.split(data["tokens"], cuts), np.split(targets, cuts), strict=True)
+        pairs = zip(np.split(data["tokens"], cuts), np.split(data["targets"], cuts), strict=True)
         return [(torch.from_numpy(t).long(), torch.from_numpy(y).long()) for t, y in pairs]
 
     def losses(batch: list[tuple[Any, Any]]) -> tuple[Any, int]:
@@ -220,7 +219,7 @@ def peft_member(folder: Path, rank: int, seed: int, steps: int) -> dict[str, flo
         if step:  # what is set up at the first one does not count
             tokens, seconds = tokens + sum(len(t) for t, _ in batch), seconds + time.perf_counter() - start
     speed = tokens / seconds if seconds else 0.0
-    return {"before": before, "after": perplexity(), "tokens_per_second": speed, "base_bytes": sum(tied.values())}
+    return {"before": before, "after": perplexity(), "tokens_per_second": speed, "base_bytes": sum(held.values())}
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
