@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 import lora_jax
 from experiments.fuzz import bits_of_run, differing
+from lora_jax.adapters.bank import AdapterBank
 from lora_jax.adapters.merge import merged_base
 from lora_jax.adapters.sites import find_sites
 from lora_jax.config.schema import MeshConfig
@@ -162,6 +163,25 @@ def test_merging_over_blocks_is_faithful(blocks):
     assert np.array_equal(tiny.outputs(lora_jax.unmerge(merged), TOKENS, bits=True), tiny.outputs(adapted, TOKENS, bits=True))
     with pytest.raises(InputError, match="nothing here quantises to this type"):
         merged_base(adapted, requantize=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*model.quantized. keep, but")
+def test_a_bank_mixed_rows_and_generation_over_blocks(blocks):
+    held, whole = load_model(blocks, quantized="keep"), load_model(blocks)
+    values = {"wide": {"targets": "all-linear", "rank": 3}, "late": {"targets": ["q_proj", "embed"], "layers": "last:1", "rank": 2}}
+    banks = [AdapterBank(base) for base in (held, whole)]
+    for seed, (name, own) in enumerate(values.items()):
+        for bank in banks:
+            bank.add(name, tiny.trained(bank.base, seed, **own))
+    rows, tokens = ["late", None, "wide"], jnp.arange(1, 31).reshape(3, 10)
+    mine, dense = (tiny.outputs(bank.mixed(rows), tokens) for bank in banks)
+    assert tiny.relative(mine, dense) < 1e-5
+    for row, name in enumerate(rows):
+        assert tiny.relative(mine[row], tiny.outputs(banks[0].use(name), tokens)[row]) < 1e-5
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    answers = [lora_jax.generate(bank.mixed(rows), prompts, max_new_tokens=6, stop=[]) for bank in banks]
+    assert [a.tokens for a in answers[0]] == [a.tokens for a in answers[1]]
 
 
 @pytest.mark.parametrize(
