@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bases", nargs="*", choices=list(BASES), default=list(BASES), help="of SmolLM2-135M")
     parser.add_argument("--large", nargs="*", choices=list(BASES), default=list(BASES), help="of the 1B-shaped Llama")
     parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens in a batch")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file; what it has of other bases stays")
     parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.here:
@@ -211,12 +211,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 line += "; in the process " + ", ".join(f"{k} {v / 1e6:,.0f} MB" for k, v in facts["process"].items())
             whole = facts["compiled"]["whole_weights_among_float_arrays"]
             print(line + f"; whole weights in floats: {', '.join(whole) or 'none'}", flush=True)
+    known = json.loads(options.output.read_text()) if options.output and options.output.exists() else {"commands": [], "models": {}}
+    command = shlex.join(["python", "experiments/benchmarks/quantized_memory.py", *(sys.argv[1:] if argv is None else argv)])
     report = {
-        "command": shlex.join(["python", "experiments/benchmarks/quantized_memory.py", *(sys.argv[1:] if argv is None else argv)]),
+        "commands": [*known["commands"], command],
         "device": cpu_name(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "goal": GOAL,
-        "models": found,
+        "models": {name: known["models"].get(name, {}) | found.get(name, {}) for name in {**known["models"], **found}},
     }
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
