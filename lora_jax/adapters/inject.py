@@ -19,6 +19,7 @@ from flax import nnx
 
 from ..config.schema import AdapterConfig
 from ..errors import InputError, nearest
+from ..models.convolution import Blocks
 from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT, UPDATED
 from ..models.quantized import QUANTIZED
 from ..models.stack import Stack
@@ -99,6 +100,10 @@ def replace_sites(model: nnx.Module, sites: Sequence[SiteLayout], make: Callable
             parent, inner = adapted, path
         owner = _descend(parent, inner[:-1])
         set_child(owner, inner[-1], make(of, _descend(owner, inner[-1:])))
+    for path, module in nnx.iter_modules(adapted):
+        if isinstance(module, Blocks):
+            inside = [of.site.path[len(path)] for of in sites if of.site.path[: len(path)] == path]
+            module.cut = min((module.names.index(str(name)) for name in inside), default=len(module.names))
     return adapted
 
 

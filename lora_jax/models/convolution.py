@@ -118,7 +118,12 @@ class BatchNorm(nnx.Module):
 
 
 class Blocks(nnx.Module):
-    """Modules one after the other, by their numbers as names."""
+    """Modules one after the other, by their numbers as names.
+
+    Attributes:
+        names: in order.
+        cut: how many of the first ones a pack's members share; adapters set it.
+    """
 
     def __init__(self, blocks: Iterable[nnx.Module]):
         names = []
@@ -126,10 +131,21 @@ class Blocks(nnx.Module):
             setattr(self, str(i), block)
             names.append(str(i))
         self.names: tuple[str, ...] = nnx.static(tuple(names))
+        self.cut = 0
 
     def __call__(self, x: Array) -> Array:
         """(batch, height, width, channels) -> the same with other sizes."""
-        for name in self.names:
+        return self.above(self.below(x))
+
+    def below(self, x: Array) -> Array:
+        """What the modules below the cut make of x."""
+        for name in self.names[: self.cut]:
+            x = getattr(self, name)(x)
+        return x
+
+    def above(self, x: Array) -> Array:
+        """What the others make of that."""
+        for name in self.names[self.cut :]:
             x = getattr(self, name)(x)
         return x
 

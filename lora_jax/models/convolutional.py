@@ -7,6 +7,7 @@ statistics of the checkpoint, in training as in evaluation, unless `model.train_
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -39,7 +40,30 @@ class ConvolutionalNet(VisionBase):
 
     def hidden(self, pixels: Array, *, dropout_rng: Array | None = None, trunk: Array | None = None, gather: Array | None = None) -> Array:
         """The last feature map (batch, height, width, channels), in the weights' dtype."""
-        return self.top(self.blocks(self.stem(pixels.astype(self.config.dtype))))
+        if trunk is None:
+            return self.top(self.blocks.above(self._below(pixels)))
+        shape = jax.eval_shape(self._below, pixels).shape
+        flat = trunk.reshape(shape[0], -1)[:, : math.prod(shape[1:])]
+        return self.top(self.blocks.above(flat.reshape(shape)))
+
+    def trunk(self, pixels: Array, *, dropout_rng: Array | None = None) -> Array:
+        """What enters the blocks above the cut, flattened, in as many parts as the image has positions; zeros fill the last one up.
+
+        Returns:
+            (batch, positions, numbers), positions as `tokens` counts them.
+        """
+        x = self._below(pixels)
+        flat, positions = x.reshape(x.shape[0], -1), self.tokens((pixels.shape[1], pixels.shape[2]))
+        flat = jnp.pad(flat, [(0, 0), (0, -flat.shape[1] % positions)])
+        return flat.reshape(x.shape[0], positions, -1)
+
+    @property
+    def trunk_depth(self) -> int:
+        """How many blocks `trunk` runs."""
+        return self.blocks.cut
+
+    def _below(self, pixels: Array) -> Array:
+        return self.blocks.below(self.stem(pixels.astype(self.config.dtype)))
 
     def pooled(self, hidden: Array, reads: str) -> Array:
         """(batch, channels) float32: the mean over rows and columns."""

@@ -215,11 +215,11 @@ def stacks_of(model: nnx.Module) -> list[Stack]:
 def cut_of(model: nnx.Module) -> int:
     """How many layers `trunk` runs: those below the lowest cut of the model's stack; 0 where none is cut, or more than one stack is.
 
-    A model with several stacks may say it itself, as `trunk_depth`.
+    A model with several stacks, or none, may say it itself, as `trunk_depth`; what holds another has the last word by saying 0.
     """
-    own = next((depth for _, m in nnx.iter_modules(model) if (depth := getattr(m, "trunk_depth", None)) is not None), None)
-    if own is not None:
-        return own
+    said = [depth for _, m in nnx.iter_modules(model) if (depth := getattr(m, "trunk_depth", None)) is not None]
+    if said:
+        return min(said)
     cuts = [stack.segments[0].stop for stack in stacks_of(model) if len(stack.segments) > 1]
     return cuts[0] if len(cuts) == 1 else 0
 

@@ -28,6 +28,7 @@ from lora_jax.models.convolutional import (
 )
 from lora_jax.models.heads import ImageClassifier
 from lora_jax.packing.pack import Pack
+from lora_jax.training.trunk import trunk_depth
 from lora_jax.weights.provenance import fingerprint
 from tests import tiny
 
@@ -163,3 +164,25 @@ def test_a_pack_equals_its_solo_runs_and_compiles_once() -> None:
         mine, wanted = pack.member_arrays(model, k, state.trainable), alone.member_arrays(model, 0, solo.trainable)
         for array, values in mine.items():
             assert tiny.relative(values, wanted[array]) < 2e-4, array
+
+
+@pytest.mark.parametrize("side", [SIDE, 36])
+def test_a_net_goes_on_from_its_trunk(side: int) -> None:
+    """The blocks below the lowest adapted one are shared; what enters those above is put in rows for each position, and taken out again."""
+    model, x = classifier("resnet"), jnp.asarray(np.random.default_rng(0).standard_normal((2, side, side, 3)), jnp.float32)
+    adapted: Any = tiny.trained(model, targets="convolutions", layers="last:2")
+    base = adapted.base
+    assert base.trunk_depth == 1 and model.base.trunk_depth == 0
+
+    @jax.jit
+    def both(x: Any) -> Any:
+        trunk = base.trunk(x)
+        return trunk, base.hidden(x), base.hidden(x, trunk=trunk)
+
+    trunk, whole, above = both(x)
+    assert trunk.shape[:2] == (2, base.tokens((side, side)))
+    np.testing.assert_allclose(above, whole, rtol=1e-5, atol=1e-5)
+    micro = {name: array[0] for name, array in batch(0).items()}
+    assert trunk_depth(partition(adapted), micro) == 1
+    stem: Any = tiny.trained(model, targets=["stem_conv", "blocks.2.conv1"])
+    assert stem.base.trunk_depth == 2 and trunk_depth(partition(stem), micro) == 0

@@ -38,7 +38,7 @@ def quick():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    for kind in ("vit", "dinov2", "siglip_vision_model"):
+    for kind in ("vit", "dinov2", "siglip_vision_model", "resnet"):
         save_vision(folder / kind, kind)
     save_squares(folder / "train.npz", 48)
     save_squares(folder / "val.npz", 18, seed=1)
@@ -132,15 +132,19 @@ SWEEP = {"adapter__layers": "last:1", "sweep": {"grid": {"adapter.rank": [1, 2]}
 
 
 @pytest.mark.slow
-def test_the_trunk_cache_changes_no_bit(folder):
-    runs = []
-    for name, cache in (("without", "off"), ("with", "on")):
-        path = write(folder, name, training__cache_trunk=cache, **SWEEP)
+@pytest.mark.parametrize(("kind", "layers"), [("vit", 2), ("resnet", 1)])
+def test_the_trunk_cache_changes_no_bit(folder, kind, layers):
+    runs, own = [], {"model__source": str(folder / kind), "task__image_size": 40}  # 10 x 10 pixels of four positions, not all alike
+    own |= {} if kind == "vit" else {"adapter__targets": "convolutions"}
+    for cache in ("off", "on"):
+        path = write(folder, f"{kind}-{cache}", training__cache_trunk=cache, **own, **SWEEP)
         done = call("sweep", path)
         assert done.code == 0, done.err
-        assert ("trunk cache: 2 layers of 66 examples" in done.err + done.out) == (cache == "on"), done.err
-        runs.append(folder / "runs" / name)
+        assert (f"trunk cache: {layers} layers of 66 examples" in done.err + done.out) == (cache == "on"), done.err
+        runs.append(folder / "runs" / f"{kind}-{cache}")
     assert not differing(*map(bits_of_run, runs))
+    if kind != "vit":
+        return
     done = call("sweep", write(folder, "flipped", training__cache_trunk="on", task__flip=0.5, **SWEEP))
     assert "trunk cache: off, because every epoch sees the training examples otherwise" in done.err + done.out
 
