@@ -19,6 +19,7 @@ from lora_jax.sweeps.restore import evaluate_run
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tracking import Progress
 from lora_jax.training.setup import set_up
+from lora_jax.training.trunk import trunk_depth
 from tests import tiny
 from tests.stopping import stop_at
 from tests.tiny_hub import call
@@ -97,6 +98,14 @@ def test_where_there_is_nothing_to_train_or_drop(folder: Any) -> None:
     assert "model.train_batch_stats: true, but" in (said := error(model__source=str(folder / "vit"))) and "no batch norms" in said
     assert "model.dropout: 0.1, but the convolutional net" in error(model__dropout=0.1)
     assert "training.batch_size must divide by mesh.data" in error(mesh={"data": 8})
+
+
+def test_blocks_whose_statistics_train_are_no_trunk(folder: Any) -> None:
+    for train, depth in ((False, 1), (True, 0)):
+        own = load_config(config(folder, "upper", adapter__layers="last:1", model__train_batch_stats=train))
+        setup = set_up(own)
+        part = Pack.build(setup.model, [own], STEPS).part
+        assert trunk_depth(part, {name: array[0] for name, array in setup.plan.batch(0).items()}) == depth
 
 
 @pytest.mark.slow
