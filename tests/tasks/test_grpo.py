@@ -28,7 +28,7 @@ from lora_jax.tracking import Progress
 from lora_jax.training.setup import set_up
 from tests import tiny
 from tests.stopping import stop_at
-from tests.tiny_hub import call
+from tests.tiny_hub import call, write_llama
 
 STEPS = 2
 # Unlike in all that may differ inside a pack.
@@ -397,3 +397,52 @@ def test_the_word_that_is_rewarded_is_written(config, tmp_path):
     for number, keys in enumerate((ranks, full)):
         for result in run_sweep(config(**planted, **keys, **{"tracking.dir": str(tmp_path / str(number))})).results:
             assert result.final["reward"] > 0.9, result
+
+
+@pytest.mark.long
+def test_a_model_that_adds_a_little_learns_to_add(hub, tmp_path):
+    """One-digit addition: warmed up on sums of which half have any answer, a model learns of rewards alone which are right."""
+    write_llama(tmp_path / "new", ("+", "=", *map(str, range(19))))
+
+    rng = np.random.default_rng(0)
+
+    def write(name, wrong):
+        sums = [
+            (a, b, said) for a in range(10) for b in range(10) for said in ([a + b, a + b, *rng.integers(0, 19, 2)] if wrong else [a + b])
+        ]
+        rows = [{"prompt": f"{a} + {b} =", "response": str(said)} for a, b, said in sums]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    common = {
+        "eval_source": write("asked.jsonl", wrong=False),
+        "eval_size": "all",
+        "max_length": 16,
+        "prompt": "prompt",
+        "response": "response",
+    }
+    warm = {"kind": "causal_lm", "source": write("taught.jsonl", wrong=True)} | common
+    changes = {"model.source": str(tmp_path / "new"), "task": warm, "adapter": {"method": "full"}, "optimizer.learning_rate": 3e-3}
+    changes |= {"training": {"steps": 800, "batch_size": 50}}
+    assert call("train", hub.write(tmp_path, changes, causal=True, name="warm")).code == 0
+    assert call("export", tmp_path / "runs" / "warm", "--format", "hf", "--out", tmp_path / "base").code == 0
+
+    task = {
+        "kind": "grpo",
+        "source": write("sums.jsonl", wrong=False),
+        "reward": "number",
+        "metrics": ["exact"],
+        "completions": 12,
+    } | common
+    task |= {"max_new_tokens": 2, "temperature": 1.0, "beta": 0.0}
+    changes = {"model.source": str(tmp_path / "base"), "task": task, "adapter": {"targets": "all-linear"}}
+    changes |= {"training": {"steps": 140, "batch_size": 32, "eval_every": 0, "pack": "vmap"}}
+    changes["optimizer"] = {"learning_rate": 5e-3, "schedule": "constant"}
+    full = {"adapter.method": "full", "optimizer.learning_rate": 1e-3}
+    ranks = [{"adapter.rank": 1}, {"adapter.rank": 8}]
+    changes |= {"sweep": {"members": [*ranks, full], "max_padding": 0.9}}
+    learned = call("sweep", hub.write(tmp_path, changes, causal=True, name="learns"))
+    assert learned.code == 0 and "compiled programs: 4" in learned.out, learned.err  # both ranks in one pack
+    found = evaluate_run(tmp_path / "runs" / "learns", member=None, split="eval", progress=Progress(enabled=False), base=True)
+    before, *after = (figures["reward"] for figures in found.values())
+    assert 0.2 < before < 0.6 and len(after) == 3 and min(after) > 0.9, found
