@@ -26,6 +26,9 @@ from .environments import Environment, make_environment
 from .evaluators import Evaluator, register
 from .on_policy import Minibatches, OnPolicy, Tree, clipped_surrogate, strong
 
+# So many ends of episodes are looked at together.
+_ENDS = 16
+
 
 class PPOConfig(TaskSection):
     kind: Literal["ppo"] = Field(default="ppo", description="Proximal policy optimization in an environment (arXiv:1707.06347).")
@@ -85,6 +88,29 @@ def advantages(rewards: Any, values: Any, following: Any, terminated: Any, done:
     return jax.lax.scan(back, jnp.zeros_like(errors[0]), (errors, done), reverse=True)[1]
 
 
+def values_where(value: Callable[[jax.Array], jax.Array], observations: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The values of some observations, a few at a time: of most nobody asks.
+
+    Args:
+        value: of observations (n, ...), (n,) float32.
+        observations: (steps, environments, ...).
+        wanted: (steps, environments) bool.
+
+    Returns:
+        (steps, environments) float32, 0 where they are not wanted.
+    """
+    count, seen = wanted.size, observations.reshape(-1, *observations.shape[2:])
+    at = jnp.nonzero(wanted.reshape(-1), size=count + _ENDS, fill_value=count)[0]  # in front, then fillers
+
+    def some(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start, found = carry
+        index = jax.lax.dynamic_slice_in_dim(at, start, _ENDS)
+        return start + _ENDS, found.at[index].set(value(seen[jnp.minimum(index, count - 1)]), mode="drop")
+
+    blank = jnp.int32(0), jnp.zeros(count, jnp.float32)
+    return jax.lax.while_loop(lambda carry: carry[0] < wanted.sum(), some, blank)[1].reshape(wanted.shape)
+
+
 class Rollouts(OnPolicy):
     """How a member plays and learns.
 
@@ -108,23 +134,25 @@ class Rollouts(OnPolicy):
         """Rollouts with their advantages and returns, arrays (environments * rollout, ...), and which of them each update learns of."""
         section, world = self._section, self._world
 
-        def play(carry: Tree, key: jax.Array) -> tuple[Tree, Tree]:
-            states, observed = carry
-            acting, moving = jax.random.split(key)
+        def play(carry: Tree, drawn: tuple[jax.Array, jax.Array]) -> tuple[Tree, Tree]:
+            (states, observed), (noise, moving) = carry, drawn
             logits, values = model(observed)
-            actions = jax.random.categorical(acting, logits).astype(jnp.int32)
+            actions = jnp.argmax(noise + logits, axis=-1).astype(jnp.int32)
             step = jax.vmap(lambda k, state, action: world.env.step(k, state, action, world.params))
-            after, states, rewards, terminated, truncated, info = step(jax.random.split(moving, section.environments), states, actions)
+            after, states, rewards, terminated, truncated, info = step(moving, states, actions)
             seen = {"observations": observed, "actions": actions, "log_probabilities": log_probability(logits, actions), "values": values}
             ended = {"terminated": terminated, "done": terminated | truncated}
             return strong((states, after)), seen | ended | {"rewards": rewards.astype(jnp.float32), "final": info["final_observation"]}
 
-        kept, steps = jax.lax.scan(play, kept, jax.random.split(jax.random.fold_in(key, 1), section.rollout))
+        # All that is drawn but by the environments, before the first step: small draws one after the other are slow on CPUs.
+        acting, moving = jnp.moveaxis(jax.vmap(jax.random.split)(jax.random.split(jax.random.fold_in(key, 1), section.rollout)), 1, 0)
+        noise = jax.vmap(lambda k: jax.random.gumbel(k, (section.environments, world.actions)))(acting)
+        moving = jax.vmap(lambda k: jax.random.split(k, section.environments))(moving)
+        kept, steps = jax.lax.scan(play, kept, (noise, moving))
         # The value of what each step led to: the next step's, but where an episode ended, which another follows.
         last = jnp.concatenate([steps["values"][1:], model(kept[1])[1][None]])
-        of_ends = model(steps.pop("final"))[1]
         terminated, done = steps.pop("terminated"), steps.pop("done")
-        following = jnp.where(done, of_ends, last)
+        following = jnp.where(done, values_where(lambda seen: model(seen)[1], steps.pop("final"), done), last)
         found = advantages(steps.pop("rewards"), steps["values"], following, terminated, done, section.gamma, section.gae_lambda)
         steps |= {"advantages": found, "returns": found + steps.pop("values")}
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), steps)

@@ -28,7 +28,7 @@ from lora_jax.parallel.mesh import to_host
 from lora_jax.sweeps.restore import evaluate_run, restore_member, run_members
 from lora_jax.sweeps.run import run_sweep
 from lora_jax.tasks.base import task_section
-from lora_jax.tasks.ppo import Rollouts, advantages, clipped_surrogate
+from lora_jax.tasks.ppo import Rollouts, advantages, clipped_surrogate, values_where
 from lora_jax.tracking import Progress
 from lora_jax.training.setup import set_up
 from tests import tiny
@@ -112,6 +112,16 @@ def test_advantages_are_the_papers_sums():
                     break
     found = advantages(*(jnp.asarray(a, jnp.float32) for a in (rewards, values, following)), terminated, done, gamma, lam)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+def test_values_are_computed_of_the_ends_of_episodes(share):
+    """Under vmap too, where one lane has more ends than another."""
+    model, rng = policy(), np.random.default_rng(2)
+    seen = jnp.asarray(rng.standard_normal((3, 20, 4, 4)), jnp.float32)
+    wanted = rng.random((3, 20, 4)) < share * np.array([1, 0.5, 0])[:, None, None]
+    found = jax.jit(jax.vmap(lambda seen, wanted: values_where(lambda x: model(x)[1], seen, wanted)))(seen, wanted)
+    np.testing.assert_allclose(found, np.where(wanted, model(seen)[1], 0), rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_is_the_papers():
