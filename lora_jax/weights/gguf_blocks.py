@@ -150,7 +150,7 @@ class Blocks(QuantFormat):
         check_blocks(_KINDS[self.kind].size, inputs, where)
 
     def encode(self, weight: Array) -> Arrays:
-        raise InputError(f"{self.label}: nothing here quantises to this type: such blocks come from files.")
+        raise InputError(f"{self.label}: nothing here quantises to this type: such blocks come from files. Merge without --requantize.")
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         return _joined(_KINDS[self.kind].decode(arrays))

@@ -255,7 +255,7 @@ class Mixed(QuantFormat):
             form.check(outputs, inputs, where)
 
     def encode(self, weight: Array) -> Arrays:
-        raise InputError(f"{self.label}: a matrix by itself has one format.")
+        raise InputError(f"{self.label}: layers in several formats are not quantised again. Merge without --requantize.")
 
     def picked(self, arrays: Mapping[str, Array]) -> Arrays:
         """Of the layer's own format its arrays; of the others those of some other layer, which nothing reads."""
