@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from lora_jax.packing.cost import PackShapes
 from lora_jax.packing.execution import VMAP, configured_mode
 from lora_jax.packing.pack import Pack
 from lora_jax.packing.planner import Planner
+from lora_jax.parallel.program import Program
 from lora_jax.sweeps.space import members_of
 from lora_jax.tasks.objectives import CHUNK_FLOATS
 from lora_jax.training.setup import Preparer, set_up
@@ -77,13 +80,14 @@ def test_without_weights_the_programs_are_those_of_the_run(hub, tmp_path, monkey
         pack.programs.evaluate.lower(pack.state.trainable, pack.fixed.settings, pack.part.frozen, held_out).as_text(),
     ]
     monkeypatch.setattr(loading.BaseFiles, "load", lambda *_: pytest.fail("weights were loaded"))
-    lowered = []
+    lowered, lower = [], Program.lower
 
     def noted(program, *args):
-        lowered.append(program.lower(*args).as_text())
-        return 10**9
+        lowered.append(lower(program, *args).as_text())
+        return SimpleNamespace(compile=lambda: None)
 
-    monkeypatch.setattr(cost, "_memory_of", noted)
+    monkeypatch.setattr(Program, "lower", noted)
+    monkeypatch.setattr(cost, "program_bytes", lambda compiled: 10**9)
     shapes = PackShapes(abstract(config), [config])
     shapes.memory(3)
     assert lowered == real
