@@ -68,7 +68,7 @@ CONFIGS: dict[str, Sequence[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", ["lora", pytest.param("oft", marks=pytest.mark.slow)])
 def test_members_train_as_an_adapter_of_their_own(method: str) -> None:
     base, configs = net(), [tiny.adapter(method=method, **config) for config in CONFIGS[method]]
     members = inject_members(base, configs, seeds=range(len(configs)))

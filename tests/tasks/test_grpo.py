@@ -188,7 +188,8 @@ def test_members_on_several_devices_write_as_on_one(config, mesh):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_step_learns_of_its_own_completions_and_the_base(config, method):
     """What a step collects, against rows one by one, without padding: log-probabilities (the base's too), ends, rewards."""
     adapter = {"adapter": {"method": "full"}} if method == "full" else {}

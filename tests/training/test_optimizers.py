@@ -235,6 +235,7 @@ def test_muon_is_for_matrices_and_adamw_for_the_rest() -> None:
         assert tiny.relative(found[name] - start[name], array - start[name]) < 2e-4, name
 
 
+@pytest.mark.slow
 def test_muon_is_optaxs() -> None:
     one = config("muon", learning_rate=0.05, schedule="constant", weight_decay=0.1)
     theirs: Any = optax.contrib.muon(0.05, weight_decay=0.1, consistent_rms=0.2)

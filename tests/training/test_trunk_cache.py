@@ -83,6 +83,7 @@ def losses(path):
 PADDED = {"training.accumulate": 2, "training.batching": "padded"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, pytest.param(PADDED, marks=pytest.mark.long)], ids=["packed", "padded"])
 def test_equal_bits_in_memory_and_in_a_file(hub, without, tmp_path, more):
     """Over several epochs, evaluations and packs; every batch comes from the cache."""

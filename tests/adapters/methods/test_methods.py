@@ -110,7 +110,7 @@ def test_it_starts_as_the_base(name: str) -> None:
         assert tiny.relative(found, base) < 1e-6, values
 
 
-@pytest.mark.parametrize("name", corners(ADAPTING, ordinary=("vera",), slow=SLOW))
+@pytest.mark.parametrize("name", corners(ADAPTING, ordinary=(), slow=(*SLOW, "vera")))
 def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name: str) -> None:
     check_pack(tiny.classifier(2), configs(name))
 
