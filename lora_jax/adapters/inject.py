@@ -23,7 +23,7 @@ from ..models.convolution import Blocks
 from ..models.layers import AXES, OF_ALL_LAYERS, PER_SEGMENT, UPDATED
 from ..models.quantized import QUANTIZED
 from ..models.stack import Stack
-from ..models.stored import StoredLinear
+from ..models.stored import StoredLinear, put
 from ..parallel.mesh import to_host
 from .contraction import GENERAL, flat_kernel
 from .labels import FROZEN, STATISTIC, label_of
@@ -98,8 +98,7 @@ def replace_sites(model: nnx.Module, sites: Sequence[SiteLayout], make: Callable
             parent, inner = stack.split_at(of.first), inner[2:]
         else:
             parent, inner = adapted, path
-        owner = _descend(parent, inner[:-1])
-        set_child(owner, inner[-1], make(of, _descend(owner, inner[-1:])))
+        put(parent, inner, make(of, _descend(parent, inner)))
     for path, module in nnx.iter_modules(adapted):
         if isinstance(module, Blocks):
             inside = [of.site.path[len(path)] for of in sites if of.site.path[: len(path)] == path]
@@ -111,14 +110,6 @@ def _descend(module: Any, path: Path) -> Any:
     for part in path:
         module = module[part] if isinstance(part, int) else getattr(module, part)
     return module
-
-
-def set_child(owner: Any, name: str | int, module: nnx.Module) -> None:
-    """Puts a module in another's place, in a list or as an attribute."""
-    if isinstance(name, int):
-        owner[name] = module
-    else:
-        setattr(owner, name, module)
 
 
 def _check_saved(model: nnx.Module, layout: Layout) -> None:

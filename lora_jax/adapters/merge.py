@@ -16,9 +16,9 @@ from ..config.types import size_text
 from ..errors import warn
 from ..models.encoder_decoder import Generative
 from ..models.quantized import Held, quantized
-from ..models.stored import Stored, dense, weight_shape
+from ..models.stored import Stored, dense, put, weight_shape
 from .contraction import GENERAL, own_kernel
-from .inject import recall, remember, set_child
+from .inject import recall, remember
 from .methods.base import AdaptedSite
 
 
@@ -200,7 +200,7 @@ def _replace(model: nnx.Module, kind: type, make: Callable[[Any], nnx.Module]) -
     for _, module in list(nnx.iter_modules(copy)):
         for name, child in list(_children(module)):
             if isinstance(child, kind) and not isinstance(module, Merged):
-                set_child(module, name, make(child))
+                put(module, (name,), make(child))
     return copy
 
 
