@@ -21,7 +21,8 @@ from ..errors import InputError
 from ..models.cache import Cache, slots_for
 from ..models.encoder_decoder import Generative
 from ..models.layers import LayerType
-from .decoding import Decoding, DecodingParams, Forced, member_axes, prefilled
+from .decoding import Decoding, DecodingParams, member_axes, prefilled
+from .special import Forced
 
 Array = jax.Array
 _NEVER = -1e9  # the score of what is none

@@ -28,7 +28,8 @@ from ..models.encoder_decoder import EncoderDecoder, Generative
 from ..parallel.mesh import to_host
 from ..parallel.program import TraceCounter
 from .arrays import SliceCache, arrays_of, on_devices, on_one_cpu, unstacked
-from .sampling import SamplingParams, choose
+from .sampling import Sampling, SamplingParams, choose
+from .special import Forced, stop_tokens
 
 Array = jax.Array
 
@@ -52,27 +53,6 @@ class DecodingState:
     tokens: Array
     done: Array
     count: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Forced:
-    """Tokens that an encoder-decoder does not choose; () int32 each, -1 for none.
-
-    Attributes:
-        start: what its decoder begins with.
-        first, last: what stands at the first place after it (a language's code), and at place `limit`, the last there may be.
-        limit: how many tokens may follow the start.
-    """
-
-    start: Array
-    first: Array
-    last: Array
-    limit: Array
-
-    def at(self, count: Array) -> Array:
-        """() int32: the token after `count` others; -1 where it is free."""
-        return jnp.where((count == 0) & (self.first >= 0), self.first, jnp.where(count == self.limit - 1, self.last, -1))
 
 
 @jax.tree_util.register_dataclass
@@ -213,6 +193,30 @@ def continued(model: Generative, tokens: Array, mask: Array, params: DecodingPar
 
     first = append_token(blank, cache, model.head(hidden), params, method)
     return jax.lax.while_loop(lambda d: (d.count < room) & _any(~d.done), step, first).tokens
+
+
+def completions(
+    model: Generative, tokens: Array, mask: Array, seeds: Array, tokenizer: Any, *, temperature: float, top_p: float | None, room: int
+) -> tuple[Array, Array]:
+    """What follows prompts, and what of it belongs to them: `continued`, with the model's own ends and numbers of the tokenizer.
+
+    Args:
+        model, tokens, mask, room: as for `continued`.
+        seeds: (rows,) uint32.
+        tokenizer: says, beside the model, what ends a text, and pads.
+        temperature, top_p: of `Sampling`; static.
+
+    Returns:
+        (rows, room) int32 tokens, and (rows, room) bool: those up to the one that ends the text, and that one.
+    """
+    sampling = Sampling(temperature, top_p=top_p)
+    stop = jnp.asarray(stop_tokens(model, tokenizer) or [-1], jnp.int32)
+    pad = jnp.int32(tokenizer.pad_token_id or 0)
+    params = DecodingParams(sampling.params(model.config.vocab), seeds, stop, pad)
+    new = continued(model, tokens, mask, params, sampling.method, room)
+    ends = jnp.isin(new, stop)
+    real = jnp.cumsum(ends, axis=1) - ends == 0
+    return jnp.where(real, new, pad), real
 
 
 @jax.custom_batching.custom_vmap

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ..errors import InputError, warn
 from ..models.encoder_decoder import EncoderDecoder, Generative
 from ..weights.checkpoint import read_json
 from ..weights.load import HUB_FILES, resolve
-from .decoding import Forced
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """Tokens that an encoder-decoder does not choose; () int32 each, -1 for none.
+
+    Attributes:
+        start: what its decoder begins with.
+        first, last: what stands at the first place after it (a language's code), and at place `limit`, the last there may be.
+        limit: how many tokens may follow the start.
+    """
+
+    start: jax.Array
+    first: jax.Array
+    last: jax.Array
+    limit: jax.Array
+
+    def at(self, count: jax.Array) -> jax.Array:
+        """() int32: the token after `count` others; -1 where it is free."""
+        return jnp.where((count == 0) & (self.first >= 0), self.first, jnp.where(count == self.limit - 1, self.last, -1))
 
 
 def stop_tokens(model: Generative, tokenizer: Any = None) -> list[int]:

@@ -21,7 +21,7 @@ from ..models.add_head import add_head
 from ..models.encoder_decoder import Base
 from .data import Columns, Encoded, Prediction, Rows, Shared, TaskData, TaskMetrics, ToAnswer
 from .objectives import OBJECTIVES, Objective
-from .on_policy import OnPolicy
+from .on_policy import Completer, OnPolicy
 
 # What other files take from here, too.
 __all__ = [
@@ -245,11 +245,12 @@ class Task(ABC):
         """What members collect of rows, where a task that reads rows is on-policy."""
         return None
 
-    def on_policy(self, section: Any, data: TaskData | None = None) -> OnPolicy | None:
+    def on_policy(self, section: Any, data: TaskData | None = None, complete: Completer | None = None) -> OnPolicy | None:
         """How members make their own batches; None where they read those of the data.
 
         Args:
             data: of the task; None where only the number of updates is asked for.
+            complete: writes on after prompts, for what members of a language model collect; None as `data`.
         """
         return None
 
@@ -275,9 +276,9 @@ def task_of(section: TaskSection) -> Task:
     return TASKS.get(section.kind, "task.kind")
 
 
-def objective_of(section: TaskSection, data: TaskData | None = None) -> Objective | OnPolicy:
+def objective_of(section: TaskSection, data: TaskData | None = None, complete: Completer | None = None) -> Objective | OnPolicy:
     """The loss of a config section's task, or how its members make batches and learn of them: of this data, where they need any."""
-    return task_of(section).on_policy(section, data) or task_of(section).loss(section)
+    return task_of(section).on_policy(section, data, complete) or task_of(section).loss(section)
 
 
 def task_section(**values: Any) -> Any:

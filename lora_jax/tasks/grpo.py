@@ -24,15 +24,12 @@ from ..data.batching import NO_TARGET, Example
 from ..data.episodes import PromptRows
 from ..data.prompts import Prompts
 from ..errors import InputError
-from ..generation.decoding import DecodingParams, continued
-from ..generation.sampling import Sampling
-from ..generation.special import stop_tokens
 from ..models.decoder import Decoder
 from ..parallel.constraints import by_rows
 from .base import Base, Columns, Encoded, Prediction, Rows, TaskData, TaskMetrics, one_or_all
 from .generated import METRICS, Generated, GeneratedConfig, Names
 from .objectives import target_log_probs
-from .on_policy import Minibatches, OnPolicy, Tree, clipped_surrogate
+from .on_policy import Completer, Minibatches, OnPolicy, Tree, clipped_surrogate
 from .preference_losses import drift
 from .rewards import REWARD, Judge, asks_for_references, made, weights_of
 
@@ -158,10 +155,11 @@ class Groups(OnPolicy):
     Args:
         section: the config section.
         judge: rewards completions of the training prompts; None where only `updates` is asked for.
+        complete: writes completions; None as `judge`.
     """
 
-    def __init__(self, section: GRPOConfig, judge: Judge | None):
-        self._section, self._judge = section, judge
+    def __init__(self, section: GRPOConfig, judge: Judge | None, complete: Completer | None):
+        self._section, self._judge, self._write = section, judge, complete
         self._minibatches = Minibatches(section.update_epochs, section.minibatches)
         self.updates, self.needs_base = self._minibatches.updates, section.beta > 0
 
@@ -176,9 +174,8 @@ class Groups(OnPolicy):
         # On a mesh each device has its own rows, of all that is computed of completions.
         columns = (batch[name][0] for name in ("tokens", "segment_ids", "prompts"))
         tokens, mask, prompts = (by_rows(jnp.repeat(column, section.completions, axis=0)) for column in columns)
-        sampling = Sampling(section.sampling_temperature)
         seeds = jax.random.bits(jax.random.fold_in(key, 1), prompts.shape, jnp.uint32)
-        new, real = self._complete(model, tokens, mask, seeds, sampling)
+        new, real = self._complete(model, tokens, mask, seeds, section.sampling_temperature, None)
         shapes = jax.ShapeDtypeStruct(prompts.shape, jnp.float32), jax.ShapeDtypeStruct(prompts.shape, bool)
         rewards, failed = jax.pure_callback(judge.rewards, shapes, prompts, new, vmap_method="broadcast_all")
         groups = rewards.reshape(-1, section.completions)
@@ -222,22 +219,16 @@ class Groups(OnPolicy):
         """(rows, max_new_tokens) int32: a completion of each prompt, as `temperature` and `top_p` choose it."""
         section = self._section
         seeds = jnp.uint32(section.split_seed % 2**32) + batch["prompts"].astype(jnp.uint32)
-        sampling = Sampling(section.temperature, top_p=section.top_p)
-        return self._complete(model, batch["tokens"], batch["segment_ids"], seeds, sampling)[0]
+        return self._complete(model, batch["tokens"], batch["segment_ids"], seeds, section.temperature, section.top_p)[0]
 
     def _complete(
-        self, model: Any, tokens: jax.Array, mask: jax.Array, seeds: jax.Array, sampling: Sampling
+        self, model: Any, tokens: jax.Array, mask: jax.Array, seeds: jax.Array, temperature: float, top_p: float | None
     ) -> tuple[jax.Array, jax.Array]:
         """(rows, max_new_tokens): the tokens that follow, int32, and which of them belong to the completion: up to the one that ends it."""
-        assert self._judge is not None
-        tokenizer, base = self._judge.tokenizer, model.base
-        stop = jnp.asarray(stop_tokens(base, tokenizer) or [-1], jnp.int32)
-        pad = jnp.int32(tokenizer.pad_token_id or 0)
-        params = DecodingParams(sampling.params(base.config.vocab), seeds, stop, pad)
-        new = continued(base, tokens, mask, params, sampling.method, self._section.max_new_tokens)
-        ends = jnp.isin(new, stop)
-        real = jnp.cumsum(ends, axis=1) - ends == 0
-        return by_rows(jnp.where(real, new, pad)), by_rows(real)
+        assert self._judge is not None and self._write is not None
+        tokenizer, room = self._judge.tokenizer, self._section.max_new_tokens
+        new, real = self._write(model.base, tokens, mask, seeds, tokenizer, temperature=temperature, top_p=top_p, room=room)
+        return by_rows(new), by_rows(real)
 
     def _log_probs(self, model: Any, seen: Tree) -> jax.Array:
         """(rows, max_new_tokens) float32: of each token of the completions, at the temperature that they were sampled at."""
@@ -311,10 +302,10 @@ class GRPO(Generated):
         """The mean reward, and those of `task.metrics`."""
         return TaskMetrics((REWARD.name, *section.metrics), REWARD.name)
 
-    def on_policy(self, section: GRPOConfig, data: TaskData | None = None) -> OnPolicy:
+    def on_policy(self, section: GRPOConfig, data: TaskData | None = None, complete: Completer | None = None) -> OnPolicy:
         """Groups of completions."""
         judge: Any = None if data is None else data.train.score
-        return Groups(section, judge)
+        return Groups(section, judge, complete)
 
     def judged(self, section: GRPOConfig, prompts: Prompts, texts: Sequence[str]) -> list[Prediction]:
         """The texts with their rewards."""

@@ -11,13 +11,45 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 # An array or a tree of them.
 Tree = Any
+
+
+class Completer(Protocol):
+    """Writes on after prompts; tasks of language models are given one, as decoding lies beyond what they import."""
+
+    def __call__(
+        self,
+        model: Any,
+        tokens: jax.Array,
+        mask: jax.Array,
+        seeds: jax.Array,
+        tokenizer: Any,
+        *,
+        temperature: float,
+        top_p: float | None,
+        room: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The `room` tokens that follow each prompt, and which of them belong to the answer.
+
+        Args:
+            model: the language model, without a head of a task.
+            tokens, mask: (rows, length) int32, prompts padded on the left, and 1 where they are.
+            seeds: (rows,) uint32.
+            tokenizer: of the model.
+            temperature: 0 takes the likeliest token.
+            top_p: only the likeliest tokens of this probability are drawn from; None: all.
+            room: how many tokens.
+
+        Returns:
+            (rows, room) int32 and (rows, room) bool.
+        """
+        ...
 
 
 class OnPolicy(ABC):

@@ -24,7 +24,7 @@ from ..models.policy import Policy, PolicyConfig, log_probability
 from .base import Base, Columns, Encoded, Rows, Task, TaskData, TaskMetrics
 from .environments import Environment, make_environment
 from .evaluators import Evaluator, register
-from .on_policy import Minibatches, OnPolicy, Tree, clipped_surrogate, strong
+from .on_policy import Completer, Minibatches, OnPolicy, Tree, clipped_surrogate, strong
 
 # So many ends of episodes are looked at together.
 _ENDS = 16
@@ -221,7 +221,7 @@ class PPO(Task):
         """The mean return of the evaluated episodes."""
         return TaskMetrics((EPISODE_RETURN.name,), EPISODE_RETURN.name)
 
-    def on_policy(self, section: PPOConfig, data: TaskData | None = None) -> OnPolicy:
+    def on_policy(self, section: PPOConfig, data: TaskData | None = None, complete: Completer | None = None) -> OnPolicy:
         """Rollouts."""
         return Rollouts(section)
 

@@ -23,6 +23,7 @@ from ..data.episodes import EpisodePlan, PromptPlan
 from ..data.pairs import Shift
 from ..data.store import FOLDER, TokenFiles, largest
 from ..errors import InputError
+from ..generation.decoding import completions
 from ..generation.generate import context_length
 from ..models.encoder import Encoder
 from ..models.encoder_decoder import Base, EncoderDecoder, Generative, TextBase
@@ -110,7 +111,7 @@ class Setup:
 
     def objective(self, config: Config) -> Objective | OnPolicy:
         """The loss of a config's task, or how its members make batches and learn of them."""
-        return objective_of(config.task, self.data)
+        return objective_of(config.task, self.data, completions)
 
     @property
     def metrics(self) -> TaskMetrics:
