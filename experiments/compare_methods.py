@@ -33,6 +33,7 @@ from lora_jax.adapters.sites import find_sites
 from lora_jax.analysis import Estimate, Paired, holm
 from lora_jax.config.doors import METHODS
 from lora_jax.tracking import MemberResult
+from lora_jax.tracking.rundir import describe_environment
 
 REFERENCE, RANK = "lora", 8
 # Numbers that are as many as these, times or by this factor, are matched.
@@ -88,6 +89,7 @@ def main() -> None:
     outcome = lora_jax.sweep(with_members(config, members(sized, args.rates, args.seeds)), retry=args.retry)
     found = findings(outcome.results, sized, args.rates)
     found["run"] = {key: getattr(args, key) for key in ("base", "rates", "seeds", "steps", "rows")} | {"reference": REFERENCE}
+    found["environment"] = describe_environment()
     page = args.out / "results" / f"{name}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")

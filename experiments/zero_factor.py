@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 import lora_jax
 from lora_jax.analysis import Estimate
+from lora_jax.tracking.rundir import describe_environment
 
 INITS = {"default": "A random, B = 0", "zero_a": "A = 0, B random"}
 RATES = [2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2]
@@ -85,7 +86,7 @@ def text(found: dict[str, Any]) -> str:
 def write(found: dict[str, Any], path: Path) -> None:
     """The figures, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found | {"environment": describe_environment()}, indent=1) + "\n")
 
 
 def draw(found: dict[str, Any], metric: str, path: Path) -> None:

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,12 +185,17 @@ def host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def serve(side: str, case: str, folder: str, steps: str, started: str) -> None:
-    """Runs one side to its end."""
+def serve(make: Callable[[], Side], started: str) -> None:
+    """Runs one side to its end.
+
+    Args:
+        make: sets it up.
+        started: the time at which the process was started, in seconds.
+    """
     # Libraries print what they like; only our answers go out where the parent reads.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    trainer = SIDES[side](CASES[case], Path(folder), int(steps))
+    trainer = make()
     start = {"set_up_seconds": time.time() - float(started), "set_up_peak_host_bytes": host_peak()}
     trainer.train(1)
     print(json.dumps(start | {"first_step_seconds": time.time() - float(started)}), file=answers)
@@ -210,4 +215,5 @@ def serve(side: str, case: str, folder: str, steps: str, started: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    side, case, folder, steps, started = sys.argv[1:]
+    serve(lambda: SIDES[side](CASES[case], Path(folder), int(steps)), started)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -69,6 +68,7 @@ def main() -> None:
     if given.worker:
         print(json.dumps(train(Path(given.worker[0]), given.worker[1])))
         return
+    from lora_jax.tracking.rundir import describe_environment
     from tests.tiny_hub import write_hub
 
     with tempfile.TemporaryDirectory() as name:
@@ -84,7 +84,7 @@ def main() -> None:
             found[which] = json.loads(done.stdout.strip().splitlines()[-1])
             print(which, found[which], flush=True)
         found["kept_bytes"] = sum(f.stat().st_size for f in (folder / "runs" / ".token-cache").rglob("*.npy"))
-    found["machine"] = platform.platform()
+    found["environment"] = describe_environment()
     if given.output is not None:
         given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -19,7 +19,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -40,31 +40,39 @@ def race(name: str, steps: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="vs_peft-") as folder:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             pool.submit(prepare, CASES[name], folder).result()
-        workers: list[Side] = []
-        try:
-            for side in SIDES:  # one after the other, so that neither start disturbs the other's
-                arguments = [side, name, folder, str(steps * (rounds + 1) + 1), str(time.time())]
-                workers.append(Side(side, [str(HERE / "_vs_peft_worker.py"), *arguments]))
-            for worker in workers:
-                worker.ask(f"train {steps}")  # a warm-up: PyTorch meets most of its batch shapes
-            results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-            for number in range(rounds):
-                for worker in workers if number % 2 == 0 else reversed(workers):
-                    results[worker.name].append(worker.ask(f"train {steps}"))
-                rates = {side: results[side][-1]["tokens"] / results[side][-1]["seconds"] for side in SIDES}
-                print(f"{name} round {number + 1}/{rounds}: " + ", ".join(f"{s} {r:,.0f} tokens/s" for s, r in rates.items()), flush=True)
-            facts = {worker.name: worker.ask("finish") for worker in workers}
-        finally:
-            for worker in workers:
-                worker.close()
+        script = str(HERE / "_vs_peft_worker.py")
+        arguments = {side: [script, side, name, folder, str(steps * (rounds + 1) + 1)] for side in SIDES}
+        sides, ratio = alternate(name, arguments, steps, rounds)
+    return {"config": CASES[name].config, "load_average": round(load, 2), **sides, "ratios": ratio, "targets": TARGETS[name]}
+
+
+def alternate(name: str, arguments: Mapping[str, list[str]], steps: int, rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Starts a process for each side and lets them train in turn; returns each side's figures, and the ratios.
+
+    Args:
+        name: of the case, for what is printed.
+        arguments: Python's arguments of each side, which serves as `_vs_peft_worker.serve` does; the time of its start is added.
+        steps: optimizer steps of a round. One round more is trained first.
+        rounds: of each side.
+    """
+    workers: list[Side] = []
+    try:
+        for side, own in arguments.items():  # one after the other, so that neither start disturbs the other's
+            workers.append(Side(side, [*own, str(time.time())]))
+        for worker in workers:
+            worker.ask(f"train {steps}")  # a warm-up: PyTorch meets most of its batch shapes
+        results: dict[str, list[dict[str, Any]]] = {side: [] for side in arguments}
+        for number in range(rounds):
+            for worker in workers if number % 2 == 0 else reversed(workers):
+                results[worker.name].append(worker.ask(f"train {steps}"))
+            rates = {side: results[side][-1]["tokens"] / results[side][-1]["seconds"] for side in arguments}
+            print(f"{name} round {number + 1}/{rounds}: " + ", ".join(f"{s} {r:,.0f} tokens/s" for s, r in rates.items()), flush=True)
+        facts = {worker.name: worker.ask("finish") for worker in workers}
+    finally:
+        for worker in workers:
+            worker.close()
     sides = {worker.name: figures(worker.ready, results[worker.name], facts[worker.name]) for worker in workers}
-    return {
-        "config": CASES[name].config,
-        "load_average": round(load, 2),
-        **sides,
-        "ratios": ratios(results, sides),
-        "targets": TARGETS[name],
-    }
+    return sides, ratios(sides)
 
 
 def figures(start: dict[str, Any], rounds: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +95,7 @@ def figures(start: dict[str, Any], rounds: Sequence[dict[str, Any]], facts: dict
     }
 
 
-def ratios(rounds: dict[str, list[dict[str, Any]]], sides: dict[str, dict[str, Any]]) -> dict[str, float]:
+def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Ours over PEFT's: the median of the rounds' speed ratios with its range, peak memory, time to the first step."""
     ours, theirs = (sides[side] for side in SIDES)
     speeds = [a / b for a, b in zip(ours["rounds"], theirs["rounds"], strict=True)]
