@@ -83,7 +83,7 @@ class PeftImages(Peft):
         labels = int(self.data["train"]["classes"].max()) + 1
         source, adapter, optimizer = case.config["model"]["source"], case.config["adapter"], case.config["optimizer"]
         base = transformers.Dinov2ForImageClassification.from_pretrained(source, dtype=torch.float32, num_labels=labels)
-        sites = ["query", "key", "value", "attention.output.dense"]
+        sites = ["q_proj", "k_proj", "v_proj", "o_proj"]
         lora = peft.LoraConfig(r=adapter["rank"], lora_alpha=adapter["alpha"], target_modules=sites, modules_to_save=["classifier"])
         self.model = peft.get_peft_model(base, lora).to(self.device).train()
         trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -187,6 +187,12 @@ def best_rates(rows: Sequence[Row], metric: Evaluator) -> list[Row]:
     return [row for row in chosen if row is not None]
 
 
+def tuned_rows(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] | None = None) -> list[Row]:
+    """`best_rates`, the best one marked; empty where that is no choice: no setting has two rates, or there is one setting."""
+    chosen = mark_best(best_rates(rows, metric), metric, reference)
+    return chosen if len(rates_of(rows)) > 1 and 1 < len(chosen) < len(rows) else []
+
+
 def rates_of(rows: Sequence[Row]) -> list[float]:
     """The learning rates of the rows, rising; empty where it was not swept."""
     return sorted({float(row.settings[LEARNING_RATE]) for row in rows if LEARNING_RATE in row.settings})
@@ -254,6 +260,8 @@ def footnotes(results: Sequence[MemberResult], rows: Sequence[Row]) -> list[str]
     rates = {identity(r.settings[LEARNING_RATE]) for r in results if LEARNING_RATE in r.settings}
     if len(rows) > 1 and len(rates) < 2:
         notes.append("Compared at a single learning rate: other settings may be better at another one, so sweep it before concluding.")
+    elif len(rows) > 1 and len({(row.run, _key(row.settings, LEARNING_RATE)) for row in rows}) == len(rows):
+        notes.append("Each setting has a learning rate of its own, and no other: some may be better at another one.")
     if any(row.final.half_width is not None for row in rows):
         notes.append(
             "± is the 95 % interval of the mean over seeds (Student's t). It does not include the variance from the choice of "

@@ -19,7 +19,7 @@ from ..tracking.progress import clock_time
 from ..tracking.results import MemberResult, read_run
 from ..tracking.rundir import member_folder
 from ..tracking.state import read_state
-from .compare import Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of, tested
+from .compare import Row, footnotes, mark_best, rate_notes, rows_of, tested, tuned_rows
 from .heatmap import heatmap_png
 from .metrics import primary_metric, short_value
 from .table import best_heading, best_step_text, columns, difference_heading, difference_text, estimate_text, final_heading, read_config
@@ -83,8 +83,7 @@ def write_report(
         of = "validation " if tested(rows) else ""
         alt = f"Heat map of {of}{metric.name} over the swept settings; the table below has the same figures"
         parts.append(f'<img width="{width}" alt="{escape(alt)}" src="data:image/png;base64,{source}">')
-    tuned = mark_best(best_rates(rows, metric), metric, reference)
-    if len(rates_of(rows)) > 1 and len(tuned) > 1:
+    if tuned := tuned_rows(rows, metric, reference):
         parts += ["<h2>Each at its best learning rate</h2>", _table(tuned, metric, reference), _notes(rate_notes(tuned, rows))]
     parts += ["<h2>Members</h2>", _table(rows, metric, reference), _notes(footnotes(results, rows))]
     shown = [m.name for row in sorted(rows, key=lambda row: not row.is_best) for m in row.members if m.name in (pictures or {})]

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..tasks.evaluators import Evaluator
 from ..tracking.results import MemberResult, cell, read_run, union, write_table
 from ..tracking.rundir import differences
-from .compare import LEARNING_RATE, Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rates_of, rows_of, tested
+from .compare import LEARNING_RATE, Estimate, Row, best_rates, footnotes, mark_best, rate_notes, rows_of, tested, tuned_rows
 from .metrics import SEED, find_metric, identity, primary_metric, short_names, short_value
 
 
@@ -43,13 +43,11 @@ def results_table(
 def rates_table(
     results: Sequence[MemberResult], metric: Evaluator | str | None = None, *, reference: Mapping[str, Any] | None = None
 ) -> Table | None:
-    """The same of each setting at its best learning rate; None where fewer than two rates, or nothing else, were swept."""
+    """The same of each setting at its best learning rate; None where no setting has two rates, or nothing else was swept."""
     metric = find_metric(metric, results) if isinstance(metric, str) else metric or primary_metric(results)
     rows = rows_of(results, metric)
-    chosen = mark_best(best_rates(rows, metric), metric, reference)
-    if len(rates_of(rows)) < 2 or len(chosen) < 2:
-        return None
-    return _table(chosen, metric, "each at its best learning rate", rate_notes(chosen, rows), reference)
+    chosen = tuned_rows(rows, metric, reference)
+    return _table(chosen, metric, "each at its best learning rate", rate_notes(chosen, rows), reference) if chosen else None
 
 
 def compare_runs(dirs: Sequence[Path | str], metric: str | None = None, reference: Mapping[str, Any] | None = None) -> list[Table]:
@@ -91,8 +89,7 @@ def compare_runs(dirs: Sequence[Path | str], metric: str | None = None, referenc
     marked = mark_best(rows, chosen, reference)
     notes = footnotes([MemberResult(r.run, r.settings, 0, "finished", {}) for r in marked], marked)
     tables = [_table(marked, chosen, None, notes + _unlike(configs, keys), reference)]
-    best = mark_best(best_rates(rows, chosen), chosen, reference)
-    if 1 < len(best) < len(rows) and len(rates_of(rows)) > 1:
+    if best := tuned_rows(rows, chosen, reference):
         tables.append(_table(best, chosen, "each at its best learning rate", rate_notes(best, rows), reference))
     return tables
 

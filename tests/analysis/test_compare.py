@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_jax.analysis import Estimate, best_rates, find_metric, footnotes, mark_best, primary_metric, rows_of
-from lora_jax.analysis.compare import best_result
+from lora_jax.analysis import Estimate, best_rates, find_metric, footnotes, mark_best, primary_metric, rates_table, rows_of
+from lora_jax.analysis.compare import best_result, tuned_rows
 from lora_jax.analysis.metrics import ordered_values, short_names, short_value
 from lora_jax.errors import InputError
 from lora_jax.tasks.evaluators import ACCURACY, LOSS
@@ -158,6 +158,17 @@ def test_settings_compared_at_their_own_best_rates():
     assert [row.difference and row.difference.mean for row in every][:4] == [None, None, pytest.approx(-0.05), pytest.approx(0.3)]
     fixed = mark_best(rows_of(results, ACCURACY), ACCURACY, {"adapter.rank": 1, RATE: 1e-3})
     assert [row.difference and row.difference.mean for row in fixed][1] == pytest.approx(-0.1)
+
+
+def test_settings_with_one_rate_each_are_said_to_be_so_and_nothing_is_said_to_be_chosen():
+    results = [member(v, rank, seed, **{RATE: rate}) for rank, rate, v in ((1, 1e-3, 0.6), (8, 1e-2, 0.7)) for seed in (0, 1)]
+    rows = mark_best(rows_of(results, ACCURACY), ACCURACY)
+    assert rates_table(results) is None and not tuned_rows(rows, ACCURACY)
+    assert any("a learning rate of its own, and no other" in note for note in footnotes(results, rows))
+    results += [member(0.65, 1, seed, **{RATE: 1e-2}) for seed in (0, 1)]  # now one of them is chosen
+    rows = mark_best(rows_of(results, ACCURACY), ACCURACY)
+    assert [(row.settings["adapter.rank"], row.settings[RATE]) for row in tuned_rows(rows, ACCURACY)] == [(1, 1e-2), (8, 1e-2)]
+    assert rates_table(results) is not None and not any("of its own" in note for note in footnotes(results, rows))
 
 
 def test_members_of_other_lengths_are_not_paired():

@@ -85,10 +85,17 @@ def sections(name: str) -> list[dict[str, Any]]:
     return [common | {"rank": rank} | shape for rank, shape in zip(ranks, shapes, strict=True)]
 
 
-def configs(name: str) -> list[Any]:
+# Over a real encoder the rounding of float32 grows in these: a solo run whose start is moved by one part in 10^7 ends as far from itself as
+# from its pack (losses: delora 1e-5, randlora 2e-5 to 8e-5). At a tenth of the rates both are 1e-7.
+GENTLE = {"delora": 0.1, "randlora": 0.1}
+
+
+def configs(name: str, pace: float = 1.0) -> list[Any]:
     options = {"optimizer__eps": 1e-3, "optimizer__weight_decay": 0.1}  # as in tests/packing/test_packed_equals_solo.py
     return [
-        tiny.config(**{f"adapter__{k}": v for k, v in values.items()}, training__seed=7 + i, optimizer__learning_rate=rate, **options)
+        tiny.config(
+            **{f"adapter__{k}": v for k, v in values.items()}, training__seed=7 + i, optimizer__learning_rate=pace * rate, **options
+        )
         for i, (values, rate) in enumerate(zip(sections(name), (3e-3, 1e-2, 5e-3, 2e-3), strict=True))
     ]
 
@@ -119,7 +126,7 @@ def test_a_pack_equals_its_solo_runs_its_padding_stays_and_it_compiles_once(name
 @pytest.mark.parametrize("name", ADAPTING)
 def test_a_pack_equals_its_solo_runs_with_a_real_encoder(name: str, minilm_source: str) -> None:
     base: Any = load_model(minilm_source)
-    check_pack(SequenceClassifier(base, tiny.CLASSES, "cls", rngs=nnx.Rngs(0)), configs(name))
+    check_pack(SequenceClassifier(base, tiny.CLASSES, "cls", rngs=nnx.Rngs(0)), configs(name, GENTLE.get(name, 1.0)))
 
 
 def check_pack(model: nnx.Module, chosen: list[Any]) -> None:
