@@ -57,6 +57,7 @@ class Row:
         final: The metric at the end, over those members that finished.
         best: The metric at its best step, over the same.
         test: The metric on the test rows, over the same; of no value where there are none.
+        train: The metric over the last training steps, of the same; of no value where training does not have it.
         difference: `test`, or where no row has that, `final`, minus that of the row it is compared with, paired by seed; None for that
             row itself, and where nothing can be paired: no common seed, or other data or steps.
         is_best: Whether it is the best of all rows in `selection`.
@@ -75,6 +76,7 @@ class Row:
     run: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
     test: Estimate = field(default_factory=lambda: Estimate.of([]))
+    train: Estimate = field(default_factory=lambda: Estimate.of([]))
 
     @property
     def chosen_by(self) -> Literal["final", "best"]:
@@ -104,7 +106,7 @@ class Row:
         """Seed -> value, of those that finished with a value. Without evaluations in between, the best is the final one."""
         found = {}
         for m in self.members:
-            own = getattr(m, which) or ({} if which == "test" else m.final)
+            own = getattr(m, which) or (m.final if which == "best" else {})
             value = own.get(metric.name, math.nan)
             if m.status == "finished" and not math.isnan(value):
                 found[identity(m.settings.get(SEED, 0))] = value
@@ -128,6 +130,9 @@ def _ending(member: MemberResult) -> str:
     return f"stopped (rung {member.rung})" if member.rung is not None else f"stopped (step {member.steps})"
 
 
+_FIGURES = ("final", "best", "test", "train")
+
+
 def rows_of(results: Sequence[MemberResult], metric: Evaluator, *, run: str = "", config: Mapping[str, Any] | None = None) -> list[Row]:
     """One row for every setting but the seed, in the order of `results`; none is marked best yet.
 
@@ -145,8 +150,7 @@ def rows_of(results: Sequence[MemberResult], metric: Evaluator, *, run: str = ""
         settings = {k: v for k, v in members[0].settings.items() if k != SEED}
         data = data_of({**(config or {}), **settings})
         row = Row(settings, tuple(members), Estimate.of([]), Estimate.of([]), run=run, data=data)
-        final, best, test = (Estimate.of(list(row.values(metric, which).values())) for which in ("final", "best", "test"))
-        rows.append(replace(row, final=final, best=best, test=test))
+        rows.append(replace(row, **{which: Estimate.of(list(row.values(metric, which).values())) for which in _FIGURES}))
     return rows
 
 

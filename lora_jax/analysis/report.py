@@ -178,7 +178,15 @@ def _table(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] 
     numeric = {key: all(isinstance(row.settings.get(key), (int, float)) for row in rows) for key in keys}
     head = [(h, numeric[k], k) for k, h in keys.items()] if keys else [("member", False, "")]
     with_test = tested(rows)
-    figures = ["seeds", "parameters", final_heading(rows, metric), best_heading(rows, metric), "at step"]
+    with_train = any(row.train.count for row in rows)
+    figures = [
+        "seeds",
+        "parameters",
+        *([f"training {metric.heading}"] if with_train else []),
+        final_heading(rows, metric),
+        best_heading(rows, metric),
+        "at step",
+    ]
     figures += [*([f"test {metric.heading}"] if with_test else []), difference_heading(reference)]
     figures += ["tokens/s", "padding (%)"]
     lines = ["<tr>" + "".join(_cell("th", h, n, k) for h, n, k in head) + "".join(_cell("th", f, True) for f in figures) + "</tr>"]
@@ -189,7 +197,9 @@ def _table(rows: Sequence[Row], metric: Evaluator, reference: Mapping[str, Any] 
         final = escape(estimate_text(row.final, metric)) if known else ""
         bad = f'<span class="{"early" if row.was_stopped else "bad"}">{escape(row.unfinished)}</span> ' if row.unfinished else ""
         speed, padding = (sum(getattr(m, k) for m in row.members) / len(row.members) for k in ("tokens_per_second", "padding_share"))
-        cells += [_cell("td", str(len(row.members)), True), _cell("td", f"{row.parameters:,}", True), f'<td class="n">{bad}{final}</td>']
+        cells += [_cell("td", str(len(row.members)), True), _cell("td", f"{row.parameters:,}", True)]
+        cells += [_cell("td", estimate_text(row.train, metric) if row.train.count else "", True)] if with_train else []
+        cells += [f'<td class="n">{bad}{final}</td>']
         cells += [_cell("td", estimate_text(row.best, metric) if known else "", True), _cell("td", best_step_text(row), True)]
         cells += [_cell("td", estimate_text(row.test, metric) if row.test.count else "", True)] if with_test else []
         cells += [_cell("td", difference_text(row, metric), True)]

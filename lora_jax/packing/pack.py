@@ -287,6 +287,7 @@ def _loop(members: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
         },
         "window": window,
         "final": {name: pick("final", name) for name in first["final"]},
+        "train": {name: pick("train", name) for name in first.get("train", {})},
         "tokens": first["tokens"],
         "seconds": max(loop["seconds"] for _, loop in members),
     }

@@ -75,16 +75,21 @@ class Recorder:
 
     def on_train(self, step: int, metrics: dict[str, np.ndarray], tokens_per_second: float) -> None:
         """Scalars of the training steps."""
-        values = {n: v for n, v in metrics.items() if n != "accuracy"}
-        for name in self.setup.metrics.training:
-            if (of_means := EVALUATORS.get(name, "task.kind").from_means) is not None:
-                values[name] = of_means(metrics["loss"], metrics["accuracy"])
+        values = {n: v for n, v in metrics.items() if n != "accuracy"} | self._of_training(metrics)
         for i, writer in enumerate(self.writers):
             scalars = {f"train/{n}": float(v[i]) for n, v in values.items()}
             if tokens_per_second:
                 scalars["train/tokens_per_second"] = tokens_per_second
             writer.scalars(step, scalars)
         self.track.update(step, loss=_mean(metrics["loss"]), tokens_per_second=tokens_per_second * len(self.members))
+
+    def _of_training(self, metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Those metrics of training steps that evaluations have too, (members,) each: the loss, and what the task computes of means."""
+        found = {"loss": metrics["loss"]}
+        for name in self.setup.metrics.training:
+            if (of_means := EVALUATORS.get(name, "task.kind").from_means) is not None:
+                found[name] = of_means(metrics["loss"], metrics["accuracy"])
+        return found
 
     def on_eval(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """Scalars of an evaluation."""
@@ -162,6 +167,7 @@ class Recorder:
                 status=status,
                 final=self._numbers(outcome.final, i),
                 best=self._numbers(outcome.best, i),
+                train={n: float(v[i]) for n, v in self._of_training(outcome.train).items()} if outcome.train else {},
                 best_step=int(outcome.best_step[i]),
                 steps=outcome.steps,
                 seconds=outcome.total_seconds,

@@ -43,6 +43,8 @@ class MemberResult:
         details: What belongs to the metrics and is no number of its own: the task's tables at `best_step` (`confusion`, with the right
             class down and the predicted one across, and `class_f1`) with the `classes` in order, and `signatures` (metric -> the library
             and options that it was computed with). Empty where the task has none of these, and in runs of older versions.
+        train: Metric -> mean over the last training steps that were logged, as they were trained (with dropout, of altered images): how
+            far it is from `final` tells of overfitting. Empty where nothing was logged, and in runs of older versions.
         test_batches: `targets`, and the sums of `loss` and of `right` predictions, of each batch of test rows: members with the same
             test rows have the same batches, so their differences can be paired by them.
     """
@@ -67,6 +69,7 @@ class MemberResult:
     tested: str = ""
     test_batches: dict[str, list[float]] | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -75,8 +78,9 @@ class MemberResult:
     def write(self, folder: Path | str) -> Path:
         """Writes `results.json` into the member's `folder`, atomically; NaN becomes null. Without a test it has no keys of one."""
         facts = {name: value for name, value in asdict(self).items() if name not in _OF_TEST or self.tested}
-        if not self.details:
-            del facts["details"]
+        for name in ("details", "train"):
+            if not facts[name]:
+                del facts[name]
         return write_json(Path(folder) / "results.json", facts)
 
     @classmethod
@@ -99,7 +103,7 @@ class MemberResult:
                 raise InputError(f"{path}: damaged, '{key}' is {value[key]!r}")
         if value["status"] not in STATUSES:
             raise InputError(f"{path}: damaged, 'status' is {value['status']!r} (one of: {', '.join(STATUSES)})")
-        for key in ("final", "best", *(("test",) if "test" in value else ())):
+        for key in ("final", "best", *({"test", "train"} & value.keys())):
             metrics = value.get(key, {})
             if any(v is not None and (isinstance(v, bool) or not isinstance(v, (int, float))) for v in metrics.values()):
                 raise InputError(f"{path}: damaged, '{key}' holds a metric that is not a number")
@@ -130,6 +134,7 @@ _KINDS: dict[str, Any] = {
     "tested": str,
     "test_batches": (dict, type(None)),
     "details": dict,
+    "train": dict,
     **dict.fromkeys(sorted(_FLOATS), (int, float, type(None))),
 }
 
@@ -144,7 +149,7 @@ def union(names: Iterable[Iterable[str]]) -> list[str]:
 
 
 def write_results_csv(path: Path | str, results: Sequence[MemberResult]) -> Path:
-    """Writes a row a member: name, every swept key (dotted), parameters, status, `final_*` and `best_*` metrics, steps and tokens.
+    """Writes a row a member: name, every swept key (dotted), parameters, status, `final_*`, `best_*`, `train_*` metrics, steps, tokens.
 
     With test rows also `test_*` metrics, and `tested`: which adapter they are of, `best` or `final`.
 
@@ -153,11 +158,12 @@ def write_results_csv(path: Path | str, results: Sequence[MemberResult]) -> Path
     What a member lacks, and every NaN, is an empty cell; lists are written as JSON.
     """
     keys = union(r.settings for r in results)
-    finals, bests, tests = (union(getattr(r, part) for r in results) for part in ("final", "best", "test"))
+    finals, bests, tests, trains = (union(getattr(r, part) for r in results) for part in ("final", "best", "test", "train"))
     rows: list[dict[str, Any]] = []
     for r in results:
         row: dict[str, Any] = {"name": r.name} | {k: r.settings.get(k) for k in keys} | {"parameters": r.parameters, "status": r.status}
         row |= {f"final_{m}": r.final.get(m) for m in finals} | {f"best_{m}": r.best.get(m) for m in bests}
+        row |= {f"train_{m}": r.train.get(m) for m in trains}
         row |= {f"test_{m}": r.test.get(m) for m in tests} | ({"tested": r.tested} if tests else {})
         row |= {k: getattr(r, k) for k in ("best_step", "steps", "tokens", "padding_share")}
         rows.append({k: cell(v) for k, v in row.items()})

@@ -60,6 +60,7 @@ class Outcome:
         alive: (members,) bool; False where a loss was not finite.
         final_arrays, best_arrays: trainable arrays, stacked, as they are evaluated.
         test: what the members scored on the test rows; None where there are none, or training is to go on.
+        train: what was last logged of training steps, (members,) arrays: means over `log_every` steps, or the last few.
         tokens: number of tokens that one member trained on, without padding.
         tokens_per_second: of one member, without the first step (which compiles) and evaluations; 0 if there was only one step.
         total_seconds: including compilation and evaluation.
@@ -76,6 +77,7 @@ class Outcome:
     tokens_per_second: float
     total_seconds: float
     test: Tested | None = None
+    train: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def train_pack(
@@ -120,6 +122,7 @@ def train_pack(
     fresh: list[Metrics] = []  # of steps that may still be under way
     clock = _Clock()
     final: dict[str, np.ndarray] = {}
+    logged: dict[str, np.ndarray] = {}
     first = 0
     last = setup.steps if until is None else until
     saved = checkpoints.restore(state, pack.kept) if checkpoints is not None else None
@@ -133,6 +136,7 @@ def train_pack(
         best.load(saved.loop["best"], saved.best)
         window = [{n: np.array(v, np.float32) for n, v in row.items()} for row in saved.loop["window"]]
         final = {n: np.array(v) for n, v in saved.loop["final"].items()}
+        logged = {n: np.array(v) for n, v in saved.loop.get("train", {}).items()}  # older checkpoints lack it
         clock.total_tokens, began = saved.loop["tokens"], began - saved.loop["seconds"]
     listener.on_start(first)
     fixed = pack.fixed
@@ -145,6 +149,7 @@ def train_pack(
             "best": best.dump(),
             "window": [{n: v.tolist() for n, v in row.items()} for row in window],
             "final": {n: v.tolist() for n, v in final.items()},
+            "train": {n: v.tolist() for n, v in logged.items()},
             "tokens": clock.total_tokens,
             "seconds": time.perf_counter() - began,
         }
@@ -162,10 +167,10 @@ def train_pack(
             jax.block_until_ready(metrics)  # the first step compiles; its time is no measure of the rest
             clock.restart()
         if done % log_every == 0 or done == setup.steps:
-            means = _window_means(window + _on_host(fresh))
+            logged = _window_means(window + _on_host(fresh))
             window.clear()
             fresh.clear()
-            listener.on_train(done, means, clock.rate())
+            listener.on_train(done, logged, clock.rate())
         if done == last or (eval_every and done % eval_every == 0):
             jax.block_until_ready(metrics)  # steps still under way are training, not evaluation
             clock.pause()
@@ -212,6 +217,7 @@ def train_pack(
         clock.mean_rate,
         time.perf_counter() - began,
         tested,
+        logged,
     )
 
 

@@ -70,6 +70,17 @@ def test_the_page_gives_intervals_and_differences_to_the_reference(tmp_path):
     assert re.search(r"8 1e-3 2 8,000 65\.0 ± 63\.5 65\.0 ± 63\.5 -10\.0 ± 0\.0", every)
 
 
+def test_the_page_says_how_far_training_and_held_out_rows_part(tmp_path):
+    for seed, (train, held_out) in enumerate(((0.98, 0.7), (1.0, 0.8))):
+        settings = {"adapter.rank": 4, "training.seed": seed}
+        result = MemberResult(str(seed), settings, 4000, "finished", {"accuracy": held_out}, train={"accuracy": train, "loss": 0.1})
+        result.write(tmp_path / str(seed))
+        assert MemberResult.read(tmp_path / str(seed)) == result
+    (tmp_path / "config.yaml").write_text("name: r\n")
+    text = " ".join(re.sub(r"<[^>]*>", " ", report_run(tmp_path).read_text()).split())
+    assert "training accuracy (%) final accuracy (%)" in text and re.search(r"4,000 99\.0 ± 12\.7 75\.0 ± 63\.5", text)
+
+
 def test_the_page_is_whole_escaped_and_loads_nothing(page):
     found = Tags(page)
     assert found.open == []

@@ -100,6 +100,8 @@ def test_tensorboard_reads_the_events(swept):
         assert [e.step for e in events.Scalars("train/loss")] == [2, 4, 6]
         assert [e.step for e in events.Scalars("eval/loss")] == [3, 6]
         assert events.Scalars("eval/loss")[-1].value == pytest.approx(results(run)[name]["final"]["loss"], rel=1e-6)
+        for metric in ("loss", "accuracy"):
+            assert events.Scalars(f"train/{metric}")[-1].value == pytest.approx(results(run)[name]["train"][metric], rel=1e-6)
         # Linear decay from 0.01 over 6 steps: the last of the steps 0 .. 5.
         assert events.Scalars("train/learning_rate")[-1].value == pytest.approx(0.01 / 6, rel=1e-5)
 

@@ -86,7 +86,7 @@ def sections(name: str) -> list[dict[str, Any]]:
 
 
 # Over a real encoder the rounding of float32 grows in these: a solo run whose start is moved by one part in 10^7 ends as far from itself as
-# from its pack (losses: delora 1e-5, randlora 2e-5 to 8e-5). At a tenth of the rates both are 1e-7.
+# from its pack (losses: delora 1e-5, randlora 2e-5 to 8e-5). At a tenth of the rates it does not.
 GENTLE = {"delora": 0.1, "randlora": 0.1}
 
 
