@@ -40,8 +40,18 @@ def _stack(*arrays: jax.Array, axis: int) -> jax.Array:
     return jax.lax.concatenate([jax.lax.expand_dims(array, (axis,)) for array in arrays], axis)
 
 
-# Primitives that jax2onnx does not know, by those that it does.
-_BY_OTHERS: dict[str, Callable[..., Any]] = {"stack": _stack}
+def _pad(x: jax.Array, value: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> jax.Array:
+    if any(min(low, high, between) < 0 or between for low, high, between in padding_config):
+        return jax.lax.pad(x, value, padding_config)
+    for axis, (low, high, _) in enumerate(padding_config):
+        edges = [jax.lax.broadcast_in_dim(value, (*x.shape[:axis], size, *x.shape[axis + 1 :]), ()) for size in (low, high)]
+        parts = [part for part, size in zip((edges[0], x, edges[1]), (low, 1, high), strict=True) if size]
+        x = jax.lax.concatenate(parts, axis) if len(parts) > 1 else x
+    return x
+
+
+# Primitives that jax2onnx does not know, or not with axes of any length, by those that it does.
+_BY_OTHERS: dict[str, Callable[..., Any]] = {"stack": _stack, "pad": _pad}
 
 
 def primitives(jaxpr: Any, consts: Sequence[Any], *arrays: Any) -> list[Any]:

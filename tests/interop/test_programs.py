@@ -122,15 +122,15 @@ def test_real_minilm_in_onnxruntime_and_jax_alone(minilm_source, kind, tmp_path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["dinov2_small", "efficientnet_lite0"])
-def test_real_models_of_images(name, tmp_path):
+@pytest.mark.parametrize(("name", "targets"), [("dinov2_small", "all-linear"), ("efficientnet_lite0", "convolutions")])
+def test_real_models_of_images(name, targets, tmp_path):
     """At three batch sizes; images have the size that the checkpoint says."""
     source = Path(__file__).parents[2].parent / "shared" / "models" / name
     if not (source / "config.json").is_file():
         pytest.skip("needs ../shared/models")
     onnxruntime = pytest.importorskip("onnxruntime")
     base: Any = lora_jax.load_model(str(source))
-    model = tiny.trained(add_head(base, "image_classification", 5, rngs=nnx.Rngs(0)), targets="all-linear")
+    model = tiny.trained(add_head(base, "image_classification", 5, rngs=nnx.Rngs(0)), targets=targets)
     program = program_of(model, unrolled=True)
     write_onnx(program, tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
