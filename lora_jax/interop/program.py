@@ -14,6 +14,7 @@ from jax import export
 
 from ..adapters.merge import merged_base
 from ..errors import InputError
+from ..models.convolution import DepthwiseConv
 from ..models.detector import Detector
 from ..models.encoder import Encoder
 from ..models.encoder_decoder import Base, EncoderDecoder
@@ -94,7 +95,7 @@ def program_of(model: nnx.Module, *, unrolled: bool = False) -> Program:
 
     Args:
         model: a base, or what a task makes of one.
-        unrolled: whether its layers stand one after the other, in place of a loop.
+        unrolled: whether its layers stand one after the other in place of a loop, and convolutions whole in place of sums.
 
     Raises:
         InputError: there is no such program of it.
@@ -103,6 +104,9 @@ def program_of(model: nnx.Module, *, unrolled: bool = False) -> Program:
     base: Any = merged.base if isinstance(merged, Classifier) else merged
     for stack in stacks_of(base) if unrolled else ():
         stack.scan = False
+    for _, module in nnx.iter_modules(merged) if unrolled else ():
+        if isinstance(module, DepthwiseConv):
+            module.shifts = False
     inputs = _inputs(base)
     output = _output(merged, base)
     graphdef, state = nnx.split(merged)
