@@ -46,13 +46,13 @@ class Recipe(Case):
         return self.config | {"training": self.config["training"] | {"steps": steps}}
 
 
-def recipe(model: str, images: str) -> Recipe:
-    """Rank 8 on the attention of all layers, as a plain config."""
+def recipe(model: str, images: str, more: list[str]) -> Recipe:
+    """Rank 8 on the attention of all layers and `more`, as a plain config."""
     from lora_jax import load_config
 
     values = {"model.source": model, "task.source": images, "task.eval_source": images, "sweep": None}
     values |= {"adapter.rank": 8, "adapter.targets": "attention"}
-    config = load_config(CONFIG, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+    config = load_config(CONFIG, [f"{key}={json.dumps(value)}" for key, value in values.items()] + more)
     return Recipe(config.model_dump(mode="json", exclude_unset=True), "IMAGE_CLASSIFICATION")
 
 
@@ -175,10 +175,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps a round")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
     parser.add_argument("--seeds", type=int, default=3, help="of the accuracies; 0: only speed and memory")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of our side's config")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "vision_vs_peft_cpu.json")
     parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    case = recipe(options.model, options.images)
+    case = recipe(options.model, options.images, options.set)
     if options.side:
         side, folder, *timed = options.side
         if not timed:
@@ -192,6 +193,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             pool.submit(prepare, case, folder).result()
         script = [str(HERE / "vision_vs_peft.py"), "--model", options.model, "--images", options.images, "--seeds", str(options.seeds)]
+        script += ["--set", *options.set]
         total = options.steps * (options.rounds + 1) + 1
         arguments = {side: [*script, "--side", side, folder, str(total)] for side in SIDES}
         sides, ratios = alternate("dinov2", arguments, options.steps, options.rounds)
