@@ -13,7 +13,7 @@ bitsandbytes' nf4 trains the first rank with each seed, one after the other, on 
 `[interop]` extra.
 
 Figures are written to results/quantized_bases.json and figures/quantized_bases.png. Stopped in between, the same command goes on; another
-size needs another --name. The committed figures are of `--bases float32 q4_1 int8 nf4 nf4_linear --steps 12 --rows 60 --peft`: 45 minutes of
+size needs another --name. Committed are those of `--bases float32 q4_1 int8 nf4 nf4_linear --steps 12 --rows 60 --peft`: 45 minutes of
 one CPU core.
 """
 
