@@ -4,6 +4,7 @@ import re
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -83,3 +84,19 @@ def test_the_last_line_of_make_install_says_how_to_activate(tmp_path):
     command = ["make", "--no-print-directory", "-n", "install"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     assert ". .venv/bin/activate" in told[-1] and ". .venv/bin/activate" in (ROOT / "README.md").read_text()
+
+
+def test_the_python_of_the_readme_that_needs_no_run_runs_and_trains():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    imports = "".join(line + "\n" for line in blocks[0].splitlines() if line.startswith(("import ", "from ")))
+    space: dict[str, Any] = {}
+    exec(imports + "\n".join(blocks[1:]), space)
+    x, y, before = space["x"], space["y"], space["loss"]
+    first = space["step"](space["adapted"], space["optimizer"], x, y)
+    assert float(space["step"](space["adapted"], space["optimizer"], x, y)) < float(first)
+    members, arrays = space["members"], space["arrays"]
+    for number in range(3):  # each from the same loss, and the larger ranks to a lower one
+        own = [{name: array[number] for name, array in part.items()} for part in (members.trainable, arrays, members.settings)]
+        assert float(before(own[1], own[2])) < 0.5 * float(before(own[0], own[2]))
+    logits = space["best"](x)
+    assert float((logits.argmax(-1) == y).mean()) > 0.9
