@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rows", type=int, default=60, help="test rows")
     parser.add_argument("--calibration", type=int, default=64, help="rows that Wanda sees")
-    parser.add_argument("--name", default="distilled_student", help="of the run")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run")
+    parser.add_argument("--name", default="distilled_student", help="of the runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results/")
     args = parser.parse_args()
-    found = findings(lora_jax.sweep(config_of(args)).results, args.rates)
+    found = findings({arm: list(lora_jax.sweep(config_of(args, arm)).results) for arm in ARMS}, args.rates)
     found["run"] = {key: getattr(args, key) for key in ("sparsity", "rates", "seeds", "steps", "rows", "calibration")}
     found["environment"] = describe_environment()
     path = args.out / "results" / f"{args.name}.json"
@@ -56,25 +56,24 @@ def main() -> None:
     print(f"taught over alone: {told['ratio']:.4f} ({told['low']:.4f} to {told['high']:.4f})")
 
 
-def config_of(args: argparse.Namespace) -> lora_jax.Config:
-    """One sweep: both arms with their rates and seeds, the member that stays, and the model before it was cut."""
+def config_of(args: argparse.Namespace, arm: str) -> lora_jax.Config:
+    """The sweep of an arm over rates and seeds; without a teacher also the member that stays, and the model before it was cut."""
     train = next((f for f in (args.data / "train.txt.gz", args.data / "train.txt") if f.exists()), args.data / "train.txt")
     rows = {"source": str(train), "rows": args.calibration, "max_length": 128}
     prune = [{"kind": "prune", "method": "wanda", "sparsity": args.sparsity, "calibration": rows}]
-    still = {"optimizer.learning_rate": STILL, "training.seed": 0, "task.distill": None}
-    members = [{"model.transforms": prune, **still}, {"model.transforms": [], **still}]
-    members += [
-        {"model.transforms": prune, "task.distill": how, "optimizer.learning_rate": rate, "training.seed": seed}
-        for how in ARMS.values()
+    members = [
+        {"model.transforms": prune, "optimizer.learning_rate": rate, "training.seed": seed}
         for rate in args.rates
         for seed in range(args.seeds)
     ]
+    if arm == "alone":
+        members += [{"model.transforms": own, "optimizer.learning_rate": STILL, "training.seed": 0} for own in (prune, [])]
     values = {
-        "name": args.name,
+        "name": f"{args.name}_{arm}",
         "model.source": SOURCE,
         "task": {
             "kind": "causal_lm", "source": str(train), "text": "text", "eval_source": str(args.data / "test.txt"), "eval_size": args.rows,
-            "max_length": 128,
+            "max_length": 128, "distill": ARMS[arm],
         },
         "adapter": {"rank": 8, "targets": "all-linear"},
         "training": {"steps": args.steps, "batch_size": 8, "eval_every": 0},
@@ -84,30 +83,28 @@ def config_of(args: argparse.Namespace) -> lora_jax.Config:
     return lora_jax.load_config("configs/smollm2_rank_sweep.yaml", [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
-def findings(results: list[Any], rates: list[float]) -> dict[str, Any]:
+def findings(results: dict[str, list[Any]], rates: list[float]) -> dict[str, Any]:
     """Perplexities, each arm's at its better rate, and the ratio of the two arms."""
+    settings = "model.transforms", "optimizer.learning_rate", "training.seed"
+    known = {arm: {tuple(map(str, (r.settings[k] for k in settings))): r.final["perplexity"] for r in own} for arm, own in results.items()}
 
-    def chosen(taught: bool, rate: float) -> list[float]:
-        own = [
-            r for r in results if bool(r.settings["task.distill"]) == taught and math.isclose(r.settings["optimizer.learning_rate"], rate)
-        ]
-        return [r.final["perplexity"] for r in sorted(own, key=lambda r: r.settings["training.seed"])]
+    def chosen(arm: str, rate: float) -> list[float]:
+        own = [(seed, value) for (_, at, seed), value in known[arm].items() if math.isclose(float(at), rate)]
+        return [value for _, value in sorted(own)]
 
-    still = {bool(r.settings["model.transforms"]): r.final["perplexity"] for r in results if r.settings["optimizer.learning_rate"] == STILL}
-    found: dict[str, Any] = {"dense": still[False], "before": still[True]}
+    still = {transforms == "[]": value for (transforms, rate, _), value in known["alone"].items() if float(rate) == STILL}
+    found: dict[str, Any] = {"dense": still[True], "before": still[False]}
     best: dict[str, list[float]] = {}
-    for arm, how in ARMS.items():
-        by_rate = {rate: chosen(how is not None, rate) for rate in rates}
+    for arm in ARMS:
+        by_rate = {rate: chosen(arm, rate) for rate in rates}
         rate = min(by_rate, key=lambda r: sum(map(math.log, by_rate[r])))
         best[arm] = by_rate[rate]
         estimate = Estimate.of(best[arm])
         found[arm] = {"rate": rate, "perplexity": {"mean": estimate.mean, "half_width": estimate.half_width}, "by_rate": by_rate}
     told = Estimate.of([math.log(a / b) for a, b in zip(best["taught"], best["alone"], strict=True)])
-    width = told.half_width or math.nan
-    found["taught_over_alone"] = {
-        "ratio": math.exp(told.mean), "low": math.exp(told.mean - width), "high": math.exp(told.mean + width)
-    }  # fmt: skip
-    return found
+    width = math.nan if told.half_width is None else told.half_width
+    ends = {"low": math.exp(told.mean - width), "high": math.exp(told.mean + width)}
+    return found | {"taught_over_alone": {"ratio": math.exp(told.mean), **ends}}
 
 
 if __name__ == "__main__":
