@@ -9,6 +9,7 @@ learning rate. A member whose rate is 1e-30 tells the perplexity before, and `de
 
 Perplexity is over rows of wikitext-2's test file; the difference is paired by seed, in the logarithm of the perplexity, with a 95 %
 interval. Results: results/distilled_student.json. Stopped in between, the same command goes on; another size needs another --name.
+Committed is `--steps 8 --rates 1e-3 4e-3 --rows 30 --calibration 32`: 13 minutes of one CPU core.
 """
 
 from __future__ import annotations
