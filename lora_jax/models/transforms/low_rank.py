@@ -180,6 +180,9 @@ def factors_of(weight: np.ndarray, rank: int, moment: np.ndarray | None) -> tupl
 def whitening(moment: np.ndarray) -> np.ndarray:
     """L with L L^T = X^T X + 1e-6 mean(diag) I, (inputs, inputs) float64, lower triangular.
 
+    The moments were summed in float32. Where a few inputs are so large, or rows so few, that this makes small eigenvalues negative, those
+    below float32's rounding of the largest one count as that.
+
     Raises:
         InputError: the moments are no numbers, or all are 0.
     """
@@ -189,7 +192,12 @@ def whitening(moment: np.ndarray) -> np.ndarray:
         raise InputError(
             f"{KEY}.calibration: a layer's inputs on these rows are all 0 or no numbers, so that nothing can be chosen by them."
         )
-    return np.linalg.cholesky(symmetric + DAMPING * mean * np.eye(len(symmetric)))
+    try:
+        return np.linalg.cholesky(symmetric + DAMPING * mean * np.eye(len(symmetric)))
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(symmetric)
+        lowest = max(DAMPING * mean, float(np.finfo(np.float32).eps * values[-1]))
+        return np.linalg.cholesky((vectors * np.maximum(values, lowest)) @ vectors.T)
 
 
 TRANSFORMS.register("low_rank", LowRank())

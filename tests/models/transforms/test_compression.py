@@ -105,6 +105,19 @@ def test_the_whitening_is_svd_llms_in_float64():
     assert np.linalg.norm(plain.T @ x) > 1.05 * left and np.linalg.norm(plain) < np.linalg.norm(w - wanted)
 
 
+def test_moments_that_rounding_has_made_indefinite_still_whiten():
+    """Fewer rows than inputs, one of which is a thousand times the others: summed in float32, X^T X has eigenvalues well below 0."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((24, 64)) * np.where(np.arange(64) == 5, 3000.0, 1.0)).astype(np.float32)
+    moment = (x.T @ x).astype(np.float64) - 20 * np.eye(64)
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(moment + 1e-6 * np.trace(moment) / 64 * np.eye(64))
+    w = rng.standard_normal((64, 40))
+    seen, best = x.astype(np.float64), np.linalg.svd(x.astype(np.float64) @ w, compute_uv=False)
+    left, plain = (np.linalg.norm(seen @ (w - np.matmul(*factors_of(w, 4, m)[:2]))) for m in (moment, None))
+    assert left < 1.1 * np.sqrt((best[4:] ** 2).sum()) and plain > 100 * left  # the first is what no rank-4 weight goes below
+
+
 @pytest.mark.parametrize(("inputs", "outputs", "share"), [(576, 1536, 0.6), (32, 32, 0.9), (10, 10, 0.6), (33, 7, 0.4)])
 def test_factors_hold_no_more_than_their_share(inputs, outputs, share):
     rank = rank_of(inputs, outputs, share)
