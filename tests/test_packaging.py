@@ -95,7 +95,7 @@ def test_the_python_of_the_readme_that_needs_no_run_runs_and_trains():
     first = space["step"](space["adapted"], space["optimizer"], x, y)
     assert float(space["step"](space["adapted"], space["optimizer"], x, y)) < float(first)
     members, arrays = space["members"], space["arrays"]
-    for number in range(3):  # each from the same loss, and the larger ranks to a lower one
+    for number in range(3):
         own = [{name: array[number] for name, array in part.items()} for part in (members.trainable, arrays, members.settings)]
         assert float(before(own[1], own[2])) < 0.5 * float(before(own[0], own[2]))
     logits = space["best"](x)
